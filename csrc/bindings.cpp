@@ -1,0 +1,7 @@
+#include "bindings.hpp"
+
+NB_MODULE(_core, m) {
+    m.doc() = "Component tree and a-contrario test; the public functions are in usf_kernels.segmentation.";
+    usf::bind_component_tree(m);
+    usf::bind_nfa(m);
+}
