@@ -1,0 +1,115 @@
+"""Folders in MVTec AD layout: train/good, test/<kind>, ground_truth/<kind>/<stem>_mask.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from usf_kernels.data.sample import Sample
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Read any image file as float32 (3, H, W) in [0, 1]; grey images repeat, transparency is dropped.
+
+    Args:
+        path: the file.
+        size: (height, width) to resize to (bicubic), or None to keep the image's own.
+
+    Raises:
+        ValueError: when the file is missing or cannot be decoded, naming it.
+    """
+    picture = _open(path)
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey: convert() would clip it at 255
+        values = np.asarray(picture, dtype=np.float32)
+        grey = np.clip(values / (65535 if values.max(initial=0) > 255 else 255), 0, 1)
+        image = torch.from_numpy(grey).expand(3, -1, -1)
+    else:
+        image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    if size is not None and tuple(image.shape[1:]) != tuple(size):
+        image = torch.nn.functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
+    return image.clamp(0, 1).contiguous()
+
+
+def _open(path: str | Path) -> "Image.Image":  # noqa: F821, UP037 - Pillow is imported only when needed
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install 'usf-kernels[train]'") from error
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+    return picture
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+class FolderDataset(Dataset[Sample]):
+    """One category of MVTec AD, VisA (in its MVTec form), BTAD, or any folder laid out like them.
+
+    Args:
+        root: the folder that holds `train/good` and `test`.
+        split: "train" or "test".
+        size: (height, width), or one number for a square, to which images are resized; masks go along
+            (nearest). None keeps each image's own size, and then only batches of one collate.
+
+    Raises:
+        ValueError: naming the folder, when it is missing or holds no image; naming the file, when an image
+            cannot be read, or its mask is missing or has another size. Files are opened when an item is read.
+    """
+
+    def __init__(
+        self, root: str | Path, split: str = "train", *, size: int | tuple[int, int] | None = 256
+    ) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
+        self.root, self.split = Path(root), split
+        self.size = (size, size) if isinstance(size, int) else size
+        if not self.root.is_dir():
+            raise ValueError(f"{self.root}: no such folder")
+        kinds = [self.root / "train" / "good"] if split == "train" else self._kinds()
+        for folder in kinds:
+            if not folder.is_dir():
+                raise ValueError(f"{folder}: no such folder; normal training images are expected there")
+        self.files = [path for folder in kinds for path in _images(folder)]
+        if not self.files:
+            raise ValueError(f"{kinds[0] if split == 'train' else self.root / 'test'}: holds no image")
+
+    def _kinds(self) -> list[Path]:
+        test = self.root / "test"
+        if not test.is_dir():
+            raise ValueError(f"{test}: no such folder; test images are expected in {test}/<kind>")
+        return sorted(folder for folder in test.iterdir() if folder.is_dir())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        path = self.files[index]
+        kind = path.parent.name
+        image = read_image(path, self.size)
+        if kind == "good":
+            mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+        else:
+            mask = self._mask(path, kind, tuple(image.shape[1:]))
+        return Sample(image, mask, int(kind != "good"), str(path), kind)
+
+    def _mask(self, path: Path, kind: str, size: tuple[int, int]) -> torch.Tensor:
+        folder = self.root / "ground_truth" / kind
+        candidates = [folder / f"{path.stem}{end}" for end in ("_mask.png", ".png", "_mask.bmp", ".bmp")]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            raise ValueError(f"{candidates[0]}: no such mask for {path}")
+        mask = torch.from_numpy(np.array(_open(found).convert("L")) > 0)[None]
+        if self.size is None and tuple(mask.shape[1:]) != size:
+            raise ValueError(f"{found}: mask is {tuple(mask.shape[1:])}, its image {path} is {size}")
+        resized = torch.nn.functional.interpolate(mask[None].float(), size, mode="nearest-exact")
+        return resized[0] > 0.5

@@ -1,0 +1,136 @@
+"""The embedded textures: brick, grass and gravel, photographs that scikit-image ships.
+
+Each 512 x 512 photograph is cut into three bands of columns. Crops of the left band train a model, crops
+of the middle one are held out (early stopping, calibration), crops of the right one are the test set, and
+half of those get a defect. No pixel is in two bands.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from usf_kernels.data.defects import DEFECTS, render_defect
+from usf_kernels.data.sample import Sample
+
+TEXTURES = ("brick", "grass", "gravel")
+BANDS = {"train": (0, 240), "validation": (240, 376), "test": (376, 512)}
+
+
+@cache
+def texture(name: str) -> np.ndarray:
+    """The photograph as float32 (512, 512) in [0, 1], read-only.
+
+    Raises:
+        ValueError: for a name that is not one of `TEXTURES`.
+        ImportError: without scikit-image.
+    """
+    if name not in TEXTURES:
+        raise ValueError(f"name must be one of {', '.join(TEXTURES)}; got {name!r}")
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise ImportError(
+            "the embedded textures need scikit-image: pip install 'usf-kernels[train]'"
+        ) from error
+    image = getattr(data, name)().astype(np.float32) / 255
+    image.flags.writeable = False
+    return image
+
+
+class TextureDataset(Dataset[Sample]):
+    """Crops of one texture; image `i` depends on the arguments, `seed` and `i` alone.
+
+    Args:
+        name: one of `TEXTURES`.
+        split: "train" and "validation" give normal crops; "test" alternates clean and defective ones, the
+            defective ones going through the five kinds of `DEFECTS` in turn.
+        count: number of crops.
+        crop: side of a crop in pixels of the photograph, 64 to 136.
+        size: side of the image it is enlarged to (bicubic): small structures then span several positions.
+        augment: mirror crops left to right, scale them by up to 10 %, vary brightness and contrast a little;
+            the perspective of the photographs leaves no other symmetry. Default: in "train" only.
+        seed: of the whole set. Different splits draw different numbers from one seed.
+
+    Raises:
+        ValueError: for an unknown name or split, a count below 1, or a crop that does not fit its band.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str = "train",
+        *,
+        count: int = 100,
+        crop: int = 128,
+        size: int = 256,
+        augment: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        if split not in BANDS:
+            raise ValueError(f"split must be one of {', '.join(BANDS)}; got {split!r}")
+        if count < 1:
+            raise ValueError(f"count must be at least 1; got {count}")
+        if not 64 <= crop <= 136:
+            raise ValueError(f"crop must lie in 64..136, the width of the narrowest band; got {crop}")
+        self.photograph = texture(name)
+        self.name, self.split, self.count, self.crop, self.size, self.seed = (
+            name,
+            split,
+            count,
+            crop,
+            size,
+            seed,
+        )
+        self.augment = split == "train" if augment is None else augment
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must lie in 0..{self.count - 1}; got {index}")
+        stream = [self.seed, TEXTURES.index(self.name), list(BANDS).index(self.split), index]
+        rng = np.random.default_rng(stream)
+        image = self._augmented_crop(rng) if self.augment else self._cut(self.photograph, rng, self.crop)
+        mask, kind = np.zeros(image.shape, bool), "good"
+        if self.split == "test" and index % 2:
+            kind = list(DEFECTS)[index // 2 % len(DEFECTS)]
+            others = [texture(other) for other in TEXTURES if other != self.name]
+            other = self._cut(others[rng.integers(len(others))], rng, self.crop)
+            image, mask = render_defect(image, kind, rng, other)
+        return Sample(
+            image=_enlarge(image, self.size).clamp(0, 1).expand(3, -1, -1).contiguous(),
+            mask=_enlarge(mask, self.size) > 0.5,
+            label=int(kind != "good"),
+            name=f"{self.name}/{self.split}/{index:04d}",
+            kind=kind,
+        )
+
+    def _cut(self, photograph: np.ndarray, rng: np.random.Generator, side: int) -> np.ndarray:
+        left, right = BANDS[self.split]
+        y = rng.integers(photograph.shape[0] - side + 1)
+        x = rng.integers(left, right - side + 1)
+        return photograph[y : y + side, x : x + side]
+
+    def _augmented_crop(self, rng: np.random.Generator) -> np.ndarray:
+        left, right = BANDS[self.split]
+        side = min(round(self.crop * rng.uniform(0.9, 1.1)), right - left)
+        image = _enlarge(self._cut(self.photograph, rng, side), self.crop)[0].numpy()
+        if rng.random() < 0.5:
+            image = image[:, ::-1]
+        middle = image.mean()
+        return np.clip((image - middle) * rng.uniform(0.9, 1.1) + middle + rng.uniform(-0.04, 0.04), 0, 1)
+
+
+def _enlarge(image: np.ndarray, size: int) -> torch.Tensor:
+    """(H, W) to a float32 tensor (1, size, size)."""
+    x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None, None]
+    if x.shape[-1] == size:
+        return x[0]
+    return torch.nn.functional.interpolate(
+        x, (size, size), mode="bicubic", align_corners=False, antialias=True
+    )[0]
