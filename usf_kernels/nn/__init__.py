@@ -1,0 +1,19 @@
+"""Modules: couplings, linear maps, flow steps and their sequences, all with exact inverses; scores."""
+
+from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
+from usf_kernels.nn.flow import FlowSequence, FlowStep
+from usf_kernels.nn.linear import LUConv1x1, Permutation
+from usf_kernels.nn.scoring import AnomalyMap, SquaredNorm
+
+__all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "AnomalyMap",
+    "FlowSequence",
+    "FlowStep",
+    "LUConv1x1",
+    "Permutation",
+    "SquaredNorm",
+]

@@ -1,0 +1,15 @@
+"""Operations: plain functions on tensors, each with its checks and a choice of implementation."""
+
+from usf_kernels.ops.coupling import additive_coupling, affine_coupling, masked_additive_coupling
+from usf_kernels.ops.lu_conv import lu_conv1x1, lu_log_det
+from usf_kernels.ops.score import anomaly_map, squared_norm
+
+__all__ = [
+    "additive_coupling",
+    "affine_coupling",
+    "anomaly_map",
+    "lu_conv1x1",
+    "lu_log_det",
+    "masked_additive_coupling",
+    "squared_norm",
+]

@@ -1,0 +1,99 @@
+"""Per-channel scale and shift, initialised from data and counted in the log-determinant."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from usf_kernels.ops.checks import check_features, check_int, compute_dtype, count_positions
+
+
+class ActNorm(nn.Module):
+    """`y = exp(log_scale) * x + bias` per channel. Glow (arXiv:1807.03039), section 3.1.
+
+    The first non-empty batch seen in training mode sets scale and bias so that every channel leaves with
+    mean 0 and standard deviation 1 over batch and positions. A channel that is constant there (so also every
+    channel of a single position) keeps scale 1 and is only centred. In eval mode nothing is ever
+    initialised: a fresh ActNorm is the identity. With torch.distributed the statistics are those of the
+    batches of all processes, so every process must take its first training step together with the others.
+
+    Args:
+        channels: C.
+        trainable: False makes scale and bias buffers: fixed statistics, still in the log-determinant.
+
+    The buffer `initialized` is part of the state_dict. `forward(x, cond=None) -> (y, log_det)` and
+    `inverse(y, cond=None) -> (x, log_det)` take (B, C, *spatial); log_det is 0-d, P * sum(log_scale) or its
+    negative. `cond` is ignored.
+
+    Raises:
+        TypeError, ValueError: a bad argument, an x of the wrong shape or dtype.
+    """
+
+    def __init__(self, channels: int, *, trainable: bool = True) -> None:
+        super().__init__()
+        check_int("channels", channels, 1)
+        self.channels = channels
+        for name in ("log_scale", "bias"):
+            value = torch.zeros(channels)
+            if trainable:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+        self.register_buffer("initialized", torch.tensor(False))
+        self._initialized = False  # the buffer's value without reading it back from the device at every step
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._initialized = bool(self.initialized)
+
+    @torch.no_grad()
+    def initialize_(self, x: Tensor) -> None:
+        """Set scale and bias from `x`, unless that has been done."""
+        if self._initialized or x.numel() == 0:
+            return
+        x = x.detach().to(compute_dtype(x))
+        dims, shape = [d for d in range(x.ndim) if d != 1], (-1, *[1] * (x.ndim - 2))
+        count = _sum_over_processes(x.new_tensor(float(x.shape[0] * count_positions(x))))
+        mean = _sum_over_processes(x.sum(dims)) / count
+        variance = _sum_over_processes((x - mean.view(shape)).square().sum(dims)) / count
+        # "Constant" is relative to what the channel and its neighbours hold, and above rounding errors.
+        floor = 1e-6 * (mean.abs() + (variance + mean.square()).mean().sqrt())
+        varies = variance.sqrt() > floor
+        log_scale = torch.where(varies, -0.5 * variance.log(), torch.zeros_like(variance))
+        self.log_scale.copy_(log_scale)
+        self.bias.copy_(-mean * log_scale.exp())
+        self.initialized.fill_(True)
+        self._initialized = True
+
+    def log_det(self, positions: int) -> Tensor:
+        """log|det| of the forward map on an input of this many positions: 0-d, in nats."""
+        return positions * self.log_scale.to(compute_dtype(self.log_scale)).sum()
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply: (y, log_det). Initialises in training mode."""
+        check_features("x", x, self.channels)
+        if self.training:
+            self.initialize_(x)
+        scale, bias = self._per_channel(x, self.log_scale.exp())
+        return scale * x + bias, self.log_det(count_positions(x))
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo: (x, log_det). Never initialises."""
+        check_features("x", z, self.channels)
+        scale, bias = self._per_channel(z, (-self.log_scale).exp())
+        return scale * (z - bias), -self.log_det(count_positions(z))
+
+    def _per_channel(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (x.ndim - 2))
+        return scale.view(shape), self.bias.view(shape)
+
+    def extra_repr(self) -> str:
+        """Channels, for print."""
+        return f"{self.channels}, trainable={isinstance(self.log_scale, nn.Parameter)}"
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)
+    return value

@@ -1,0 +1,127 @@
+"""Flow steps and sequences of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, Subnet
+from usf_kernels.nn.linear import LUConv1x1, Permutation
+from usf_kernels.ops.checks import check_choice, check_features, compute_dtype
+
+
+class FlowStep(nn.Module):
+    """A Glow-like step: coupling, then ActNorm, then a linear map that mixes the channels.
+
+    The order is that of FrEIA's `AllInOneBlock`, the step of FastFlow (arXiv:2111.07677). With
+    coupling="additive" it is uniformly scaling (arXiv:2510.09452): its log-det depends on no data.
+
+    Args:
+        channels: C, at least 2.
+        subnet: makes the conditioner: `subnet(c_in, c_out) -> nn.Module` with c_in = C - C//2 +
+            cond_channels, and c_out = C//2 (additive) or 2 * (C//2) (affine).
+        coupling: "additive" or "affine".
+        linear: "lu" (an `LUConv1x1` that starts as a random rotation; it and the ActNorm run as one map),
+            "permutation" (fixed, random) or "none".
+        clamp: bound on the affine coupling's log scales.
+        act_norm: have an ActNorm; the first batch in training mode initialises it.
+        cond_channels: channels of the condition, concatenated to the passive half.
+        zero_init: start the coupling as the identity (see `AdditiveCoupling`); the untrained step is then its
+            linear map.
+
+    `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x, log_det)` take (B, C, *spatial);
+    log_det is that of the direction computed, 0-d for additive coupling and (B,) for affine.
+
+    Raises:
+        TypeError, ValueError: a bad argument, an x or cond of the wrong shape or dtype.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        subnet: Subnet,
+        coupling: str = "additive",
+        linear: str = "lu",
+        clamp: float = 2.0,
+        act_norm: bool = True,
+        cond_channels: int = 0,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        check_choice("coupling", coupling, ("additive", "affine"))
+        check_choice("linear", linear, ("lu", "permutation", "none"))
+        options = {"subnet": subnet, "cond_channels": cond_channels, "zero_init": zero_init}
+        self.coupling: nn.Module
+        if coupling == "additive":
+            self.coupling = AdditiveCoupling(channels, **options)
+        else:
+            self.coupling = AffineCoupling(channels, clamp=clamp, **options)
+        self.act_norm = ActNorm(channels) if act_norm else None
+        self.linear: nn.Module | None = None
+        if linear == "lu":
+            self.linear = LUConv1x1(channels, init="orthogonal")
+        elif linear == "permutation":
+            self.linear = Permutation(channels)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply: (z, log_det)."""
+        z, log_det = self.coupling(x, cond)
+        if isinstance(self.linear, LUConv1x1):
+            if self.training and self.act_norm is not None:
+                self.act_norm.initialize_(z)
+            z, linear_log_det = self.linear.run(z, inverse=False, act_norm=self.act_norm)
+            return z, log_det + linear_log_det
+        for layer in (self.act_norm, self.linear):
+            if layer is not None:
+                z, layer_log_det = layer(z)
+                log_det = log_det + layer_log_det
+        return z, log_det
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo: (x, log_det)."""
+        if isinstance(self.linear, LUConv1x1):
+            x, log_det = self.linear.run(z, inverse=True, act_norm=self.act_norm)
+        else:
+            x, log_det = z, z.new_zeros((), dtype=compute_dtype(z))
+            for layer in (self.linear, self.act_norm):
+                if layer is not None:
+                    x, layer_log_det = layer.inverse(x)
+                    log_det = log_det + layer_log_det
+        x, coupling_log_det = self.coupling.inverse(x, cond)
+        return x, log_det + coupling_log_det
+
+
+class FlowSequence(nn.ModuleList):
+    """Flow modules one after the other, as one flow.
+
+    Args:
+        steps: modules with `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x,
+            log_det)`; every one gets the same cond.
+
+    `forward` and `inverse` are such methods too; the log-dets are summed, 0-d while every step's is and (B,)
+    once one step is affine. Otherwise it is an nn.ModuleList: indexing, slicing, len, append.
+    """
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply all steps, first to last: (z, log_det)."""
+        check_features("x", x)
+        log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
+        for step in self:
+            x, step_log_det = step(x, cond)
+            log_det = log_det + step_log_det
+        return x, log_det
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo all steps, last to first: (x, log_det)."""
+        check_features("z", z)
+        log_det = torch.zeros((), dtype=compute_dtype(z), device=z.device)
+        for step in reversed(self):
+            z, step_log_det = step.inverse(z, cond)
+            log_det = log_det + step_log_det
+        return z, log_det
+
+    def log_prior(self, positions: int) -> Tensor | int:
+        """Sum of the `log_prior` of every LUConv1x1 in here, for inputs of this many positions."""
+        return sum(m.log_prior(positions) for m in self.modules() if isinstance(m, LUConv1x1))

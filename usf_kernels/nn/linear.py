@@ -1,0 +1,254 @@
+"""Linear maps between couplings that mix channels: the LU 1x1 convolution and the fixed permutation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.ops import lu_conv1x1
+from usf_kernels.ops.checks import (
+    check_choice,
+    check_features,
+    check_int,
+    check_shape,
+    compute_dtype,
+    count_positions,
+)
+
+
+class LUConv1x1(nn.Module):
+    """Invertible 1x1 convolution `y = L U x + b`. Glow (arXiv:1807.03039), section 3.2, and the uniformly
+    scaling flows of arXiv:2510.09452.
+
+    L is unit lower triangular, U upper triangular with the diagonal `signs * exp(log_diagonal)`. Only the
+    strict lower triangle of the parameter `lower` and the strict upper triangle of `upper` are read, so the
+    others get no gradient.
+
+    Args:
+        channels: C.
+        bias: add a bias b.
+        diagonal: "free" trains `log_diagonal`; "fixed" keeps |u_ii| = 1, so the log-det is 0.
+        init: "identity", or "orthogonal". The second draws a random rotation from torch's global generator,
+            factorises it with pivoting, and drops the permutation: the rows of a rotation in another order
+            are still a rotation, and pivoting keeps the triangles well conditioned. With a fixed diagonal no
+            rotation is within reach; there the triangles are drawn from N(0, 1 / (4 C)), which gives the
+            product a condition number of about 4 at any C.
+        prior_scale: s of the log-normal prior on |u_ii|, see `log_prior`; None for no prior.
+
+    `forward(x, cond=None) -> (y, log_det)` and `inverse(y, cond=None) -> (x, log_det)` take (B, C, *spatial);
+    log_det is 0-d, P * sum_i log|u_ii| or its negative. `cond` is ignored.
+
+    Raises:
+        TypeError, ValueError: a bad argument, an x of the wrong shape or dtype.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        bias: bool = True,
+        diagonal: str = "free",
+        init: str = "identity",
+        prior_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("channels", channels, 1)
+        check_choice("diagonal", diagonal, ("free", "fixed"))
+        check_choice("init", init, ("identity", "orthogonal"))
+        if prior_scale is not None and not 0 < prior_scale < math.inf:
+            raise ValueError(f"prior_scale: expected None or a positive finite number, found {prior_scale}")
+        self.channels, self.diagonal, self.prior_scale = channels, diagonal, prior_scale
+        self.lower = nn.Parameter(torch.zeros(channels, channels))
+        self.upper = nn.Parameter(torch.zeros(channels, channels))
+        self.register_buffer("signs", torch.ones(channels))
+        self.register_parameter(
+            "log_diagonal", nn.Parameter(torch.zeros(channels)) if diagonal == "free" else None
+        )
+        self.register_parameter("bias", nn.Parameter(torch.zeros(channels)) if bias else None)
+        if init == "orthogonal":
+            self._init_orthogonal()
+
+    @torch.no_grad()
+    def _init_orthogonal(self) -> None:
+        if self.log_diagonal is None:
+            self.lower.normal_(std=0.5 / math.sqrt(self.channels)).tril_(-1)
+            self.upper.normal_(std=0.5 / math.sqrt(self.channels)).triu_(1)
+            return
+        rotation, _ = torch.linalg.qr(torch.randn(self.channels, self.channels, dtype=torch.float64))
+        _, lower, upper = torch.linalg.lu(rotation)
+        self._set_triangles(lower, upper)
+
+    def _set_triangles(self, lower: Tensor, upper: Tensor) -> None:
+        diagonal = torch.diagonal(upper)
+        self.lower.copy_(torch.tril(lower, -1))
+        self.upper.copy_(torch.triu(upper, 1))
+        self.signs.copy_(diagonal.sign())
+        self.log_diagonal.copy_(diagonal.abs().log())
+
+    @torch.no_grad()
+    def whiten_(self, mean: Tensor, covariance: Tensor, *, eps: float = 1e-6) -> LUConv1x1:
+        """Set the map so that data with this mean and covariance come out with mean 0 and covariance I.
+
+        L becomes I and U the Cholesky factor of the precision (U^T U = covariance^-1), found in float64
+        without inverting the covariance.
+
+        Args:
+            mean: (C,).
+            covariance: (C, C), symmetric; only the lower triangle is read.
+            eps: ridge added to the covariance's diagonal, in units of the mean variance, so that dead or
+                collinear channels do not get an unbounded scale.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: a wrong shape; a covariance that is not positive definite even with the ridge; a
+                module without a bias or with diagonal="fixed", which cannot whiten.
+            TypeError: not a floating tensor.
+        """
+        check_shape("mean", mean, (self.channels,), "(C,)")
+        check_shape("covariance", covariance, (self.channels, self.channels), "(C, C)")
+        if self.log_diagonal is None:
+            raise ValueError(
+                "diagonal: expected 'free' for whiten_ (|u_ii| = 1 cannot rescale), found 'fixed'"
+            )
+        if self.bias is None:
+            raise ValueError("bias: expected True for whiten_ (the mean has to be removed), found False")
+        covariance = covariance.double()
+        ridge = eps * torch.diagonal(covariance).mean()
+        covariance = covariance + ridge * torch.eye(
+            self.channels, dtype=torch.float64, device=covariance.device
+        )
+        # covariance = V V^T with V upper (a Cholesky from the last row up), and U = V^-1 is upper too.
+        covariance = torch.tril(covariance) + torch.tril(covariance, -1).mT
+        factor, info = torch.linalg.cholesky_ex(covariance.flip(0, 1))
+        if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+            raise ValueError(
+                "covariance: expected a finite, positive definite matrix, found one that is not; "
+                "raise eps or use more samples than channels"
+            )
+        eye = torch.eye(self.channels, dtype=torch.float64, device=covariance.device)
+        upper = torch.linalg.solve_triangular(factor.flip(0, 1), eye, upper=True)
+        self._set_triangles(eye, upper)
+        self.bias.copy_(-(upper @ mean.double()))
+        return self
+
+    def factors(self, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(lower, upper, bias) as `lu_conv1x1` takes them.
+
+        With `act_norm`, those of the ActNorm followed by this map: scaling the inputs scales U's columns,
+        which leaves it upper triangular, so both together cost one map.
+        """
+        diagonal = self.signs if self.log_diagonal is None else self.signs * self.log_diagonal.exp()
+        upper, bias = torch.triu(self.upper, 1) + torch.diag(diagonal), self.bias
+        if act_norm is not None:
+            offset = torch.mv(upper, act_norm.bias)
+            offset = offset + torch.mv(torch.tril(self.lower, -1), offset)
+            bias = offset if bias is None else offset + bias
+            upper = upper * act_norm.log_scale.exp()
+        return self.lower, upper, bias
+
+    def log_det(self, positions: int) -> Tensor:
+        """log|det| of the forward map on an input of this many positions: 0-d, in nats."""
+        check_int("positions", positions, 0)
+        if self.log_diagonal is None:
+            return self.upper.new_zeros((), dtype=compute_dtype(self.upper))
+        return positions * self.log_diagonal.to(compute_dtype(self.log_diagonal)).sum()
+
+    def log_prior(self, positions: int) -> Tensor:
+        """Log density of the log-normal prior on the diagonal: 0-d, in nats.
+
+        Independently `ln|u_ii| ~ N(0, s0^2)` with `s0 = prior_scale / (C * positions)`, as a density of
+        |u_ii|. 0 where there is no prior (`prior_scale=None`) or nothing to have one on (a fixed diagonal).
+
+        Args:
+            positions: number of positions P = H * W of the inputs, at least 1.
+        """
+        check_int("positions", positions, 1)
+        if self.prior_scale is None or self.log_diagonal is None:
+            return self.upper.new_zeros((), dtype=compute_dtype(self.upper))
+        s0 = self.prior_scale / (self.channels * positions)
+        log_u = self.log_diagonal.to(compute_dtype(self.log_diagonal))
+        return (-0.5 * (log_u / s0).square() - log_u - math.log(s0 * math.sqrt(2 * math.pi))).sum()
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply: (y, log_det)."""
+        return self.run(x, inverse=False)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo: (x, log_det)."""
+        return self.run(z, inverse=True)
+
+    def run(self, x: Tensor, *, inverse: bool, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor]:
+        """Either direction, of this map or of `act_norm` followed by it."""
+        check_features("x", x, self.channels)
+        lower, upper, bias = self.factors(act_norm)
+        log_det = self.log_det(count_positions(x))
+        if act_norm is not None:
+            log_det = log_det + act_norm.log_det(count_positions(x))
+        return lu_conv1x1(x, lower, upper, bias, inverse=inverse), -log_det if inverse else log_det
+
+    def extra_repr(self) -> str:
+        """The options, for print."""
+        return f"{self.channels}, bias={self.bias is not None}, diagonal={self.diagonal!r}"
+
+
+class _Gather(torch.autograd.Function):
+    """Channels in a permuted order. The backward gathers too: indexing's own would scatter."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, inverse_index: Tensor) -> Tensor:
+        return x.index_select(1, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+        index, inverse_index = ctx.saved_tensors
+        return _Gather.apply(grad, inverse_index, index), None, None
+
+
+class Permutation(nn.Module):
+    """A fixed random permutation of the channels, kept as an index; log-det 0.
+
+    Args:
+        channels: C.
+        seed: for the permutation; None draws from torch's global generator.
+
+    The permutation and its inverse are buffers and travel with the state_dict: `y[:, i] = x[:, index[i]]`.
+    `forward(x, cond=None) -> (y, 0)` and `inverse(y, cond=None) -> (x, 0)` take (B, C, *spatial); `cond` is
+    ignored.
+
+    Raises:
+        TypeError, ValueError: a bad argument, an x of the wrong shape or dtype.
+    """
+
+    def __init__(self, channels: int, *, seed: int | None = None) -> None:
+        super().__init__()
+        check_int("channels", channels, 1)
+        self.channels = channels
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        index = torch.randperm(channels, generator=generator)
+        self.register_buffer("index", index)
+        self.register_buffer("inverse_index", torch.argsort(index))
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply: (y, 0)."""
+        check_features("x", x, self.channels)
+        return _Gather.apply(x, self.index, self.inverse_index), x.new_zeros((), dtype=compute_dtype(x))
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo: (x, 0)."""
+        check_features("x", z, self.channels)
+        return _Gather.apply(z, self.inverse_index, self.index), z.new_zeros((), dtype=compute_dtype(z))
+
+    def extra_repr(self) -> str:
+        """Channels, for print."""
+        return f"{self.channels}"

@@ -1,0 +1,91 @@
+"""Argument checks shared by the operations and modules, and the dtype rule.
+
+Every public function validates once, here, with exceptions (`python -O` strips asserts). A message names
+the argument, says what was found, and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that PyTorch's promotion gives the tensors together: what a result is returned in."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype sums are accumulated in: the promoted one, but at least float32."""
+    return torch.promote_types(promoted_dtype(*tensors), torch.float32)
+
+
+def count_positions(x: Tensor) -> int:
+    """Number of positions P of a (B, C, *spatial) tensor; 1 where there are no spatial dimensions."""
+    return math.prod(x.shape[2:])
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_float(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor of one of the four supported dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, found {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, found {value.dtype}")
+
+
+def check_features(name: str, x: object, channels: int | None = None) -> None:
+    """Raise unless `x` is a floating (B, C, *spatial) tensor, with C = `channels` where that is given."""
+    check_float(name, x)
+    if x.ndim < 2:
+        raise ValueError(f"{name}: expected shape (B, C, *spatial), found {tuple(x.shape)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels in dimension 1, found shape {tuple(x.shape)}")
+
+
+def check_shape(name: str, value: object, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise unless `value` is a floating tensor of shape `expected`; `meaning` says where that comes from."""
+    check_float(name, value)
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)} = {meaning}, found {tuple(value.shape)}")
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise unless `value` is an integer in [low, high] (no upper end where `high` is None)."""
+    if not _is_int(value):
+        raise TypeError(f"{name}: expected an int, found {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name}: expected an int {span}, found {value}")
+
+
+def check_clamp(clamp: object) -> None:
+    """Raise unless `clamp` is a positive finite number."""
+    if isinstance(clamp, bool) or not isinstance(clamp, (int, float)):
+        raise TypeError(f"clamp: expected a number, found {type(clamp).__name__}")
+    if not 0 < clamp < math.inf:
+        raise ValueError(f"clamp: expected a positive finite number, found {clamp}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
+
+
+def check_size(size: object) -> tuple[int, int]:
+    """Return `size` as (height, width): one positive int for a square, or two."""
+    pair = (size, size) if _is_int(size) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"size: expected an int or a pair (height, width), found {size!r}")
+    check_int("size[0]", pair[0], 1)
+    check_int("size[1]", pair[1], 1)
+    return pair[0], pair[1]

@@ -1,0 +1,114 @@
+"""Coupling layers: half of the channels pass, the other half is transformed by a function of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from usf_kernels.ops.checks import check_clamp, check_features, check_float, check_int, check_shape
+from usf_kernels.ops.dispatch import implementation
+
+
+def additive_coupling(
+    x: Tensor, shift: Tensor, *, split: int, inverse: bool = False, impl: str | None = None
+) -> Tensor:
+    """Additive coupling: `y = [x1, x2 + shift]`, or `[x1, x2 - shift]` for the inverse.
+
+    The log-determinant is 0. NICE (Dinh et al., arXiv:1410.8516), section 3.2.
+
+    Args:
+        x: (B, C, *spatial), any number of spatial dimensions, any strides.
+        shift: (B, C - split, *spatial), the conditioner's output for the passive half x1 = x[:, :split].
+        split: number of passive channels, 0..C. The modules use C - C//2.
+        inverse: undo instead of apply.
+        impl: None picks by device; "reference" or "triton" force one.
+
+    Returns:
+        (B, C, *spatial) in the promoted dtype of x and shift.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        RuntimeError: an `impl` that cannot run here.
+    """
+    check_features("x", x)
+    check_int("split", split, 0, x.shape[1])
+    check_shape("shift", shift, (x.shape[0], x.shape[1] - split, *x.shape[2:]), "(B, C - split, *spatial)")
+    return implementation("additive_coupling", impl, x, shift)(x, shift, split, inverse)
+
+
+def masked_additive_coupling(
+    x: Tensor, shift: Tensor, mask: Tensor, *, inverse: bool = False, impl: str | None = None
+) -> Tensor:
+    """Additive coupling with a mask: `y = x + (1 - mask) * shift`, with minus for the inverse.
+
+    `shift` must be a function of `mask * x` for the inverse to be one; the log-determinant is then 0.
+    RealNVP (Dinh et al., arXiv:1605.08803), equation 9 without its scale.
+
+    Args:
+        x: (B, C, *spatial).
+        shift: the same shape as x.
+        mask: 1 (or True) where x passes, 0 where it is shifted; bool or floating, broadcastable to x, for
+            example (1, C, 1, 1) for a channel mask or (H, W) for a checkerboard. Its values are not read
+            for checking.
+        inverse: undo instead of apply.
+        impl: None picks by device; "reference" or "triton" force one.
+
+    Returns:
+        (B, C, *spatial) in the promoted dtype of x and shift.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        RuntimeError: an `impl` that cannot run here.
+    """
+    check_features("x", x)
+    check_shape("shift", shift, tuple(x.shape), "the shape of x")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        check_float("mask", mask)
+    fits = mask.ndim <= x.ndim and all(
+        m in (1, n) for m, n in zip(reversed(mask.shape), reversed(x.shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask: expected a shape that broadcasts to x's {tuple(x.shape)}, found {tuple(mask.shape)}"
+        )
+    return implementation("masked_additive_coupling", impl, x, shift, mask)(x, shift, mask, inverse)
+
+
+def affine_coupling(
+    x: Tensor,
+    params: Tensor,
+    *,
+    split: int,
+    clamp: float = 2.0,
+    inverse: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Affine coupling in the convention of FrEIA's and anomalib's `AllInOneBlock`.
+
+    With `a = 0.1 * params`, `s = clamp * tanh(a[:, :c])` and `t = a[:, c:]`, c = C - split:
+    `y = [x1, x2 * exp(s) + t]`, or `[x1, (x2 - t) * exp(-s)]` for the inverse. RealNVP (Dinh et al.,
+    arXiv:1605.08803), equations 4 and 5, with a soft clamp.
+
+    Args:
+        x: (B, C, *spatial).
+        params: (B, 2 * (C - split), *spatial), the conditioner's output: raw scales, then raw shifts.
+        split: number of passive channels, 0..C. The modules use C - C//2.
+        clamp: bound on |s|, positive.
+        inverse: undo instead of apply.
+        impl: None picks by device; "reference" or "triton" force one.
+
+    Returns:
+        y: (B, C, *spatial) in the promoted dtype of x and params.
+        log_det: (B,) log|det| of the direction computed, in nats, float32 (float64 for float64): the sum of
+            s over all but the batch, or its negative for the inverse.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        RuntimeError: an `impl` that cannot run here.
+    """
+    check_features("x", x)
+    check_int("split", split, 0, x.shape[1])
+    check_clamp(clamp)
+    expected = (x.shape[0], 2 * (x.shape[1] - split), *x.shape[2:])
+    check_shape("params", params, expected, "(B, 2 * (C - split), *spatial)")
+    return implementation("affine_coupling", impl, x, params)(x, params, split, clamp, inverse)
