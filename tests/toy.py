@@ -1,0 +1,71 @@
+"""A model and data with the contract of the real ones, small enough to train in milliseconds.
+
+Run as a program it trains in the folder it is given, for the tests that kill it or start several of it.
+"""
+
+import json
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from usf_kernels.training import fit
+
+
+class ToyFlow(nn.Module):
+    """z = W x + b per position, with dropout in front so that a lost generator state would show."""
+
+    def __init__(self, channels, dropout=0.1):
+        super().__init__()
+        self.config = {"channels": channels, "dropout": dropout}
+        self.backbone = nn.Conv2d(3, channels, 1).requires_grad_(False)
+        with torch.no_grad():
+            self.backbone.weight.copy_(torch.linspace(-1, 1, self.backbone.weight.numel()).view(-1, 3, 1, 1))
+            self.backbone.bias.zero_()
+        self.weight = nn.Parameter(torch.eye(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.norm = nn.BatchNorm2d(channels)  # buffers that move with training
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def loss(self, batch):
+        x = batch[0] if isinstance(batch, (list, tuple)) else self.backbone(batch)
+        z = torch.einsum("ij,bjhw->bihw", self.weight, self.dropout(self.norm(x))) + self.bias[:, None, None]
+        return 0.5 * z.square().mean() - self.weight.diagonal().abs().log().mean()
+
+
+class NoisyImages(Dataset):
+    """Images with augmentation noise from the global generator, as torchvision's transforms have it."""
+
+    def __init__(self, count, seed=0, noise=0.1):
+        self.images = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        self.noise = noise
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index] + self.noise * torch.randn(3, 4, 4)
+
+
+def train(run_dir=None, *, model=None, **options):
+    """Train a toy model with settings that the options may replace."""
+    torch.manual_seed(0)
+    model = model or ToyFlow(4)
+    settings = {
+        "max_epochs": 6,
+        "lr": 0.05,
+        "batch_size": 4,
+        "ema_decay": 0.9,
+        "accelerator": "cpu",
+    } | options
+    history = fit(model, NoisyImages(22), NoisyImages(7, seed=1), run_dir=run_dir, progress=False, **settings)
+    return model, history
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], **json.loads(sys.argv[2]))

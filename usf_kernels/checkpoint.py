@@ -1,0 +1,174 @@
+"""Checkpoints: one file format for a finished model and for a training run to be resumed.
+
+A checkpoint is a dictionary of plain values and tensors in PyTorch's zip format, read with
+`weights_only=True`, so opening a stranger's file runs none of their code. A frozen `backbone` is not stored:
+its configuration rebuilds it, and a fingerprint tells when other weights came out of that.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from usf_kernels.files import atomic_write
+
+FORMAT = "usf_kernels.checkpoint"
+VERSION = 1
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write a model to a file that `load_checkpoint` reads.
+
+    Args:
+        path: the file; written whole or not at all.
+        model: has a JSON-able `config`, and a class method `from_config(config)` that rebuilds it.
+        extra: JSON-able facts to keep beside it, such as the image size; see `read_checkpoint`.
+
+    Raises:
+        TypeError: when `model.config` or `extra` is not JSON-able.
+        OSError: naming the file, when it cannot be written.
+    """
+    write_checkpoint(path, checkpoint_header(model, extra) | {"state": stored_state(model)})
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    model_class: type[nn.Module] | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Rebuild the model that a checkpoint holds, in evaluation mode.
+
+    Args:
+        path: a file written by `save_checkpoint` or during training.
+        model_class: the class that must be in it; None takes the class of `usf_kernels.models` it names.
+        device: where to put the model.
+
+    Raises:
+        ValueError: naming the file, when it is no checkpoint, is truncated or damaged, comes from a newer
+            version of the format, holds another architecture, or does not fit the model or the backbone.
+        OSError: when it cannot be opened.
+    """
+    content = read_checkpoint(path)
+    name = content["architecture"]
+    if model_class is None:
+        from usf_kernels import models
+
+        model_class = getattr(models, name, None)
+        if not (isinstance(model_class, type) and hasattr(model_class, "from_config")):
+            raise ValueError(f"{path}: holds a {name!r}, which usf_kernels.models does not have")
+    elif model_class.__name__ != name:
+        raise ValueError(f"{path}: holds a {name}, not a {model_class.__name__}")
+    try:
+        model = model_class.from_config(content["config"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: its configuration does not build a {name} ({error})") from error
+    load_stored_state(model, content, path)
+    return model.to(device).eval()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read and check a checkpoint without building its model; tensors come to the CPU.
+
+    Returns:
+        `format`, `version`, `architecture`, `config`, `backbone` (fingerprint or None), `extra`, `state`, and
+        `training` when it can be resumed.
+
+    Raises:
+        ValueError, OSError: as for `load_checkpoint`.
+    """
+    with open(path, "rb") as file:  # a missing file, a folder, no permission: the system's own error
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{path}: not a usf_kernels checkpoint, or cut off")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader of damaged bytes raises a dozen types
+        reason = str(error).strip().split("\n")[0][:120]
+        raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: a PyTorch file, but not a usf_kernels checkpoint")
+    if content["version"] > VERSION:
+        raise ValueError(
+            f"{path}: format version {content['version']} is newer than this package reads ({VERSION}); "
+            "upgrade usf-kernels"
+        )
+    missing = {"architecture", "config", "backbone", "extra", "state"} - content.keys()
+    if missing:
+        raise ValueError(f"{path}: damaged checkpoint, lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything in a checkpoint but the weights; compute it once where many are written."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "architecture": type(model).__name__,
+        "config": json.loads(json.dumps(model.config)),
+        "backbone": _fingerprint(model),
+        "extra": json.loads(json.dumps(dict(extra or {}))),
+    }
+
+
+def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Write a checkpoint dictionary atomically."""
+    # Through memory: torch reports a full disk as an unrelated RuntimeError, a plain write as an OSError.
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    with atomic_write(path, durable=durable) as file:
+        file.write(buffer.getbuffer())
+
+
+def stored_state(model: nn.Module) -> dict[str, Any]:
+    """The state dictionary without the frozen backbone; tensors are shared with the model, not copied."""
+    prefix = "backbone." if _frozen_backbone(model) is not None else None
+    state = model.state_dict()
+    return {key: value for key, value in state.items() if prefix is None or not key.startswith(prefix)}
+
+
+def load_stored_state(model: nn.Module, content: Mapping[str, Any], source: str | Path) -> None:
+    """Load a checkpoint's state into a model of its architecture.
+
+    Raises:
+        ValueError: naming the source, when tensors are missing, unknown or of another shape, or when the
+            model's frozen backbone has other weights than the one it was trained with.
+    """
+    if content["backbone"] != _fingerprint(model):
+        raise ValueError(f"{source}: was trained with other weights of the backbone than the ones found here")
+    expected = stored_state(model)
+    differing = sorted(expected.keys() ^ content["state"].keys())
+    if differing:
+        raise ValueError(f"{source}: does not fit the model: {differing[0]} is in one and not in the other")
+    try:
+        model.load_state_dict(content["state"], strict=False)
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise ValueError(f"{source}: does not fit the model: {reason}") from error
+
+
+def _frozen_backbone(model: nn.Module) -> nn.Module | None:
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, nn.Module) and not any(p.requires_grad for p in backbone.parameters()):
+        return backbone
+    return None
+
+
+def _fingerprint(model: nn.Module) -> str | None:
+    """CRC-32 over the frozen backbone's tensors, in order."""
+    backbone = _frozen_backbone(model)
+    if backbone is None:
+        return None
+    value = 0
+    for tensor in backbone.state_dict().values():
+        # bytes of any dtype, bfloat16 included, which NumPy lacks
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        value = zlib.crc32(flat.numpy(), value)
+    return f"{value:08x}"

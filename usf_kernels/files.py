@@ -1,0 +1,84 @@
+"""Files that are either written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that takes the place of `path` only once it is complete.
+
+    The bytes go to a hidden temporary file in the same folder, which `os.replace` moves over `path` when the
+    block ends, and which is removed when the block raises: a reader sees the old file or the new one.
+
+    Args:
+        path: the file to write; its folder must exist.
+        durable: wait until the bytes are on the disk, so that the file survives a power failure too. Without
+            it the file still survives the death of the process at any moment.
+
+    Raises:
+        OSError: naming `path`, when there is no space, no permission or no folder.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno is not None and error.filename in (None, str(temporary)):
+                # a failed write names no file, and the name of the temporary one would help nobody
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files that a killed process left in a folder."""
+    for leftover in Path(folder).glob(".*.tmp"):
+        with suppress(OSError):
+            leftover.unlink()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically; NaN and infinities, which JSON lacks, become null."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with equal keys as CSV with a header line, atomically; nothing but the file for no rows."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,61 @@
+"""Data loading in which a sample is a function of the seed, the epoch and its index, and of nothing else."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+def seed_generators(*key: int) -> None:
+    """Seed the global generators of PyTorch, NumPy and Python from a tuple of non-negative integers."""
+    seed = _mix(*key)
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - augmentation code in the wild draws from it
+    random.seed(seed)
+
+
+def _mix(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+class SeededSamples(Dataset[Any]):
+    """A dataset whose item (epoch, index) has its own seed, so that resuming and workers change nothing."""
+
+    def __init__(self, data: Dataset[Any], seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        seed_generators(self.seed, epoch, index)
+        item = self.data[index]
+        return item.image if hasattr(item, "image") else item
+
+
+def epoch_order(
+    count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """Indices of one process's batches in one epoch, shuffled; every process gets equally many full batches.
+
+    With fewer samples than one batch of all processes there is one step: they share the samples, and the
+    first ones fill up.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_mix(seed, epoch))).tolist()
+    steps = count // (batch_size * world_size)
+    if steps == 0:
+        share = -(-count // world_size)
+        order = (order * world_size)[: share * world_size]
+        return [order[rank * share : (rank + 1) * share]]
+    rows = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    return list(rows)[rank : steps * world_size : world_size]
+
+
+def loader(
+    data: Dataset[Any], batches: list[list[int]], *, seed: int, epoch: int, workers: int = 0
+) -> DataLoader[Any]:
+    """The given batches of `data`, collated, with the samples seeded for this epoch."""
+    keys = [[(epoch, index) for index in batch] for batch in batches]
+    return DataLoader(SeededSamples(data, seed), batch_sampler=keys, num_workers=workers)

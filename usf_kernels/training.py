@@ -1,0 +1,170 @@
+"""Maximum-likelihood training with Lightning Fabric, resumable after a kill at any moment.
+
+Nothing random is carried from one step to the next: the order of an epoch, the augmentation of a sample and
+the noise inside a step are functions of the seed and of their own number. So a checkpoint needs no generator
+states, a run may be resumed with another number of loading workers, and on a CPU the resumed run ends with
+the same bits as the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+
+@dataclass
+class History:
+    """What happened in a run.
+
+    Attributes:
+        rows: one per epoch, in order: epoch, step, train_loss, validation_loss, lr, seconds. Losses are what
+            `model.loss` returns; `validation_loss` is NaN without held-out data.
+        best_epoch: the epoch whose weights the model has now.
+        best_loss: its held-out loss, None without held-out data.
+        stopped_early: whether the held-out loss had stopped improving before `max_epochs`.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_loss: float | None = None
+    stopped_early: bool = False
+
+
+class CachedFeatures(Dataset[list[Tensor]]):
+    """Feature maps computed once: item i is the list of (C_l, H_l, W_l) maps of image i.
+
+    Args:
+        features: one (N, C_l, H_l, W_l) tensor per scale.
+
+    Raises:
+        ValueError: when the scales hold different numbers of images, or there are none.
+    """
+
+    def __init__(self, features: list[Tensor]) -> None:
+        if not features or len({len(maps) for maps in features}) != 1:
+            shapes = [tuple(maps.shape) for maps in features]
+            raise ValueError(f"features must share their first dimension; got {shapes}")
+        self.features = list(features)
+
+    def __len__(self) -> int:
+        return len(self.features[0])
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return [maps[index] for maps in self.features]
+
+
+def fit(
+    model: nn.Module,
+    train_data: Dataset[Any],
+    validation_data: Dataset[Any] | None = None,
+    *,
+    max_epochs: int,
+    lr: float = 1e-3,
+    batch_size: int = 16,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 1,
+    patience: int | None = None,
+    warmup: float = 0.05,
+    clip_norm: float | None = 1.0,
+    ema_decay: float | None = None,
+    precision: str = "32-true",
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    workers: int = 0,
+    progress: bool = True,
+    title: str = "training",
+    extra: Mapping[str, Any] | None = None,
+) -> History:
+    """Minimise `model.loss(batch)`; the model ends with its best held-out weights, in evaluation mode.
+
+    AdamW on the parameters that require a gradient; linear warm-up, then a cosine down to 1 % of `lr`; no
+    weight decay on vectors, nor on the names that `model.no_weight_decay()` returns where it exists.
+
+    Args:
+        model: has `loss(batch) -> scalar`; with `run_dir` also what `save_checkpoint` asks for.
+        train_data: yields what a batch of `model.loss` is made of: images (3, H, W), lists of feature maps,
+            or `Sample`s, whose images are taken. Random augmentation must draw from the global generators of
+            PyTorch, NumPy or Python, which are seeded per epoch and sample. A last batch that is not full is
+            left out of an epoch.
+        validation_data: held-out normal data in the same form; None keeps the last weights.
+        max_epochs: passes over the training data.
+        batch_size: samples per step and process.
+        run_dir: folder for `last.pt` (to resume), `best.pt` (to use; both are checkpoints that
+            `load_checkpoint` reads) and `history.csv`; made when missing.
+        resume: continue from `run_dir/last.pt` where there is one; without it a run there is overwritten.
+        checkpoint_every: steps between two writes of `last.pt`; every epoch ends with one in any case.
+        patience: stop after so many epochs without a better held-out loss; None never does.
+        warmup: share of the steps spent on reaching `lr`, in [0, 1).
+        clip_norm: largest norm of the gradient; None for no limit.
+        ema_decay: average the weights over the steps with this decay; held-out losses and the result are then
+            the average's.
+        precision: of Fabric, such as "32-true", "bf16-mixed", "16-mixed".
+        accelerator: of Fabric: "auto", "cpu", "cuda", ...
+        devices: of Fabric; with more than one, DistributedDataParallel.
+        num_nodes: of Fabric.
+        workers: processes that load data.
+        progress: show a bar (needs rich).
+        title: what the bar calls the run.
+        extra: JSON-able facts to keep in the checkpoints.
+
+    Raises:
+        ImportError: without lightning.
+        ValueError: for a setting out of range, empty data, or a `run_dir` that holds a different run.
+        FloatingPointError: when the loss or its gradient is not finite; `run_dir` keeps the last good state.
+        OSError: naming the file, when a checkpoint cannot be written; the one before stays.
+    """
+    for name, value in (("max_epochs", max_epochs), ("batch_size", batch_size), ("devices", devices)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1; got {checkpoint_every}")
+    if not lr > 0:
+        raise ValueError(f"lr must be positive; got {lr}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative; got {seed}")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must lie in [0, 1); got {warmup}")
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in (0, 1); got {ema_decay}")
+    for name, data in (("train_data", train_data), ("validation_data", validation_data)):
+        if data is not None and len(data) == 0:
+            raise ValueError(f"{name} is empty")
+    try:
+        from lightning.fabric import Fabric
+        from lightning.pytorch.utilities.seed import isolate_rng
+    except ImportError as error:
+        raise ImportError("training needs lightning: pip install 'usf-kernels[train]'") from error
+    from usf_kernels.training_run import Run, Settings
+
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    fabric.launch()
+    settings = Settings(
+        max_epochs=max_epochs,
+        lr=lr,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        seed=seed,
+        patience=patience,
+        warmup=warmup,
+        clip_norm=clip_norm,
+        ema_decay=ema_decay,
+        precision=precision,
+        world_size=fabric.world_size,
+        train_samples=len(train_data),
+        validation_samples=0 if validation_data is None else len(validation_data),
+    )
+    folder = None if run_dir is None else Path(run_dir)
+    with isolate_rng():  # the caller's random numbers stay as if nothing had been trained
+        run = Run(fabric, model, settings, History(), folder, checkpoint_every, extra)
+        return run.fit(
+            train_data, validation_data, resume=resume, workers=workers, progress=progress, title=title
+        )

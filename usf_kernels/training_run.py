@@ -1,0 +1,314 @@
+"""One training run: what its checkpoint holds, and the loops over it; `training.fit` is the way in."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from usf_kernels.checkpoint import (
+    checkpoint_header,
+    load_stored_state,
+    read_checkpoint,
+    stored_state,
+    write_checkpoint,
+)
+from usf_kernels.files import remove_leftovers, write_csv
+from usf_kernels.progress import training_progress
+from usf_kernels.sampling import epoch_order, loader, seed_generators
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from usf_kernels.training import History
+
+LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Whatever decides the weights that come out; a run is resumed only with equal ones."""
+
+    max_epochs: int
+    lr: float
+    batch_size: int
+    weight_decay: float
+    seed: int
+    patience: int | None
+    warmup: float
+    clip_norm: float | None
+    ema_decay: float | None
+    precision: str
+    world_size: int
+    train_samples: int
+    validation_samples: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps per epoch."""
+        return max(1, self.train_samples // (self.batch_size * self.world_size))
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to 1 %; depends on the step only, so nothing to save."""
+        total = self.steps * self.max_epochs
+        warm = int(self.warmup * total)
+        if step < warm:
+            return self.lr * (step + 1) / (warm + 1)
+        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))))
+
+
+class Run:
+    """A model, its optimiser, and how far they are."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        settings: Settings,
+        history: History,
+        folder: Path | None,
+        checkpoint_every: int,
+        extra: Mapping[str, Any] | None,
+    ) -> None:
+        self.fabric, self.model, self.settings, self.history = fabric, model, settings, history
+        self.folder, self.every = folder, checkpoint_every
+        self.header = None if folder is None else checkpoint_header(model, extra)
+        self.epoch = self.step = self.bad_epochs = 0  # `step` counts within the epoch
+        self.loss_sum = 0.0
+        self.finished = False
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=settings.lr)
+        self.average: dict[str, Tensor] | None = None
+        self.best: dict[str, Any] | None = None
+
+    def fit(
+        self,
+        train_data: Dataset[Any],
+        validation_data: Dataset[Any] | None,
+        *,
+        resume: bool,
+        workers: int,
+        progress: bool,
+        title: str,
+    ) -> History:
+        """Train to the end, from the start or from the last checkpoint."""
+        settings, fabric = self.settings, self.fabric
+        last, best = fabric.broadcast(self._open(resume) if fabric.is_global_zero else (None, None))
+        if last is not None:
+            load_stored_state(self.model, last, self.folder / LAST)
+        self.module, self.stepper = fabric.setup(self.model, self.optimizer)
+        self.module.mark_forward_method("loss")  # so that DDP and autocast see the call
+        if settings.ema_decay is not None:
+            self.average = {name: p.detach().clone() for name, p in self.trainable.items()}
+        if last is not None:
+            self._restore(last["training"], best)
+        position = {"seed": settings.seed, "rank": fabric.global_rank, "world_size": fabric.world_size}
+        show = progress and fabric.is_global_zero
+        with training_progress(show, settings.max_epochs, start=self.epoch, title=title) as report:
+            while not self.finished:
+                started = time.perf_counter()
+                order = epoch_order(len(train_data), settings.batch_size, epoch=self.epoch, **position)
+                for batch in loader(
+                    train_data, order[self.step :], seed=settings.seed, epoch=self.epoch + 1, workers=workers
+                ):
+                    self._train_step(fabric.to_device(batch))
+                    held_out = self.history.rows[-1]["validation_loss"] if self.history.rows else None
+                    done = self.epoch + self.step / settings.steps
+                    report(done, self.loss_sum / self.step, held_out, self.history.best_loss)
+                    if self.step % self.every == 0 or self.step == settings.steps:
+                        self._save()
+                self._end_epoch(validation_data, workers, time.perf_counter() - started)
+        self._adopt_best()
+        return self.history
+
+    def _train_step(self, batch: Any) -> None:
+        settings = self.settings
+        number = self.epoch * settings.steps + self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate(number)
+        self.model.train()
+        seed_generators(settings.seed, number, self.fabric.global_rank, 1)
+        loss = self.module.loss(batch)
+        self._require_finite("loss", loss)
+        self.fabric.backward(loss)
+        if settings.clip_norm is not None:
+            norm = self.fabric.clip_gradients(
+                self.module, self.stepper, max_norm=settings.clip_norm, error_if_nonfinite=False
+            )
+            if settings.precision != "16-mixed":  # whose gradient scaler skips such a step
+                self._require_finite("norm of the gradient", norm)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.average is not None:
+            for name, mean in self.average.items():
+                mean.lerp_(self.trainable[name].detach(), 1 - settings.ema_decay)
+        self.loss_sum += loss.item()
+        self.step += 1
+
+    def _require_finite(self, what: str, value: Tensor) -> None:
+        if not math.isfinite(value.item()):
+            kept = "" if self.folder is None else f"; the last good state is in {self.folder / LAST}"
+            raise FloatingPointError(
+                f"the {what} became {value.item()} at epoch {self.epoch + 1}, step {self.step + 1}{kept}"
+            )
+
+    def _end_epoch(self, validation_data: Dataset[Any] | None, workers: int, seconds: float) -> None:
+        history, held_out = self.history, math.nan
+        self.epoch += 1
+        if validation_data is None:
+            history.best_epoch = self.epoch
+        else:
+            with _swapped(self.average, self.trainable):
+                held_out = self._validate(validation_data, workers)
+                if history.best_loss is None or held_out < history.best_loss:
+                    history.best_loss, history.best_epoch, self.bad_epochs = held_out, self.epoch, 0
+                    self._keep_best()
+                else:
+                    self.bad_epochs += 1
+        mean = torch.tensor(self.loss_sum / self.settings.steps)
+        history.rows.append(
+            {
+                "epoch": self.epoch,
+                "step": self.epoch * self.settings.steps,
+                "train_loss": self.fabric.all_reduce(mean).item(),
+                "validation_loss": held_out,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": round(seconds, 3),
+            }
+        )
+        self.step, self.loss_sum = 0, 0.0
+        history.stopped_early = (
+            self.settings.patience is not None and self.bad_epochs >= self.settings.patience
+        )
+        self.finished = history.stopped_early or self.epoch >= self.settings.max_epochs
+        if self.folder is not None and self.fabric.is_global_zero:
+            write_csv(self.folder / HISTORY, history.rows)
+        self._save()
+
+    @torch.no_grad()
+    def _validate(self, data: Dataset[Any], workers: int) -> float:
+        """Mean held-out loss over all samples, with the same noise in every epoch."""
+        self.model.eval()
+        rank, world, size = self.fabric.global_rank, self.fabric.world_size, self.settings.batch_size
+        mine = list(range(rank, len(data), world))
+        batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+        sums = torch.zeros(2, dtype=torch.float32)
+        # The model itself, not Fabric's wrapper: DDP's would wait for processes that have no batch left.
+        for indices, batch in zip(
+            batches, loader(data, batches, seed=self.settings.seed, epoch=0, workers=workers), strict=True
+        ):
+            seed_generators(self.settings.seed, indices[0], rank, 2)
+            with self.fabric.autocast():
+                loss = self.model.loss(self.fabric.to_device(batch))
+            sums += torch.tensor([loss.item() * len(indices), len(indices)])
+        total, count = self.fabric.all_reduce(sums, reduce_op="sum").tolist()
+        return total / count
+
+    def _keep_best(self) -> None:
+        self.best = {
+            key: value.detach().clone() if isinstance(value, Tensor) else value
+            for key, value in stored_state(self.model).items()
+        }
+        if self.folder is not None and self.fabric.is_global_zero:
+            write_checkpoint(self.folder / BEST, self.header | {"state": self.best})
+
+    def _adopt_best(self) -> None:
+        if self.best is not None:
+            self.model.load_state_dict(self.best, strict=False)
+        elif self.average is not None:
+            _copy(self.average, self.trainable)
+        self.model.eval()
+
+    def _open(self, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Make the folder ready; the checkpoint to resume from and the best weights of its run, if any."""
+        if self.folder is None:
+            return None, None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
+        path = self.folder / LAST
+        if not resume:
+            for name in (LAST, BEST, HISTORY):
+                (self.folder / name).unlink(missing_ok=True)
+        if not path.exists():
+            return None, None
+        saved = read_checkpoint(path)
+        if "training" not in saved:
+            raise ValueError(f"{path}: holds a model, but not a training run to resume")
+        held = saved["training"]["settings"] | {key: saved[key] for key in ("architecture", "config")}
+        wanted = asdict(self.settings) | {key: self.header[key] for key in ("architecture", "config")}
+        for key, value in wanted.items():
+            if held.get(key) != value:
+                raise ValueError(
+                    f"{path}: holds a run with {key}={held.get(key)!r}, not {value!r}; "
+                    "continue it with its own settings, or start over with resume=False"
+                )
+        best = saved["training"]["history"]["best_loss"] is not None
+        return saved, read_checkpoint(self.folder / BEST)["state"] if best else None
+
+    def _save(self) -> None:
+        if self.folder is None or not self.fabric.is_global_zero:
+            return
+        training = {
+            "settings": asdict(self.settings),
+            "epoch": self.epoch,
+            "step": self.step,
+            "bad_epochs": self.bad_epochs,
+            "loss_sum": self.loss_sum,
+            "finished": self.finished,
+            "history": asdict(self.history),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "average": self.average,
+        }
+        content = self.header | {"state": stored_state(self.model), "training": training}
+        write_checkpoint(self.folder / LAST, content, durable=self.finished)  # a sync per step costs too much
+
+    def _restore(self, training: Mapping[str, Any], best: dict[str, Any] | None) -> None:
+        for name in ("epoch", "step", "bad_epochs", "loss_sum", "finished"):
+            setattr(self, name, training[name])
+        vars(self.history).update(training["history"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(training["precision"])
+        if self.average is not None:
+            _copy(training["average"], self.average)
+        self.best = best
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and name not in exempt].append(parameter)
+    if not any(groups.values()):
+        raise ValueError("model has no parameter that requires a gradient")
+    decays = {True: weight_decay, False: 0.0}
+    return [{"params": p, "weight_decay": decays[decayed]} for decayed, p in groups.items() if p]
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, value in source.items():
+        target[name].copy_(value)
+
+
+@contextmanager
+def _swapped(average: Mapping[str, Tensor] | None, trainable: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the block with the averaged weights in the model, if there are any."""
+    if average is None:
+        yield
+        return
+    own = {name: p.detach().clone() for name, p in trainable.items()}
+    _copy(average, trainable)
+    try:
+        yield
+    finally:
+        _copy(own, trainable)
