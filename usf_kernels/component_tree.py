@@ -1,0 +1,133 @@
+"""Component tree (max-tree) of a 2D map."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from usf_kernels import _core
+from usf_kernels.energy import LARGEST_MAP
+from usf_kernels.ops.checks import check_int
+
+_DTYPES = (np.float32, np.float64, np.uint8, np.uint16)
+
+
+def default_threads(pixels: int) -> int:
+    """PyTorch's number of threads, but no more than there are processors, or than the work can feed."""
+    return max(1, min(torch.get_num_threads(), os.cpu_count() or 1, pixels // 4096))
+
+
+def check_threads(threads: int | None, pixels: int) -> int:
+    """`threads`, or the default where it is None."""
+    if threads is None:
+        return default_threads(pixels)
+    check_int("threads", threads, 1)
+    return threads
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ComponentTree:
+    """The connected components of all upper level sets {image >= t}, and which contains which.
+
+    Attributes:
+        parent: (N,) int32; the next larger component. `parent[i] < i`, so a loop from the last node to the
+            first visits children before parents; node 0 is the root, the whole image, and its own parent.
+        level: (N,), the image's dtype; the smallest value in the component. `level[parent[i]] < level[i]`.
+        node: (H, W) int32; the smallest component that holds each pixel.
+        area: (N,) int32; number of pixels of each component, computed when first asked for.
+    """
+
+    parent: np.ndarray
+    level: np.ndarray
+    node: np.ndarray
+
+    @cached_property
+    def area(self) -> np.ndarray:
+        return _core.node_areas(self.parent, self.node)
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    def __repr__(self) -> str:
+        height, width = self.node.shape
+        return f"ComponentTree({len(self)} nodes, {height} x {width}, {self.level.dtype})"
+
+    @property
+    def leaves(self) -> np.ndarray:
+        """Nodes that have no children: the regional maxima."""
+        is_leaf = np.ones(len(self), dtype=bool)
+        is_leaf[self.parent] = False
+        is_leaf[0] = len(self) == 1
+        return np.flatnonzero(is_leaf)
+
+    def children(self, node: int) -> np.ndarray:
+        """The components directly inside `node`."""
+        found = np.flatnonzero(self.parent == node)
+        return found[found != 0]  # the root is its own parent, not its own child
+
+    def mask(self, node: int) -> np.ndarray:
+        """(H, W) bool; the pixels of the component `node`."""
+        inside = np.zeros(len(self), dtype=bool)
+        inside[node] = True
+        ancestor = self.parent
+        while True:  # each round looks twice as far up
+            inside |= inside[ancestor]
+            if not ancestor.any():
+                return inside[self.node]
+            ancestor = ancestor[ancestor]
+
+    def reconstruct(self, values: np.ndarray | None = None) -> np.ndarray:
+        """(H, W): each pixel gets the value of its node; None stands for the levels, which give the image."""
+        values = self.level if values is None else np.asarray(values)
+        if values.shape[:1] != (len(self),):
+            raise ValueError(f"values: expected one per node, {len(self)} in all, found shape {values.shape}")
+        return values[self.node]
+
+
+def component_tree(
+    image: np.ndarray | torch.Tensor, *, connectivity: int = 4, threads: int | None = None
+) -> ComponentTree:
+    """Component tree of the upper level sets of `image`.
+
+    Args:
+        image: (H, W) NumPy array or torch CPU tensor, float32, float64, uint8 or uint16, finite, not empty.
+            Read in place where it is C-contiguous, copied first where it is not. Gradients do not flow.
+        connectivity: 4 or 8 neighbours.
+        threads: None takes PyTorch's number, fewer for small images. The result has the same bits for any.
+
+    Raises:
+        TypeError: another type, dtype or device. float16 and bfloat16 are not converted silently.
+        ValueError: another rank or connectivity, an empty image, NaN or infinity.
+    """
+    array = _as_array(image)
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"image: expected shape (H, W) with at least one pixel, found {array.shape}")
+    if array.size > LARGEST_MAP:
+        raise ValueError(f"image: expected at most {LARGEST_MAP} pixels, found shape {array.shape}")
+    if connectivity not in (4, 8):
+        raise ValueError(f"connectivity: expected 4 or 8, found {connectivity!r}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("image: expected finite values, found NaN or infinity")
+    threads = check_threads(threads, array.size)
+    return ComponentTree(*_core.component_tree(np.ascontiguousarray(array), connectivity, threads))
+
+
+def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    expected = "expected float32, float64, uint8 or uint16"
+    if isinstance(image, torch.Tensor):
+        if image.device.type != "cpu":
+            raise TypeError(f"image: expected a CPU tensor, found device {image.device}; pass image.cpu()")
+        if image.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(f"image: {expected}, found {image.dtype}; pass image.float()")
+        if image.dtype not in (torch.float32, torch.float64, torch.uint8, torch.uint16):
+            raise TypeError(f"image: {expected}, found {image.dtype}")
+        return image.detach().numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"image: expected a NumPy array or a torch tensor, found {type(image).__name__}")
+    if image.dtype not in _DTYPES:
+        raise TypeError(f"image: {expected}, found {image.dtype}; convert with image.astype")
+    return image

@@ -1,0 +1,84 @@
+"""Squared norms of latents per position: what the a-contrario test and its calibration read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from usf_kernels.ops.checks import check_float, check_int
+from usf_kernels.ops.score import squared_norm
+
+LARGEST_MAP = 2**30  # positions; the component tree has 32-bit indices
+
+
+def read_energies(latents: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], list[int | None]]:
+    """The squared norms of each scale and how many channels each was summed over.
+
+    Args:
+        latents: one tensor or a list or tuple of them, one per scale, float32, float64, float16 or bfloat16,
+            on one device. (B, C, H, W) are latents; (B, H, W) are squared norms already. B may be 0.
+
+    Returns:
+        Squared norms (B, H, W), detached, on the CPU, C-contiguous, finite and not negative, float32 (float64
+        where a scale is float64); and C per scale, None where squared norms were given.
+
+    Raises:
+        TypeError, ValueError: anything else, with the name of the argument and what was found.
+    """
+    scales = [latents] if isinstance(latents, Tensor) else latents
+    if not isinstance(scales, (list, tuple)):
+        raise TypeError(
+            f"latents: expected a tensor or a list or tuple of them, found {type(latents).__name__}"
+        )
+    if not scales:
+        raise ValueError("latents: expected at least one tensor, found an empty sequence")
+    energies, channels = [], []
+    for i, z in enumerate(scales):
+        name = f"latents[{i}]"
+        check_float(name, z)
+        if z.ndim not in (3, 4) or 0 in z.shape[1:]:
+            raise ValueError(
+                f"{name}: expected latents (B, C, H, W) or squared norms (B, H, W), none of C, H, W zero, "
+                f"found shape {tuple(z.shape)}"
+            )
+        if z.shape[-2] * z.shape[-1] > LARGEST_MAP:
+            raise ValueError(
+                f"{name}: expected at most {LARGEST_MAP} positions, found shape {tuple(z.shape)}"
+            )
+        if len(z) != len(scales[0]):
+            raise ValueError(
+                f"{name}: expected the batch size {len(scales[0])} of latents[0], found {len(z)}"
+            )
+        if z.device != scales[0].device:
+            raise ValueError(
+                f"{name}: expected the device {scales[0].device} of latents[0], found {z.device}"
+            )
+        channels.append(z.shape[1] if z.ndim == 4 else None)
+        energies.append(_energy(name, z.detach()))
+    return energies, channels
+
+
+def _energy(name: str, z: Tensor) -> Tensor:
+    u = squared_norm(z) if z.ndim == 4 else z.to(torch.promote_types(z.dtype, torch.float32))
+    u = u.cpu().contiguous()
+    if u.numel() == 0:
+        return u
+    low, high = (bound.item() for bound in u.aminmax())  # NaN in either if there is one
+    if not (low > -float("inf") and high < float("inf")):
+        where = "" if z.ndim == 3 else " in the squared norms: the latents hold it, or overflow when squared"
+        raise ValueError(f"{name}: expected finite values, found NaN or infinity{where}")
+    if low < 0:
+        raise ValueError(f"{name}: expected squared norms (B, H, W), found a negative value, {low:.6g}")
+    return u
+
+
+def check_channels(channels: Sequence[int] | int, scales: int) -> tuple[int, ...]:
+    """`channels` as one positive int per scale."""
+    values = (channels,) if isinstance(channels, int) else channels
+    if not isinstance(values, (list, tuple)) or len(values) != scales:
+        raise ValueError(f"channels: expected {scales} numbers, one per scale, found {channels!r}")
+    for i, value in enumerate(values):
+        check_int(f"channels[{i}]", value, 1)
+    return tuple(values)

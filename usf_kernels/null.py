@@ -1,0 +1,90 @@
+"""The null model: how the squared norm of a normal position is distributed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from usf_kernels.energy import read_energies
+
+
+@dataclass(frozen=True, repr=False)
+class Null:
+    """Squared norms of normal positions at scale l follow `scale[l] * chi2(dof[l])`.
+
+    Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones have not, see `calibrate`.
+    Both are positive and finite; `dof` need not be whole.
+    """
+
+    scale: tuple[float, ...]
+    dof: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "dof"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if not values or not all(0 < value < math.inf for value in values):
+                raise ValueError(f"{name}: expected positive finite numbers, one per scale, found {values}")
+            object.__setattr__(self, name, values)
+        if len(self.scale) != len(self.dof):
+            raise ValueError(
+                f"dof: expected {len(self.scale)} numbers, as many as scale, found {len(self.dof)}"
+            )
+
+    @classmethod
+    def white(cls, channels: Sequence[int]) -> Null:
+        """White latents: chi2(C) at each scale."""
+        return cls(scale=(1.0,) * len(channels), dof=tuple(channels))
+
+    def to_list(self) -> list[list[float]]:
+        """[[scale, dof], ...], one pair per scale: plain numbers, for a checkpoint or a JSON file."""
+        return [list(pair) for pair in zip(self.scale, self.dof, strict=True)]
+
+    @classmethod
+    def from_list(cls, pairs: Sequence[Sequence[float]]) -> Null:
+        """The inverse of `to_list`."""
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"pairs: expected [[scale, dof], ...], one pair per scale, found {pairs!r}")
+        return cls(*zip(*pairs, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def __repr__(self) -> str:
+        terms = (f"{a:.4g} * chi2({nu:.4g})" for a, nu in zip(self.scale, self.dof, strict=True))
+        return f"Null({', '.join(terms)})"
+
+
+def calibrate(latents: Tensor | Sequence[Tensor]) -> Null:
+    """Fit the null model to held-out normal images.
+
+    The mean m and variance v of the squared norm over all images and positions of a scale give
+    `scale = v / 2m` and `dof = 2 m^2 / v` (Satterthwaite's moments): correlated or badly scaled channels
+    have fewer degrees of freedom than C. Use images that the flow was not trained on.
+
+    Args:
+        latents: as in `log_nfa`: one tensor per scale, latents (N, C, H, W) or their squared norms (N, H, W),
+            which is what to keep when the latents of all images do not fit in memory.
+
+    Returns:
+        A `Null` with one scale and dof per tensor; pass it as `null=` to `log_nfa`, `segment` and `regions`.
+
+    Raises:
+        TypeError, ValueError: as in `log_nfa`; also where the squared norms of a scale do not vary.
+    """
+    energies, _ = read_energies(latents)
+    scale, dof = [], []
+    for i, u in enumerate(energies):
+        if u.numel() < 2:
+            raise ValueError(
+                f"latents[{i}]: expected at least two positions to fit to, found shape {tuple(u.shape)}"
+            )
+        u = u.double()
+        mean, variance = u.mean().item(), u.var().item()
+        if not variance > 1e-14 * mean**2:
+            raise ValueError(f"latents[{i}]: expected squared norms that vary, found {mean:.6g} everywhere")
+        scale.append(variance / (2 * mean))
+        dof.append(2 * mean**2 / variance)
+    return Null(tuple(scale), tuple(dof))
