@@ -1,51 +1,32 @@
 // Max-tree (tree of connected components of the upper level sets) of a 2D map.
+//
+// A map that fits one tile takes one stage: sort, union-find, number the nodes (tile_tree.hpp). A larger one is
+// cut (grid.hpp); the trees of its tiles are joined into bands and those into the whole (forest.hpp). A pixel is
+// settled at the first stage at which its component touches no cut, and is not looked at again until it gets its
+// number. The cut depends on the map's size alone, so the result has the same bits for any number of threads.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <numeric>
 #include <vector>
 
+#include "buffer.hpp"
+#include "forest.hpp"
+#include "grid.hpp"
+#include "parallel.hpp"
+#include "seams.hpp"
+#include "tile_tree.hpp"
+
 namespace usf {
-
-enum class Connectivity : int { four = 4, eight = 8 };
-
-// Uninitialised storage that only grows: a tree that is rebuilt for every map of a batch allocates once.
-template <class T>
-class Buffer {
-public:
-    T* reserve(std::size_t n) {
-        if (n > capacity_) {
-            data_.reset();  // free first: the old contents are not wanted
-            data_.reset(new T[n]);
-            capacity_ = n;
-        }
-        return data_.get();
-    }
-    T* data() { return data_.get(); }
-    const T* data() const { return data_.get(); }
-    T& operator[](std::size_t i) { return data_[i]; }
-    const T& operator[](std::size_t i) const { return data_[i]; }
-    T* release() {
-        capacity_ = 0;
-        return data_.release();
-    }
-
-private:
-    std::unique_ptr<T[]> data_;
-    std::size_t capacity_ = 0;
-};
 
 // Nodes are in topological order, the root first: parent[0] == 0 and parent[i] < i. So a loop from the
 // last node to the first visits children before parents.
 template <class T>
 struct ComponentTree {
     std::int64_t height = 0, width = 0;
-    std::int32_t size = 0;            // number of nodes
-    Buffer<std::int32_t> parent;      // [size]
-    Buffer<T> level;                  // [size] grey level of the node, level[parent[i]] < level[i]
-    Buffer<std::int32_t> node;        // [height * width] the smallest component that holds each pixel
+    std::int32_t size = 0;        // number of nodes
+    Buffer<std::int32_t> parent;  // [size]
+    Buffer<T> level;              // [size] grey level; above the root level[parent[i]] < level[i]
+    Buffer<std::int32_t> node;    // [height * width] the smallest component that holds each pixel
 };
 
 // Number of pixels of every component, [size].
@@ -59,49 +40,277 @@ void node_areas(const ComponentTree<T>& tree, std::int32_t* area) {
 template <class T>
 class MaxTreeBuilder {
 public:
-    // `image` is (height, width), C-contiguous, finite. Fills `tree`, whose buffers are reused.
+    static constexpr std::int64_t largest_map = std::int64_t{1} << 30;  // pixels: indices have 32 bits
+
+    // `image` is (height, width), C-contiguous, finite, not empty. Fills `tree`, whose buffers are reused.
     void build(const T* image, std::int64_t height, std::int64_t width, Connectivity connectivity, int threads,
                ComponentTree<T>& tree) {
-        (void)threads;
-        const std::int64_t n = height * width;
+        image_ = image, connectivity_ = connectivity, tree_ = &tree;
         tree.height = height, tree.width = width;
-        std::int32_t* order = order_.reserve(n);
-        std::int32_t* parent = parent_.reserve(n);
-        std::int32_t* root = root_.reserve(n);
-        std::iota(order, order + n, 0);
-        std::stable_sort(order, order + n, [&](std::int32_t a, std::int32_t b) { return image[a] > image[b]; });
-        std::fill(root, root + n, -1);
-        const int directions = connectivity == Connectivity::four ? 4 : 8;
-        static constexpr int dy[] = {-1, 1, 0, 0, -1, -1, 1, 1}, dx[] = {0, 0, -1, 1, -1, 1, -1, 1};
-        for (std::int64_t i = 0; i < n; ++i) {
-            const std::int32_t p = order[i];
-            const std::int64_t y = p / width, x = p % width;
-            root[p] = parent[p] = p;
-            for (int d = 0; d < directions; ++d) {
-                const std::int64_t qy = y + dy[d], qx = x + dx[d];
-                if (qy < 0 || qy >= height || qx < 0 || qx >= width) continue;
-                std::int32_t q = static_cast<std::int32_t>(qy * width + qx);
-                if (root[q] < 0) continue;
-                while (root[q] != q) q = root[q] = root[root[q]];
-                if (q != p) root[q] = parent[q] = p;
-            }
-        }
-        tree.parent.reserve(n), tree.level.reserve(n), tree.node.reserve(n);
-        tree.size = 0;
-        for (std::int64_t i = n - 1; i >= 0; --i) {
-            const std::int32_t p = order[i], q = parent[p];
-            if (i < n - 1 && image[p] == image[q]) {
-                tree.node[p] = tree.node[q];
-                continue;
-            }
-            tree.parent[tree.size] = i == n - 1 ? 0 : tree.node[q];
-            tree.level[tree.size] = image[p];
-            tree.node[p] = tree.size++;
-        }
+        if (workers_.empty()) workers_.resize(1);
+        if (TileTree<T>::fits(height, width))
+            build_small();
+        else
+            build_large(Grid(height, width), threads);
     }
 
 private:
-    Buffer<std::int32_t> order_, parent_, root_;
+    using Key = OrderedKey<T>;
+
+    struct TileLink {
+        std::int16_t position, parent;
+    };
+    struct Region {  // what is settled inside a tile or a band
+        std::int32_t settled = 0, components = 0;
+    };
+    struct Worker {
+        TileTree<T> tile;
+        Forest<Key> forest;
+        ForestMerge<Key> merge;
+        std::vector<std::int32_t> node;  // of the positions of a tile
+        std::vector<T> level;            // likewise
+    };
+
+    void build_small() {
+        const int height = static_cast<int>(tree_->height), width = static_cast<int>(tree_->width);
+        TileTree<T>& tile = workers_[0].tile;
+        tile.build(image_, width, height, width, connectivity_);
+        workers_[0].node.resize(tile.frame());
+        std::int32_t* node = workers_[0].node.data();
+        std::int32_t* parent = tree_->parent.reserve(tile.size());
+        T* level = tree_->level.reserve(tile.size());
+        const int root = tile.order()[0];
+        parent[0] = node[root] = 0;
+        level[0] = from_ordered_key<T>(tile.key(root));
+        std::int32_t size = 1;
+        for (int i = 1; i < tile.size(); ++i) {
+            const int p = tile.order()[i], q = tile.parent(p);
+            if (tile.opens_component(p)) {
+                parent[size] = node[q];
+                level[size] = from_ordered_key<T>(tile.key(p));
+                node[p] = size++;
+            } else {
+                node[p] = node[q];
+            }
+        }
+        tree_->size = size;
+        std::int32_t* out = tree_->node.reserve(tile.size());
+        for (int y = 0; y < height; ++y) std::copy_n(node + tile.position(y, 0), width, out + y * width);
+    }
+
+    void build_large(const Grid& grid, int threads) {
+        const std::int64_t n = grid.height * grid.width;
+        threads = std::max(threads, 1);
+        if (workers_.size() < static_cast<std::size_t>(threads)) workers_.resize(threads);
+        seams_.reset(grid, connectivity_);
+        tile_links_.reserve(n);
+        tiles_.assign(grid.tile_rows * grid.tile_columns, {});
+        bands_.assign(grid.bands + 1, {});  // the last one: the whole map
+        open_.assign(grid.bands, 0);
+        settled_.resize(grid.bands + 1);
+        if (grid.bands > 1) top_.reserve(n);
+        parallel_for(grid.bands, threads, [&](int w, std::int64_t band) { build_band(grid, band, workers_[w]); });
+        join_bands(grid, workers_[0].merge);
+        number(grid, threads);
+    }
+
+    // The trees of the band's tiles, joined. What stays open goes to `top_`, from the band's first pixel on.
+    void build_band(const Grid& grid, std::int64_t band, Worker& worker) {
+        const Range rows = grid.rows_of_band(band), tile_rows = grid.tile_rows_of_band(band);
+        worker.forest.reserve(rows.size() * grid.width);
+        std::int32_t nodes = 0;
+        for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r)
+            for (std::int64_t c = 0; c < grid.tile_columns; ++c) nodes = build_tile(grid, r, c, worker, nodes);
+
+        ForestMerge<Key>& merge = worker.merge;
+        merge.start(worker.forest, nodes);
+        merge.add_nodes(0, nodes);
+        const auto pair = [&](std::int32_t a, std::int32_t b) { merge.add_seam(a, b); };
+        for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r) {
+            for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)
+                seams_.across_column(c, grid.rows_of_tile(r), pair);
+            if (r + 1 < tile_rows.end) seams_.across_row(r, pair);
+        }
+        merge.prepare();
+        std::int32_t* borders[2] = {tile_rows.begin > 0 ? seams_.row(tile_rows.begin - 1, 1) : nullptr,
+                                    tile_rows.end < grid.tile_rows ? seams_.row(tile_rows.end - 1, 0) : nullptr};
+        for (std::int32_t* border : borders)
+            for (std::int64_t x = 0; border && x < grid.width; ++x) merge.mark_open(border[x]);
+        merge.join();
+        const std::int32_t first = static_cast<std::int32_t>(rows.begin * grid.width);
+        open_[band] = settle(merge, worker.forest, band, first);
+        for (std::int32_t* border : borders)
+            for (std::int64_t x = 0; border && x < grid.width; ++x) border[x] = merge.renamed(border[x]);
+    }
+
+    // Appends the open nodes of a tile to the worker's forest and keeps the others as links of 16-bit positions.
+    std::int32_t build_tile(const Grid& grid, std::int64_t r, std::int64_t c, Worker& worker, std::int32_t nodes) {
+        const Range rows = grid.rows_of_tile(r), columns = grid.columns_of_tile(c);
+        const int height = static_cast<int>(rows.size()), width = static_cast<int>(columns.size());
+        const std::int64_t origin = rows.begin * grid.width + columns.begin;
+        TileTree<T>& tile = worker.tile;
+        tile.build(image_ + origin, grid.width, height, width, connectivity_);
+        tile.mark_open(r > 0, r + 1 < grid.tile_rows, c > 0, c + 1 < grid.tile_columns);
+        worker.node.resize(tile.frame());
+        std::int32_t* node = worker.node.data();
+        TileLink* links = links_of_tile(grid, r, c);
+        Forest<Key>& forest = worker.forest;
+        Region region;
+        for (int i = 0; i < tile.size(); ++i) {
+            const int p = tile.order()[i], q = tile.parent(p);
+            if (tile.is_open(p)) {
+                const int y = p / tile.stride(), x = p - y * tile.stride();
+                node[p] = nodes;
+                forest.pixel[nodes] = static_cast<std::int32_t>(origin + (y - 1) * grid.width + x - 1);
+                forest.key[nodes] = tile.key(p);
+                forest.parent[nodes++] = node[q];
+            } else {
+                links[region.settled++] = {static_cast<std::int16_t>(p), static_cast<std::int16_t>(q)};
+                region.components += tile.opens_component(p);
+            }
+        }
+        tiles_[r * grid.tile_columns + c] = region;
+        const auto row = [&](int y, std::int32_t* out) { std::copy_n(node + tile.position(y, 0), width, out); };
+        if (r > 0) row(0, seams_.row(r - 1, 1) + columns.begin);
+        if (r + 1 < grid.tile_rows) row(height - 1, seams_.row(r, 0) + columns.begin);
+        for (int y = 0; y < height; ++y) {
+            if (c > 0) seams_.column(c - 1, 1)[rows.begin + y] = node[tile.position(y, 0)];
+            if (c + 1 < grid.tile_columns) seams_.column(c, 0)[rows.begin + y] = node[tile.position(y, width - 1)];
+        }
+        return nodes;
+    }
+
+    void join_bands(const Grid& grid, ForestMerge<Key>& merge) {
+        if (grid.bands == 1) return;
+        merge.start(top_, grid.height * grid.width);
+        for (std::int64_t band = 0; band < grid.bands; ++band) {
+            const auto first = static_cast<std::int32_t>(grid.rows_of_band(band).begin * grid.width);
+            merge.add_nodes(first, first + open_[band]);
+        }
+        for (std::int64_t band = 0; band + 1 < grid.bands; ++band)
+            seams_.across_row(grid.tile_rows_of_band(band).end - 1,
+                              [&](std::int32_t a, std::int32_t b) { merge.add_seam(a, b); });
+        merge.prepare();
+        merge.join();
+        settle(merge, top_, grid.bands, 0);
+    }
+
+    // Writes what the merge has settled to settled_[region], and the open rest to `top_` from `first` on.
+    std::int32_t settle(ForestMerge<Key>& merge, const Forest<Key>& forest, std::int64_t region, std::int32_t first) {
+        std::int32_t open = 0;
+        for (std::int32_t i = 0; i < merge.size(); ++i) open += merge.is_open(merge.node(i));
+        SettledLink* links = settled_[region].reserve(merge.size() - open);
+        Region& count = bands_[region];
+        std::int32_t next = first;
+        for (std::int32_t i = 0; i < merge.size(); ++i) {
+            const std::int32_t p = merge.node(i), q = merge.parent(p);
+            if (merge.is_open(p)) {
+                merge.rename(p, next);
+                top_.pixel[next] = forest.pixel[p];
+                top_.key[next] = forest.key[p];
+                top_.parent[next++] = merge.renamed(q);
+            } else {
+                links[count.settled++] = {forest.pixel[p], forest.pixel[q]};
+                count.components += forest.key[p] != forest.key[q];
+            }
+        }
+        return open;
+    }
+
+    // Node numbers: what was settled last comes first, so that parents precede their children.
+    void number(const Grid& grid, int threads) {
+        const std::int64_t tiles = grid.tile_rows * grid.tile_columns;
+        std::vector<std::int32_t> first(grid.bands + 1 + tiles);
+        std::int32_t size = 1;  // the root, which no region has counted: it is its own parent
+        for (std::int64_t region = grid.bands; region >= 0; --region) {
+            first[region] = size;
+            size += bands_[region].components;
+        }
+        for (std::int64_t t = 0; t < tiles; ++t) {
+            first[grid.bands + 1 + t] = size;
+            size += tiles_[t].components;
+        }
+        tree_->size = size;
+        tree_->parent.reserve(size);
+        tree_->level.reserve(size);
+        tree_->node.reserve(grid.height * grid.width);
+        const std::int64_t last = grid.bands > 1 ? grid.bands : 0;
+        const std::int32_t root = settled_[last][0].pixel;
+        tree_->parent[0] = tree_->node[root] = 0;
+        tree_->level[0] = image_[root];
+        if (grid.bands > 1) number_settled(grid.bands, first[grid.bands]);
+        top_ = {};
+        parallel_for(grid.bands, threads, [&](int w, std::int64_t band) {
+            number_settled(band, first[band]);
+            const Range tile_rows = grid.tile_rows_of_band(band);
+            for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r)
+                for (std::int64_t c = 0; c < grid.tile_columns; ++c)
+                    number_tile(grid, r, c, first[grid.bands + 1 + r * grid.tile_columns + c], workers_[w]);
+        });
+    }
+
+    void number_settled(std::int64_t region, std::int32_t next) {
+        const SettledLink* links = settled_[region].data();
+        std::int32_t* node = tree_->node.data();
+        for (std::int32_t i = 0; i < bands_[region].settled; ++i) {
+            const auto [p, q] = links[i];
+            if (image_[p] != image_[q]) {
+                tree_->parent[next] = node[q];
+                tree_->level[next] = image_[p];
+                node[p] = next++;
+            } else {
+                node[p] = node[q];
+            }
+        }
+    }
+
+    void number_tile(const Grid& grid, std::int64_t r, std::int64_t c, std::int32_t next, Worker& worker) {
+        const Range rows = grid.rows_of_tile(r), columns = grid.columns_of_tile(c);
+        const std::int64_t origin = rows.begin * grid.width + columns.begin, width = columns.size();
+        const std::int64_t stride = width + 2;
+        worker.node.resize((rows.size() + 2) * stride);
+        worker.level.resize((rows.size() + 2) * stride);
+        std::int32_t* node = worker.node.data();
+        T* level = worker.level.data();
+        for (std::int64_t y = 0; y < rows.size(); ++y) {
+            std::copy_n(tree_->node.data() + origin + y * grid.width, width, node + (y + 1) * stride + 1);
+            std::copy_n(image_ + origin + y * grid.width, width, level + (y + 1) * stride + 1);
+        }
+        const TileLink* links = links_of_tile(grid, r, c);
+        const std::int32_t settled = tiles_[r * grid.tile_columns + c].settled;
+        for (std::int32_t i = 0; i < settled; ++i) {
+            const auto [p, q] = links[i];
+            if (level[p] != level[q]) {
+                tree_->parent[next] = node[q];
+                tree_->level[next] = level[p];
+                node[p] = next++;
+            } else {
+                node[p] = node[q];
+            }
+        }
+        for (std::int64_t y = 0; y < rows.size(); ++y)
+            std::copy_n(node + (y + 1) * stride + 1, width, tree_->node.data() + origin + y * grid.width);
+    }
+
+    TileLink* links_of_tile(const Grid& grid, std::int64_t r, std::int64_t c) {
+        const Range rows = grid.rows_of_tile(r);
+        return &tile_links_[rows.begin * grid.width + rows.size() * grid.columns_of_tile(c).begin];
+    }
+
+    struct SettledLink {
+        std::int32_t pixel, parent;
+    };
+
+    const T* image_ = nullptr;
+    Connectivity connectivity_ = Connectivity::four;
+    ComponentTree<T>* tree_ = nullptr;
+    std::vector<Worker> workers_;
+    Seams seams_;
+    Buffer<TileLink> tile_links_;
+    std::vector<Region> tiles_, bands_;
+    std::vector<std::int32_t> open_;
+    std::vector<Buffer<SettledLink>> settled_;
+    Forest<Key> top_;
 };
 
 }  // namespace usf

@@ -1,0 +1,129 @@
+// Max-tree of a window small enough for 16-bit positions and the first-level caches.
+//
+// Pixels are taken from the highest level down (sorted once); each one joins the components of those of its
+// neighbours that came before it (union-find). Positions count in a frame one pixel wider than the window on
+// every side: the frame is never visited, so no neighbour needs a bounds check.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+
+#include "grid.hpp"
+#include "ordered_key.hpp"
+
+namespace usf {
+
+template <class T>
+class TileTree {
+public:
+    using Key = OrderedKey<T>;
+    static constexpr int largest_frame = 32767;  // positions are 15-bit: the sign tells roots from links
+
+    static bool fits(std::int64_t height, std::int64_t width) {
+        return height < largest_frame && width < largest_frame && (height + 2) * (width + 2) <= largest_frame;
+    }
+
+    void build(const T* image, std::int64_t row_stride, int height, int width, Connectivity connectivity) {
+        height_ = height, width_ = width, stride_ = width + 2;
+        load(image, row_stride);
+        if (connectivity == Connectivity::four)
+            flood<4>();
+        else
+            flood<8>();
+    }
+
+    int size() const { return height_ * width_; }
+    int stride() const { return stride_; }
+    int frame() const { return (height_ + 2) * stride_; }
+    int position(int y, int x) const { return (y + 1) * stride_ + x + 1; }
+
+    // Positions from the lowest level up; the first one is the root of the tree.
+    const std::int16_t* order() const { return order_; }
+    // The position that p hangs from, on p's own level or below it; the root hangs from itself.
+    int parent(int p) const { return parent_[p]; }
+    Key key(int p) const { return key_[p]; }
+    // Whether p opens a component of its own, rather than being one more pixel of its parent's.
+    bool opens_component(int p) const { return key_[p] != key_[parent_[p]]; }
+
+    // Marks every component that touches one of the given sides of the window.
+    void mark_open(bool top, bool bottom, bool left, bool right) {
+        open_.assign(frame(), 0);
+        for (int x = 0; x < width_; ++x) {
+            open_[position(0, x)] |= top;
+            open_[position(height_ - 1, x)] |= bottom;
+        }
+        for (int y = 0; y < height_; ++y) {
+            open_[position(y, 0)] |= left;
+            open_[position(y, width_ - 1)] |= right;
+        }
+        for (int i = size() - 1; i > 0; --i) open_[parent_[order_[i]]] |= open_[order_[i]];
+    }
+    bool is_open(int p) const { return open_[p]; }
+
+private:
+    static constexpr std::int16_t unvisited = -32768;
+
+    void load(const T* image, std::int64_t row_stride) {
+        key_.resize(frame());
+        positions_[0].resize(size());
+        positions_[1].resize(size());
+        parent_.resize(frame());
+        link_.assign(frame(), unvisited);
+        std::int16_t* next = positions_[0].data();
+        for (int y = 0; y < height_; ++y) {
+            const T* row = image + y * row_stride;
+            const int first = position(y, 0);
+            for (int x = 0; x < width_; ++x) key_[first + x] = ordered_key(row[x]);
+            for (int x = 0; x < width_; ++x) *next++ = static_cast<std::int16_t>(first + x);
+        }
+        order_ = radix_sort(key_.data(), positions_[0].data(), positions_[1].data(), size(), histogram_);
+    }
+
+    // link_[p] is the next position on the way to the representative of p's set, or, at a representative,
+    // the complement of the position that is the current root of that component.
+    template <int neighbours>
+    void flood() {
+        const int offset[8] = {-stride_, -1, 1, stride_, -stride_ - 1, -stride_ + 1, stride_ - 1, stride_ + 1};
+        std::int16_t* link = link_.data();
+        std::int16_t* parent = parent_.data();
+        for (int i = size() - 1; i >= 0; --i) {
+            const int p = order_[i];
+            int candidate[neighbours], candidates = 0;
+            for (int d = 0; d < neighbours; ++d) {
+                candidate[candidates] = p + offset[d];
+                candidates += link[p + offset[d]] != unvisited;
+            }
+            int set = p;
+            link[p] = static_cast<std::int16_t>(~p);
+            for (int c = 0; c < candidates; ++c) {
+                const int other = find(candidate[c]);
+                if (other == set) continue;
+                parent[~link[other]] = static_cast<std::int16_t>(p);
+                link[set] = static_cast<std::int16_t>(other);
+                set = other;
+            }
+            link[set] = static_cast<std::int16_t>(~p);
+        }
+        parent[order_[0]] = order_[0];
+    }
+
+    int find(int p) {
+        std::int16_t* link = link_.data();
+        while (link[p] >= 0) {
+            const int next = link[p];
+            if (link[next] >= 0) link[p] = link[next];
+            p = next;
+        }
+        return p;
+    }
+
+    int height_ = 0, width_ = 0, stride_ = 0;
+    std::vector<Key> key_;
+    std::vector<std::int16_t> positions_[2], parent_, link_;
+    std::int16_t* order_ = nullptr;
+    std::vector<std::uint8_t> open_;
+    std::vector<std::uint32_t> histogram_;
+};
+
+}  // namespace usf
