@@ -1,10 +1,6 @@
-"""A model and data with the contract of the real ones, small enough to train in milliseconds.
+"""A model and data with the contract of the real ones, small enough to train in milliseconds."""
 
-Run as a program it trains in the folder it is given, for the tests that kill it or start several of it.
-"""
-
-import json
-import sys
+import os
 
 import torch
 from torch import nn
@@ -67,5 +63,8 @@ def train(run_dir=None, *, model=None, **options):
     return model, history
 
 
-if __name__ == "__main__":
-    train(sys.argv[1], **json.loads(sys.argv[2]))
+def train_rank(rank, port, run_dir, **options):
+    """One of two processes that train together, started as torchrun would start it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    train(run_dir, devices=2, **options)

@@ -88,6 +88,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     with open(path, "rb") as file:  # a missing file, a folder, no permission: the system's own error
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path}: not a usf_kernels checkpoint, or cut off")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch.load itself reads flipped bits as weights
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({error})") from error
+        if damaged is not None:
+            raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({damaged})")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader of damaged bytes raises a dozen types

@@ -1,0 +1,158 @@
+import errno
+import json
+
+import pytest
+import torch
+from torch import nn
+from toy import ToyFlow
+
+from usf_kernels import files
+from usf_kernels.checkpoint import FORMAT, load_checkpoint, read_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = ToyFlow(4)
+    nn.init.normal_(model.weight)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, model, extra={"image_size": (64, 96)})
+    return path, model
+
+
+def rewrite(path, **changes):
+    content = torch.load(path, weights_only=True)
+    torch.save(content | changes, path)
+
+
+def test_round_trip(saved):
+    path, model = saved
+    loaded = load_checkpoint(path, model_class=ToyFlow)
+    images = torch.rand(2, 3, 4, 4)
+    assert loaded.loss(images).item() == model.eval().loss(images).item()
+    assert not loaded.training
+    assert read_checkpoint(path)["extra"] == {"image_size": [64, 96]}
+    assert [p.name for p in path.parent.iterdir()] == ["model.pt"]
+
+
+def test_a_trained_backbone_is_stored_and_a_frozen_one_checked(saved):
+    path, model = saved
+    model.backbone.requires_grad_(True)
+    nn.init.normal_(model.backbone.weight)
+    save_checkpoint(path, model)
+    assert "backbone.weight" in read_checkpoint(path)["state"]
+    model.backbone.requires_grad_(False)
+    save_checkpoint(path, model)
+    with pytest.raises(ValueError, match=r"model\.pt: was trained with other weights of the backbone"):
+        load_checkpoint(path, model_class=ToyFlow)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "other.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"other\.pt: not a usf_kernels checkpoint"):
+        load_checkpoint(path)
+
+
+def test_cut_files_are_refused(saved):
+    path, _ = saved
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model\.pt: not a usf_kernels checkpoint"):
+            read_checkpoint(path)
+
+
+def test_damaged_weights_are_refused(saved):
+    path, model = saved
+    whole = path.read_bytes()
+    position = whole.index(model.weight.detach().numpy().tobytes())
+    path.write_bytes(whole[:position] + bytes(8) + whole[position + 8 :])
+    with pytest.raises(ValueError, match=r"model\.pt: not a usf_kernels checkpoint, or damaged"):
+        load_checkpoint(path, model_class=ToyFlow)
+
+
+def test_files_that_run_code_are_refused(tmp_path):
+    path = tmp_path / "code.pt"
+    torch.save({"format": FORMAT, "model": ToyFlow(2)}, path)
+    with pytest.raises(ValueError, match=r"code\.pt: not a usf_kernels checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "a PyTorch file, but not"),
+        ({"version": 2}, r"version 2 is newer than this package reads \(1\)"),
+        ({"architecture": "Other"}, "holds a Other, not a ToyFlow"),
+        ({"config": {"width": 3}}, "configuration does not build a ToyFlow"),
+        ({"config": {"channels": 3, "dropout": 0.0}}, "backbone"),
+        ({"state": {}}, "does not fit the model: bias"),
+    ],
+)
+def test_what_does_not_fit_is_named(saved, changes, message):
+    path, _ = saved
+    rewrite(path, **changes)
+    with pytest.raises(ValueError, match=rf"model\.pt: .*{message}"):
+        load_checkpoint(path, model_class=ToyFlow)
+
+
+def test_another_shape_is_named(saved):
+    path, _ = saved
+    content = torch.load(path, weights_only=True)
+    content["state"]["bias"] = torch.zeros(5)
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"model\.pt: does not fit the model: .*bias"):
+        load_checkpoint(path, model_class=ToyFlow)
+
+
+def test_unknown_architecture_and_missing_file(saved):
+    path, _ = saved
+    with pytest.raises(ValueError, match=r"'ToyFlow', which usf_kernels\.models does not have"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pt"):
+        load_checkpoint(path.with_name("gone.pt"))
+
+
+def test_extra_must_be_plain(tmp_path):
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path / "a.pt", ToyFlow(2), extra={"x": torch.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def write_half(path, error):
+    with files.atomic_write(path) as file:
+        file.write(b"half of the new")
+        raise error
+
+
+def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        write_half(path, KeyboardInterrupt())
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_names_the_file_it_was_asked_for(tmp_path):
+    path = tmp_path / "no" / "folder.txt"
+    with pytest.raises(FileNotFoundError) as caught:
+        files.write_json(path, 1)
+    assert caught.value.filename == str(path)
+    with pytest.raises(OSError, match="full") as caught:
+        write_half(tmp_path / "b", OSError(errno.ENOSPC, "full"))
+    assert caught.value.filename == str(tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_has_null_for_what_it_cannot_say(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5], "b": float("inf")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, 1.5], "b": None}
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / ".last.pt.123.tmp").write_bytes(b"x")
+    (tmp_path / "kept.tmp").write_bytes(b"x")
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.tmp"]
