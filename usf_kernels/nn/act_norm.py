@@ -50,7 +50,7 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def initialize_(self, x: Tensor) -> None:
         """Set scale and bias from `x`, unless that has been done."""
-        if self._initialized or x.numel() == 0:
+        if self._initialized or (x.numel() == 0 and not _distributed()):
             return
         x = x.detach().to(compute_dtype(x))
         dims, shape = [d for d in range(x.ndim) if d != 1], (-1, *[1] * (x.ndim - 2))
@@ -93,7 +93,11 @@ class ActNorm(nn.Module):
         return f"{self.channels}, trainable={isinstance(self.log_scale, nn.Parameter)}"
 
 
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _sum_over_processes(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
+    if _distributed():
         dist.all_reduce(value)
     return value

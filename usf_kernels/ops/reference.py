@@ -134,8 +134,8 @@ def resized_squared_norm(z: Tensor, size: tuple[int, int]) -> Tensor:
     (which always carry the same weight, hence one map) hold all there is to know about z.
     """
     z = z.to(compute_dtype(z))
-    rows, columns = F.pad(z[:, :, 1:], (0, 0, 0, 1)), F.pad(z[..., 1:], (0, 1))
-    corner = F.pad(rows[..., 1:], (0, 1))
+    padded = F.pad(z, (0, 1, 0, 1))
+    rows, columns, corner = padded[:, :, 1:, :-1], padded[:, :, :-1, 1:], padded[:, :, 1:, 1:]
     own = squared_norm(z)
     right, down = (z * columns).sum(1), (z * rows).sum(1)
     diagonals = (z * corner + rows * columns).sum(1)

@@ -1,0 +1,22 @@
+"""Fixtures for all tests: fixed seeds, and fresh memory that is full of NaN for those who ask for it."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("repo", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("repo")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_memory():
+    """`torch.empty` returns NaN, so a result that reads memory nobody wrote does not pass by luck."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
