@@ -14,9 +14,9 @@ nb::tuple component_tree(nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::dev
                                   static_cast<Connectivity>(connectivity), threads, tree);
     }
     const std::size_t n = tree.size;
-    return nb::make_tuple(to_numpy(std::unique_ptr<std::int32_t[]>(tree.parent.release()), {n}),
-                          to_numpy(std::unique_ptr<T[]>(tree.level.release()), {n}),
-                          to_numpy(std::unique_ptr<std::int32_t[]>(tree.node.release()),
+    return nb::make_tuple(to_numpy(tree.parent.release(), {n}),
+                          to_numpy(tree.level.release(), {n}),
+                          to_numpy(tree.node.release(),
                                    {image.shape(0), image.shape(1)}));
 }
 

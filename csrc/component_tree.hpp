@@ -158,15 +158,17 @@ private:
         Region region;
         for (int i = 0; i < tile.size(); ++i) {
             const int p = tile.order()[i], q = tile.parent(p);
-            if (tile.is_open(p)) {
+            const bool opens = tile.opens_component(p) || i == 0;
+            if (opens && tile.is_open(p)) {
                 const int y = p / tile.stride(), x = p - y * tile.stride();
                 node[p] = nodes;
                 forest.pixel[nodes] = static_cast<std::int32_t>(origin + (y - 1) * grid.width + x - 1);
                 forest.key[nodes] = tile.key(p);
                 forest.parent[nodes++] = node[q];
             } else {
+                node[p] = node[q];
                 links[region.settled++] = {static_cast<std::int16_t>(p), static_cast<std::int16_t>(q)};
-                region.components += tile.opens_component(p);
+                region.components += opens;
             }
         }
         tiles_[r * grid.tile_columns + c] = region;
@@ -197,31 +199,31 @@ private:
 
     // Writes what the merge has settled to settled_[region], and the open rest to `top_` from `first` on.
     std::int32_t settle(ForestMerge<Key>& merge, const Forest<Key>& forest, std::int64_t region, std::int32_t first) {
-        std::int32_t open = 0;
-        for (std::int32_t i = 0; i < merge.size(); ++i) open += merge.is_open(merge.node(i));
-        SettledLink* links = settled_[region].reserve(merge.size() - open);
+        SettledLink* links = settled_[region].reserve(merge.size());
         Region& count = bands_[region];
         std::int32_t next = first;
         for (std::int32_t i = 0; i < merge.size(); ++i) {
             const std::int32_t p = merge.node(i), q = merge.parent(p);
-            if (merge.is_open(p)) {
+            const bool opens = i == 0 || forest.key[p] != forest.key[q];
+            if (opens && merge.is_open(p)) {
                 merge.rename(p, next);
                 top_.pixel[next] = forest.pixel[p];
                 top_.key[next] = forest.key[p];
                 top_.parent[next++] = merge.renamed(q);
             } else {
+                merge.rename(p, merge.renamed(q));
                 links[count.settled++] = {forest.pixel[p], forest.pixel[q]};
-                count.components += forest.key[p] != forest.key[q];
+                count.components += opens;
             }
         }
-        return open;
+        return next - first;
     }
 
     // Node numbers: what was settled last comes first, so that parents precede their children.
     void number(const Grid& grid, int threads) {
         const std::int64_t tiles = grid.tile_rows * grid.tile_columns;
         std::vector<std::int32_t> first(grid.bands + 1 + tiles);
-        std::int32_t size = 1;  // the root, which no region has counted: it is its own parent
+        std::int32_t size = 0;
         for (std::int64_t region = grid.bands; region >= 0; --region) {
             first[region] = size;
             size += bands_[region].components;
@@ -234,10 +236,6 @@ private:
         tree_->parent.reserve(size);
         tree_->level.reserve(size);
         tree_->node.reserve(grid.height * grid.width);
-        const std::int64_t last = grid.bands > 1 ? grid.bands : 0;
-        const std::int32_t root = settled_[last][0].pixel;
-        tree_->parent[0] = tree_->node[root] = 0;
-        tree_->level[0] = image_[root];
         if (grid.bands > 1) number_settled(grid.bands, first[grid.bands]);
         top_ = {};
         parallel_for(grid.bands, threads, [&](int w, std::int64_t band) {
@@ -254,10 +252,10 @@ private:
         std::int32_t* node = tree_->node.data();
         for (std::int32_t i = 0; i < bands_[region].settled; ++i) {
             const auto [p, q] = links[i];
-            if (image_[p] != image_[q]) {
+            if (image_[p] != image_[q] || p == q) {
+                node[p] = next;
                 tree_->parent[next] = node[q];
-                tree_->level[next] = image_[p];
-                node[p] = next++;
+                tree_->level[next++] = image_[p];
             } else {
                 node[p] = node[q];
             }
