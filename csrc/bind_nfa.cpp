@@ -53,7 +53,9 @@ nb::list find_regions(Energies<T> energy, const Tail& tail, Counts size_counts, 
     {
         nb::gil_scoped_release unlocked;
         test_batch<T>(energy, tail, {size_counts.data(), size_counts.shape(0)}, threads,
-                      [&](RegionTest<T>& test, std::int64_t b) { found[b] = test.regions(offset, log_epsilon); });
+                      [&](RegionTest<T>& test, std::int64_t b) {
+                          found[b] = test.regions(offset, log_epsilon);
+                      });
     }
     nb::list images;
     for (const std::vector<Region>& regions : found) {

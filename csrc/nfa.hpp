@@ -39,7 +39,7 @@ constexpr std::int32_t stuck = -1;
 // `best` is scratch, [size]. It holds the smallest significance among the children, -inf if one is stuck.
 inline void prune_and_merge(const std::int32_t* parent, std::int32_t size, const double* significance,
                             std::int32_t* winner, double* best) {
-    constexpr std::int32_t leaf = -2, bifurcation = -3;  // until a node's turn, its children's winner or these
+    constexpr std::int32_t leaf = -2, bifurcation = -3;  // or the only child's winner, until a node's turn
     constexpr double infinity = std::numeric_limits<double>::infinity();
     std::fill(winner, winner + size, leaf);
     std::fill(best, best + size, infinity);

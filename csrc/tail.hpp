@@ -101,7 +101,7 @@ public:
             const double next = 2 * y * p - q + c[k];
             q = p, p = next;
         }
-        return y * p - q + c[0];
+        return std::min(0.0, y * p - q + c[0]);
     }
 
 private:

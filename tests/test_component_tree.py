@@ -1,0 +1,115 @@
+import nfa_oracle as oracle
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from usf_kernels.component_tree import component_tree
+
+DTYPES = [np.float32, np.float64, np.uint8, np.uint16]
+SHAPES = [(1, 1), (1, 9), (9, 1), (2, 7), (7, 2), (5, 8), (9, 9)]
+
+
+def check(image, connectivity):
+    tree = component_tree(image, connectivity=connectivity)
+    assert tree.parent.dtype == tree.node.dtype == tree.area.dtype == np.int32
+    assert tree.level.dtype == image.dtype
+    assert tree.node.shape == image.shape
+    np.testing.assert_array_equal(tree.reconstruct(), image)
+    assert tree.parent[0] == 0
+    assert (tree.parent[1:] < np.arange(1, len(tree))).all()
+    expected = {n.mask(image.shape).tobytes(): n for n in oracle.component_tree(image, connectivity)}
+    masks = [tree.mask(i) for i in range(len(tree))]
+    assert {m.tobytes() for m in masks} == set(expected)
+    assert len(masks) == len(expected)
+    for i, mask in enumerate(masks):
+        node = expected[mask.tobytes()]
+        assert tree.level[i] == node.level
+        assert tree.area[i] == node.area
+        if node.parent is not None:
+            assert masks[tree.parent[i]].tobytes() == node.parent.mask(image.shape).tobytes()
+        assert len(tree.children(i)) == len(node.children)
+    assert set(tree.leaves) == {i for i in range(len(tree)) if len(tree.children(i)) == 0}
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_component_of_every_level_set(shape, dtype, connectivity):
+    rng = np.random.default_rng(shape)
+    for levels in (1, 2, 5, 200):
+        check(rng.integers(0, levels, shape).astype(dtype), connectivity)
+
+
+@given(
+    hnp.arrays(
+        np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-9, 9, width=16)
+    ),
+    st.sampled_from([4, 8]),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_floats(image, connectivity):
+    check(image, connectivity)
+
+
+def test_signed_zero_is_one_level():
+    assert len(component_tree(np.array([[0.0, -0.0, 0.0]], dtype=np.float32))) == 1
+
+
+def test_tensors_give_what_arrays_give():
+    image = torch.randn(6, 7, requires_grad=True)
+    ours, theirs = component_tree(image), component_tree(image.detach().numpy())
+    for name in ("parent", "level", "node"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    np.testing.assert_array_equal(component_tree(image.T).node, component_tree(image.T.contiguous()).node)
+    assert len(component_tree(torch.arange(6).reshape(2, 3).to(torch.uint16))) == 6
+
+
+def test_threads_do_not_show():
+    image = np.random.default_rng(0).standard_normal((300, 211)).astype(np.float32)
+    one = component_tree(image, threads=1)
+    for threads in (2, 3, 8):
+        other = component_tree(image, threads=threads)
+        for name in ("parent", "level", "node", "area"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_attributes_per_node_are_painted():
+    tree = component_tree(np.array([[1, 3, 1, 2]], dtype=np.uint8))
+    np.testing.assert_array_equal(tree.reconstruct(tree.area), [[4, 1, 4, 1]])
+    assert "3 nodes" in repr(tree)
+    assert len(tree) == 3
+    with pytest.raises(ValueError, match=r"values: .* 3 in all, found shape \(2,\)"):
+        tree.reconstruct(np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros(3), ValueError, r"image: .*\(3,\)"),
+        (np.zeros((2, 3, 4)), ValueError, r"image: .*\(2, 3, 4\)"),
+        (np.zeros((0, 3)), ValueError, r"image: .*\(0, 3\)"),
+        (np.array([[1.0, np.nan]]), ValueError, "image: .*NaN"),
+        (np.array([[1.0, -np.inf]]), ValueError, "image: .*infinity"),
+        (np.zeros((2, 2), np.int32), TypeError, "image: .*int32"),
+        (np.zeros((2, 2), np.float16), TypeError, "image: .*float16"),
+        (np.zeros((2, 2), ">f4"), TypeError, "image: "),
+        (torch.zeros(2, 2, dtype=torch.bfloat16), TypeError, r"bfloat16; pass image\.float\(\)"),
+        (torch.zeros(2, 2, dtype=torch.int64), TypeError, "image: .*int64"),
+        (torch.zeros(2, 2, device="meta"), TypeError, "image: .*meta"),
+        ([[1.0]], TypeError, "image: .*list"),
+    ],
+)
+def test_bad_images(image, error, message):
+    with pytest.raises(error, match=message):
+        component_tree(image)
+
+
+def test_bad_options():
+    image = np.zeros((2, 2))
+    with pytest.raises(ValueError, match=r"connectivity: .*6"):
+        component_tree(image, connectivity=6)
+    with pytest.raises(ValueError, match=r"threads: .*0"):
+        component_tree(image, threads=0)

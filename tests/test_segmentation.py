@@ -1,0 +1,316 @@
+import math
+
+import nfa_oracle as oracle
+import numpy as np
+import pytest
+import torch
+
+from usf_kernels import _core
+from usf_kernels.null import Null, calibrate
+from usf_kernels.segmentation import log_nfa, log_number_of_tests, regions, segment
+
+SHAPES = [(1, 1), (1, 12), (12, 1), (2, 9), (9, 2), (7, 11), (12, 12)]
+TAILS = {"chernoff": oracle.chernoff, "exact": oracle.exact}
+
+
+def random_map(rng, shape, dof, kind):
+    """A map of squared norms around `dof`, with blobs so that every outcome of prune and merge occurs."""
+    u = rng.chisquare(dof, shape)
+    if kind == "zero":
+        return np.zeros(shape, np.float32)
+    if kind == "constant":
+        return np.full(shape, rng.choice([0.9, 1.0, 1.5]) * dof, np.float32)
+    for _ in range(rng.integers(0, 4)):
+        y, x = rng.integers(0, shape[0]), rng.integers(0, shape[1])
+        u[max(0, y - 2) : y + 2, max(0, x - 2) : x + 3] *= rng.uniform(1, 4)
+    if kind == "ties":
+        u = np.round(u)
+    if kind == "plateaus":
+        u = np.round(u / dof) * dof
+    return u.astype(np.float32)
+
+
+def as_rows(found):
+    return sorted((r.log_nfa, r.area, r.level, *r.box) for r in found)
+
+
+def oracle_rows(found, shape):
+    rows = []
+    for n in found:
+        y, x = np.nonzero(n.mask(shape))
+        rows.append((n.value, n.area, float(n.level), y.min(), x.min(), y.max() + 1, x.max() + 1))
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("tests", ["total", "per_size"])
+@pytest.mark.parametrize("tail", ["chernoff", "exact"])
+@pytest.mark.parametrize("kind", ["white", "ties", "plateaus", "constant", "zero"])
+def test_equals_the_oracle(kind, tail, tests):
+    rng = np.random.default_rng(7)
+    seen = 0
+    for shape in SHAPES * (1 if kind in ("zero", "constant") or tail == "exact" else 10):
+        dof = int(rng.choice([1, 5, 11]))
+        u = random_map(rng, shape, dof, kind)
+        options = {"tail": TAILS[tail], "tests": tests}
+        found, _ = oracle.final_regions(u, dof, **options)
+        energy = torch.from_numpy(u)[None]
+        ours = regions(energy, channels=dof, log_epsilon=math.inf, tail=tail, tests=tests)[0]
+        np.testing.assert_allclose(as_rows(ours), oracle_rows(found, shape), rtol=1e-9, atol=1e-9)
+        got = log_nfa(energy, shape, channels=dof, tail=tail, tests=tests)
+        np.testing.assert_allclose(got[0, 0], oracle.log_nfa_map(u, dof, **options), rtol=1e-6, atol=1e-6)
+        seen += len(found) > 1
+    assert seen or kind in ("constant", "zero")  # the maps are not so simple that nothing was tested
+
+
+@pytest.mark.parametrize("tests", ["total", "per_size"])
+def test_several_scales_upsampled_to_the_minimum(tests):
+    rng = np.random.default_rng(3)
+    shapes, dofs, size = [(9, 6), (4, 3), (5, 5)], [8, 20, 3], (21, 16)
+    for _ in range(10):
+        maps = [random_map(rng, s, c, "white") for s, c in zip(shapes, dofs, strict=True)]
+        sizes = [u.size for u in maps]
+        parts = [oracle.log_nfa_map(u, c, tests=tests, sizes=sizes) for u, c in zip(maps, dofs, strict=True)]
+        expected = np.minimum.reduce([oracle.bilinear(part, size) for part in parts])
+        got = log_nfa([torch.from_numpy(u)[None] for u in maps], size, channels=dofs, tests=tests)
+        np.testing.assert_allclose(got[0, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+# Drawn by hand, with the three situations of the paper's figure 3 but numbers of our own. For two channels
+# log10 Pr(X >= t) is -t / (2 ln 10) exactly, so a region's significance is its pixels times its level.
+#   left: nested, 9 in {>= 5} in {>= 2}: 1 * 9, 3 * 5, 6 * 2; the middle one is kept
+#   middle: a bifurcation that merges, 6 and 7 in {>= 4}: 1 * 6, 1 * 7, 3 * 4
+#   right: one that does not, 20 and 10 in {>= 2}: 1 * 20, 1 * 10, 3 * 2; so neither does the root, 33 * 1
+WORKED = [
+    [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    [2, 5, 9, 1, 6, 4, 7, 1, 20, 2, 10],
+    [2, 5, 2, 1, 1, 1, 1, 1, 1, 1, 1],
+]
+WORKED_SIGNIFICANCE = [
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    [0, 15, 15, 0, 12, 12, 12, 0, 20, 0, 10],
+    [0, 15, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+]
+
+
+def test_worked_example():
+    u = torch.tensor([WORKED], dtype=torch.float32)
+    got = log_nfa(u, (3, 11), channels=2, tail="exact")[0, 0]
+    total = log_number_of_tests([(3, 11)])
+    expected = total - torch.tensor(WORKED_SIGNIFICANCE) / (2 * math.log(10))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+    found = regions(u, channels=2, tail="exact", log_epsilon=math.inf)[0]
+    assert [(r.box, r.area, r.level, r.centroid) for r in found] == [
+        ((1, 8, 2, 9), 1, 20.0, (1.0, 8.0)),
+        ((1, 1, 3, 3), 3, 5.0, (4 / 3, 4 / 3)),
+        ((1, 4, 2, 7), 3, 4.0, (1.0, 5.0)),
+        ((1, 10, 2, 11), 1, 10.0, (1.0, 10.0)),
+    ]
+    # Without the right part the root's 21 * 1 pixels outweigh 15 and 12, and take everything.
+    (left,) = regions(u[:, :, :7].contiguous(), channels=2, tail="exact", log_epsilon=math.inf)[0]
+    assert (left.box, left.area, left.level) == ((0, 0, 3, 7), 21, 1.0)
+
+
+@pytest.mark.parametrize("tests", ["total", "per_size"])
+def test_two_identical_blobs_both_survive(tests):
+    u = torch.full((1, 9, 20), 8.0)
+    u[0, 3:6, 3:6] = u[0, 3:6, 12:15] = 120.0
+    first, second = regions(u, channels=8, tests=tests)[0]
+    assert first.log_nfa == second.log_nfa
+    assert {first.box, second.box} == {(3, 3, 6, 6), (3, 12, 6, 15)}
+    assert segment(u, (9, 20), channels=8, tests=tests).sum() == 18
+
+
+@pytest.mark.parametrize("tests", ["total", "per_size"])
+@pytest.mark.parametrize("level", [0.0, 0.5, 0.91, 1.0])
+def test_quiet_latents_are_not_flagged(level, tests):
+    """The Chernoff formula below the mean would call these the most significant of all."""
+    z = torch.full((2, 816, 14, 14), level**0.5)
+    z[1, :, 3, 4] *= 0.9
+    assert regions(z, tests=tests) == [[], []]
+    assert not segment(z, 28, tests=tests).any()
+
+
+def test_latents_and_their_squared_norms_agree():
+    torch.manual_seed(0)
+    z = [torch.randn(3, 8, 6, 5, dtype=torch.float64), torch.randn(3, 4, 3, 3, dtype=torch.float64)]
+    u = [(x**2).sum(1) for x in z]
+    for options in ({}, {"null": Null((1.0, 1.0), (8.0, 4.0))}):
+        expected = log_nfa(z, 12, **options)
+        torch.testing.assert_close(log_nfa(u, 12, channels=(8, 4), **options), expected)
+    torch.testing.assert_close(log_nfa(z[0], 12), log_nfa([z[0]], (12, 12)))
+    strided = z[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    torch.testing.assert_close(log_nfa(strided, 12), log_nfa(z[0], 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_and_gradients(dtype):
+    torch.manual_seed(1)
+    z = torch.randn(2, 16, 5, 7).to(dtype)
+    expected = log_nfa(z.double(), 10)
+    got = log_nfa(z.clone().requires_grad_(), 10)
+    assert got.dtype == torch.float32
+    assert not got.requires_grad
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert segment(z, 10).dtype == torch.bool
+
+
+def test_nothing_in_nothing_out():
+    z = [torch.zeros(0, 4, 6, 5), torch.zeros(0, 8, 3, 3)]
+    assert log_nfa(z, (7, 8)).shape == (0, 1, 7, 8)
+    assert segment(z, (7, 8)).shape == (0, 1, 7, 8)
+    assert regions(z) == []
+
+
+def test_threads_do_not_show():
+    u = torch.from_numpy(np.random.default_rng(2).chisquare(64, (17, 40, 33)).astype(np.float32))
+    u[:, 5:9, 5:9] *= 2
+    for tests in ("total", "per_size"):
+        options = {"channels": 64, "tests": tests, "tail": "exact"}
+        one, found = log_nfa(u, 80, threads=1, **options), regions(u, threads=1, **options)
+        for threads in (2, 3, 64):
+            assert torch.equal(one, log_nfa(u, 80, threads=threads, **options))
+            assert found == regions(u, threads=threads, **options)
+    single = log_nfa(u[:1], 80, channels=64, threads=1)
+    assert torch.equal(single, log_nfa(u[:1], 80, channels=64, threads=4))
+    assert torch.equal(single, log_nfa(u, 80, channels=64)[:1])  # an image's result is its own
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_gives_what_the_cpu_gives():
+    z = [torch.randn(2, 8, 6, 5), torch.randn(2, 4, 3, 3)]
+    z[0][0, :, 2:4, 2:4] *= 6
+    on_gpu = [x.cuda() for x in z]
+    got = log_nfa(on_gpu, 12)
+    assert got.is_cuda
+    torch.testing.assert_close(got.cpu(), log_nfa(z, 12), rtol=1e-4, atol=1e-3)
+    assert segment(on_gpu, 12).is_cuda
+    assert [len(r) for r in regions(on_gpu)] == [len(r) for r in regions(z)]
+
+
+def test_nearest_keeps_every_pixel_of_a_region():
+    u = torch.full((1, 6, 6), 16.0)
+    u[0, 2, 3] = 120.0
+    options = {"channels": 16, "tests": "per_size"}
+    (region,) = regions(u, **options)[0]
+    assert region.box == (2, 3, 3, 4)
+    assert region.map_size == (6, 6)
+    assert region.image_box(24) == (8, 12, 12, 16)
+    assert region.image_box((3, 7)) == (1, 3, 2, 5)
+    mask = segment(u, 24, upsample="nearest", **options)
+    assert mask.sum() == 16
+    assert mask[0, 0, 8:12, 12:16].all()
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(1, 1)], [(1, 3)], [(14, 14)], [(28, 28), (14, 14)], [(7, 9), (63, 1), (2, 2)]]
+)
+def test_log_number_of_tests(sizes):
+    expected = oracle.log_number_of_tests([h * w for h, w in sizes])
+    assert log_number_of_tests(sizes) == pytest.approx(expected, rel=1e-13)
+
+
+def test_log_number_of_tests_of_large_maps():
+    assert log_number_of_tests([(4096, 4096)]) == pytest.approx(4096**2 * math.log10(4.062570), rel=1e-6)
+    for bad in ([], [(0, 3)], [(3,)], "28", [(2.5, 2)], 28):
+        with pytest.raises((ValueError, TypeError), match="sizes"):
+            log_number_of_tests(bad)
+
+
+@pytest.mark.parametrize("dof", [1, 2, 3, 16, 17, 100.5, 192, 816, 2000.25, 4096])
+def test_exact_tail_against_mpmath(dof):
+    ratios = np.concatenate(
+        [[0.2, 0.7, 0.9, 0.97, 0.999], np.linspace(1, 1.2, 9), np.geomspace(1.25, 50, 15)]
+    )
+    expected = [oracle.exact(dof * r, dof) for r in ratios]
+    direct = [_core.log_upper_gamma(dof / 2, r) / math.log(10) for r in ratios]
+    np.testing.assert_allclose(direct, expected, rtol=1e-11, atol=1e-300)
+    scaled = _core.Tail(dof, 3.0, True)(3 * dof * ratios)  # the tabulated one, of 3 * chi2
+    np.testing.assert_allclose(scaled, expected, rtol=1e-9, atol=2e-12)
+    bound = _core.Tail(dof, 3.0, False)(3 * dof * ratios)
+    np.testing.assert_allclose(bound, [oracle.chernoff(dof * r, dof) for r in ratios], rtol=1e-9, atol=1e-12)
+    assert (bound >= scaled).all()
+
+
+def test_calibrate_recovers_the_distribution():
+    rng = np.random.default_rng(0)
+    u = [torch.from_numpy(a * rng.chisquare(nu, (50, 20, 20))) for a, nu in ((2.0, 40.0), (0.8, 7.5))]
+    null = calibrate(u)
+    assert null.scale == pytest.approx((2.0, 0.8), rel=0.05)
+    assert null.dof == pytest.approx((40.0, 7.5), rel=0.05)
+    assert Null.from_list(null.to_list()) == null
+    assert "chi2" in repr(null)
+    white = calibrate(torch.randn(20, 12, 16, 16))
+    assert white.dof[0] == pytest.approx(12, rel=0.1)
+    # Squared norms that are twice too large are no anomaly once that is known.
+    assert sum(map(len, regions(u, channels=(40, 7), tests="per_size"))) > 50
+    assert sum(map(len, regions(u, null=null, tests="per_size"))) <= 50
+
+
+def test_null_is_checked():
+    for arguments in (((1.0,), (0.0,)), ((math.inf,), (1.0,)), ((1.0, 1.0), (1.0,)), ((), ())):
+        with pytest.raises(ValueError, match=r"scale|dof"):
+            Null(*arguments)
+    with pytest.raises(ValueError, match="pairs"):
+        Null.from_list([[1.0]])
+    with pytest.raises(ValueError, match=r"latents\[0\].*vary"):
+        calibrate(torch.ones(2, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"latents\[0\].*two positions"):
+        calibrate(torch.ones(0, 3, 4, 4))
+
+
+def poisoned(value):
+    z = torch.ones(2, 3, 4, 4)
+    z[1, 2, 3, 1] = value
+    return z
+
+
+@pytest.mark.parametrize(
+    ("latents", "error", "message"),
+    [
+        (poisoned(math.nan), ValueError, r"latents\[0\]: .*NaN"),
+        (poisoned(-math.inf), ValueError, r"latents\[0\]: .*infinity"),
+        (poisoned(1e30), ValueError, r"latents\[0\]: .*overflow"),
+        ([torch.ones(2, 3, 4, 4), poisoned(math.nan)], ValueError, r"latents\[1\]: .*NaN"),
+        (torch.ones(2, 3), ValueError, r"latents\[0\]: .*\(2, 3\)"),
+        (torch.ones(2, 3, 0, 4), ValueError, r"latents\[0\]: .*\(2, 3, 0, 4\)"),
+        (torch.ones(2, 4, 4), ValueError, r"latents\[0\]: .*channels"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.int32), TypeError, r"latents\[0\]: .*int32"),
+        (np.ones((2, 3, 4, 4)), TypeError, "latents: .*ndarray"),
+        ([np.ones((2, 3, 4, 4))], TypeError, r"latents\[0\]: .*ndarray"),
+        ([], ValueError, "latents: .*empty"),
+        ([torch.ones(2, 3, 4, 4), torch.ones(1, 3, 4, 4)], ValueError, r"latents\[1\]: .*batch size 2"),
+        (
+            [torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4, device="meta")],
+            ValueError,
+            r"latents\[1\]: .*meta",
+        ),
+    ],
+)
+def test_bad_latents(latents, error, message):
+    for call in (lambda: log_nfa(latents, 8), lambda: segment(latents, 8), lambda: regions(latents)):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_bad_options():
+    z, u = torch.ones(1, 3, 4, 4), torch.ones(1, 4, 4)
+    u[0, 0, 0] = -1
+    cases = [
+        (lambda: log_nfa(u, 8, channels=3), "negative value, -1"),
+        (lambda: log_nfa(z, 8, channels=4), r"channels\[0\]: .* found 4"),
+        (lambda: log_nfa(u.abs(), 8, channels=(3, 3)), "channels: expected 1"),
+        (lambda: log_nfa(u.abs(), 8, channels=0), r"channels\[0\]"),
+        (lambda: log_nfa(z, 8, tail="gauss"), "tail: .*gauss"),
+        (lambda: log_nfa(z, 8, tests="all"), "tests: .*all"),
+        (lambda: log_nfa(z, 8, upsample="cubic"), "upsample: .*cubic"),
+        (lambda: log_nfa(z, 8, null=(1.0, 3.0)), "null: .*tuple"),
+        (lambda: log_nfa(z, 8, null=Null((1.0, 1.0), (3.0, 3.0))), "null: expected 1"),
+        (lambda: log_nfa(z, (8, 0)), "size"),
+        (lambda: log_nfa(z, 8, threads=0), "threads"),
+        (lambda: segment(z, 8, log_epsilon=math.nan), "log_epsilon"),
+        (lambda: regions(z, log_epsilon="0"), "log_epsilon: .*str"),
+    ]
+    for call, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
