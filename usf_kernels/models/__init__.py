@@ -1,5 +1,8 @@
 """Reference models: frozen backbones, normalizing flows on their features, and the baseline beside them."""
 
 from usf_kernels.models.backbones import Backbone, create_backbone
+from usf_kernels.models.fastflow import FastFlow
+from usf_kernels.models.mahalanobis import Mahalanobis
+from usf_kernels.models.scoring import Prediction, image_score
 
-__all__ = ["Backbone", "create_backbone"]
+__all__ = ["Backbone", "FastFlow", "Mahalanobis", "Prediction", "create_backbone", "image_score"]

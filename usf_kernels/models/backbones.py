@@ -19,24 +19,24 @@ class Backbone(nn.Module):
     Stays in evaluation mode and takes no gradient, whatever is called on the model around it.
 
     Attributes:
-        name: the timm name.
+        config: arguments of `create_backbone` that make it again, as plain JSON values.
         channels: channels of each map, finest first.
         strides: input pixels per position of each map.
     """
 
     def __init__(
         self,
-        name: str,
         network: nn.Module,
+        config: dict[str, Any],
+        *,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
         super().__init__()
-        self.name = name
+        self.config = config
         self.network = network
         self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(network.feature_info.reduction())
-        self.out_indices: tuple[int, ...] = tuple(network.feature_info.out_indices)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -106,7 +106,13 @@ def create_backbone(
     if weights == "auto" and name == EMBEDDED:
         full = timm.create_model(name, pretrained=False)
         network.load_state_dict(_in_order(_embedded_weights(), full.state_dict(), network.state_dict()))
-    return Backbone(name, network, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+    config = {
+        "name": name,
+        "out_indices": list(out_indices),
+        "weights": None if weights is None else str(weights),
+    }
+    normalisation = network.pretrained_cfg
+    return Backbone(network, config, mean=normalisation["mean"], std=normalisation["std"])
 
 
 def _default_stages(timm: ModuleType, name: str) -> tuple[int, ...]:

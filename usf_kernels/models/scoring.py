@@ -1,0 +1,66 @@
+"""From latents to what a user acts on; the models and the baseline share it, and so are scored alike."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from usf_kernels.ops import anomaly_map
+from usf_kernels.segmentation import Null, Region, log_nfa, regions
+
+
+class Prediction(NamedTuple):
+    """What a model says about a batch of images of H x W pixels.
+
+    Attributes:
+        score: (B,), the higher the more anomalous the image, in [0, 1]; see `image_score`.
+        anomaly_map: (B, 1, H, W) in [0, 1]; see `usf_kernels.anomaly_map`.
+        log_nfa: (B, 1, H, W), log10 of the number of false alarms; see `usf_kernels.log_nfa`.
+        mask: (B, 1, H, W) bool, the automatic segmentation, `log_nfa <= log_epsilon`.
+        regions: for each image its `Region`s, most significant first.
+    """
+
+    score: Tensor
+    anomaly_map: Tensor
+    log_nfa: Tensor
+    mask: Tensor
+    regions: list[list[Region]]
+
+
+def image_score(maps: Tensor, share: float = 0.03) -> Tensor:
+    """Mean of the most anomalous pixels of each image.
+
+    The maximum, which is usual, rests on one position of one scale and is noisy; the mean over the image
+    drowns small defects.
+
+    Args:
+        maps: (B, 1, H, W).
+        share: of the pixels that are averaged, in (0, 1]; at least one is.
+
+    Returns:
+        (B,).
+    """
+    pixels = maps.flatten(1)
+    return pixels.topk(max(1, round(share * pixels.shape[1])), dim=1).values.mean(1)
+
+
+def predict(
+    latents: list[Tensor],
+    size: tuple[int, int],
+    *,
+    null: Null | None,
+    log_epsilon: float = 0.0,
+    tail: str = "exact",
+    tests: str = "per_size",
+) -> Prediction:
+    """Score and segment the latents (B, C_l, H_l, W_l) of a batch of images of this size.
+
+    Each image is scored on its own. Options are those of `usf_kernels.log_nfa`; the defaults are the
+    recommended ones.
+    """
+    maps = anomaly_map(latents, size)
+    options = {"null": null, "tail": tail, "tests": tests}
+    log_nfas = log_nfa(latents, size, **options)
+    found = regions(latents, log_epsilon=log_epsilon, **options)
+    return Prediction(image_score(maps), maps, log_nfas, log_nfas <= log_epsilon, found)
