@@ -80,7 +80,7 @@ class ActNorm(nn.Module):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo: (x, log_det). Never initialises."""
-        check_features("x", z, self.channels)
+        check_features("z", z, self.channels)
         scale, bias = self._per_channel(z, (-self.log_scale).exp())
         return scale * (z - bias), -self.log_det(count_positions(z))
 

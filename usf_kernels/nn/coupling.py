@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from usf_kernels.ops import additive_coupling, affine_coupling
-from usf_kernels.ops.checks import check_clamp, check_features, check_int, compute_dtype
+from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
 
 Subnet = Callable[[int, int], nn.Module]
 
@@ -44,14 +44,20 @@ class _Coupling(nn.Module):
         if zero_init:
             zero_last_layer(self.subnet)
 
-    def _condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
+    def _condition(self, x: Tensor, cond: Tensor | None, name: str) -> Tensor:
         """The conditioner's output for the passive half of x, which forward and inverse share."""
-        check_features("x", x, self.channels)
-        passive = x[:, : self.split]
-        if self.cond_channels == 0:
-            if cond is not None:
-                raise ValueError("cond: expected None because cond_channels is 0, found a condition")
-            return self.subnet(passive)
+        check_features(name, x, self.channels)
+        inputs = x[:, : self.split]
+        if self.cond_channels > 0:
+            inputs = torch.cat([inputs, self._check_cond(x, cond).to(x.dtype)], dim=1)
+        elif cond is not None:
+            raise ValueError("cond: expected None because cond_channels is 0, found a condition")
+        output = self.subnet(inputs)
+        expected = (x.shape[0], self.outputs_per_channel * (self.channels - self.split), *x.shape[2:])
+        check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
+        return output
+
+    def _check_cond(self, x: Tensor, cond: Tensor | None) -> Tensor:
         if cond is None:
             raise ValueError(f"cond: expected a tensor with {self.cond_channels} channels, found None")
         check_features("cond", cond, self.cond_channels)
@@ -60,8 +66,7 @@ class _Coupling(nn.Module):
                 f"cond: expected batch size 1 or {x.shape[0]} and spatial size {tuple(x.shape[2:])} as x, "
                 f"found shape {tuple(cond.shape)}"
             )
-        cond = cond.expand(x.shape[0], *cond.shape[1:])
-        return self.subnet(torch.cat([passive, cond.to(passive.dtype)], dim=1))
+        return cond.expand(x.shape[0], *cond.shape[1:])
 
     def extra_repr(self) -> str:
         """Channels and the condition's channels, for print."""
@@ -100,7 +105,9 @@ class AdditiveCoupling(_Coupling):
         return self._run(z, cond, inverse=True)
 
     def _run(self, x: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        y = additive_coupling(x, self._condition(x, cond), split=self.split, inverse=inverse)
+        y = additive_coupling(
+            x, self._condition(x, cond, "z" if inverse else "x"), split=self.split, inverse=inverse
+        )
         return y, y.new_zeros((), dtype=compute_dtype(y))
 
 
@@ -139,12 +146,12 @@ class AffineCoupling(_Coupling):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (y, log_det (B,))."""
-        params = self._condition(x, cond)
+        params = self._condition(x, cond, "x")
         return affine_coupling(x, params, split=self.split, clamp=self.clamp)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo: (x, log_det (B,))."""
-        params = self._condition(z, cond)
+        params = self._condition(z, cond, "z")
         return affine_coupling(z, params, split=self.split, clamp=self.clamp, inverse=True)
 
     def extra_repr(self) -> str:

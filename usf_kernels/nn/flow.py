@@ -122,6 +122,7 @@ class FlowSequence(nn.ModuleList):
             log_det = log_det + step_log_det
         return z, log_det
 
-    def log_prior(self, positions: int) -> Tensor | int:
-        """Sum of the `log_prior` of every LUConv1x1 in here, for inputs of this many positions."""
-        return sum(m.log_prior(positions) for m in self.modules() if isinstance(m, LUConv1x1))
+    def log_prior(self, positions: int) -> Tensor:
+        """Sum of the `log_prior` of every LUConv1x1 in here, for inputs of this many positions: 0-d."""
+        priors = (m.log_prior(positions) for m in self.modules() if isinstance(m, LUConv1x1))
+        return sum(priors, torch.zeros(()))

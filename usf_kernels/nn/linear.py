@@ -77,7 +77,9 @@ class LUConv1x1(nn.Module):
             self.lower.normal_(std=0.5 / math.sqrt(self.channels)).tril_(-1)
             self.upper.normal_(std=0.5 / math.sqrt(self.channels)).triu_(1)
             return
-        rotation, _ = torch.linalg.qr(torch.randn(self.channels, self.channels, dtype=torch.float64))
+        # On the CPU: not every device has float64, and the draw is then the same on all of them.
+        gaussian = torch.randn(self.channels, self.channels, dtype=torch.float64, device="cpu")
+        rotation, _ = torch.linalg.qr(gaussian)
         _, lower, upper = torch.linalg.lu(rotation)
         self._set_triangles(lower, upper)
 
@@ -117,23 +119,20 @@ class LUConv1x1(nn.Module):
             )
         if self.bias is None:
             raise ValueError("bias: expected True for whiten_ (the mean has to be removed), found False")
-        covariance = covariance.double()
-        ridge = eps * torch.diagonal(covariance).mean()
-        covariance = covariance + ridge * torch.eye(
-            self.channels, dtype=torch.float64, device=covariance.device
-        )
-        # covariance = V V^T with V upper (a Cholesky from the last row up), and U = V^-1 is upper too.
+        mean, covariance = (t.detach().to("cpu", torch.float64) for t in (mean, covariance))
+        eye = torch.eye(self.channels, dtype=torch.float64, device="cpu")
         covariance = torch.tril(covariance) + torch.tril(covariance, -1).mT
+        covariance = covariance + eps * torch.diagonal(covariance).mean() * eye
+        # covariance = V V^T with V upper (a Cholesky from the last row up), and U = V^-1 is upper too.
         factor, info = torch.linalg.cholesky_ex(covariance.flip(0, 1))
         if int(info) != 0 or not bool(torch.isfinite(factor).all()):
             raise ValueError(
                 "covariance: expected a finite, positive definite matrix, found one that is not; "
                 "raise eps or use more samples than channels"
             )
-        eye = torch.eye(self.channels, dtype=torch.float64, device=covariance.device)
         upper = torch.linalg.solve_triangular(factor.flip(0, 1), eye, upper=True)
         self._set_triangles(eye, upper)
-        self.bias.copy_(-(upper @ mean.double()))
+        self.bias.copy_(-(upper @ mean))
         return self
 
     def factors(self, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -184,7 +183,7 @@ class LUConv1x1(nn.Module):
 
     def run(self, x: Tensor, *, inverse: bool, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor]:
         """Either direction, of this map or of `act_norm` followed by it."""
-        check_features("x", x, self.channels)
+        check_features("z" if inverse else "x", x, self.channels)
         lower, upper, bias = self.factors(act_norm)
         log_det = self.log_det(count_positions(x))
         if act_norm is not None:
@@ -246,7 +245,7 @@ class Permutation(nn.Module):
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo: (x, 0)."""
-        check_features("x", z, self.channels)
+        check_features("z", z, self.channels)
         return _Gather.apply(z, self.inverse_index, self.index), z.new_zeros((), dtype=compute_dtype(z))
 
     def extra_repr(self) -> str:
