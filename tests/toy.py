@@ -1,6 +1,8 @@
 """A model and data with the contract of the real ones, small enough to train in milliseconds."""
 
 import os
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +34,53 @@ class ToyFlow(nn.Module):
         x = batch[0] if isinstance(batch, (list, tuple)) else self.backbone(batch)
         z = torch.einsum("ij,bjhw->bihw", self.weight, self.dropout(self.norm(x))) + self.bias[:, None, None]
         return 0.5 * z.square().mean() - self.weight.diagonal().abs().log().mean()
+
+
+class Found(NamedTuple):
+    """Fields of a prediction."""
+
+    score: torch.Tensor
+    anomaly_map: torch.Tensor
+    log_nfa: torch.Tensor
+    mask: torch.Tensor
+    regions: list
+
+
+class ToyDetector(ToyFlow):
+    """Finds what is bright; trained, calibrated, saved and asked like the real models."""
+
+    def __init__(self, backbone=None, *, coupling="additive"):
+        super().__init__(4, dropout=0.0)
+        self.config = {"coupling": coupling}
+        self.register_buffer("level", torch.tensor(0.0))
+
+    def features(self, images):
+        return [self.backbone(images)]
+
+    def initialize(self, features):
+        with torch.no_grad():
+            self.bias.copy_(-features[0].mean((0, 2, 3)))
+
+    def calibrate(self, features):
+        self.level.fill_(0.75)
+
+    @torch.no_grad()
+    def predict(self, images):
+        bright = images.mean(1, keepdim=True)
+        log_nfa = 10 * (self.level - bright)
+        mask = log_nfa <= 0
+        regions = [
+            [BrightRegion(log_nfa[i].min().item())] if mask[i].any() else [] for i in range(len(images))
+        ]
+        return Found(bright.amax((1, 2, 3)), bright, log_nfa, mask, regions)
+
+
+@dataclass
+class BrightRegion:
+    log_nfa: float
+
+    def image_box(self, size):
+        return 0, 0, *size
 
 
 class NoisyImages(Dataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -39,10 +40,11 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
                     os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            if error.errno is not None and error.filename in (None, str(temporary)):
-                # a failed write names no file, and the name of the temporary one would help nobody
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            raise
+            if error.filename not in (None, str(temporary)):
+                raise
+            # A failed write names no file, the temporary one would help nobody, and NumPy gives no number.
+            number = error.errno or errno.EIO
+            raise OSError(number, error.strerror or str(error), str(path)) from error
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -122,7 +122,7 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
     rates = np.append(rate[inside], fpr_limit)
     overlaps = np.append(overlap[inside], np.interp(fpr_limit, rate, overlap))
     area = (np.diff(rates) * (overlaps[1:] + overlaps[:-1]) / 2).sum()
-    return float(area / fpr_limit)
+    return min(1.0, float(area / fpr_limit))  # rounding can pass it by 1e-16
 
 
 def mean_iou(masks: Array, targets: Array) -> float:
@@ -181,7 +181,8 @@ def oracle_mean_iou(maps: Array, targets: Array) -> tuple[float, float]:
     order, ends = _descending(maps)
     means = np.cumsum(steps.ravel()[order])[ends] / len(maps)
     best = int(np.argmax(means))
-    return float(means[best]), float(maps.ravel()[order[ends[best]]])
+    threshold = float(maps.ravel()[order[ends[best]]])
+    return mean_iou(maps[:, None] >= threshold, targets.reshape(len(maps), 1, -1)), threshold
 
 
 def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from usf_kernels.files import atomic_write
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 TRUTH, FOUND, INK, FAINT = "#00a99d", "#f0541e", "#20262e", "#7b8794"
 CELL, GAP, LEFT, TOP, BOTTOM, RIGHT = 1.75, 0.07, 1.3, 0.95, 0.62, 0.12  # inches
 COLUMNS = ("Image", "Ground truth", "Anomaly map", "Number of false alarms", "Automatic mask")
+
+
+class Shown(NamedTuple):
+    """The part of a `Prediction` that a picture shows, for as many images as wanted."""
+
+    score: Tensor
+    anomaly_map: Tensor
+    log_nfa: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, predictions: Any | Sequence[Any]) -> Shown:
+        """From one `Prediction`, or from the ones of several batches, in order."""
+        batches = [predictions] if hasattr(predictions, "anomaly_map") else list(predictions)
+        return cls(*(torch.cat([getattr(batch, name).cpu() for batch in batches]) for name in cls._fields))
 
 
 def choose_rows(kinds: Sequence[str], scores: Sequence[float] | Tensor, *, clean: str = "good") -> list[int]:

@@ -1,7 +1,8 @@
-"""Progress of a training run on the terminal, with rich where it is installed."""
+"""Progress of a training run: a bar on a terminal that has rich, else a line now and then."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,44 +14,60 @@ Report = Callable[[float, float, float | None, float | None], None]
 def training_progress(
     enabled: bool, max_epochs: int, *, start: float = 0.0, title: str = "training"
 ) -> Iterator[Report]:
-    """Show a bar with both losses while the block runs; silent when not `enabled` or without rich."""
+    """Show how far a run is and both losses while the block runs; nothing when not `enabled`.
+
+    Args:
+        enabled: whether to show anything.
+        max_epochs: where the run ends at the latest.
+        start: epochs done before.
+        title: what to call the run.
+
+    Yields:
+        A function to call after every step.
+    """
     if not enabled:
-        yield _silent
+        yield lambda epochs, loss, held_out, best: None
         return
     try:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     except ImportError:
-        yield _silent
+        yield _lines(max_epochs, start, title)
+        return
+    if not sys.stdout.isatty():
+        yield _lines(max_epochs, start, title)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("epoch {task.fields[epoch]}/{task.total:.0f}"),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("held-out {task.fields[held_out]} (best {task.fields[best]})"),
+        TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task(
-            title, total=max_epochs, completed=start, epoch=int(start), loss="-", held_out="-", best="-"
-        )
+        task = bar.add_task(title, total=max_epochs, completed=start, state="")
 
         def report(epochs: float, loss: float, held_out: float | None, best: float | None) -> None:
-            bar.update(
-                task,
-                completed=epochs,
-                epoch=min(int(epochs) + 1, max_epochs),
-                loss=_number(loss),
-                held_out=_number(held_out),
-                best=_number(best),
-            )
+            bar.update(task, completed=epochs, state=_state(epochs, max_epochs, loss, held_out, best))
 
         yield report
 
 
-def _silent(epochs: float, loss: float, held_out: float | None, best: float | None) -> None:
-    pass
+def _lines(max_epochs: int, start: float, title: str) -> Report:
+    """Prints about ten lines in a run."""
+    printed = int(10 * start / max_epochs)
+
+    def report(epochs: float, loss: float, held_out: float | None, best: float | None) -> None:
+        nonlocal printed
+        if int(10 * epochs / max_epochs) > printed:
+            printed = int(10 * epochs / max_epochs)
+            print(f"{title}: {_state(epochs, max_epochs, loss, held_out, best)}", flush=True)
+
+    return report
+
+
+def _state(epochs: float, max_epochs: int, loss: float, held_out: float | None, best: float | None) -> str:
+    epoch = min(int(epochs) + 1, max_epochs)
+    return f"epoch {epoch}/{max_epochs}, loss {loss:.4f}, held-out {_number(held_out)} (best {_number(best)})"
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,113 @@
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from matplotlib import _pylab_helpers
+from PIL import Image
+
+from usf_kernels import plotting
+
+
+def example(count=4, height=24, width=32):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, height, width, generator=generator)
+    targets = torch.zeros(count, 1, height, width, dtype=torch.bool)
+    targets[: count - 1, :, 5:12, 8:20] = True
+    log_nfa = torch.where(targets, -20.0, 15.0)
+    prediction = SimpleNamespace(
+        score=torch.arange(count) / count, anomaly_map=targets * 0.5 + 0.3, log_nfa=log_nfa, mask=log_nfa < 0
+    )
+    return images, targets, prediction, ["stain", "cut_and_paste", "stain", "good"][:count]
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def test_rows_are_the_median_of_each_kind_with_the_clean_one_last():
+    kinds = ["good", "blob", "scratch", "blob", "blob", "good"]
+    assert plotting.choose_rows(kinds, [0.3, 0.9, 0.5, 0.1, 0.4, 0.1]) == [4, 2, 0]
+
+
+def test_panel_has_a_row_per_kind_and_says_what_it_shows():
+    images, targets, prediction, kinds = example()
+    figure = plotting.panel(images, targets, prediction, kinds=kinds, title="Brick", subtitle="how well")
+    words = texts(figure)
+    assert {"Brick", "how well", "stain", "cut and paste", "clean"} <= set(words)
+    assert "score 0.5\nIoU 1.00" in words
+    assert "score 0.75\nno alarm" in words
+    assert len(figure.axes) == 3 * len(plotting.COLUMNS) + 2  # and two colour bars
+    assert [axis.get_title() for axis in figure.axes[:5]] == list(plotting.COLUMNS)
+
+
+def test_colour_scales_are_shared_by_the_rows():
+    images, targets, prediction, kinds = example()
+    prediction.anomaly_map = prediction.anomaly_map * torch.tensor([1.0, 0.2, 0.4, 0.1])[:, None, None, None]
+    figure = plotting.panel(images, targets, prediction, kinds=kinds, rows=[0, 1, 3])
+    columns = len(plotting.COLUMNS)
+    for column in (2, 3):
+        limits = {figure.axes[row * columns + column].images[0].get_clim() for row in range(3)}
+        assert len(limits) == 1
+    assert figure.axes[3].images[0].norm.vcenter == 0
+
+
+def test_shapes_are_kept_and_nothing_is_global():
+    images, targets, prediction, kinds = example()
+    figure = plotting.panel(images, targets, prediction, kinds=kinds)
+    box, (width, height) = figure.axes[0].get_position(), figure.get_size_inches()
+    assert box.width * width / (box.height * height) == pytest.approx(32 / 24)
+    assert not _pylab_helpers.Gcf.figs
+
+
+def test_flat_maps_full_masks_and_one_clean_image_are_drawn(tmp_path):
+    images, targets, prediction, kinds = example()
+    prediction.anomaly_map = torch.full_like(prediction.anomaly_map, 0.4)
+    prediction.log_nfa = torch.full_like(prediction.log_nfa, 480.0)
+    prediction.mask = torch.ones_like(prediction.mask)
+    figure = plotting.panel(images, targets, prediction, kinds=kinds, rows=[3])
+    assert "score 0.75\nfalse alarm" in texts(figure)
+    plotting.save_figure(figure, tmp_path / "panel.png", dpi=60)
+    pixels = np.asarray(Image.open(tmp_path / "panel.png"))
+    assert pixels.std() > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["panel.png"]
+
+
+def test_shown_joins_batches():
+    _, _, prediction, _ = example()
+    parts = [
+        SimpleNamespace(**{key: value[part] for key, value in vars(prediction).items()})
+        for part in (slice(0, 3), slice(3, 4))
+    ]
+    for joined, whole in zip(plotting.Shown.of(parts), plotting.Shown.of(prediction), strict=True):
+        assert torch.equal(joined, whole)
+
+
+def test_heat_map_runs_from_dark_to_bright_and_clips():
+    colours = plotting.heat_map(np.array([[-1.0, 0.0, 0.5, 1.0, 2.0]]))
+    assert colours.shape == (1, 5, 3)
+    assert colours.dtype == np.uint8
+    brightness = colours.sum(-1)[0].astype(int)
+    assert brightness[0] == brightness[1] < brightness[2] < brightness[3] == brightness[4]
+
+
+def test_mismatches_are_named():
+    images, targets, prediction, kinds = example()
+    with pytest.raises(ValueError, match=r"equally many; got \[3, 4\]"):
+        plotting.panel(images[:3], targets, prediction, kinds=kinds)
+    with pytest.raises(ValueError, match="rows"):
+        plotting.panel(images, targets, prediction, kinds=kinds, rows=[])
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
+    images, targets, prediction, kinds = example(1)
+    figure = plotting.panel(images, targets, prediction, kinds=kinds)
+    with pytest.raises(FileNotFoundError, match=r"no/panel\.png"):
+        plotting.save_figure(figure, tmp_path / "no" / "panel.png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=40)
+    assert buffer.getbuffer()

@@ -1,0 +1,63 @@
+"""The command `usf-kernels`: demo, train, evaluate, predict, doctor.
+
+Commands import what they need when they run, so that the help and `doctor` are quick and work in an
+installation without extras. An error that a user can mend is one line on stderr and exit code 2; set
+USF_KERNELS_DEBUG=1 to see where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from usf_kernels.cli import demo, doctor, folder, predict
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="usf-kernels",
+        description="Anomaly detection with uniformly scaling flows, and a threshold that can be trusted.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        demo.add_parser,
+        folder.add_train,
+        folder.add_evaluate,
+        predict.add_parser,
+        doctor.add_parser,
+    ):
+        add(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the words after the program's name; None takes them from the command line.
+
+    Returns:
+        The exit code: 0, 1 when `doctor` finds something broken, 2 for an error, 130 when interrupted.
+    """
+    options = build_parser().parse_args(arguments)
+    debug = os.environ.get("USF_KERNELS_DEBUG", "") not in ("", "0")
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("usf-kernels: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        if debug:
+            raise
+        print(f"usf-kernels: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong and with which file, on one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

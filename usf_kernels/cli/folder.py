@@ -1,0 +1,182 @@
+"""`usf-kernels train FOLDER` and `usf-kernels evaluate CHECKPOINT FOLDER`, for folders in MVTec layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from usf_kernels.cli.options import (
+    METRICS,
+    add_device,
+    image_size,
+    pick_device,
+    positive,
+    print_table,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from usf_kernels.data import FolderDataset
+
+
+def add_train(commands: Any) -> None:
+    """Declare `train`."""
+    parser = commands.add_parser(
+        "train",
+        help="train FastFlow on the normal images of a folder",
+        description="Train FastFlow on FOLDER/train/good. Part of the images is held out: its likelihood stops "
+        "the training and calibrates the threshold. Writes model.pt, history.csv and a state to resume from.",
+    )
+    parser.add_argument("folder", type=Path, help="holds train/good")
+    parser.add_argument("--output", type=Path, default=Path("runs/train"), help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT")
+    parser.add_argument(
+        "--backbone", default="tf_efficientnet_lite0", help="a timm name; default: %(default)s"
+    )
+    parser.add_argument("--weights", default="auto", help="file; default: the usual")
+    parser.add_argument(
+        "--coupling", choices=("additive", "affine"), default="additive", help="default: %(default)s"
+    )
+    parser.add_argument("--image-size", type=image_size, default=(256, 256), help="256 or HxW; default: 256")
+    parser.add_argument("--epochs", type=positive, default=60, help="default: %(default)s")
+    parser.add_argument("--patience", type=positive, default=10, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=16, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s")
+    parser.add_argument("--weight-decay", type=float, default=1e-5, help="default: %(default)s")
+    parser.add_argument(
+        "--held-out", type=float, default=0.2, help="share of the images; default: %(default)s"
+    )
+    parser.add_argument("--checkpoint-every", type=positive, default=1, help="steps; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--precision", default="32-true", help="as in Lightning Fabric; default: %(default)s")
+    parser.add_argument("--accelerator", default="auto", help="as in Lightning Fabric; default: %(default)s")
+    parser.add_argument("--devices", type=positive, default=1, help="default: %(default)s")
+    parser.set_defaults(run=train)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train and save a model; returns the exit code."""
+    import torch
+
+    from usf_kernels.checkpoint import save_checkpoint
+    from usf_kernels.data import FolderDataset
+    from usf_kernels.models import FastFlow, create_backbone
+    from usf_kernels.training import CachedFeatures, fit
+
+    data = FolderDataset(options.folder, "train", size=options.image_size)
+    if not 0 < options.held_out < 1:
+        raise ValueError(f"--held-out must lie between 0 and 1, not {options.held_out}")
+    held_out = max(1, round(options.held_out * len(data)))
+    if len(data) - held_out < 2:
+        raise ValueError(f"{options.folder}: {len(data)} training images are too few")
+    model = FastFlow(create_backbone(options.backbone, weights=options.weights), coupling=options.coupling)
+    features = _features(model, data, options)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
+    held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))
+    model.initialize(rest)
+    extra = {"image_size": list(options.image_size), "folder": str(options.folder)}
+    history = fit(
+        model,
+        CachedFeatures(rest),
+        CachedFeatures(held),
+        max_epochs=options.epochs,
+        patience=options.patience,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        checkpoint_every=options.checkpoint_every,
+        seed=options.seed,
+        run_dir=options.output,
+        resume=options.resume,
+        precision=options.precision,
+        accelerator=options.accelerator,
+        devices=options.devices,
+        extra=extra,
+    )
+    model = model.cpu()
+    model.calibrate(held)
+    save_checkpoint(options.output / "model.pt", model, extra=extra)
+    print(
+        f"{options.output / 'model.pt'}: epoch {history.best_epoch} of {len(history.rows)}, "
+        f"held-out loss {history.best_loss:.4f}"
+    )
+    return 0
+
+
+def _features(model: nn.Module, data: FolderDataset, options: argparse.Namespace) -> list[Tensor]:
+    """The frozen backbone's maps of all images, computed once: training then costs the flow alone."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    device = pick_device("auto" if options.accelerator == "auto" else options.accelerator)
+    model.to(device)
+    parts = []
+    with torch.no_grad(), progress(len(data), "features") as advance:
+        for batch in DataLoader(data, batch_size=options.batch_size):
+            parts.append([maps.cpu() for maps in model.features(batch.image.to(device))])
+            for _ in batch.image:
+                advance()
+    model.cpu()
+    return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+
+def add_evaluate(commands: Any) -> None:
+    """Declare `evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a trained model on the test images of a folder",
+        description="Measure a checkpoint on FOLDER/test/<kind> with masks in FOLDER/ground_truth/<kind>.",
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path, help="holds test and ground_truth")
+    parser.add_argument(
+        "--output", type=Path, help="folder for results.json and panel.png; default: only print"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
+    add_device(parser)
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print the metrics of a model on a folder; returns the exit code."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from usf_kernels import metrics
+    from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
+    from usf_kernels.data import FolderDataset
+    from usf_kernels.files import write_json
+
+    size = read_checkpoint(options.checkpoint)["extra"].get("image_size", (256, 256))
+    device = pick_device(options.device)
+    model = load_checkpoint(options.checkpoint, device=device)
+    data = FolderDataset(options.folder, "test", size=tuple(size))
+    samples, predictions = [], []
+    with progress(len(data), "predicting") as advance:
+        for batch in DataLoader(data, batch_size=options.batch_size):
+            predictions.append(model.predict(batch.image.to(device)))
+            samples.append(batch)
+            for _ in batch.image:
+                advance()
+    found = metrics.evaluate(predictions, [batch.mask for batch in samples])
+    print_table(
+        f"{options.checkpoint} on {options.folder}", METRICS.values(), [[found[key] for key in METRICS]]
+    )
+    if options.output is not None:
+        from usf_kernels.plotting import Shown, panel, save_figure
+
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_json(options.output / "results.json", found)
+        figure = panel(
+            torch.cat([batch.image for batch in samples]),
+            torch.cat([batch.mask for batch in samples]),
+            Shown.of(predictions),
+            kinds=[kind for batch in samples for kind in batch.kind],
+            title=options.folder.name,
+            subtitle=f"pixel AUROC {found['pixel_auroc']:.3f}, automatic mIoU {found['miou_automatic']:.3f}",
+        )
+        save_figure(figure, options.output / "panel.png")
+    return 0

@@ -1,0 +1,93 @@
+"""Types of command-line options, and what several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+METRICS = {
+    "image_auroc": "image AUROC",
+    "pixel_auroc": "pixel AUROC",
+    "aupro": "AUPRO",
+    "miou_automatic": "mIoU auto",
+    "miou_oracle": "mIoU oracle",
+    "false_alarms_per_clean_image": "false alarms",
+}
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`256` or `256x320` (height x width)."""
+    parts = [int(part) for part in text.lower().split("x")]
+    if len(parts) not in (1, 2) or min(parts) < 1:
+        raise argparse.ArgumentTypeError(f"must be like 256 or 256x320 (height x width), not {text!r}")
+    return parts[0], parts[-1]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, for commands that only predict."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the fastest there is"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` means."""
+    import torch
+
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table, with rich where it is installed; numbers with three decimals."""
+    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+        print(title)
+        for row in [list(columns), *cells]:
+            first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in cells:
+        table.add_row(*row)
+    # A terminal may be narrow; a pipe or a log file is not, and there the rows stay in one piece.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@contextmanager
+def progress(total: int, title: str) -> Iterator[Callable[[], Any]]:
+    """A bar on stderr that advances by one with every call; silent without rich, and where nobody watches."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

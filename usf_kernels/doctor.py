@@ -1,0 +1,155 @@
+"""What is installed on this machine, and which code each operation will run here."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import re
+from importlib import metadata
+from typing import Any
+
+DISTRIBUTION = "usf-kernels"
+OPERATIONS = (
+    "additive_coupling",
+    "masked_additive_coupling",
+    "affine_coupling",
+    "lu_conv1x1",
+    "squared_norm",
+    "anomaly_map",
+)
+NATIVE_OPERATIONS = ("component_tree", "log_nfa", "segment", "regions")
+
+
+def diagnose() -> dict[str, Any]:
+    """Look at the machine without changing it, importing no extra.
+
+    Returns:
+        JSON-able: `package`, `python`, `platform`, `torch` (versions), `devices` (names), `triton` and
+        `extension` (`available`, `detail`), `extras` (per extra `available` and, per package, its version or
+        None), `operations` (name of the operation to what runs it).
+    """
+    import torch
+
+    return {
+        "package": _version(DISTRIBUTION),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "devices": _devices(torch),
+        "triton": _triton(torch),
+        "extension": _extension(),
+        "extras": _extras(),
+        "operations": _operations(torch),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as aligned lines."""
+    lines = [
+        f"usf-kernels  {report['package'] or 'not installed, run from source'}",
+        f"Python       {report['python']} on {report['platform']}",
+        f"PyTorch      {report['torch']}",
+        *(f"device       {name}" for name in report["devices"]),
+        f"Triton       {_state(report['triton'])}",
+        f"extension    {_state(report['extension'])}",
+        "",
+        "extras",
+    ]
+    for name, extra in report["extras"].items():
+        lacking = [package for package, version in extra["packages"].items() if version is None]
+        state = "present" if extra["available"] else f"lacks {', '.join(lacking)}"
+        lines.append(f"  {name:<9}  {state}")
+    if not report["extras"]:
+        lines.append("  unknown: the package is not installed")
+    lines += ["", "operations"]
+    width = max(map(len, report["operations"]))
+    lines += [f"  {name:<{width}}  {code}" for name, code in report["operations"].items()]
+    return "\n".join(lines)
+
+
+def _state(part: dict[str, Any]) -> str:
+    return part["detail"] if part["available"] else f"absent: {part['detail']}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices(torch: Any) -> list[str]:
+    names = []
+    for index in range(torch.cuda.device_count()):
+        gib = torch.cuda.get_device_properties(index).total_memory / 2**30
+        names.append(f"cuda:{index}, {torch.cuda.get_device_name(index)}, {gib:.0f} GiB")
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return [*names, f"cpu, {torch.get_num_threads()} threads"]
+
+
+def _triton(torch: Any) -> dict[str, Any]:
+    version = _version("triton") or _version("triton-windows")
+    if version is None:
+        return {"available": False, "detail": "not installed"}
+    if not torch.cuda.is_available():
+        return {"available": False, "detail": f"{version} is installed, but there is no GPU for it"}
+    return {"available": True, "detail": version}
+
+
+def _extension() -> dict[str, Any]:
+    try:
+        module = importlib.import_module("usf_kernels._core")
+    except ImportError as error:
+        return {"available": False, "detail": f"{error}; reinstall usf-kernels"}
+    return {"available": True, "detail": f"usf_kernels._core at {module.__file__}"}
+
+
+def _extras() -> dict[str, Any]:
+    """Every extra that the installed package declares, and the versions of what it asks for."""
+    try:
+        requirements = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    wanted: dict[str, list[str]] = {}
+    for requirement in requirements:
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", requirement)
+        if extra is not None:
+            wanted.setdefault(extra[1], []).append(requirement.split(";")[0].strip())
+
+    def packages(extra: str) -> dict[str, str | None]:
+        found: dict[str, str | None] = {}
+        for requirement in wanted.get(extra, []):
+            name = re.match(r"[\w.-]+", requirement)[0]
+            nested = re.match(r"[\w.-]+\[([\w,\s-]+)\]", requirement)
+            if name.lower().replace("_", "-") == DISTRIBUTION:
+                for inner in nested[1].split(",") if nested else []:
+                    found |= packages(inner.strip())
+            else:
+                found[name] = _version(name)
+        return found
+
+    listed = {extra: packages(extra) for extra in wanted}
+    return {
+        extra: {"available": None not in found.values(), "packages": found} for extra, found in listed.items()
+    }
+
+
+def _operations(torch: Any) -> dict[str, str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    operations = {}
+    try:
+        from usf_kernels.ops.dispatch import implementation
+    except ImportError as error:
+        return {"all": f"absent: {error}"}
+    probe = torch.empty(1, device=device)
+    for name in OPERATIONS:
+        try:
+            module = implementation(name, None, probe).__module__
+        except (AttributeError, RuntimeError) as error:
+            operations[name] = f"absent: {error}"
+            continue
+        code = "Triton kernel" if ".kernels" in module else "PyTorch reference"
+        operations[name] = f"{code} on {device}"
+    native = "C++ on the CPU" if _extension()["available"] else "absent: needs the compiled extension"
+    return operations | dict.fromkeys(NATIVE_OPERATIONS, native)
