@@ -105,13 +105,13 @@ private:
         seams_.reset(grid, connectivity_);
         tile_links_.reserve(n);
         tiles_.assign(grid.tile_rows * grid.tile_columns, {});
-        bands_.assign(grid.bands + 1, {});  // the last one: the whole map
+        bands_.assign(grid.bands, {});
         open_.assign(grid.bands, 0);
-        settled_.resize(grid.bands + 1);
+        settled_.resize(grid.bands);
         if (grid.bands > 1) top_.reserve(n);
         parallel_for(grid.bands, threads, [&](int w, std::int64_t band) { build_band(grid, band, workers_[w]); });
-        join_bands(grid, workers_[0].merge);
-        number(grid, threads);
+        if (grid.bands > 1) join_bands(grid, workers_[0].merge);
+        number_settled(grid, threads);
     }
 
     // The trees of the band's tiles, joined. What stays open goes to `top_`, from the band's first pixel on.
@@ -123,24 +123,28 @@ private:
             for (std::int64_t c = 0; c < grid.tile_columns; ++c) nodes = build_tile(grid, r, c, worker, nodes);
 
         ForestMerge<Key>& merge = worker.merge;
-        merge.start(worker.forest, nodes);
-        merge.add_nodes(0, nodes);
+        merge.sort(worker.forest, {{0, nodes}});
         const auto pair = [&](std::int32_t a, std::int32_t b) { merge.add_seam(a, b); };
         for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r) {
             for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)
                 seams_.across_column(c, grid.rows_of_tile(r), pair);
             if (r + 1 < tile_rows.end) seams_.across_row(r, pair);
         }
-        merge.prepare();
+        if (grid.bands == 1) {
+            merge.join();
+            return number_joined(merge);
+        }
         std::int32_t* borders[2] = {tile_rows.begin > 0 ? seams_.row(tile_rows.begin - 1, 1) : nullptr,
                                     tile_rows.end < grid.tile_rows ? seams_.row(tile_rows.end - 1, 0) : nullptr};
         for (std::int32_t* border : borders)
-            for (std::int64_t x = 0; border && x < grid.width; ++x) merge.mark_open(border[x]);
+            for (std::int64_t x = 0; border && x < grid.width; ++x) {
+                border[x] = merge.rank(border[x]);
+                merge.mark_open(border[x]);
+            }
         merge.join();
-        const std::int32_t first = static_cast<std::int32_t>(rows.begin * grid.width);
-        open_[band] = settle(merge, worker.forest, band, first);
+        open_[band] = settle(merge, band, static_cast<std::int32_t>(rows.begin * grid.width));
         for (std::int32_t* border : borders)
-            for (std::int64_t x = 0; border && x < grid.width; ++x) border[x] = merge.renamed(border[x]);
+            for (std::int64_t x = 0; border && x < grid.width; ++x) border[x] = merge.name(border[x]);
     }
 
     // Appends the open nodes of a tile to the worker's forest and keeps the others as links of 16-bit positions.
@@ -183,83 +187,97 @@ private:
     }
 
     void join_bands(const Grid& grid, ForestMerge<Key>& merge) {
-        if (grid.bands == 1) return;
-        merge.start(top_, grid.height * grid.width);
-        for (std::int64_t band = 0; band < grid.bands; ++band) {
-            const auto first = static_cast<std::int32_t>(grid.rows_of_band(band).begin * grid.width);
-            merge.add_nodes(first, first + open_[band]);
-        }
+        std::vector<std::pair<std::int32_t, std::int32_t>> ranges;
+        for (std::int64_t band = 0; band < grid.bands; ++band)
+            ranges.emplace_back(static_cast<std::int32_t>(grid.rows_of_band(band).begin * grid.width), open_[band]);
+        merge.sort(top_, ranges);
         for (std::int64_t band = 0; band + 1 < grid.bands; ++band)
             seams_.across_row(grid.tile_rows_of_band(band).end - 1,
                               [&](std::int32_t a, std::int32_t b) { merge.add_seam(a, b); });
-        merge.prepare();
         merge.join();
-        settle(merge, top_, grid.bands, 0);
+        number_joined(merge);
     }
 
-    // Writes what the merge has settled to settled_[region], and the open rest to `top_` from `first` on.
-    std::int32_t settle(ForestMerge<Key>& merge, const Forest<Key>& forest, std::int64_t region, std::int32_t first) {
-        SettledLink* links = settled_[region].reserve(merge.size());
-        Region& count = bands_[region];
+    // Keeps what the merge has settled as links of the band; the open rest goes to `top_` from `first` on.
+    std::int32_t settle(ForestMerge<Key>& merge, std::int64_t band, std::int32_t first) {
+        SettledLink* links = settled_[band].reserve(merge.size());
+        Region& count = bands_[band];
         std::int32_t next = first;
         for (std::int32_t i = 0; i < merge.size(); ++i) {
-            const std::int32_t p = merge.node(i), q = merge.parent(p);
-            const bool opens = i == 0 || forest.key[p] != forest.key[q];
-            if (opens && merge.is_open(p)) {
-                merge.rename(p, next);
-                top_.pixel[next] = forest.pixel[p];
-                top_.key[next] = forest.key[p];
-                top_.parent[next++] = merge.renamed(q);
+            const std::int32_t q = merge.parent(i);
+            const bool opens = merge.opens_component(i);
+            if (opens && merge.is_open(i)) {
+                merge.name(i) = next;
+                top_.pixel[next] = merge.pixel(i);
+                top_.key[next] = merge.key(i);
+                top_.parent[next++] = merge.name(q);
             } else {
-                merge.rename(p, merge.renamed(q));
-                links[count.settled++] = {forest.pixel[p], forest.pixel[q]};
+                merge.name(i) = merge.name(q);
+                links[count.settled++] = {merge.pixel(i), opens ? merge.pixel(q) : ~merge.pixel(q)};
                 count.components += opens;
             }
         }
         return next - first;
     }
 
-    // Node numbers: what was settled last comes first, so that parents precede their children.
-    void number(const Grid& grid, int threads) {
+    // Numbers for what was joined last. Those of the bands and tiles follow: parents precede their children.
+    void number_joined(ForestMerge<Key>& merge) {
+        std::int64_t most = merge.size();
+        for (const Region& region : bands_) most += region.components;
+        for (const Region& region : tiles_) most += region.components;
+        std::int32_t* parent = tree_->parent.reserve(most);
+        T* level = tree_->level.reserve(most);
+        std::int32_t* node = tree_->node.reserve(tree_->height * tree_->width);
+        std::int32_t next = 0;
+        for (std::int32_t i = 0; i < merge.size(); ++i) {
+            const std::int32_t q = merge.parent(i);
+            if (merge.opens_component(i)) {
+                merge.name(i) = next;
+                parent[next] = merge.name(q);
+                level[next++] = from_ordered_key<T>(merge.key(i));
+            } else {
+                merge.name(i) = merge.name(q);
+            }
+            node[merge.pixel(i)] = merge.name(i);
+        }
+        merge.free();
+        tree_->size = next;
+    }
+
+    void number_settled(const Grid& grid, int threads) {
         const std::int64_t tiles = grid.tile_rows * grid.tile_columns;
-        std::vector<std::int32_t> first(grid.bands + 1 + tiles);
-        std::int32_t size = 0;
-        for (std::int64_t region = grid.bands; region >= 0; --region) {
-            first[region] = size;
-            size += bands_[region].components;
+        std::vector<std::int32_t> first_of_band(grid.bands), first_of_tile(tiles);
+        for (std::int64_t band = 0; band < grid.bands; ++band) {
+            first_of_band[band] = tree_->size;
+            tree_->size += bands_[band].components;
         }
         for (std::int64_t t = 0; t < tiles; ++t) {
-            first[grid.bands + 1 + t] = size;
-            size += tiles_[t].components;
+            first_of_tile[t] = tree_->size;
+            tree_->size += tiles_[t].components;
         }
-        tree_->size = size;
-        tree_->parent.reserve(size);
-        tree_->level.reserve(size);
-        tree_->node.reserve(grid.height * grid.width);
-        if (grid.bands > 1) number_settled(grid.bands, first[grid.bands]);
-        top_ = {};
         parallel_for(grid.bands, threads, [&](int w, std::int64_t band) {
-            number_settled(band, first[band]);
+            number_band(band, first_of_band[band]);
             const Range tile_rows = grid.tile_rows_of_band(band);
             for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r)
                 for (std::int64_t c = 0; c < grid.tile_columns; ++c)
-                    number_tile(grid, r, c, first[grid.bands + 1 + r * grid.tile_columns + c], workers_[w]);
+                    number_tile(grid, r, c, first_of_tile[r * grid.tile_columns + c], workers_[w]);
         });
     }
 
-    void number_settled(std::int64_t region, std::int32_t next) {
-        const SettledLink* links = settled_[region].data();
+    void number_band(std::int64_t band, std::int32_t next) {
+        const SettledLink* links = settled_[band].data();
         std::int32_t* node = tree_->node.data();
-        for (std::int32_t i = 0; i < bands_[region].settled; ++i) {
+        for (std::int32_t i = 0; i < bands_[band].settled; ++i) {
             const auto [p, q] = links[i];
-            if (image_[p] != image_[q] || p == q) {
+            if (q >= 0) {
                 node[p] = next;
                 tree_->parent[next] = node[q];
                 tree_->level[next++] = image_[p];
             } else {
-                node[p] = node[q];
+                node[p] = node[~q];
             }
         }
+        settled_[band].free();
     }
 
     void number_tile(const Grid& grid, std::int64_t r, std::int64_t c, std::int32_t next, Worker& worker) {
@@ -296,7 +314,7 @@ private:
     }
 
     struct SettledLink {
-        std::int32_t pixel, parent;
+        std::int32_t pixel, parent;  // the complement of the parent where the pixel is in its parent's component
     };
 
     const T* image_ = nullptr;

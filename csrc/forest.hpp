@@ -3,11 +3,12 @@
 // Inside a region's own tree, a component that does not touch the region's border is settled: whatever lies
 // outside cannot change it, nor what it hangs from. Only the others ("open" nodes) have to be ordered again
 // together with those of the neighbours. `ForestMerge` does that: it sorts the open nodes of all regions and
-// runs union-find over the trees' own links and the pixel pairs across the seams.
+// runs union-find over the links of the old trees and the pixel pairs across the seams. It works in the sorted
+// order, where a node and what hangs from it are close to each other, so that memory is read almost in sequence.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -16,8 +17,8 @@
 
 namespace usf {
 
-// Open nodes, one per pixel. The nodes of one region are adjacent and run from its lowest level up; `parent`
-// is the index of the node that each one hangs from (its own at the root).
+// Open nodes, one pixel for each. The nodes of one region are adjacent and run from its lowest level up;
+// `parent` is the index of the node that each one hangs from (its own at the root).
 template <class Key>
 struct Forest {
     Buffer<std::int32_t> pixel, parent;
@@ -28,96 +29,128 @@ struct Forest {
         parent.reserve(n);
         key.reserve(n);
     }
+    void free() {
+        pixel.free();
+        parent.free();
+        key.free();
+    }
 };
 
+// Use: sort, then rank / add_seam / mark_open, then join, then read the nodes from the lowest level up.
+// Every buffer is freed as soon as its contents are used up: at most 24 bytes per node live at any time.
 template <class Key>
 class ForestMerge {
 public:
-    // Nodes of `forest` may lie anywhere in [0, capacity): first their ranges are added, then the seams.
-    void start(Forest<Key>& forest, std::size_t capacity) {
-        forest_ = &forest;
-        capacity_ = static_cast<std::int32_t>(capacity);
+    // Takes the nodes in `ranges` (pairs of first index and count) out of `forest`, which is left empty.
+    void sort(Forest<Key>& forest, const std::vector<std::pair<std::int32_t, std::int32_t>>& ranges) {
         size_ = 0;
-        order_ = positions_[0].reserve(capacity);
-        first_child_.reserve(capacity);
-        next_sibling_.reserve(capacity);
+        for (const auto& [first, count] : ranges) size_ += count;
+        const std::int32_t end = ranges.back().first + ranges.back().second;
+        Item* items = items_[0].reserve(size_);
+        KeyRange<Key> range;
+        std::int32_t n = 0;
+        for (const auto& [first, count] : ranges)
+            for (std::int32_t i = first; i < first + count; ++i) {
+                items[n++] = {forest.key[i], i};
+                range.include(forest.key[i]);
+            }
+        forest.key.free();
+        items = radix_sort(items, items_[1].reserve(size_), size_, range, [](const Item& item) { return item.key; },
+                           histogram_);
+        items_[items == items_[0].data() ? 1 : 0].free();
+
+        rank_.reserve(end);
+        pixel_.reserve(size_);
+        for (std::int32_t i = 0; i < size_; ++i) {
+            if (i + ahead < size_) prefetch(&forest.pixel[items[i + ahead].index]), prefetch(&rank_[items[i + ahead].index]);
+            rank_[items[i].index] = i;
+            pixel_[i] = forest.pixel[items[i].index];
+        }
+        forest.pixel.free();
+        key_.reserve(size_);
+        for (std::int32_t i = 0; i < size_; ++i) key_[i] = items[i].key;
+        items_[0].free();
+        items_[1].free();
+
+        first_child_.reserve(size_);
+        next_sibling_.reserve(size_);
+        std::fill_n(first_child_.data(), size_, none);
+        for (const auto& [first, count] : ranges)
+            for (std::int32_t i = first; i < first + count; ++i)
+                if (const std::int32_t q = forest.parent[i]; q != i) {
+                    const std::int32_t child = rank_[i], p = rank_[q];
+                    next_sibling_[child] = first_child_[p];
+                    first_child_[p] = child;
+                }
+        forest.parent.free();
+        parent_.reserve(size_);
+        std::fill_n(parent_.data(), size_, 0);
         seam_target_.clear();
         seam_next_.clear();
     }
 
-    void add_nodes(std::int32_t begin, std::int32_t end) {
-        const std::int32_t* parent = forest_->parent.data();
-        for (std::int32_t i = begin; i < end; ++i) {
-            order_[size_++] = i;
-            first_child_[i] = none;
-            if (const std::int32_t p = parent[i]; p != i) {
-                next_sibling_[i] = first_child_[p];
-                first_child_[p] = i;
-            }
-        }
-    }
+    // Where node `index` of the forest has gone.
+    std::int32_t rank(std::int32_t index) const { return rank_[index]; }
 
-    // a and b are neighbouring pixels of different regions. The pair joins once the lower one is reached.
+    // Nodes a and b of the forest hold neighbouring pixels of different regions.
     void add_seam(std::int32_t a, std::int32_t b) {
-        const Key* key = forest_->key.data();
-        if (key[b] < key[a] || (key[b] == key[a] && b < a)) std::swap(a, b);
-        seam_target_.push_back(b);
-        seam_next_.push_back(first_child_[a]);
-        first_child_[a] = capacity_ + static_cast<std::int32_t>(seam_target_.size()) - 1;
+        const auto [low, high] = std::minmax({rank_[a], rank_[b]});
+        seam_target_.push_back(high);
+        seam_next_.push_back(first_child_[low]);
+        first_child_[low] = size_ + static_cast<std::int32_t>(seam_target_.size()) - 1;
     }
 
-    // After the seams, before the marks. From here on until a node hangs from something, its `parent` tells
-    // whether it is open.
-    void prepare() {
-        for (std::int32_t i = 0; i < size_; ++i) forest_->parent[order_[i]] = 0;
-    }
+    // The component of the node of this rank, and all those below it, touch the border of the joined region.
+    void mark_open(std::int32_t rank) { parent_[rank] = 1; }
 
-    // The component of p, and all those below it, touch the border of the joined region.
-    void mark_open(std::int32_t p) { forest_->parent[p] = 1; }
-
-    // Replaces `parent` by that of the joined tree.
     void join() {
-        order_ = radix_sort(forest_->key.data(), order_, positions_[1].reserve(size_), size_, histogram_);
-        link_.reserve(capacity_);
-        std::int32_t* parent = forest_->parent.data();
-        for (std::int32_t i = size_ - 1; i >= 0; --i) {
-            if (i >= far) prefetch(&first_child_[order_[i - far]]);
-            if (i >= near) prefetch_child(first_child_[order_[i - near]]);
-            const std::int32_t p = order_[i];
+        rank_.free();
+        link_.reserve(size_);
+        // Until a node hangs from something, its `parent_` tells whether it is open.
+        for (std::int32_t p = size_ - 1; p >= 0; --p) {
             std::int32_t set = p;
             link_[p] = ~p;
             for (std::int32_t c = first_child_[p]; c != none;) {
-                const bool inside = c < capacity_;
-                const std::int32_t other = find(inside ? c : seam_target_[c - capacity_]);
-                c = inside ? next_sibling_[c] : seam_next_[c - capacity_];
+                const bool inside = c < size_;
+                const std::int32_t other = find(inside ? c : seam_target_[c - size_]);
+                c = inside ? next_sibling_[c] : seam_next_[c - size_];
                 if (other == set) continue;
-                const std::int32_t root = ~link_[other], open = parent[root];
-                parent[root] = p | open << 31;
-                parent[p] |= open;
+                const std::int32_t root = ~link_[other], open = parent_[root];
+                parent_[root] = p | open << 31;
+                parent_[p] |= open;
                 link_[set] = other;
                 set = other;
             }
             link_[set] = ~p;
         }
-        const std::int32_t root = order_[0];
-        parent[root] = root | parent[root] << 31;
+        parent_[0] <<= 31;
+        first_child_.free();
+        next_sibling_.free();
     }
 
     std::int32_t size() const { return size_; }
-    std::int32_t node(std::int32_t i) const { return order_[i]; }  // from the lowest level up
-    bool is_open(std::int32_t p) const { return forest_->parent[p] < 0; }
-    std::int32_t parent(std::int32_t p) const { return forest_->parent[p] & 0x7fffffff; }
+    std::int32_t pixel(std::int32_t i) const { return pixel_[i]; }
+    Key key(std::int32_t i) const { return key_[i]; }
+    std::int32_t parent(std::int32_t i) const { return parent_[i] & 0x7fffffff; }
+    bool is_open(std::int32_t i) const { return parent_[i] < 0; }
+    // Whether i opens a component of its own, rather than being one more pixel of its parent's.
+    bool opens_component(std::int32_t i) const { return i == 0 || key_[i] != key_[parent(i)]; }
+    // A number per node for the caller's use, once joined.
+    std::int32_t& name(std::int32_t i) { return link_[i]; }
 
-    // A number per node for the caller's use once the trees are joined.
-    void rename(std::int32_t p, std::int32_t name) { link_[p] = name; }
-    std::int32_t renamed(std::int32_t p) const { return link_[p]; }
+    void free() {
+        key_.free();
+        pixel_.free();
+        parent_.free();
+        link_.free();
+    }
 
 private:
-    static constexpr std::int32_t none = 0x7fffffff, far = 24, near = 12;
-
-    void prefetch_child(std::int32_t c) const {
-        if (c < capacity_) prefetch(&link_[c]), prefetch(&next_sibling_[c]);
-    }
+    struct Item {
+        Key key;
+        std::int32_t index;
+    };
+    static constexpr std::int32_t none = 0x7fffffff, ahead = 16;
 
     std::int32_t find(std::int32_t p) {
         while (link_[p] >= 0) {
@@ -128,10 +161,10 @@ private:
         return p;
     }
 
-    Forest<Key>* forest_ = nullptr;
-    std::int32_t capacity_ = 0, size_ = 0;
-    std::int32_t* order_ = nullptr;
-    Buffer<std::int32_t> positions_[2], first_child_, next_sibling_, link_;
+    std::int32_t size_ = 0;
+    Buffer<Item> items_[2];
+    Buffer<Key> key_;
+    Buffer<std::int32_t> pixel_, rank_, parent_, first_child_, next_sibling_, link_;
     std::vector<std::int32_t> seam_target_, seam_next_;
     std::vector<std::uint32_t> histogram_;
 };

@@ -48,29 +48,32 @@ T from_ordered_key(OrderedKey<T> key) {
     }
 }
 
-// Stable LSD radix sort: orders `positions` by key[position], ascending. `spare` is a second buffer of the same
-// size; the sorted positions end up in the returned one of the two. Only the bits in which the keys differ are
-// looked at, so quantised and nearly constant maps take one pass.
-template <class Position, class Key>
-Position* radix_sort(const Key* key, Position* positions, Position* spare, std::size_t n,
-                     std::vector<std::uint32_t>& histogram) {
-    if (n < 2) return positions;
-    Key low = key[positions[0]], high = low;
-    for (std::size_t i = 1; i < n; ++i) {
-        low = std::min(low, key[positions[i]]);
-        high = std::max(high, key[positions[i]]);
+template <class Key>
+struct KeyRange {
+    Key low = static_cast<Key>(~Key(0)), high = 0;  // empty
+
+    void include(Key key) {
+        low = std::min(low, key);
+        high = std::max(high, key);
     }
-    const int bits = std::bit_width(static_cast<std::uint64_t>(high - low));
-    if (bits == 0) return positions;
+};
+
+// Stable LSD radix sort: orders `items` by key_of(item), ascending; all keys lie in `range`. `spare` is a second
+// buffer of the same size; the sorted items end up in the returned one of the two. Only as many bits as the
+// range has are looked at, so quantised and nearly constant maps take one pass.
+template <class Item, class Key, class KeyOf>
+Item* radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, KeyOf key_of,
+                 std::vector<std::uint32_t>& histogram) {
+    const int bits = std::bit_width(static_cast<std::uint64_t>(range.high - range.low));
+    if (bits == 0) return items;
     const int widest = n < 1500 ? 8 : 11;  // a histogram should stay smaller than what it counts
     const int passes = (bits + widest - 1) / widest, digit = (bits + passes - 1) / passes;
     const std::size_t bins = std::size_t{1} << digit;
-    const Key mask = static_cast<Key>(bins - 1);
+    const std::uint64_t mask = bins - 1;
     histogram.assign(bins * passes, 0);
     for (std::size_t i = 0; i < n; ++i) {
-        Key k = key[positions[i]] - low;
-        for (int pass = 0; pass < passes; ++pass, k = static_cast<Key>(static_cast<std::uint64_t>(k) >> digit))
-            ++histogram[pass * bins + (k & mask)];
+        std::uint64_t k = static_cast<Key>(key_of(items[i]) - range.low);
+        for (int pass = 0; pass < passes; ++pass, k >>= digit) ++histogram[pass * bins + (k & mask)];
     }
     for (int pass = 0; pass < passes; ++pass) {
         std::uint32_t* offset = histogram.data() + pass * bins;
@@ -81,13 +84,13 @@ Position* radix_sort(const Key* key, Position* positions, Position* spare, std::
         }
         const int shift = pass * digit;
         for (std::size_t i = 0; i < n; ++i) {
-            const Position p = positions[i];
-            const Key k = static_cast<Key>(key[p] - low);
-            spare[offset[(k >> shift) & mask]++] = p;
+            const Item item = items[i];
+            const std::uint64_t k = static_cast<Key>(key_of(item) - range.low);
+            spare[offset[(k >> shift) & mask]++] = item;
         }
-        std::swap(positions, spare);
+        std::swap(items, spare);
     }
-    return positions;
+    return items;
 }
 
 }  // namespace usf

@@ -2,14 +2,14 @@
 //
 // Pixels are taken from the highest level down (sorted once); each one joins the components of those of its
 // neighbours that came before it (union-find). Positions count in a frame one pixel wider than the window on
-// every side: the frame is never visited, so no neighbour needs a bounds check.
+// every side, so no neighbour needs a bounds check.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-
 #include "grid.hpp"
+#include "neighbours.hpp"
 #include "ordered_key.hpp"
 
 namespace usf {
@@ -26,11 +26,11 @@ public:
 
     void build(const T* image, std::int64_t row_stride, int height, int width, Connectivity connectivity) {
         height_ = height, width_ = width, stride_ = width + 2;
-        load(image, row_stride);
-        if (connectivity == Connectivity::four)
-            flood<4>();
-        else
-            flood<8>();
+        const KeyRange<Key> range = load(image, row_stride);
+        order_ = radix_sort(positions_[0].data(), positions_[1].data(), size(), range,
+                            [key = key_.data()](std::int16_t p) { return key[p]; }, histogram_);
+        compare();
+        flood(connectivity);
     }
 
     int size() const { return height_ * width_; }
@@ -62,42 +62,63 @@ public:
     bool is_open(int p) const { return open_[p]; }
 
 private:
-    static constexpr std::int16_t unvisited = -32768;
-
-    void load(const T* image, std::int64_t row_stride) {
+    KeyRange<Key> load(const T* image, std::int64_t row_stride) {
         key_.resize(frame());
         positions_[0].resize(size());
         positions_[1].resize(size());
-        parent_.resize(frame());
-        link_.assign(frame(), unvisited);
         std::int16_t* next = positions_[0].data();
+        KeyRange<Key> range;
         for (int y = 0; y < height_; ++y) {
             const T* row = image + y * row_stride;
             const int first = position(y, 0);
-            for (int x = 0; x < width_; ++x) key_[first + x] = ordered_key(row[x]);
+            Key* key = key_.data() + first;
+            for (int x = 0; x < width_; ++x) {
+                key[x] = ordered_key(row[x]);
+                range.include(key[x]);
+            }
             for (int x = 0; x < width_; ++x) *next++ = static_cast<std::int16_t>(first + x);
         }
-        order_ = radix_sort(key_.data(), positions_[0].data(), positions_[1].data(), size(), histogram_);
+        return range;
+    }
+
+    // Bit d of before_[p]: the neighbour in direction d of the ring comes before p.
+    void compare() {
+        before_.resize(frame());
+        for (int y = 0; y < height_; ++y) {
+            const int first = position(y, 0);
+            const Key *here = key_.data() + first, *above = here - stride_, *below = here + stride_;
+            std::uint8_t* before = before_.data() + first;
+            // Of equal levels, the one further on in the window comes first (the sort is stable).
+            for (int x = 0; x < width_; ++x) {
+                const Key k = here[x];
+                before[x] = static_cast<std::uint8_t>(
+                    (above[x] > k) | (above[x + 1] > k) << 1 | (here[x + 1] >= k) << 2 | (below[x + 1] >= k) << 3 |
+                    (below[x] >= k) << 4 | (below[x - 1] >= k) << 5 | (here[x - 1] > k) << 6 | (above[x - 1] > k) << 7);
+            }
+            before[0] &= 0b00011111;  // the frame holds no pixels
+            before[width_ - 1] &= 0b11110001;
+        }
+        for (int x = 0; x < width_; ++x) {
+            before_[position(0, x)] &= 0b01111100;
+            before_[position(height_ - 1, x)] &= 0b11000111;
+        }
     }
 
     // link_[p] is the next position on the way to the representative of p's set, or, at a representative,
     // the complement of the position that is the current root of that component.
-    template <int neighbours>
-    void flood() {
-        const int offset[8] = {-stride_, -1, 1, stride_, -stride_ - 1, -stride_ + 1, stride_ - 1, stride_ + 1};
-        std::int16_t* link = link_.data();
-        std::int16_t* parent = parent_.data();
+    void flood(Connectivity connectivity) {
+        link_.resize(frame());
+        parent_.resize(frame());
+        const RingTable& table = ring_table(connectivity);
+        int offset[8];
+        for (int d = 0; d < 8; ++d) offset[d] = ring_dy[d] * stride_ + ring_dx[d];
+        std::int16_t *link = link_.data(), *parent = parent_.data();
         for (int i = size() - 1; i >= 0; --i) {
             const int p = order_[i];
-            int candidate[neighbours], candidates = 0;
-            for (int d = 0; d < neighbours; ++d) {
-                candidate[candidates] = p + offset[d];
-                candidates += link[p + offset[d]] != unvisited;
-            }
+            const RingEntry& entry = table[before_[p]];
             int set = p;
-            link[p] = static_cast<std::int16_t>(~p);
-            for (int c = 0; c < candidates; ++c) {
-                const int other = find(candidate[c]);
+            for (int c = 0; c < entry.count; ++c) {
+                const int other = find(p + offset[entry.direction[c]]);
                 if (other == set) continue;
                 parent[~link[other]] = static_cast<std::int16_t>(p);
                 link[set] = static_cast<std::int16_t>(other);
@@ -122,7 +143,7 @@ private:
     std::vector<Key> key_;
     std::vector<std::int16_t> positions_[2], parent_, link_;
     std::int16_t* order_ = nullptr;
-    std::vector<std::uint8_t> open_;
+    std::vector<std::uint8_t> before_, open_;
     std::vector<std::uint32_t> histogram_;
 };
 

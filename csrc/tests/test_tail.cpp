@@ -74,7 +74,7 @@ void tabulated_values() {
         for (double lambda = 1e-3; lambda < 200; lambda *= 1.0173) {
             const double t = lambda * dof * scale, found = tail(t);
             const double expected = usf::log_upper_gamma(dof / 2, t / (dof * scale)) * std::numbers::log10e;
-            that(std::abs(found - expected) <= 1e-9 * std::abs(expected) + 2e-12, "the table is the function");
+            that(std::abs(found - expected) <= 1e-9 * std::abs(expected) + 2e-12, "the table is right");
             that(found <= bound(t) + 1e-12, "the bound is above the probability");
             that(found <= before + 2e-12 && found <= 0, "the tail decreases from 0");
             before = found;
