@@ -177,7 +177,7 @@ def _norms(prediction: Any, rows: Sequence[int]) -> tuple[Normalize, Normalize]:
     from matplotlib.colors import Normalize, TwoSlopeNorm
 
     maps = np.stack([_plane(prediction.anomaly_map, i) for i in rows])
-    low, high = np.quantile(maps, [0.02, 0.999])
+    low, high = np.quantile(maps, [0.2, 0.999])
     alarms = np.stack([_plane(prediction.log_nfa, i) for i in rows])
     return (
         Normalize(low, max(high, low + 1e-6)),

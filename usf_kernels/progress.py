@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,12 +54,12 @@ def training_progress(
 
 
 def _lines(max_epochs: int, start: float, title: str) -> Report:
-    """Prints about ten lines in a run."""
+    """Prints after about every tenth of the epochs."""
     printed = int(10 * start / max_epochs)
 
     def report(epochs: float, loss: float, held_out: float | None, best: float | None) -> None:
         nonlocal printed
-        if int(10 * epochs / max_epochs) > printed:
+        if epochs == int(epochs) and int(10 * epochs / max_epochs) > printed:
             printed = int(10 * epochs / max_epochs)
             print(f"{title}: {_state(epochs, max_epochs, loss, held_out, best)}", flush=True)
 
@@ -66,8 +67,8 @@ def _lines(max_epochs: int, start: float, title: str) -> Report:
 
 
 def _state(epochs: float, max_epochs: int, loss: float, held_out: float | None, best: float | None) -> str:
-    epoch = min(int(epochs) + 1, max_epochs)
-    return f"epoch {epoch}/{max_epochs}, loss {loss:.4f}, held-out {_number(held_out)} (best {_number(best)})"
+    losses = f"loss {loss:.4f}, held-out {_number(held_out)} (best {_number(best)})"
+    return f"epoch {math.ceil(epochs)}/{max_epochs}, {losses}"
 
 
 def _number(value: float | None) -> str:

@@ -120,12 +120,14 @@ class Run:
                     train_data, order[self.step :], seed=settings.seed, epoch=self.epoch + 1, workers=workers
                 ):
                     self._train_step(fabric.to_device(batch))
-                    held_out = self.history.rows[-1]["validation_loss"] if self.history.rows else None
-                    done = self.epoch + self.step / settings.steps
-                    report(done, self.loss_sum / self.step, held_out, self.history.best_loss)
                     if self.step % self.every == 0 or self.step == settings.steps:
                         self._save()
-                self._end_epoch(validation_data, workers, time.perf_counter() - started)
+                    if self.step < settings.steps:
+                        held_out = self.history.rows[-1]["validation_loss"] if self.history.rows else None
+                        done = self.epoch + self.step / settings.steps
+                        report(done, self.loss_sum / self.step, held_out, self.history.best_loss)
+                row = self._end_epoch(validation_data, workers, time.perf_counter() - started)
+                report(self.epoch, row["train_loss"], row["validation_loss"], self.history.best_loss)
         self._adopt_best()
         return self.history
 
@@ -160,7 +162,10 @@ class Run:
                 f"the {what} became {value.item()} at epoch {self.epoch + 1}, step {self.step + 1}{kept}"
             )
 
-    def _end_epoch(self, validation_data: Dataset[Any] | None, workers: int, seconds: float) -> None:
+    def _end_epoch(
+        self, validation_data: Dataset[Any] | None, workers: int, seconds: float
+    ) -> dict[str, float]:
+        """Validate, write the history and the checkpoint; the history's new row."""
         history, held_out = self.history, math.nan
         self.epoch += 1
         if validation_data is None:
@@ -192,6 +197,7 @@ class Run:
         if self.folder is not None and self.fabric.is_global_zero:
             write_csv(self.folder / HISTORY, history.rows)
         self._save()
+        return history.rows[-1]
 
     @torch.no_grad()
     def _validate(self, data: Dataset[Any], workers: int) -> float:

@@ -27,7 +27,7 @@ def add_train(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train FastFlow on the normal images of a folder",
-        description="Train FastFlow on FOLDER/train/good. Part of the images is held out: its likelihood stops "
+        description="Train FastFlow on FOLDER/train/good. A part is held out: its likelihood stops "
         "the training and calibrates the threshold. Writes model.pt, history.csv and a state to resume from.",
     )
     parser.add_argument("folder", type=Path, help="holds train/good")

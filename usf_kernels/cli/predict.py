@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usf_kernels.cli.options import add_device, image_size, pick_device, print_table, progress
+
+USUAL = 1 - math.exp(-0.5)  # of the anomaly map, where the latents are what they are on normal images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +109,7 @@ def _write(folder: Path, name: str, prediction: Any, size: tuple[int, int]) -> N
             buffer = io.BytesIO()  # numpy's own writing reports a full disk without saying so
             np.save(buffer, values)
             file.write(buffer.getbuffer())
-    for label, picture in (("map", heat_map(anomaly)), ("mask", mask.astype(np.uint8) * 255)):
+    for label, picture in (("map", heat_map(anomaly, low=USUAL)), ("mask", mask.astype(np.uint8) * 255)):
         with atomic_write(folder / f"{name}_{label}.png", durable=False) as file:
             Image.fromarray(picture).save(file, format="PNG")
 
