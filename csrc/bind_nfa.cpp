@@ -34,7 +34,7 @@ template <class T>
 nb::ndarray<nb::numpy, float> log_nfa_maps(Energies<T> energy, const Tail& tail, Counts size_counts,
                                            double offset, double ceiling, int threads) {
     const std::size_t batch = energy.shape(0), height = energy.shape(1), width = energy.shape(2);
-    std::unique_ptr<float[]> maps(new float[batch * height * width]);
+    Memory<float> maps = allocate<float>(batch * height * width);
     {
         nb::gil_scoped_release unlocked;
         test_batch<T>(energy, tail, {size_counts.data(), size_counts.shape(0)}, threads,
@@ -71,14 +71,15 @@ nb::list find_regions(Energies<T> energy, const Tail& tail, Counts size_counts, 
 
 nb::ndarray<nb::numpy, double> log_tail(const Tail& tail, Counts levels) {
     const std::size_t n = levels.shape(0);
-    std::unique_ptr<double[]> out(new double[n]);
+    Memory<double> out = allocate<double>(n);
     std::transform(levels.data(), levels.data() + n, out.get(), [&](double t) { return tail(t); });
     return to_numpy(std::move(out), {n});
 }
 
 nb::ndarray<nb::numpy, std::int32_t> areas(Indices parent, Nodes node) {
     const std::size_t n = parent.shape(0);
-    std::unique_ptr<std::int32_t[]> area(new std::int32_t[n]());
+    Memory<std::int32_t> area = allocate<std::int32_t>(n);
+    std::fill_n(area.get(), n, 0);
     for (std::size_t p = 0; p < node.size(); ++p) ++area[node.data()[p]];
     for (std::size_t i = n; i-- > 1;) area[parent.data()[i]] += area[i];
     return to_numpy(std::move(area), {n});

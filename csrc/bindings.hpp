@@ -5,18 +5,20 @@
 #include <nanobind/ndarray.h>
 
 #include <initializer_list>
-#include <memory>
+#include <utility>
+
+#include "buffer.hpp"
 
 namespace usf {
 
 namespace nb = nanobind;
 
-// Hands `data` (new T[]) to Python as a NumPy array of `shape`; the array frees it.
+// Hands `data` to Python as a NumPy array of `shape`; the array frees it.
 template <class T>
-nb::ndarray<nb::numpy, T> to_numpy(std::unique_ptr<T[]> data, std::initializer_list<std::size_t> shape) {
-    T* raw = data.release();
-    nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    return nb::ndarray<nb::numpy, T>(raw, shape, owner);
+nb::ndarray<nb::numpy, T> to_numpy(Memory<T> data, std::initializer_list<std::size_t> shape) {
+    auto* held = new Memory<T>(std::move(data));
+    nb::capsule owner(held, [](void* p) noexcept { delete static_cast<Memory<T>*>(p); });
+    return nb::ndarray<nb::numpy, T>(held->get(), shape, owner);
 }
 
 void bind_component_tree(nb::module_& m);

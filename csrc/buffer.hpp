@@ -1,25 +1,73 @@
+// Uninitialised memory.
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 #include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace usf {
 
-// Uninitialised storage that only grows. Memory that is reserved and never written costs address space, not
-// pages, so callers reserve the most that they may need.
+// How a block is going to be used: one that is jumped about in asks for huge pages, since with small ones most
+// of the time would go into address translation.
+enum class Access { in_sequence, at_random };
+
+struct FreeMemory {
+    std::size_t mapped = 0;  // bytes to unmap, 0 for memory from malloc
+
+    void operator()(void* memory) const noexcept {
+#ifdef __linux__
+        if (mapped) {
+            munmap(memory, mapped);
+            return;
+        }
+#endif
+        std::free(memory);
+    }
+};
+template <class T>
+using Memory = std::unique_ptr<T[], FreeMemory>;
+
+// Large blocks are mapped, so that their memory goes back to the system as soon as they are freed.
+template <class T>
+Memory<T> allocate(std::size_t n, Access access = Access::in_sequence) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    const std::size_t bytes = n * sizeof(T);
+#ifdef __linux__
+    if (constexpr std::size_t huge_page = std::size_t{1} << 21; bytes >= 2 * huge_page) {
+        void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        if (access == Access::at_random) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: it may be refused
+        return Memory<T>(static_cast<T*>(memory), FreeMemory{bytes});
+    }
+#endif
+    (void)access;
+    void* memory = std::malloc(bytes ? bytes : 1);
+    if (!memory) throw std::bad_alloc();
+    return Memory<T>(static_cast<T*>(memory));
+}
+
+// A block that only grows. Memory that is reserved and never written costs address space, not pages, so callers
+// reserve the most that they may need.
 template <class T>
 class Buffer {
 public:
-    T* reserve(std::size_t n) {
+    T* reserve(std::size_t n, Access access = Access::in_sequence) {
         if (n > capacity_) {
             free();  // first: the old contents are not wanted
-            data_.reset(new T[n]);
+            data_ = allocate<T>(n, access);
             capacity_ = n;
         }
         return data_.get();
     }
     void free() { release().reset(); }
-    std::unique_ptr<T[]> release() {
+    Memory<T> release() {
         capacity_ = 0;
         return std::move(data_);
     }
@@ -29,7 +77,7 @@ public:
     const T& operator[](std::size_t i) const { return data_[i]; }
 
 private:
-    std::unique_ptr<T[]> data_;
+    Memory<T> data_;
     std::size_t capacity_ = 0;
 };
 

@@ -65,7 +65,6 @@ private:
     };
     struct Worker {
         TileTree<T> tile;
-        Forest<Key> forest;
         ForestMerge<Key> merge;
         std::vector<std::int32_t> node;  // of the positions of a tile
         std::vector<T> level;            // likewise
@@ -104,51 +103,48 @@ private:
         if (workers_.size() < static_cast<std::size_t>(threads)) workers_.resize(threads);
         seams_.reset(grid, connectivity_);
         tile_links_.reserve(n);
+        parent_of_.reserve(n, Access::at_random);
+        rank_of_.reserve(n, Access::at_random);
         tiles_.assign(grid.tile_rows * grid.tile_columns, {});
         bands_.assign(grid.bands, {});
-        open_.assign(grid.bands, 0);
         settled_.resize(grid.bands);
-        if (grid.bands > 1) top_.reserve(n);
+        open_.resize(grid.bands);
         parallel_for(grid.bands, threads, [&](int w, std::int64_t band) { build_band(grid, band, workers_[w]); });
         if (grid.bands > 1) join_bands(grid, workers_[0].merge);
         number_settled(grid, threads);
     }
 
-    // The trees of the band's tiles, joined. What stays open goes to `top_`, from the band's first pixel on.
+    // The trees of the band's tiles, joined.
     void build_band(const Grid& grid, std::int64_t band, Worker& worker) {
         const Range rows = grid.rows_of_band(band), tile_rows = grid.tile_rows_of_band(band);
-        worker.forest.reserve(rows.size() * grid.width);
-        std::int32_t nodes = 0;
-        for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r)
-            for (std::int64_t c = 0; c < grid.tile_columns; ++c) nodes = build_tile(grid, r, c, worker, nodes);
-
         ForestMerge<Key>& merge = worker.merge;
-        merge.sort(worker.forest, {{0, nodes}});
+        OpenComponent<Key>* open = merge.components(rows.size() * grid.width);
+        std::int32_t size = 0;
+        for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r)
+            for (std::int64_t c = 0; c < grid.tile_columns; ++c) size += build_tile(grid, r, c, worker, open + size);
+
+        merge.sort(size, parent_of_.data(), rank_of_.data());
         const auto pair = [&](std::int32_t a, std::int32_t b) { merge.add_seam(a, b); };
         for (std::int64_t r = tile_rows.begin; r < tile_rows.end; ++r) {
             for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)
                 seams_.across_column(c, grid.rows_of_tile(r), pair);
             if (r + 1 < tile_rows.end) seams_.across_row(r, pair);
         }
-        if (grid.bands == 1) {
-            merge.join();
-            return number_joined(merge);
-        }
-        std::int32_t* borders[2] = {tile_rows.begin > 0 ? seams_.row(tile_rows.begin - 1, 1) : nullptr,
-                                    tile_rows.end < grid.tile_rows ? seams_.row(tile_rows.end - 1, 0) : nullptr};
-        for (std::int32_t* border : borders)
-            for (std::int64_t x = 0; border && x < grid.width; ++x) {
-                border[x] = merge.rank(border[x]);
-                merge.mark_open(border[x]);
-            }
+        std::vector<std::int32_t*> borders;
+        if (tile_rows.begin > 0) borders.push_back(seams_.row(tile_rows.begin - 1, 1));
+        if (tile_rows.end < grid.tile_rows) borders.push_back(seams_.row(tile_rows.end - 1, 0));
+        for (const std::int32_t* border : borders)
+            for (std::int64_t x = 0; x < grid.width; ++x) merge.mark_open(border[x]);
         merge.join();
-        open_[band] = settle(merge, band, static_cast<std::int32_t>(rows.begin * grid.width));
+        if (grid.bands == 1) return number_joined(merge);
+        settle(merge, band);
         for (std::int32_t* border : borders)
-            for (std::int64_t x = 0; border && x < grid.width; ++x) border[x] = merge.name(border[x]);
+            for (std::int64_t x = 0; x < grid.width; ++x) border[x] = merge.name(rank_of_[border[x]]);
     }
 
-    // Appends the open nodes of a tile to the worker's forest and keeps the others as links of 16-bit positions.
-    std::int32_t build_tile(const Grid& grid, std::int64_t r, std::int64_t c, Worker& worker, std::int32_t nodes) {
+    // Appends the open components of a tile and keeps the other pixels as links of 16-bit positions.
+    std::int32_t build_tile(const Grid& grid, std::int64_t r, std::int64_t c, Worker& worker,
+                            OpenComponent<Key>* open) {
         const Range rows = grid.rows_of_tile(r), columns = grid.columns_of_tile(c);
         const int height = static_cast<int>(rows.size()), width = static_cast<int>(columns.size());
         const std::int64_t origin = rows.begin * grid.width + columns.begin;
@@ -156,41 +152,68 @@ private:
         tile.build(image_ + origin, grid.width, height, width, connectivity_);
         tile.mark_open(r > 0, r + 1 < grid.tile_rows, c > 0, c + 1 < grid.tile_columns);
         worker.node.resize(tile.frame());
-        std::int32_t* node = worker.node.data();
+        std::int32_t* component = worker.node.data();  // of every open position, by pixel
         TileLink* links = links_of_tile(grid, r, c);
-        Forest<Key>& forest = worker.forest;
         Region region;
+        std::int32_t size = 0;
         for (int i = 0; i < tile.size(); ++i) {
             const int p = tile.order()[i], q = tile.parent(p);
-            const bool opens = tile.opens_component(p) || i == 0;
+            const bool opens = i == 0 || tile.opens_component(p);
             if (opens && tile.is_open(p)) {
                 const int y = p / tile.stride(), x = p - y * tile.stride();
-                node[p] = nodes;
-                forest.pixel[nodes] = static_cast<std::int32_t>(origin + (y - 1) * grid.width + x - 1);
-                forest.key[nodes] = tile.key(p);
-                forest.parent[nodes++] = node[q];
+                const auto pixel = static_cast<std::int32_t>(origin + (y - 1) * grid.width + x - 1);
+                component[p] = pixel;
+                parent_of_[pixel] = component[q];
+                open[size++] = {tile.key(p), pixel};
             } else {
-                node[p] = node[q];
+                component[p] = component[q];
                 links[region.settled++] = {static_cast<std::int16_t>(p), static_cast<std::int16_t>(q)};
                 region.components += opens;
             }
         }
         tiles_[r * grid.tile_columns + c] = region;
-        const auto row = [&](int y, std::int32_t* out) { std::copy_n(node + tile.position(y, 0), width, out); };
+        const auto row = [&](int y, std::int32_t* out) { std::copy_n(component + tile.position(y, 0), width, out); };
+        const auto column = [&](int x, std::int32_t* out) {
+            for (int y = 0; y < height; ++y) out[y] = component[tile.position(y, x)];
+        };
         if (r > 0) row(0, seams_.row(r - 1, 1) + columns.begin);
         if (r + 1 < grid.tile_rows) row(height - 1, seams_.row(r, 0) + columns.begin);
-        for (int y = 0; y < height; ++y) {
-            if (c > 0) seams_.column(c - 1, 1)[rows.begin + y] = node[tile.position(y, 0)];
-            if (c + 1 < grid.tile_columns) seams_.column(c, 0)[rows.begin + y] = node[tile.position(y, width - 1)];
+        if (c > 0) column(0, seams_.column(c - 1, 1) + rows.begin);
+        if (c + 1 < grid.tile_columns) column(width - 1, seams_.column(c, 0) + rows.begin);
+        return size;
+    }
+
+    // Keeps what the merge has settled as links of the band, and the rest as the band's open components.
+    void settle(ForestMerge<Key>& merge, std::int64_t band) {
+        Region& region = bands_[band];
+        SettledLink* links = settled_[band].reserve(merge.size());
+        OpenComponent<Key>* open = open_[band].components.reserve(merge.size());
+        std::int32_t size = 0;
+        for (std::int32_t i = 0; i < merge.size(); ++i) {
+            const std::int32_t p = merge.pixel(i), q = merge.parent(i);
+            const bool opens = merge.opens_component(i);
+            if (opens && merge.is_open(i)) {
+                merge.name(i) = p;
+                parent_of_[p] = merge.name(q);
+                open[size++] = {merge.key(i), p};
+            } else {
+                merge.name(i) = merge.name(q);
+                links[region.settled++] = {p, opens ? merge.pixel(q) : ~merge.pixel(q)};
+                region.components += opens;
+            }
         }
-        return nodes;
+        open_[band].size = size;
     }
 
     void join_bands(const Grid& grid, ForestMerge<Key>& merge) {
-        std::vector<std::pair<std::int32_t, std::int32_t>> ranges;
-        for (std::int64_t band = 0; band < grid.bands; ++band)
-            ranges.emplace_back(static_cast<std::int32_t>(grid.rows_of_band(band).begin * grid.width), open_[band]);
-        merge.sort(top_, ranges);
+        std::int32_t size = 0;
+        for (const OpenComponents& open : open_) size += open.size;
+        OpenComponent<Key>* components = merge.components(size);
+        for (OpenComponents& open : open_) {
+            components = std::copy_n(open.components.data(), open.size, components);
+            open.components.free();
+        }
+        merge.sort(size, parent_of_.data(), rank_of_.data());
         for (std::int64_t band = 0; band + 1 < grid.bands; ++band)
             seams_.across_row(grid.tile_rows_of_band(band).end - 1,
                               [&](std::int32_t a, std::int32_t b) { merge.add_seam(a, b); });
@@ -198,36 +221,16 @@ private:
         number_joined(merge);
     }
 
-    // Keeps what the merge has settled as links of the band; the open rest goes to `top_` from `first` on.
-    std::int32_t settle(ForestMerge<Key>& merge, std::int64_t band, std::int32_t first) {
-        SettledLink* links = settled_[band].reserve(merge.size());
-        Region& count = bands_[band];
-        std::int32_t next = first;
-        for (std::int32_t i = 0; i < merge.size(); ++i) {
-            const std::int32_t q = merge.parent(i);
-            const bool opens = merge.opens_component(i);
-            if (opens && merge.is_open(i)) {
-                merge.name(i) = next;
-                top_.pixel[next] = merge.pixel(i);
-                top_.key[next] = merge.key(i);
-                top_.parent[next++] = merge.name(q);
-            } else {
-                merge.name(i) = merge.name(q);
-                links[count.settled++] = {merge.pixel(i), opens ? merge.pixel(q) : ~merge.pixel(q)};
-                count.components += opens;
-            }
-        }
-        return next - first;
-    }
-
     // Numbers for what was joined last. Those of the bands and tiles follow: parents precede their children.
     void number_joined(ForestMerge<Key>& merge) {
+        parent_of_.free();
+        rank_of_.free();
         std::int64_t most = merge.size();
         for (const Region& region : bands_) most += region.components;
         for (const Region& region : tiles_) most += region.components;
         std::int32_t* parent = tree_->parent.reserve(most);
         T* level = tree_->level.reserve(most);
-        std::int32_t* node = tree_->node.reserve(tree_->height * tree_->width);
+        std::int32_t* node = tree_->node.reserve(tree_->height * tree_->width, Access::at_random);
         std::int32_t next = 0;
         for (std::int32_t i = 0; i < merge.size(); ++i) {
             const std::int32_t q = merge.parent(i);
@@ -317,6 +320,11 @@ private:
         std::int32_t pixel, parent;  // the complement of the parent where the pixel is in its parent's component
     };
 
+    struct OpenComponents {
+        std::int32_t size = 0;
+        Buffer<OpenComponent<Key>> components;
+    };
+
     const T* image_ = nullptr;
     Connectivity connectivity_ = Connectivity::four;
     ComponentTree<T>* tree_ = nullptr;
@@ -324,9 +332,9 @@ private:
     Seams seams_;
     Buffer<TileLink> tile_links_;
     std::vector<Region> tiles_, bands_;
-    std::vector<std::int32_t> open_;
     std::vector<Buffer<SettledLink>> settled_;
-    Forest<Key> top_;
+    std::vector<OpenComponents> open_;  // of the bands
+    Buffer<std::int32_t> parent_of_, rank_of_;  // of open components, by pixel
 };
 
 }  // namespace usf

@@ -1,6 +1,7 @@
-// The two ways in which this code meets the machine: threads and prefetching.
+// A loop over threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -36,14 +37,6 @@ void parallel_for(std::int64_t count, int threads, Task&& task) {
     run(0);
     for (std::thread& thread : pool) thread.join();
     if (failure) std::rethrow_exception(failure);
-}
-
-inline void prefetch(const void* address) {
-#if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch(address, 1);
-#else
-    (void)address;
-#endif
 }
 
 }  // namespace usf
