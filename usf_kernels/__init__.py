@@ -1,0 +1,39 @@
+"""Fast uniformly scaling flows for image anomaly detection, with a threshold that can be trusted."""
+
+from usf_kernels import models, nn
+from usf_kernels.component_tree import ComponentTree, component_tree
+from usf_kernels.null import Null, calibrate
+from usf_kernels.number_of_tests import log_number_of_tests
+from usf_kernels.ops import (
+    additive_coupling,
+    affine_coupling,
+    anomaly_map,
+    lu_conv1x1,
+    lu_log_det,
+    masked_additive_coupling,
+    squared_norm,
+)
+from usf_kernels.segmentation import Region, log_nfa, regions, segment
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ComponentTree",
+    "Null",
+    "Region",
+    "additive_coupling",
+    "affine_coupling",
+    "anomaly_map",
+    "calibrate",
+    "component_tree",
+    "log_nfa",
+    "log_number_of_tests",
+    "lu_conv1x1",
+    "lu_log_det",
+    "masked_additive_coupling",
+    "models",
+    "nn",
+    "regions",
+    "segment",
+    "squared_norm",
+]

@@ -1,0 +1,56 @@
+# make install   .venv with the package and every extra, versions from constraints.txt
+# make demo      train on the embedded textures; tables, pictures and checkpoints in runs/demo
+# make test      the Python tests
+# make test-cpp  the C++ tests, also under AddressSanitizer and UndefinedBehaviorSanitizer
+# make lint      ruff: format and check
+# make bench     benchmarks on the CPU; rows in bench/results
+# make gpu       tests and benchmarks on the CUDA device of GPU_PYTHON's torch
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := demo,anomalib,bench,dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: install demo test test-cpp lint bench gpu clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/extension
+
+# Two stamps, so that a change in csrc rebuilds the extension and nothing else.
+$(VENV)/packages: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(PIP) -e ".[$(EXTRAS)]"
+	touch $@
+
+$(VENV)/extension: $(VENV)/packages $(wildcard csrc/*.hpp csrc/*.cpp csrc/CMakeLists.txt)
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: install
+	$(BIN)/usf-kernels demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-cpp: install
+	$(BIN)/cmake -S csrc -B build/tests -DUSF_TESTS=ON
+	$(BIN)/cmake --build build/tests --parallel
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
+	$(BIN)/cmake -S csrc -B build/sanitized -DUSF_TESTS=ON -DUSF_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitized --parallel
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+bench: install
+	$(BIN)/python -m bench.run
+
+gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m pytest -m "gpu or not slow"
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
