@@ -83,6 +83,9 @@ def test_train_evaluate_predict(folder, tmp_path, capsys):
     weights = (run / "model.pt").read_bytes()
     assert main([*map(str, train), "--accelerator", "cpu", "--resume"]) == 0
     assert (run / "model.pt").read_bytes() == weights
+    again = [str(tmp_path / "again") if word == run else str(word) for word in train]
+    assert main([*again, "--accelerator", "cpu"]) == 0
+    assert (tmp_path / "again" / "model.pt").read_bytes() == weights  # the seed decides
     capsys.readouterr()
 
     out = tmp_path / "out"

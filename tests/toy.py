@@ -51,6 +51,7 @@ class ToyDetector(ToyFlow):
 
     def __init__(self, backbone=None, *, coupling="additive"):
         super().__init__(4, dropout=0.0)
+        nn.init.normal_(self.norm.bias, std=0.1)
         self.config = {"coupling": coupling}
         self.register_buffer("level", torch.tensor(0.0))
 

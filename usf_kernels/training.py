@@ -143,7 +143,8 @@ def fit(
         from lightning.pytorch.utilities.seed import isolate_rng
     except ImportError as error:
         raise ImportError("training needs lightning: pip install 'usf-kernels[train]'") from error
-    from usf_kernels.training_run import Run, Settings
+    from usf_kernels.optimization import Settings
+    from usf_kernels.training_run import Run
 
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()

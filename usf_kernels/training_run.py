@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from usf_kernels.checkpoint import (
     write_checkpoint,
 )
 from usf_kernels.files import remove_leftovers, write_csv
+from usf_kernels.optimization import Settings, parameter_groups
 from usf_kernels.progress import training_progress
 from usf_kernels.sampling import epoch_order, loader, seed_generators
 
@@ -31,38 +32,6 @@ if TYPE_CHECKING:
     from usf_kernels.training import History
 
 LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Whatever decides the weights that come out; a run is resumed only with equal ones."""
-
-    max_epochs: int
-    lr: float
-    batch_size: int
-    weight_decay: float
-    seed: int
-    patience: int | None
-    warmup: float
-    clip_norm: float | None
-    ema_decay: float | None
-    precision: str
-    world_size: int
-    train_samples: int
-    validation_samples: int
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps per epoch."""
-        return max(1, self.train_samples // (self.batch_size * self.world_size))
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 1 %; depends on the step only, so nothing to save."""
-        total = self.steps * self.max_epochs
-        warm = int(self.warmup * total)
-        if step < warm:
-            return self.lr * (step + 1) / (warm + 1)
-        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))))
 
 
 class Run:
@@ -85,7 +54,7 @@ class Run:
         self.loss_sum = 0.0
         self.finished = False
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=settings.lr)
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
         self.average: dict[str, Tensor] | None = None
         self.best: dict[str, Any] | None = None
 
@@ -286,18 +255,6 @@ class Run:
         if self.average is not None:
             _copy(training["average"], self.average)
         self.best = best
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim > 1 and name not in exempt].append(parameter)
-    if not any(groups.values()):
-        raise ValueError("model has no parameter that requires a gradient")
-    decays = {True: weight_decay, False: 0.0}
-    return [{"params": p, "weight_decay": decays[decayed]} for decayed, p in groups.items() if p]
 
 
 @torch.no_grad()

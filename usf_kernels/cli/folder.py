@@ -67,11 +67,14 @@ def train(options: argparse.Namespace) -> int:
     from usf_kernels.training import CachedFeatures, fit
 
     data = FolderDataset(options.folder, "train", size=options.image_size)
+    if options.seed < 0:
+        raise ValueError(f"--seed must not be negative, not {options.seed}")
     if not 0 < options.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, not {options.held_out}")
     held_out = max(1, round(options.held_out * len(data)))
     if len(data) - held_out < 2:
         raise ValueError(f"{options.folder}: {len(data)} training images are too few")
+    torch.manual_seed(options.seed)  # of the initial weights
     model = FastFlow(create_backbone(options.backbone, weights=options.weights), coupling=options.coupling)
     features = _features(model, data, options)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
