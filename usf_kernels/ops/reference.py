@@ -117,8 +117,7 @@ def _bilinear(n_in: int, n_out: int, like: Tensor) -> tuple[Tensor, Tensor, Tens
     """Source indices and weights of `align_corners=False`: value = w0 * v[i0] + w1 * v[i1]."""
     position = torch.arange(n_out, device=like.device, dtype=like.dtype)
     position = ((position + 0.5) * (n_in / n_out) - 0.5).clamp(0, n_in - 1)
-    # i0 stops one short of the end: there the weight is 1 on i1 and pair products need no special case.
-    i0 = position.floor().clamp(max=max(n_in - 2, 0)).long()
+    i0 = position.floor().long()
     i1 = (i0 + 1).clamp(max=n_in - 1)
     w1 = position - i0
     return i0, i1, 1 - w1, w1
