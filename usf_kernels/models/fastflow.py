@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.mahalanobis import moments
-from usf_kernels.models.scoring import Prediction, predict
+from usf_kernels.models.scoring import Prediction, fit_null, predict
 from usf_kernels.nn import ActNorm, FlowSequence, FlowStep, LUConv1x1
 from usf_kernels.ops import squared_norm
-from usf_kernels.segmentation import Null, calibrate
+from usf_kernels.segmentation import Null
 
 
 class FastFlow(nn.Module):
@@ -179,14 +179,20 @@ class FastFlow(nn.Module):
         return self
 
     @torch.no_grad()
-    def calibrate(self, features: Sequence[Tensor], *, batch_size: int = 32) -> Null:
-        """Fit the null model of the automatic threshold to features of held-out normal images, and keep it.
+    def calibrate(
+        self, features: Sequence[Tensor], *, false_alarms: float = 0.1, batch_size: int = 32
+    ) -> Null:
+        """Fit the null model of the automatic threshold, and keep it in the state_dict.
+
+        Args:
+            features: of held-out normal images.
+            false_alarms: regions that each of them may show on average; see `scoring.fit_null`.
+            batch_size: images at a time.
 
         Returns:
-            The fitted `Null`, also as `model.null` and in the state_dict.
+            The fitted `Null`, from now on `model.null`.
         """
-        norms = self._squared_norms(features, batch_size)
-        null = calibrate(norms)
+        null = fit_null(self._squared_norms(features, batch_size), false_alarms=false_alarms)
         self.null_parameters.copy_(torch.tensor(null.to_list(), dtype=torch.float64))
         return null
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
-from usf_kernels.models.scoring import Prediction, predict
+from usf_kernels.models.scoring import Prediction, fit_null, predict
 from usf_kernels.nn import LUConv1x1
-from usf_kernels.segmentation import Null, calibrate
+from usf_kernels.ops import squared_norm
+from usf_kernels.segmentation import Null
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,9 +54,10 @@ class Mahalanobis(nn.Module):
             linear.whiten_(*moments(maps), eps=shrinkage)
         return self
 
-    def calibrate(self, features: Sequence[Tensor]) -> Null:
-        """Fit the null model of the automatic threshold to features of held-out normal images."""
-        self.null = calibrate(self.latents(features))
+    def calibrate(self, features: Sequence[Tensor], *, false_alarms: float = 0.1) -> Null:
+        """Fit the null model of the automatic threshold; as in `FastFlow.calibrate`."""
+        norms = [squared_norm(z) for z in self.latents(features)]
+        self.null = fit_null(norms, false_alarms=false_alarms)
         return self.null
 
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,250 @@
+"""FastFlow: likelihood, initialisation, scores, calibration, checkpoint contract."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from usf_kernels.models import Backbone, FastFlow, Mahalanobis, create_backbone, image_score
+from usf_kernels.models.scoring import fit_null
+
+VARIANTS = [("additive", "lu"), ("affine", "permutation"), ("affine", "lu"), ("additive", "permutation")]
+
+
+class Pyramid(nn.Module):
+    """A fixed random convolution per scale, with correlated and badly scaled channels as real ones have."""
+
+    def __init__(self, channels=(5, 8), strides=(2, 4)):
+        super().__init__()
+        self.feature_info = SimpleNamespace(channels=lambda: channels, reduction=lambda: strides)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(3, c, s, stride=s) for c, s in zip(channels, strides, strict=True)
+        )
+        for layer in self.layers:
+            layer.weight.data *= torch.linspace(0.5, 8, len(layer.weight)).view(-1, 1, 1, 1)
+
+    def forward(self, images):
+        return [torch.relu(layer(images)) + 0.1 * layer(images) for layer in self.layers]
+
+
+@pytest.fixture
+def backbone():
+    return Backbone(Pyramid(), {"name": "pyramid"}, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(24, 3, 16, 24)
+
+
+def perturbed(model):
+    """The model with couplings that do something."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
+def test_log_det_is_that_of_the_jacobian(backbone, images, coupling, linear):
+    model = FastFlow(backbone, coupling=coupling, linear=linear, steps=3)
+    model.initialize(model.features(images))
+    model = perturbed(model).double()
+    features = [maps[:1, :, :2, :3].double() for maps in model.features(images.double())]
+    _, log_det = model.latents(features)
+    expected = 0.0
+    for flow, maps in zip(model.flows, features, strict=True):
+        jacobian = torch.func.jacrev(lambda x, flow=flow: flow(x)[0].flatten())(maps)
+        expected += torch.linalg.slogdet(jacobian.reshape(maps.numel(), maps.numel()))[1]
+    assert log_det.shape == (() if coupling == "additive" else (1,))
+    assert log_det.item() == pytest.approx(expected.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
+def test_loss_is_the_likelihood_per_dimension(backbone, images, coupling, linear):
+    model = perturbed(FastFlow(backbone, coupling=coupling, linear=linear, steps=2))
+    latents, log_det = model(images)
+    dimensions = sum(z[0].numel() for z in latents)
+    energies = sum(0.5 * z.square().flatten(1).sum(1) for z in latents)
+    expected = ((energies - log_det) / dimensions).mean()
+    assert model.loss(images).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert model.loss(model.features(images)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_noise_is_for_training_only(backbone, images):
+    model = FastFlow(backbone, noise=0.5, steps=1)
+    model.initialize(model.features(images))
+    clean = model.eval().loss(images).item()
+    assert model.loss(images).item() == clean
+    noisy = model.train().loss(images).item()
+    assert noisy == pytest.approx(clean + 0.5 * 0.5**2, rel=0.05)  # E[z^2] grows by the noise's variance
+
+
+def test_untrained_flow_scores_as_the_mahalanobis_distance(backbone, images):
+    features = backbone(images)
+    model = FastFlow(backbone, steps=4).eval().initialize(features, shrinkage=1e-4)
+    baseline = Mahalanobis(backbone).fit(features, shrinkage=1e-4)
+    assert model.mean_square(features) == pytest.approx([1.0, 1.0], abs=0.05)
+    ours, theirs = model.predict(images), baseline.predict(images)
+    assert torch.allclose(ours.anomaly_map, theirs.anomaly_map, atol=1e-5)
+    assert torch.allclose(ours.score, theirs.score, atol=1e-5)
+
+
+def test_actnorm_variant_starts_standardised(backbone, images):
+    model = FastFlow(backbone, coupling="affine", linear="permutation", steps=2).eval()
+    features = model.features(images)
+    model.initialize(features)
+    assert not model.training
+    assert model.mean_square(features) == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS[:2])
+def test_the_likelihood_is_bounded(backbone, images, coupling, linear):
+    """With a trainable scale outside the log-determinant, z^2 would collapse and the loss run away."""
+    model = FastFlow(backbone, coupling=coupling, linear=linear, steps=2, noise=0.3)
+    features = model.features(images)
+    model.initialize(features).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    first = model.loss(features).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model.loss(features)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first
+    assert all(0.6 < value < 1.2 for value in model.mean_square(features))
+
+
+def test_everything_trainable_learns_and_the_backbone_does_not(backbone, images):
+    model = perturbed(FastFlow(backbone, coupling="affine", steps=2)).train()
+    model.loss(images).backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("backbone."):
+            assert not parameter.requires_grad
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+    assert not model.backbone.training
+
+
+def test_prediction_keeps_its_contract(backbone, images):
+    model = FastFlow(backbone, steps=2).train()
+    features = model.features(images)
+    model.initialize(features)
+    model.calibrate(features)
+    result = model.predict(images)
+    assert model.training  # as it was
+    assert result.score.shape == (24,)
+    assert 0 <= result.anomaly_map.min() <= result.anomaly_map.max() <= 1
+    for maps in (result.anomaly_map, result.log_nfa, result.mask):
+        assert maps.shape == (24, 1, 16, 24)
+    assert result.mask.dtype == torch.bool
+    assert torch.equal(result.mask, result.log_nfa <= 0)
+    assert len(result.regions) == 24
+    assert torch.equal(model.predict(images, features).log_nfa, result.log_nfa)
+    strict = model.predict(images, log_epsilon=-1e6)
+    assert not strict.mask.any()
+    assert not any(strict.regions)
+
+
+def test_a_score_depends_on_its_own_image_only(backbone, images):
+    model = FastFlow(backbone, steps=2)
+    features = model.features(images)
+    model.initialize(features)
+    model.calibrate(features)
+    perturbed(model)
+    together = model.predict(torch.cat([images[:3], 10 * images[3:6]]))
+    for i in range(3):
+        alone = model.predict(images[i : i + 1])
+        assert torch.allclose(alone.score, together.score[i : i + 1], atol=1e-6)
+        assert torch.allclose(alone.anomaly_map, together.anomaly_map[i : i + 1], atol=1e-6)
+        assert len(alone.regions[0]) == len(together.regions[i])
+
+
+def test_a_planted_defect_is_found(backbone, images):
+    model = FastFlow(backbone, steps=2)
+    features = model.features(images)
+    model.initialize(features)
+    model.calibrate(features)
+    damaged = images.clone()
+    damaged[0, :, 4:12, 8:16] = torch.tensor([3.0, -2.0, 3.0]).view(3, 1, 1)
+    result = model.predict(damaged)
+    assert result.score.argmax() == 0
+    assert result.anomaly_map[0, 0, 6:10, 10:14].min() > result.anomaly_map[0, 0, :, 18:].mean()
+    assert result.mask[0, 0, 6:10, 10:14].any()
+
+
+def test_calibration_bounds_the_alarms_on_held_out_images(backbone):
+    model = perturbed(FastFlow(backbone, steps=2))  # not whitened: badly scaled, correlated latents
+    smooth = nn.functional.avg_pool2d(torch.rand(40, 3, 18, 26), 3, 1)
+    features = model.features(smooth)
+    assert model.null is None
+    null = model.calibrate(features, false_alarms=0.1)
+    assert model.null == null
+    counts = [len(found) for found in model.predict(smooth).regions]
+    assert sum(counts) / len(counts) <= 0.1
+    looser = fit_null(model._squared_norms(features, 8), false_alarms=1.0)
+    assert all(a < b for a, b in zip(looser.scale, null.scale, strict=True))
+    assert looser.dof == pytest.approx(null.dof)
+
+
+def test_config_and_state_rebuild_the_model(images):
+    options = {
+        "coupling": "affine",
+        "steps": 2,
+        "hidden_ratio": 0.5,
+        "kernels": (3,),
+        "clamp": 1.5,
+        "noise": 0.1,
+    }
+    first = FastFlow(create_backbone(out_indices=(1, 2)), **options)
+    images = torch.rand(4, 3, 64, 64)
+    features = first.features(images)
+    first.initialize(features)
+    perturbed(first).calibrate(features)
+    config = json.loads(json.dumps(first.config))
+    again = FastFlow.from_config(config).eval()
+    assert again.config == first.config
+    assert again.null is None
+    again.load_state_dict(first.state_dict())
+    assert again.null == first.null
+    for ours, theirs in zip(again.predict(images)[:4], first.predict(images)[:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_image_score_is_the_mean_of_the_largest():
+    maps = torch.zeros(2, 1, 10, 10)
+    maps[0, 0, 3, 3], maps[0, 0, 7, 1], maps[1] = 1.0, 0.4, 0.2
+    assert image_score(maps, share=0.02).tolist() == pytest.approx([0.7, 0.2])
+    assert image_score(maps, share=1e-9).tolist() == pytest.approx([1.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coupling": "rational"}, "coupling.*'rational'"),
+        ({"linear": "none"}, "linear.*'none'"),
+        ({"steps": -1}, "steps.*-1"),
+        ({"hidden_ratio": 0.0}, "hidden_ratio.*0"),
+        ({"kernels": (2,)}, r"kernels.*\(2,\)"),
+        ({"kernels": ()}, "kernels"),
+        ({"noise": float("nan")}, "noise.*nan"),
+    ],
+)
+def test_wrong_options_are_named(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        FastFlow(backbone, **options)
+
+
+def test_wrong_inputs_are_named(backbone, images):
+    model = FastFlow(backbone, steps=1)
+    with pytest.raises(TypeError, match=r"backbone.*Linear"):
+        FastFlow(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"features.*\[5, 8\].*\[5\]"):
+        model.loss(model.features(images)[:1])
+    with pytest.raises(ValueError, match=r"images.*\(3, 16, 24\)"):
+        model.predict(images[0])
+    with pytest.raises(ValueError, match="false_alarms"):
+        model.calibrate(model.features(images), false_alarms=0)

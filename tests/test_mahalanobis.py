@@ -1,0 +1,65 @@
+"""The baseline against the textbook's formula."""
+
+import pytest
+import torch
+from torch import nn
+
+from usf_kernels.models import Mahalanobis
+from usf_kernels.models.mahalanobis import moments
+from usf_kernels.ops import squared_norm
+
+
+class Two(nn.Module):
+    """Stands in for a backbone of two scales."""
+
+    channels, strides = (3, 6), (1, 2)
+
+    def forward(self, images):
+        half = nn.functional.avg_pool2d(images, 2)
+        return [images.cumsum(1), torch.cat([half.square(), half + half.flip(1)], 1)]
+
+
+@pytest.fixture
+def images():
+    return torch.rand(20, 3, 12, 16)
+
+
+def test_moments_are_over_images_and_positions(images):
+    mean, covariance = moments(images)
+    rows = images.permute(0, 2, 3, 1).reshape(-1, 3).double()
+    assert torch.allclose(mean, rows.mean(0))
+    centred = rows - rows.mean(0)
+    assert torch.allclose(covariance, centred.T @ centred / (len(rows) - 1))
+
+
+@pytest.mark.parametrize("shrinkage", [1e-3, 0.1])
+def test_squared_norm_is_the_squared_distance(images, shrinkage):
+    features = Two()(images)
+    model = Mahalanobis(Two()).fit(features, shrinkage=shrinkage)
+    for maps, z in zip(features, model.latents(features), strict=True):
+        mean, covariance = moments(maps)
+        covariance = covariance + shrinkage * covariance.diagonal().mean() * torch.eye(len(mean))
+        rows = maps.permute(0, 2, 3, 1).double() - mean
+        expected = (rows @ torch.linalg.inv(covariance) * rows).sum(-1)
+        assert torch.allclose(squared_norm(z).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_predicts_like_a_model(images):
+    model = Mahalanobis(Two()).fit(Two()(images))
+    assert model.null is None
+    null = model.calibrate(Two()(images))
+    assert model.null == null
+    damaged = images.clone()
+    damaged[7, :, 4:8, 4:8] = torch.tensor([3.0, -2.0, 3.0]).view(3, 1, 1)
+    result = model.predict(damaged)
+    assert result.score.argmax() == 7
+    assert result.anomaly_map.shape == result.mask.shape == (20, 1, 12, 16)
+    assert result.mask[7, 0, 4:8, 4:8].all()
+    assert [len(found) > 0 for found in result.regions][7]
+    again = model.predict(damaged, Two()(damaged))
+    assert torch.equal(again.score, result.score)
+
+
+def test_nothing_in_it_is_trainable(images):
+    model = Mahalanobis(Two()).fit(Two()(images))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
