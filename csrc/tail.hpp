@@ -60,7 +60,7 @@ enum class TailKind : int { chernoff = 0, exact = 1 };
 
 // The tail of scale * chi2_dof as a function of the level. The exact one costs hundreds of operations per
 // value, so the constructor tabulates it: Chebyshev polynomials on intervals that are equal fractions of an
-// octave of 1 + sqrt(a) |lambda - 1|, so that an interval's index is the top of a double's bit pattern.
+// octave of 1 + sqrt(max(1, a)) |lambda - 1|, so that the top of a double's bits is an interval's index.
 class Tail {
 public:
     Tail(double dof, double scale, TailKind kind) : a_(dof / 2), mean_(dof * scale), kind_(kind) {
@@ -68,10 +68,10 @@ public:
             throw std::invalid_argument("dof and scale must be positive and finite");
         }
         if (kind == TailKind::chernoff) return;
-        root_a_ = std::sqrt(a_);
+        root_a_ = std::sqrt(std::max(1.0, a_));
         above_ = tabulate(1 + 63 * root_a_, +1);
-        // Far below the mean the series is short; near zero no polynomial follows x^a for a small a.
-        below_ = tabulate(a_ < 4 ? 1 : 1 + std::min(8.0, 0.5 * root_a_), -1);
+        // Further below the mean the series is short, and near zero no polynomial follows x^a for a small a.
+        below_ = tabulate(1 + std::min(8.0, 0.5 * root_a_), -1);
     }
 
     double dof() const { return 2 * a_; }

@@ -67,7 +67,7 @@ void stirling() {
 
 // The table follows the direct evaluation everywhere, across the joints of its intervals and past its ends.
 void tabulated_values() {
-    for (double dof : {0.3, 1.0, 7.0, 8.0, 64.0, 816.0, 4096.0, 20000.5}) {
+    for (double dof : {0.02, 0.3, 1.0, 2.0, 3.5, 7.0, 8.0, 64.0, 816.0, 4096.0, 20000.5}) {
         const double scale = 0.37;
         const usf::Tail tail(dof, scale, usf::TailKind::exact), bound(dof, scale, usf::TailKind::chernoff);
         double before = 0;
