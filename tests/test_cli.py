@@ -209,6 +209,14 @@ def test_a_missing_extra_says_what_to_install(folder, tmp_path, monkeypatch, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_predict_without_matplotlib_writes_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+    write_image(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "out")
+    assert "pip install 'usf-kernels[demo]'" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.fixture
 def recipe(monkeypatch):
     """A stand-in for the demonstration's recipe: one kind of defect on four images."""

@@ -162,8 +162,10 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 160) -> None:
 
 def heat_map(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     """Colour a map: float (H, W) to uint8 (H, W, 3), `low` and below dark, `high` and above bright."""
-    from matplotlib import colormaps
-
+    try:
+        from matplotlib import colormaps
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'usf-kernels[demo]'") from error
     scaled = np.clip((values - low) / (high - low), 0, 1)
     return (colormaps["magma"](scaled)[..., :3] * 255).round().astype(np.uint8)
 

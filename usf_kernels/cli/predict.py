@@ -104,12 +104,13 @@ def _write(folder: Path, name: str, prediction: Any, size: tuple[int, int]) -> N
 
     anomaly, alarms = (_resized(maps, size) for maps in (prediction.anomaly_map, prediction.log_nfa))
     mask = _resized(prediction.mask, size, mode="nearest-exact") > 0.5
+    pictures = {"map": heat_map(anomaly, low=USUAL), "mask": mask.astype(np.uint8) * 255}
     for label, values in (("map", anomaly), ("log_nfa", alarms)):
         with atomic_write(folder / f"{name}_{label}.npy", durable=False) as file:
             buffer = io.BytesIO()  # numpy's own writing reports a full disk without saying so
             np.save(buffer, values)
             file.write(buffer.getbuffer())
-    for label, picture in (("map", heat_map(anomaly, low=USUAL)), ("mask", mask.astype(np.uint8) * 255)):
+    for label, picture in pictures.items():
         with atomic_write(folder / f"{name}_{label}.png", durable=False) as file:
             Image.fromarray(picture).save(file, format="PNG")
 
