@@ -31,9 +31,9 @@ class Recipe:
 
     stages: tuple[int, ...] = (2, 3)
     side: int = 128
-    train: int = 800
+    train: int = 1000
     validation: int = 64
-    test: int = 100
+    test: int = 200
     epochs: int = 16
     batch_size: int = 16
     lr: float = 2e-3

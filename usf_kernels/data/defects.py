@@ -45,6 +45,8 @@ def _blob(
 
 def _scratch(image: Image, rng: np.random.Generator, other: Image) -> Image:
     """A thin bent line, brighter or darker than what it crosses, fading at its ends."""
+    from scipy.spatial import cKDTree
+
     height, width = image.shape
     length, width_px = rng.uniform(0.3, 0.7) * height, rng.uniform(1.0, 2.2)
     centre = np.array([rng.uniform(0.3, 0.7) * height, rng.uniform(0.3, 0.7) * width])
@@ -53,13 +55,9 @@ def _scratch(image: Image, rng: np.random.Generator, other: Image) -> Image:
     step = length / t.size
     path = centre + np.stack([np.cumsum(np.sin(heading)), np.cumsum(np.cos(heading))], 1) * step
     path += centre - path.mean(0)
-    y, x = np.mgrid[:height, :width]
-    distance = np.full(image.shape, np.inf)
-    fade = np.zeros(image.shape)
-    for point, strength in zip(path[::2], np.sqrt(1 - (2 * t[::2]) ** 2), strict=True):
-        near = np.hypot(y - point[0], x - point[1])
-        closer = near < distance
-        distance[closer], fade[closer] = near[closer], strength
+    distance, nearest = cKDTree(path).query(np.indices(image.shape).reshape(2, -1).T, distance_upper_bound=3)
+    distance = distance.reshape(image.shape)
+    fade = np.append(np.sqrt(1 - (2 * t) ** 2), 0)[nearest].reshape(image.shape)  # the last is "nothing near"
     opacity = np.clip(width_px / 2 + 0.5 - distance, 0, 1) * fade
     contrast = rng.choice([-1, 1]) * rng.uniform(0.15, 0.4)
     return image + opacity * contrast
