@@ -147,6 +147,19 @@ def test_untrained_step_is_its_linear_map(coupling):
     assert torch.equal(layers[0].weight, before)  # the last module is an activation: nothing to zero
 
 
+def test_act_norm_and_lu_in_one_map_equal_one_after_the_other():
+    step = FlowStep(5, subnet=conv_subnet).double()
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64) + 2
+    step(x)
+    randomise_(step)
+    h, log_det = step.coupling(x)
+    h, act_norm_log_det = step.act_norm(h)
+    h, linear_log_det = step.linear(h)
+    z, total = step(x)
+    assert max_error(z, h) < 1e-12
+    assert max_error(total, log_det + act_norm_log_det + linear_log_det) < 1e-12
+
+
 def test_condition_is_used_and_may_be_shared_by_the_batch():
     step = FlowStep(4, subnet=conv_subnet, cond_channels=3, zero_init=False).eval()
     x, cond = torch.randn(2, 4, 5, 5), torch.randn(1, 3, 5, 5)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from helpers import linear_subnet, max_error
+from helpers import linear_subnet, max_error, randomise_
 
 from usf_kernels import ops
 from usf_kernels.nn import (
@@ -95,7 +95,7 @@ def test_whitening_survives_dead_channels_and_refuses_what_it_cannot_do():
 
 
 def test_log_prior_is_the_log_normal_density():
-    module = LUConv1x1(6, init="orthogonal", prior_scale=30.0)
+    module = randomise_(LUConv1x1(6, init="orthogonal", prior_scale=30.0))  # a rotation's ln|u_ii| sum to 0
     sizes = module.log_diagonal.detach().double().exp()
     expected = torch.distributions.LogNormal(0.0, 30.0 / (6 * 8)).log_prob(sizes).sum()
     assert abs(module.log_prior(8).item() / expected.item() - 1) < 1e-6
