@@ -1,31 +1,74 @@
+#include <vector>
+
 #include "bindings.hpp"
 #include "component_tree.hpp"
 
 namespace usf {
 
-// (parent, level, node) of a (H, W) map; the shape, dtype and finiteness are checked by the caller.
+// Shapes, dtypes and finiteness are checked by the caller.
+template <class T, std::size_t rank>
+using Image = nb::ndarray<const T, nb::ndim<rank>, nb::c_contig, nb::device::cpu>;
+
+// (parent, level, node)
 template <class T>
-nb::tuple component_tree(nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu> image, int connectivity,
-                         int threads) {
+nb::tuple to_python(ComponentTree<T>& tree) {
+    const auto size = static_cast<std::size_t>(tree.size);
+    return nb::make_tuple(to_numpy(tree.parent.release(), {size}), to_numpy(tree.level.release(), {size}),
+                          to_numpy(tree.node.release(), {static_cast<std::size_t>(tree.height),
+                                                         static_cast<std::size_t>(tree.width)}));
+}
+
+template <class T>
+nb::tuple component_tree(Image<T, 2> image, int connectivity, int threads) {
     ComponentTree<T> tree;
     {
         nb::gil_scoped_release unlocked;
         MaxTreeBuilder<T>().build(image.data(), image.shape(0), image.shape(1),
                                   static_cast<Connectivity>(connectivity), threads, tree);
     }
-    const std::size_t n = tree.size;
-    return nb::make_tuple(to_numpy(tree.parent.release(), {n}),
-                          to_numpy(tree.level.release(), {n}),
-                          to_numpy(tree.node.release(),
-                                   {image.shape(0), image.shape(1)}));
+    return to_python(tree);
+}
+
+template <class T>
+nb::list component_trees(Image<T, 3> images, int connectivity, int threads) {
+    const auto batch = static_cast<std::int64_t>(images.shape(0));
+    const auto height = static_cast<std::int64_t>(images.shape(1)), width = static_cast<std::int64_t>(images.shape(2));
+    std::vector<ComponentTree<T>> trees(batch);
+    {
+        nb::gil_scoped_release unlocked;
+        std::vector<MaxTreeBuilder<T>> builders(threads);
+        parallel_for(batch, threads, [&](int worker, std::int64_t i) {
+            builders[worker].build(images.data() + i * height * width, height, width,
+                                   static_cast<Connectivity>(connectivity), 1, trees[i]);
+        });
+    }
+    nb::list result;
+    for (ComponentTree<T>& tree : trees) result.append(to_python(tree));
+    return result;
+}
+
+template <class T>
+bool all_finite(nb::ndarray<const T, nb::c_contig, nb::device::cpu> values) {
+    const T* value = values.data();
+    T sum = 0;  // 0 * x is 0 for finite x and NaN for all others, so no branch is needed
+    for (std::size_t i = 0; i < values.size(); ++i) sum += T(0) * value[i];
+    return sum == T(0);
+}
+
+template <class T>
+void bind_level_type(nb::module_& m) {
+    using namespace nb::literals;
+    m.def("component_tree", &component_tree<T>, "image"_a.noconvert(), "connectivity"_a, "threads"_a);
+    m.def("component_trees", &component_trees<T>, "images"_a.noconvert(), "connectivity"_a, "threads"_a);
 }
 
 void bind_component_tree(nb::module_& m) {
-    using namespace nb::literals;
-    m.def("component_tree", &component_tree<float>, "image"_a.noconvert(), "connectivity"_a, "threads"_a);
-    m.def("component_tree", &component_tree<double>, "image"_a.noconvert(), "connectivity"_a, "threads"_a);
-    m.def("component_tree", &component_tree<std::uint8_t>, "image"_a.noconvert(), "connectivity"_a, "threads"_a);
-    m.def("component_tree", &component_tree<std::uint16_t>, "image"_a.noconvert(), "connectivity"_a, "threads"_a);
+    bind_level_type<float>(m);
+    bind_level_type<double>(m);
+    bind_level_type<std::uint8_t>(m);
+    bind_level_type<std::uint16_t>(m);
+    m.def("all_finite", &all_finite<float>, nb::arg("values").noconvert());
+    m.def("all_finite", &all_finite<double>, nb::arg("values").noconvert());
 }
 
 }  // namespace usf

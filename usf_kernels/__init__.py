@@ -1,7 +1,7 @@
 """Fast uniformly scaling flows for image anomaly detection, with a threshold that can be trusted."""
 
 from usf_kernels import models, nn
-from usf_kernels.component_tree import ComponentTree, component_tree
+from usf_kernels.max_tree import ComponentTree, component_tree, component_trees
 from usf_kernels.null import Null, calibrate
 from usf_kernels.number_of_tests import log_number_of_tests
 from usf_kernels.ops import (
@@ -26,6 +26,7 @@ __all__ = [
     "anomaly_map",
     "calibrate",
     "component_tree",
+    "component_trees",
     "log_nfa",
     "log_number_of_tests",
     "lu_conv1x1",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from usf_kernels.component_tree import component_tree
+from usf_kernels.max_tree import component_tree, component_trees
 
 DTYPES = [np.float32, np.float64, np.uint8, np.uint16]
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 7), (7, 2), (5, 8), (9, 9)]
@@ -65,6 +65,20 @@ def test_tensors_give_what_arrays_give():
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     np.testing.assert_array_equal(component_tree(image.T).node, component_tree(image.T.contiguous()).node)
     assert len(component_tree(torch.arange(6).reshape(2, 3).to(torch.uint16))) == 6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_is_its_images(dtype, threads):
+    images = np.random.default_rng(1).integers(0, 50, (5, 9, 7)).astype(dtype)
+    trees = component_trees(images, threads=threads, connectivity=8)
+    for tree, image in zip(trees, images, strict=True):
+        alone = component_tree(image, connectivity=8)
+        for name in ("parent", "level", "node"):
+            np.testing.assert_array_equal(getattr(tree, name), getattr(alone, name))
+    assert component_trees(images[:0]) == []
+    with pytest.raises(ValueError, match=r"images: expected shape \(B, H, W\)"):
+        component_trees(images[0])
 
 
 def test_threads_do_not_show():

@@ -103,31 +103,55 @@ def component_tree(
         TypeError: another type, dtype or device. float16 and bfloat16 are not converted silently.
         ValueError: another rank or connectivity, an empty image, NaN or infinity.
     """
-    array = _as_array(image)
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"image: expected shape (H, W) with at least one pixel, found {array.shape}")
-    if array.size > LARGEST_MAP:
-        raise ValueError(f"image: expected at most {LARGEST_MAP} pixels, found shape {array.shape}")
+    array = _read(image, "image", 2, connectivity)
+    return ComponentTree(*_core.component_tree(array, connectivity, check_threads(threads, array.size)))
+
+
+def component_trees(
+    images: np.ndarray | torch.Tensor, *, connectivity: int = 4, threads: int | None = None
+) -> list[ComponentTree]:
+    """Component trees of a batch: like `component_tree` of every image, in parallel over the images.
+
+    Args:
+        images: (B, H, W), else as in `component_tree`. B may be 0.
+        connectivity: 4 or 8 neighbours.
+        threads: None takes PyTorch's number, fewer for little work.
+
+    Raises:
+        TypeError, ValueError: as `component_tree`.
+    """
+    array = _read(images, "images", 3, connectivity)
+    threads = check_threads(threads, array.size)
+    return [ComponentTree(*tree) for tree in _core.component_trees(array, connectivity, threads)]
+
+
+def _read(image: np.ndarray | torch.Tensor, name: str, rank: int, connectivity: int) -> np.ndarray:
+    array = _as_array(image, name)
+    if array.ndim != rank or 0 in array.shape[-2:]:
+        shape = "(H, W)" if rank == 2 else "(B, H, W)"
+        raise ValueError(f"{name}: expected shape {shape} with at least one pixel, found {array.shape}")
+    if array.shape[-2] * array.shape[-1] > LARGEST_MAP:
+        raise ValueError(f"{name}: expected at most {LARGEST_MAP} pixels, found shape {array.shape}")
     if connectivity not in (4, 8):
         raise ValueError(f"connectivity: expected 4 or 8, found {connectivity!r}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError("image: expected finite values, found NaN or infinity")
-    threads = check_threads(threads, array.size)
-    return ComponentTree(*_core.component_tree(np.ascontiguousarray(array), connectivity, threads))
+    array = np.ascontiguousarray(array)
+    if array.dtype.kind == "f" and not _core.all_finite(array):
+        raise ValueError(f"{name}: expected finite values, found NaN or infinity")
+    return array
 
 
-def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+def _as_array(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     expected = "expected float32, float64, uint8 or uint16"
     if isinstance(image, torch.Tensor):
         if image.device.type != "cpu":
-            raise TypeError(f"image: expected a CPU tensor, found device {image.device}; pass image.cpu()")
+            raise TypeError(f"{name}: expected a CPU tensor, found device {image.device}; pass {name}.cpu()")
         if image.dtype in (torch.float16, torch.bfloat16):
-            raise TypeError(f"image: {expected}, found {image.dtype}; pass image.float()")
+            raise TypeError(f"{name}: {expected}, found {image.dtype}; pass {name}.float()")
         if image.dtype not in (torch.float32, torch.float64, torch.uint8, torch.uint16):
-            raise TypeError(f"image: {expected}, found {image.dtype}")
+            raise TypeError(f"{name}: {expected}, found {image.dtype}")
         return image.detach().numpy()
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"image: expected a NumPy array or a torch tensor, found {type(image).__name__}")
+        raise TypeError(f"{name}: expected a NumPy array or a torch tensor, found {type(image).__name__}")
     if image.dtype not in _DTYPES:
-        raise TypeError(f"image: {expected}, found {image.dtype}; convert with image.astype")
+        raise TypeError(f"{name}: {expected}, found {image.dtype}; convert with {name}.astype")
     return image
