@@ -133,8 +133,9 @@ def test_prediction_keeps_its_contract(backbone, images):
     model = FastFlow(backbone, steps=2).train()
     features = model.features(images)
     model.initialize(features)
-    model.calibrate(features)
+    model.calibrate(features, false_alarms=2.0)
     result = model.predict(images)
+    assert any(result.regions)
     assert model.training  # as it was
     assert result.score.shape == (24,)
     assert 0 <= result.anomaly_map.min() <= result.anomaly_map.max() <= 1
@@ -144,6 +145,13 @@ def test_prediction_keeps_its_contract(backbone, images):
     assert torch.equal(result.mask, result.log_nfa <= 0)
     assert len(result.regions) == 24
     assert torch.equal(model.predict(images, features).log_nfa, result.log_nfa)
+    for mask, found in zip(result.mask, result.regions, strict=True):
+        boxes = torch.zeros_like(mask)
+        for region in found:
+            top, left, bottom, right = region.image_box((16, 24))
+            assert mask[0, top:bottom, left:right].any()
+            boxes[0, top:bottom, left:right] = True
+        assert not (mask & ~boxes).any()  # the mask shows the regions, all of them and nothing else
     strict = model.predict(images, log_epsilon=-1e6)
     assert not strict.mask.any()
     assert not any(strict.regions)

@@ -209,7 +209,7 @@ class FastFlow(nn.Module):
         Args:
             batch: images (B, 3, H, W) in [0, 1].
             features: theirs, where they have been computed already.
-            options: log_epsilon, tail, tests: see `usf_kernels.regions`.
+            options: log_epsilon, tail, tests, upsample: see `scoring.predict`.
         """
         training = self.training
         self.eval()

@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
     regions: list[list[Region]]
 
 
-def image_score(maps: Tensor, share: float = 0.03) -> Tensor:
+def image_score(maps: Tensor, share: float = 0.05) -> Tensor:
     """Mean of the most anomalous pixels of each image.
 
     The maximum, which is usual, rests on one position of one scale and is noisy; the mean over the image
@@ -56,15 +56,17 @@ def predict(
     log_epsilon: float = 0.0,
     tail: str = TAIL,
     tests: str = TESTS,
+    upsample: str = "nearest",
 ) -> Prediction:
     """Score and segment the latents (B, C_l, H_l, W_l) of a batch of images of this size.
 
-    Each image is scored on its own. Options are those of `usf_kernels.log_nfa`; the defaults are the
-    recommended ones.
+    Each image is scored on its own. Options are those of `usf_kernels.log_nfa`. The defaults are the
+    recommended ones: on coarse latents, bilinear upsampling would shave the border of a region and lose small
+    ones, so that the mask would show less than `regions` lists.
     """
     maps = anomaly_map(latents, size)
     options = {"null": null, "tail": tail, "tests": tests}
-    log_nfas = log_nfa(latents, size, **options)
+    log_nfas = log_nfa(latents, size, upsample=upsample, **options)
     found = regions(latents, log_epsilon=log_epsilon, **options)
     return Prediction(image_score(maps), maps, log_nfas, log_nfas <= log_epsilon, found)
 
