@@ -57,7 +57,7 @@ class FastFlow(nn.Module):
         hidden_ratio: float = 1.0,
         kernels: Sequence[int] = (3, 1),
         clamp: float = 2.0,
-        noise: float = 0.0,
+        noise: float = 0.3,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
