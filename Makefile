@@ -2,7 +2,7 @@
 # make demo      train on the embedded textures; tables, pictures and checkpoints in runs/demo
 # make test      the Python tests
 # make test-cpp  the C++ tests, also under AddressSanitizer and UndefinedBehaviorSanitizer
-# make lint      ruff: format and check
+# make lint      ruff and clang-format
 # make bench     benchmarks on the CPU; rows in bench/results
 # make gpu       tests and benchmarks on the CUDA device of GPU_PYTHON's torch
 PYTHON ?= python3
@@ -44,6 +44,7 @@ test-cpp: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp csrc/tests/*.cpp
 
 bench: install
 	$(BIN)/python -m bench.run

@@ -1,7 +1,7 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "component_tree.hpp"
+#include "max_tree.hpp"
 
 namespace usf {
 
@@ -32,7 +32,8 @@ nb::tuple component_tree(Image<T, 2> image, int connectivity, int threads) {
 template <class T>
 nb::list component_trees(Image<T, 3> images, int connectivity, int threads) {
     const auto batch = static_cast<std::int64_t>(images.shape(0));
-    const auto height = static_cast<std::int64_t>(images.shape(1)), width = static_cast<std::int64_t>(images.shape(2));
+    const auto height = static_cast<std::int64_t>(images.shape(1)),
+               width = static_cast<std::int64_t>(images.shape(2));
     std::vector<ComponentTree<T>> trees(batch);
     {
         nb::gil_scoped_release unlocked;

@@ -52,10 +52,9 @@ nb::list find_regions(Energies<T> energy, const Tail& tail, Counts size_counts, 
     std::vector<std::vector<Region>> found(energy.shape(0));
     {
         nb::gil_scoped_release unlocked;
-        test_batch<T>(energy, tail, {size_counts.data(), size_counts.shape(0)}, threads,
-                      [&](RegionTest<T>& test, std::int64_t b) {
-                          found[b] = test.regions(offset, log_epsilon);
-                      });
+        test_batch<T>(
+            energy, tail, {size_counts.data(), size_counts.shape(0)}, threads,
+            [&](RegionTest<T>& test, std::int64_t b) { found[b] = test.regions(offset, log_epsilon); });
     }
     nb::list images;
     for (const std::vector<Region>& regions : found) {
@@ -88,11 +87,12 @@ nb::ndarray<nb::numpy, std::int32_t> areas(Indices parent, Nodes node) {
 void bind_nfa(nb::module_& m) {
     using namespace nb::literals;
     nb::class_<Tail>(m, "Tail")
-        .def("__init__",
-             [](Tail* self, double dof, double scale, bool exact) {
-                 new (self) Tail(dof, scale, exact ? TailKind::exact : TailKind::chernoff);
-             },
-             "dof"_a, "scale"_a, "exact"_a)
+        .def(
+            "__init__",
+            [](Tail* self, double dof, double scale, bool exact) {
+                new (self) Tail(dof, scale, exact ? TailKind::exact : TailKind::chernoff);
+            },
+            "dof"_a, "scale"_a, "exact"_a)
         .def("__call__", &log_tail, "levels"_a.noconvert());
     m.def("log_upper_gamma", &log_upper_gamma, "a"_a, "ratio"_a);
     m.def("node_areas", &areas, "parent"_a.noconvert(), "node"_a.noconvert());

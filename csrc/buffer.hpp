@@ -14,8 +14,8 @@
 
 namespace usf {
 
-// How a block is going to be used: one that is jumped about in asks for huge pages, since with small ones most
-// of the time would go into address translation.
+// How a block is going to be used: one that is jumped about in asks for huge pages, since with small ones
+// most of the time would go into address translation.
 enum class Access { in_sequence, at_random };
 
 struct FreeMemory {
@@ -53,8 +53,8 @@ Memory<T> allocate(std::size_t n, Access access = Access::in_sequence) {
     return Memory<T>(static_cast<T*>(memory));
 }
 
-// A block that only grows. Memory that is reserved and never written costs address space, not pages, so callers
-// reserve the most that they may need.
+// A block that only grows. Memory that is reserved and never written costs address space, not pages, so
+// callers reserve the most that they may need.
 template <class T>
 class Buffer {
 public:

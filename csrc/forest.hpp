@@ -1,10 +1,11 @@
 // Joining the trees of neighbouring regions.
 //
 // Inside a region's own tree, a component that does not touch the region's border is settled: whatever lies
-// outside cannot change it, nor what it hangs from. Only the others ("open") have to be ordered again together
-// with those of the neighbours. `ForestMerge` does that: it sorts the open components of all regions and runs
-// union-find over the links of the old trees and the pixel pairs across the seams. It works in the sorted order,
-// where a component and what hangs from it are close to each other, so that memory is read almost in sequence.
+// outside cannot change it, nor what it hangs from. Only the others ("open") have to be ordered again
+// together with those of the neighbours. `ForestMerge` does that: it sorts the open components of all regions
+// and runs union-find over the links of the old trees and the pixel pairs across the seams. It works in the
+// sorted order, where a component and what hangs from it are close to each other, so that memory is read
+// almost in sequence.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,8 @@
 #include <vector>
 
 #include "buffer.hpp"
-#include "ordered_key.hpp"
+#include "parallel.hpp"
+#include "radix_sort.hpp"
 
 namespace usf {
 
@@ -32,21 +34,24 @@ public:
     // Where the caller puts the open components: those of one region adjacent, from its lowest level up.
     Component* components(std::size_t most) { return components_[0].reserve(most); }
 
-    // parent_of[pixel]: the pixel of the component that the one of `pixel` hangs from in its region's tree, its
-    // own at a root. rank_of[pixel] is set to the place in the sorted order, and read until `join`.
-    void sort(std::int32_t size, const std::int32_t* parent_of, std::int32_t* rank_of) {
+    // parent_of[pixel]: the pixel of the component that the one of `pixel` hangs from in its region's tree,
+    // its own at a root. rank_of[pixel] is set to the place in the sorted order, and read until `join`.
+    void sort(std::int32_t size, const std::int32_t* parent_of, std::int32_t* rank_of, int threads) {
         size_ = size, rank_of_ = rank_of;
         Component* components = components_[0].data();
         KeyRange<Key> range;
         for (std::int32_t i = 0; i < size; ++i) range.include(components[i].key);
-        sorted_ = radix_sort(components, components_[1].reserve(size, Access::at_random), size, range,
-                             [](const Component& c) { return c.key; }, histogram_);
+        sorted_ = parallel_radix_sort(
+            components, components_[1].reserve(size, Access::at_random), size, range,
+            [](const Component& c) { return c.key; }, threads);
         components_[sorted_ == components ? 1 : 0].free();
-        for (std::int32_t i = 0; i < size; ++i) rank_of[sorted_[i].pixel] = i;
+        for_each(size, threads, [&](std::int32_t i) { rank_of[sorted_[i].pixel] = i; });
         up_.reserve(size, Access::at_random);
-        for (std::int32_t i = 0; i < size; ++i) up_[i] = rank_of[parent_of[sorted_[i].pixel]];
         cell_.reserve(size, Access::at_random);
-        std::fill_n(cell_.data(), size, none);
+        for_each(size, threads, [&](std::int32_t i) {
+            up_[i] = rank_of[parent_of[sorted_[i].pixel]];
+            cell_[i] = none;
+        });
         seam_target_.clear();
         seam_next_.clear();
     }
@@ -62,10 +67,10 @@ public:
     // The component of this pixel, and all those below it, touch the border of the joined region.
     void mark_open(std::int32_t pixel) { cell_[rank_of_[pixel]] |= ~mask; }
 
-    // Union-find from the highest component down. A cell changes its meaning when its turn comes: before, it is
-    // the head of the list of what joins there (components of the old tree that came before, chained through
-    // `up_`, which they no longer need, and seams); afterwards it is the parent in the joined tree. Its sign
-    // tells all along whether the component is open.
+    // Union-find from the highest component down. A cell changes its meaning when its turn comes: before, it
+    // is the head of the list of what joins there (components of the old tree that came before, chained
+    // through `up_`, which they no longer need, and seams); afterwards it is the parent in the joined tree.
+    // Its sign tells all along whether the component is open.
     void join() {
         link_.reserve(size_, Access::at_random);
         for (std::int32_t p = size_ - 1; p >= 0; --p) {
@@ -127,7 +132,6 @@ private:
     Buffer<Component> components_[2];
     Buffer<std::int32_t> up_, cell_, link_;
     std::vector<std::int32_t> seam_target_, seam_next_;
-    std::vector<std::uint32_t> histogram_;
 };
 
 }  // namespace usf

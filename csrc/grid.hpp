@@ -1,5 +1,5 @@
-// How a large map is cut: into tiles that fit the first-level cache, and bands (rows of tiles) that fit the last.
-// The cut depends on the size of the map alone, never on the number of threads.
+// How a large map is cut: into tiles that fit the first-level cache, and bands (rows of tiles) that fit the
+// last. The cut depends on the size of the map alone, never on the number of threads.
 #pragma once
 
 #include <algorithm>

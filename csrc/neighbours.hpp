@@ -1,7 +1,8 @@
 // Which neighbours of a pixel a union-find has to look at.
 //
-// The eight neighbours form a ring. Two of them that came before the pixel and touch each other are already in
-// one component, so one find per run of such neighbours is enough: on white noise 1.3 in place of 2 per pixel.
+// The eight neighbours form a ring. Two of them that came before the pixel and touch each other are already
+// in one component, so one find per run of such neighbours is enough: on white noise 1.3 in place of 2 per
+// pixel.
 #pragma once
 
 #include <array>

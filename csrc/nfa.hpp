@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "component_tree.hpp"
+#include "max_tree.hpp"
 #include "tail.hpp"
 
 namespace usf {

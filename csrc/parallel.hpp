@@ -39,4 +39,16 @@ void parallel_for(std::int64_t count, int threads, Task&& task) {
     if (failure) std::rethrow_exception(failure);
 }
 
+// Calls body(i) for every i in [0, count), a stretch of neighbours at a time.
+template <class Index, class Body>
+void for_each(Index count, int threads, Body&& body) {
+    constexpr Index stretch = 1 << 16;
+    parallel_for((static_cast<std::int64_t>(count) + stretch - 1) / stretch, threads,
+                 [&](int, std::int64_t s) {
+                     const Index begin = static_cast<Index>(s) * stretch,
+                                 end = std::min<Index>(count - begin, stretch) + begin;
+                     for (Index i = begin; i < end; ++i) body(i);
+                 });
+}
+
 }  // namespace usf

@@ -26,8 +26,8 @@ public:
     void across_row(std::int64_t r, Pair&& pair) {
         across(row(r, 0), row(r, 1), width_, pair);
     }
-    // The same to the right of the tiles `c`, in the rows of one row of tiles: diagonals that also cross a row
-    // seam belong to that one.
+    // The same to the right of the tiles `c`, in the rows of one row of tiles: diagonals that also cross a
+    // row seam belong to that one.
     template <class Pair>
     void across_column(std::int64_t c, Range rows, Pair&& pair) {
         across(column(c, 0) + rows.begin, column(c, 1) + rows.begin, rows.size(), pair);

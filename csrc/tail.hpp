@@ -79,9 +79,7 @@ public:
     TailKind kind() const { return kind_; }
 
     // log10 Pr(X >= t), in (-inf, 0].
-    double operator()(double t) const {
-        return kind_ == TailKind::chernoff ? chernoff(t) : exact(t);
-    }
+    double operator()(double t) const { return kind_ == TailKind::chernoff ? chernoff(t) : exact(t); }
 
     double chernoff(double t) const {  // the bound says nothing at and below the mean
         const double lambda = t / mean_;

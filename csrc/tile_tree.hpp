@@ -10,7 +10,7 @@
 
 #include "grid.hpp"
 #include "neighbours.hpp"
-#include "ordered_key.hpp"
+#include "radix_sort.hpp"
 
 namespace usf {
 
@@ -27,8 +27,9 @@ public:
     void build(const T* image, std::int64_t row_stride, int height, int width, Connectivity connectivity) {
         height_ = height, width_ = width, stride_ = width + 2;
         const KeyRange<Key> range = load(image, row_stride);
-        order_ = radix_sort(positions_[0].data(), positions_[1].data(), size(), range,
-                            [key = key_.data()](std::int16_t p) { return key[p]; }, histogram_);
+        order_ = radix_sort(
+            positions_[0].data(), positions_[1].data(), size(), range,
+            [key = key_.data()](std::int16_t p) { return key[p]; }, histogram_);
         compare();
         flood(connectivity);
     }
@@ -91,9 +92,10 @@ private:
             // Of equal levels, the one further on in the window comes first (the sort is stable).
             for (int x = 0; x < width_; ++x) {
                 const Key k = here[x];
-                before[x] = static_cast<std::uint8_t>(
-                    (above[x] > k) | (above[x + 1] > k) << 1 | (here[x + 1] >= k) << 2 | (below[x + 1] >= k) << 3 |
-                    (below[x] >= k) << 4 | (below[x - 1] >= k) << 5 | (here[x - 1] > k) << 6 | (above[x - 1] > k) << 7);
+                before[x] = static_cast<std::uint8_t>((above[x] > k) | (above[x + 1] > k) << 1 |
+                                                      (here[x + 1] >= k) << 2 | (below[x + 1] >= k) << 3 |
+                                                      (below[x] >= k) << 4 | (below[x - 1] >= k) << 5 |
+                                                      (here[x - 1] > k) << 6 | (above[x - 1] > k) << 7);
             }
             before[0] &= 0b00011111;  // the frame holds no pixels
             before[width_ - 1] &= 0b11110001;

@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "component_tree.hpp"
+#include "max_tree.hpp"
 
 using namespace usf;
 
@@ -15,25 +15,28 @@ int failures = 0;
 
 void expect(bool condition, const char* what, std::int64_t height, std::int64_t width) {
     if (condition) return;
-    std::printf("FAILED: %s, %lld x %lld\n", what, static_cast<long long>(height), static_cast<long long>(width));
+    std::printf("FAILED: %s, %lld x %lld\n", what, static_cast<long long>(height),
+                static_cast<long long>(width));
     ++failures;
 }
 
 template <class T>
-ComponentTree<T> build(const std::vector<T>& image, std::int64_t height, std::int64_t width, Connectivity connectivity,
-                       int threads) {
+ComponentTree<T> build(const std::vector<T>& image, std::int64_t height, std::int64_t width,
+                       Connectivity connectivity, int threads) {
     ComponentTree<T> tree;
     MaxTreeBuilder<T>().build(image.data(), height, width, connectivity, threads, tree);
     return tree;
 }
 
-// For each pixel a pixel of the same component, the same for all of them, and one of the next larger component.
+// For each pixel a pixel of the same component, the same for all of them, and one of the next larger
+// component.
 struct Plain {
     std::vector<std::int32_t> component, parent;
 };
 
 template <class T>
-Plain plain_tree(const std::vector<T>& image, std::int64_t height, std::int64_t width, Connectivity connectivity) {
+Plain plain_tree(const std::vector<T>& image, std::int64_t height, std::int64_t width,
+                 Connectivity connectivity) {
     const auto n = static_cast<std::int32_t>(image.size());
     std::vector<std::int32_t> order(n), set(n, -1), parent(n);
     std::iota(order.begin(), order.end(), 0);
@@ -60,7 +63,8 @@ Plain plain_tree(const std::vector<T>& image, std::int64_t height, std::int64_t 
 }
 
 template <class T>
-void compare(const std::vector<T>& image, std::int64_t height, std::int64_t width, Connectivity connectivity) {
+void compare(const std::vector<T>& image, std::int64_t height, std::int64_t width,
+             Connectivity connectivity) {
     const Plain plain = plain_tree(image, height, width, connectivity);
     const ComponentTree<T> tree = build(image, height, width, connectivity, 1);
     std::vector<std::int32_t> pixel_of(tree.size, -1);
@@ -149,7 +153,7 @@ void signed_zeros_are_one_level() {
 int main() {
     drawn_by_hand();
     signed_zeros_are_one_level();
-    const std::int64_t shapes[][2] = {{1, 1},   {1, 9},     {9, 1},     {2, 2},     {3, 5},      {28, 28},
+    const std::int64_t shapes[][2] = {{1, 1},   {1, 9},     {9, 1},     {2, 2},     {3, 5},     {28, 28},
                                       {64, 65}, {181, 181}, {1, 40000}, {40000, 1}, {3, 20000}, {300, 257}};
     for (const auto& [height, width] : shapes) {
         compare_maps<float>(height, width, {0, 1, 3});

@@ -1,11 +1,11 @@
-#include "nfa.hpp"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <numbers>
 #include <random>
 #include <vector>
+
+#include "nfa.hpp"
 
 namespace {
 

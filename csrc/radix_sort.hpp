@@ -5,7 +5,10 @@
 #include <bit>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "parallel.hpp"
 
 namespace usf {
 
@@ -58,9 +61,9 @@ struct KeyRange {
     }
 };
 
-// Stable LSD radix sort: orders `items` by key_of(item), ascending; all keys lie in `range`. `spare` is a second
-// buffer of the same size; the sorted items end up in the returned one of the two. Only as many bits as the
-// range has are looked at, so quantised and nearly constant maps take one pass.
+// Stable LSD radix sort: orders `items` by key_of(item), ascending; all keys lie in `range`. `spare` is a
+// second buffer of the same size; the sorted items end up in the returned one of the two. Only as many bits
+// as the range has are looked at, so quantised and nearly constant maps take one pass.
 template <class Item, class Key, class KeyOf>
 Item* radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, KeyOf key_of,
                  std::vector<std::uint32_t>& histogram) {
@@ -90,6 +93,50 @@ Item* radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, K
         }
         std::swap(items, spare);
     }
+    return items;
+}
+
+// The same for many items, in parallel and within the caches: one pass by the highest bits of the key, then
+// groups of neighbouring buckets are sorted on their own. Sorts are stable, so the result is that of
+// `radix_sort`.
+template <class Item, class Key, class KeyOf>
+Item* parallel_radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, KeyOf key_of,
+                          int threads) {
+    constexpr std::size_t bins = 2048, blocks = 16, group_size = std::size_t{1} << 16;
+    const int bits = std::bit_width(static_cast<std::uint64_t>(range.high - range.low));
+    std::vector<std::uint32_t> histogram;
+    if (n < 4 * group_size || bits <= 11) return radix_sort(items, spare, n, range, key_of, histogram);
+
+    const auto bucket = [&](const Item& item) {
+        return static_cast<std::uint64_t>(static_cast<Key>(key_of(item) - range.low)) >> (bits - 11);
+    };
+    const auto begin_of = [&](std::size_t block) { return n * block / blocks; };
+    std::vector<std::uint32_t> offset(blocks * bins, 0);  // of every block's items in every bucket
+    parallel_for(blocks, threads, [&](int, std::int64_t block) {
+        std::uint32_t* count = &offset[block * bins];
+        for (std::size_t i = begin_of(block); i < begin_of(block + 1); ++i) ++count[bucket(items[i])];
+    });
+    std::vector<std::size_t> group = {0};
+    std::uint32_t sum = 0;
+    for (std::size_t b = 0; b < bins; ++b) {
+        for (std::size_t block = 0; block < blocks; ++block)
+            sum += std::exchange(offset[block * bins + b], sum);
+        if (sum - group.back() >= group_size || (b + 1 == bins && sum > group.back())) group.push_back(sum);
+    }
+    parallel_for(blocks, threads, [&](int, std::int64_t block) {
+        std::uint32_t* next = &offset[block * bins];
+        for (std::size_t i = begin_of(block); i < begin_of(block + 1); ++i)
+            spare[next[bucket(items[i])]++] = items[i];
+    });
+    std::vector<std::vector<std::uint32_t>> histograms(std::max(threads, 1));
+    parallel_for(static_cast<std::int64_t>(group.size()) - 1, threads, [&](int worker, std::int64_t g) {
+        const std::size_t begin = group[g], size = group[g + 1] - begin;
+        KeyRange<Key> inner;
+        for (std::size_t i = begin; i < begin + size; ++i) inner.include(key_of(spare[i]));
+        const Item* sorted =
+            radix_sort(spare + begin, items + begin, size, inner, key_of, histograms[worker]);
+        if (sorted != items + begin) std::copy_n(sorted, size, items + begin);
+    });
     return items;
 }
 
