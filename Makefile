@@ -3,7 +3,8 @@
 # make test      the Python tests
 # make test-cpp  the C++ tests, also under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint      ruff and clang-format
-# make bench     benchmarks on the CPU; rows in bench/results
+# make bench     benchmarks on the CPU, small inputs, two minutes; rows in bench/results
+# make bench-full  maps of up to 4096 x 4096 as well, half an hour
 # make gpu       tests and benchmarks on the CUDA device of GPU_PYTHON's torch
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 EXTRAS := demo,anomalib,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cpp lint bench gpu clean
+.PHONY: install demo test test-cpp lint bench bench-full gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/extension
@@ -47,6 +48,9 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp csrc/tests/*.cpp
 
 bench: install
+	$(BIN)/python -m bench.run --quick
+
+bench-full: install
 	$(BIN)/python -m bench.run
 
 gpu:

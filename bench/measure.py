@@ -38,7 +38,6 @@ def alternate(
     """
     turns = {}
     for name, call in providers.items():
-        call()
         start = time.perf_counter()
         call()
         turns[name] = max(1, min(100, round(TURN / (time.perf_counter() - start))))

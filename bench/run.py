@@ -12,8 +12,6 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from bench.measure import alternate, peak_bytes
 from bench.registry import SUBJECTS
 from bench.subject import Case, Subject
@@ -103,7 +101,6 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = [name for name in options.subjects if name not in SUBJECTS]
     if unknown:
         parser.error(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
-    torch.set_num_threads(1)
     shared = environment()
     for name in options.subjects or SUBJECTS:
         subject = SUBJECTS[name]
