@@ -35,9 +35,9 @@ def alternate(
 ) -> dict[str, Timing]:
     """Call the providers in turn for about `seconds`, at least `least` rounds, after one to warm up.
 
-    A turn takes at least a millisecond: short calls are repeated in it, and count with their mean. A call that
-    does not count comes before it, unless that would take long, so that nobody pays for the state of the memory
-    that the one before left behind.
+    A turn takes at least a millisecond: short calls are repeated in it, and count with their mean. A call
+    that does not count comes before it, unless that would take long, so that nobody pays for the state of
+    the memory that the one before left behind.
     """
     turns, brief = {}, {}
     for name, call in providers.items():
