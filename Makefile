@@ -5,7 +5,7 @@
 # make lint      ruff and clang-format
 # make bench     benchmarks on the CPU, small inputs, two minutes; rows in bench/results
 # make bench-full  maps of up to 4096 x 4096 as well, half an hour
-# make gpu       tests and benchmarks on the CUDA device of GPU_PYTHON's torch
+# make gpu       the tests that need a CUDA device, with GPU_PYTHON's torch
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
@@ -55,7 +55,7 @@ bench-full: install
 
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) -m pytest -m "gpu or not slow"
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_segmentation.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
