@@ -1,15 +1,15 @@
-// Joining the trees of neighbouring regions.
+// Joining the trees of the tiles.
 //
-// Inside a region's own tree, a component that does not touch the region's border is settled: whatever lies
-// outside cannot change it, nor what it hangs from. Only the others ("open") have to be ordered again
-// together with those of the neighbours. `ForestMerge` does that: it sorts the open components of all regions
-// and runs union-find over the links of the old trees and the pixel pairs across the seams. It works in the
-// sorted order, where a component and what hangs from it are close to each other, so that memory is read
-// almost in sequence.
+// Inside a tile's own tree, a component that does not touch a cut is settled: whatever lies outside cannot
+// change it, nor what it hangs from. Only the others ("open") have to be ordered again together with those of
+// the neighbours. `ForestMerge` does that: it sorts the open components of all tiles and runs union-find over
+// the links of the old trees and the pixel pairs across the cuts. It works in the sorted order, where a
+// component and what hangs from it are close to each other, so that memory is read almost in sequence.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -25,17 +25,17 @@ struct OpenComponent {
     std::int32_t pixel;
 };
 
-// Use: fill `components`, sort, then add_seam / mark_open, then join, then read from the lowest level up.
+// Use: fill `components`, sort, then add_seam, then join, then read from the lowest level up.
 template <class Key>
 class ForestMerge {
 public:
     using Component = OpenComponent<Key>;
 
-    // Where the caller puts the open components: those of one region adjacent, from its lowest level up.
+    // Where the caller puts the open components: those of one tile adjacent, from its lowest level up.
     Component* components(std::size_t most) { return components_[0].reserve(most); }
 
-    // parent_of[pixel]: the pixel of the component that the one of `pixel` hangs from in its region's tree,
-    // its own at a root. rank_of[pixel] is set to the place in the sorted order, and read until `join`.
+    // parent_of[pixel]: the pixel of the component that the one of `pixel` hangs from in its tile's tree, its
+    // own at a root. rank_of[pixel] is set to the place in the sorted order, and read by `add_seam`.
     void sort(std::int32_t size, const std::int32_t* parent_of, std::int32_t* rank_of, int threads) {
         size_ = size, rank_of_ = rank_of;
         Component* components = components_[0].data();
@@ -56,43 +56,34 @@ public:
         seam_next_.clear();
     }
 
-    // Neighbouring pixels of different regions belong to the components of these two pixels.
+    // Neighbouring pixels of different tiles belong to the components of these two pixels.
     void add_seam(std::int32_t pixel_a, std::int32_t pixel_b) {
         const auto [low, high] = std::minmax({rank_of_[pixel_a], rank_of_[pixel_b]});
         seam_target_.push_back(high);
-        seam_next_.push_back(cell_[low] & mask);
-        cell_[low] = (cell_[low] & ~mask) | (size_ + static_cast<std::int32_t>(seam_target_.size()) - 1);
+        seam_next_.push_back(cell_[low]);
+        cell_[low] = size_ + static_cast<std::int32_t>(seam_target_.size()) - 1;
     }
-
-    // The component of this pixel, and all those below it, touch the border of the joined region.
-    void mark_open(std::int32_t pixel) { cell_[rank_of_[pixel]] |= ~mask; }
 
     // Union-find from the highest component down. A cell changes its meaning when its turn comes: before, it
     // is the head of the list of what joins there (components of the old tree that came before, chained
     // through `up_`, which they no longer need, and seams); afterwards it is the parent in the joined tree.
-    // Its sign tells all along whether the component is open.
     void join() {
         link_.reserve(size_, Access::at_random);
         for (std::int32_t p = size_ - 1; p >= 0; --p) {
-            std::int32_t open = cell_[p] & ~mask, set = p;
+            std::int32_t set = p;
             link_[p] = ~p;
-            for (std::int32_t c = cell_[p] & mask; c != none;) {
+            for (std::int32_t c = cell_[p]; c != none;) {
                 const bool inside = c < size_;
                 const std::int32_t other = find(inside ? c : seam_target_[c - size_]);
                 c = inside ? up_[c] : seam_next_[c - size_];
                 if (other == set) continue;
-                const std::int32_t root = ~link_[other];
-                open |= cell_[root] & ~mask;
-                cell_[root] = (cell_[root] & ~mask) | p;
+                cell_[~link_[other]] = p;
                 link_[set] = other;
                 set = other;
             }
             link_[set] = ~p;
-            cell_[p] = open | p;
-            if (const std::int32_t q = up_[p]; q != p) {
-                up_[p] = cell_[q] & mask;
-                cell_[q] = (cell_[q] & ~mask) | p;
-            }
+            cell_[p] = p;
+            if (const std::int32_t q = up_[p]; q != p) up_[p] = std::exchange(cell_[q], p);
         }
         up_.free();
     }
@@ -100,8 +91,7 @@ public:
     std::int32_t size() const { return size_; }
     std::int32_t pixel(std::int32_t i) const { return sorted_[i].pixel; }
     Key key(std::int32_t i) const { return sorted_[i].key; }
-    std::int32_t parent(std::int32_t i) const { return cell_[i] & mask; }
-    bool is_open(std::int32_t i) const { return cell_[i] < 0; }
+    std::int32_t parent(std::int32_t i) const { return cell_[i]; }
     // Whether i is a component of its own, rather than a part of its parent on the same level.
     bool opens_component(std::int32_t i) const { return i == 0 || key(i) != key(parent(i)); }
     // A number per component for the caller's use, once joined.
@@ -115,7 +105,7 @@ public:
     }
 
 private:
-    static constexpr std::int32_t mask = 0x7fffffff, none = mask;
+    static constexpr std::int32_t none = 0x7fffffff;
 
     std::int32_t find(std::int32_t p) {
         while (link_[p] >= 0) {

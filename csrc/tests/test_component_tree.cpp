@@ -161,7 +161,7 @@ int main() {
         compare_maps<std::uint8_t>(height, width, {2, 200});
         compare_maps<std::uint16_t>(height, width, {3000});
     }
-    // More than one band.
+    // Many tiles, and enough components for the parallel sort.
     compare(make_map<float>(1500, 1500, false, 0, 1), 1500, 1500, Connectivity::four);
     compare(make_map<float>(1501, 1499, true, 0, 1), 1501, 1499, Connectivity::eight);
     compare(make_map<std::uint8_t>(1500, 1500, true, 200, 1), 1500, 1500, Connectivity::four);
