@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -31,24 +32,25 @@ class ForestMerge {
 public:
     using Component = OpenComponent<Key>;
 
-    // Where the caller puts the open components: those of one tile adjacent, from its lowest level up.
+    // Where the caller puts the open components of the tiles, those of each one from its lowest level up.
     Component* components(std::size_t most) { return components_[0].reserve(most); }
 
-    // parent_of[pixel]: the pixel of the component that the one of `pixel` hangs from in its tile's tree, its
-    // own at a root. rank_of[pixel] is set to the place in the sorted order, and read by `add_seam`.
-    void sort(std::int32_t size, const std::int32_t* parent_of, std::int32_t* rank_of, int threads) {
-        size_ = size, rank_of_ = rank_of;
+    // Tile t has put size[t] components from begin[t] on; their keys lie in `range`. parent_of[pixel]: the
+    // pixel of the component that the one of `pixel` hangs from in its tile's tree, its own at a root.
+    // rank_of[pixel] is set to the place in the sorted order, and read by `add_seam`.
+    void sort(const std::vector<std::size_t>& begin, const std::vector<std::size_t>& size,
+              KeyRange<Key> range, const std::int32_t* parent_of, std::int32_t* rank_of, int threads) {
+        size_ = static_cast<std::int32_t>(std::accumulate(size.begin(), size.end(), std::size_t{0}));
+        rank_of_ = rank_of;
         Component* components = components_[0].data();
-        KeyRange<Key> range;
-        for (std::int32_t i = 0; i < size; ++i) range.include(components[i].key);
         sorted_ = parallel_radix_sort(
-            components, components_[1].reserve(size, Access::at_random), size, range,
+            components, components_[1].reserve(size_, Access::at_random), begin, size, range,
             [](const Component& c) { return c.key; }, threads);
         components_[sorted_ == components ? 1 : 0].free();
-        for_each(size, threads, [&](std::int32_t i) { rank_of[sorted_[i].pixel] = i; });
-        up_.reserve(size, Access::at_random);
-        cell_.reserve(size, Access::at_random);
-        for_each(size, threads, [&](std::int32_t i) {
+        for_each(size_, threads, [&](std::int32_t i) { rank_of[sorted_[i].pixel] = i; });
+        up_.reserve(size_, Access::at_random);
+        cell_.reserve(size_, Access::at_random);
+        for_each(size_, threads, [&](std::int32_t i) {
             up_[i] = rank_of[parent_of[sorted_[i].pixel]];
             cell_[i] = none;
         });

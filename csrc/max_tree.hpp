@@ -47,6 +47,7 @@ private:
         std::int32_t open = 0;        // components that touch a cut
         std::int32_t settled = 0;     // other pixels
         std::int32_t components = 0;  // that those open
+        KeyRange<Key> range;
     };
     struct Worker {
         TileTree<T> tile;
@@ -95,7 +96,7 @@ private:
             for (std::int64_t c = 0; c < grid.tile_columns; ++c)
                 build_tile(grid, r, c, workers_[w], open + grid.first_place(r, c));
         });
-        join_tiles(grid, open, threads);
+        join_tiles(grid, threads);
         number_joined(threads);
         number_settled(grid, threads);
     }
@@ -117,6 +118,7 @@ private:
                 offset[tile.position(y, x)] = static_cast<std::int32_t>(y * grid.width + x);
         TileLink* links = &links_[grid.first_place(r, c)];
         Tile count;
+        count.range = tile.range();
         for (int i = 0; i < tile.size(); ++i) {
             const int p = tile.order()[i], q = tile.parent(p);
             const bool opens = i == 0 || tile.opens_component(p);
@@ -144,13 +146,19 @@ private:
         if (c + 1 < grid.tile_columns) column(width - 1, seams_.column(c, 0) + rows.begin);
     }
 
-    void join_tiles(const Grid& grid, OpenComponent<Key>* open, int threads) {
-        OpenComponent<Key>* end = open;
+    void join_tiles(const Grid& grid, int threads) {
+        std::vector<std::size_t> begin, size;
+        KeyRange<Key> range;
         for (std::int64_t r = 0; r < grid.tile_rows; ++r)
-            for (std::int64_t c = 0; c < grid.tile_columns; ++c)
-                end = std::copy_n(open + grid.first_place(r, c), tiles_[r * grid.tile_columns + c].open, end);
+            for (std::int64_t c = 0; c < grid.tile_columns; ++c) {
+                const Tile& tile = tiles_[r * grid.tile_columns + c];
+                begin.push_back(grid.first_place(r, c));
+                size.push_back(tile.open);
+                range.include(tile.range.low);
+                range.include(tile.range.high);
+            }
         rank_of_.reserve(grid.height * grid.width, Access::at_random);
-        merge_.sort(static_cast<std::int32_t>(end - open), parent_of_.data(), rank_of_.data(), threads);
+        merge_.sort(begin, size, range, parent_of_.data(), rank_of_.data(), threads);
         const auto pair = [&](std::int32_t a, std::int32_t b) { merge_.add_seam(a, b); };
         for (std::int64_t r = 0; r < grid.tile_rows; ++r) {
             for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)

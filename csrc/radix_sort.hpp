@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -96,26 +97,39 @@ Item* radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, K
     return items;
 }
 
-// The same for many items, in parallel and within the caches: one pass by the highest bits of the key, then
-// groups of neighbouring buckets are sorted on their own. Sorts are stable, so the result is that of
+// The same in parallel and within the caches, for items that lie in runs with gaps between them: run r begins
+// at items[begin[r]] and has size[r] items. One pass by the highest bits of the key closes the gaps, then
+// groups of neighbouring buckets are sorted on their own. Both passes are stable, so the result is that of
 // `radix_sort`.
 template <class Item, class Key, class KeyOf>
-Item* parallel_radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, KeyOf key_of,
+Item* parallel_radix_sort(Item* items, Item* spare, const std::vector<std::size_t>& begin,
+                          const std::vector<std::size_t>& size, KeyRange<Key> range, KeyOf key_of,
                           int threads) {
-    constexpr std::size_t bins = 2048, blocks = 16, group_size = std::size_t{1} << 16;
+    constexpr std::size_t bins = 2048, group_size = std::size_t{1} << 16;
     const int bits = std::bit_width(static_cast<std::uint64_t>(range.high - range.low));
-    std::vector<std::uint32_t> histogram;
-    if (n < 4 * group_size || bits <= 11) return radix_sort(items, spare, n, range, key_of, histogram);
+    const std::size_t n = std::accumulate(size.begin(), size.end(), std::size_t{0});
+    if (n < 4 * group_size || bits <= 11) {
+        Item* end = items;
+        for (std::size_t r = 0; r < begin.size(); ++r) end = std::copy_n(items + begin[r], size[r], end);
+        std::vector<std::uint32_t> histogram;
+        return radix_sort(items, spare, n, range, key_of, histogram);
+    }
 
     const auto bucket = [&](const Item& item) {
         return static_cast<std::uint64_t>(static_cast<Key>(key_of(item) - range.low)) >> (bits - 11);
     };
-    const auto begin_of = [&](std::size_t block) { return n * block / blocks; };
+    constexpr std::size_t blocks = 32;  // of neighbouring runs
+    const auto first_run = [&](std::size_t block) { return begin.size() * block / blocks; };
     std::vector<std::uint32_t> offset(blocks * bins, 0);  // of every block's items in every bucket
-    parallel_for(blocks, threads, [&](int, std::int64_t block) {
-        std::uint32_t* count = &offset[block * bins];
-        for (std::size_t i = begin_of(block); i < begin_of(block + 1); ++i) ++count[bucket(items[i])];
-    });
+    const auto visit = [&](auto&& use) {
+        parallel_for(blocks, threads, [&](int, std::int64_t block) {
+            std::uint32_t* own = &offset[block * bins];
+            for (std::size_t r = first_run(block); r < first_run(block + 1); ++r)
+                for (std::size_t i = begin[r]; i < begin[r] + size[r]; ++i)
+                    use(own[bucket(items[i])], items[i]);
+        });
+    };
+    visit([](std::uint32_t& count, const Item&) { ++count; });
     std::vector<std::size_t> group = {0};
     std::uint32_t sum = 0;
     for (std::size_t b = 0; b < bins; ++b) {
@@ -123,19 +137,15 @@ Item* parallel_radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key>
             sum += std::exchange(offset[block * bins + b], sum);
         if (sum - group.back() >= group_size || (b + 1 == bins && sum > group.back())) group.push_back(sum);
     }
-    parallel_for(blocks, threads, [&](int, std::int64_t block) {
-        std::uint32_t* next = &offset[block * bins];
-        for (std::size_t i = begin_of(block); i < begin_of(block + 1); ++i)
-            spare[next[bucket(items[i])]++] = items[i];
-    });
+    visit([&](std::uint32_t& next, const Item& item) { spare[next++] = item; });
     std::vector<std::vector<std::uint32_t>> histograms(std::max(threads, 1));
     parallel_for(static_cast<std::int64_t>(group.size()) - 1, threads, [&](int worker, std::int64_t g) {
-        const std::size_t begin = group[g], size = group[g + 1] - begin;
+        Item *from = spare + group[g], *to = items + group[g];
+        const std::size_t count = group[g + 1] - group[g];
         KeyRange<Key> inner;
-        for (std::size_t i = begin; i < begin + size; ++i) inner.include(key_of(spare[i]));
-        const Item* sorted =
-            radix_sort(spare + begin, items + begin, size, inner, key_of, histograms[worker]);
-        if (sorted != items + begin) std::copy_n(sorted, size, items + begin);
+        for (std::size_t i = 0; i < count; ++i) inner.include(key_of(from[i]));
+        const Item* sorted = radix_sort(from, to, count, inner, key_of, histograms[worker]);
+        if (sorted != to) std::copy_n(sorted, count, to);
     });
     return items;
 }

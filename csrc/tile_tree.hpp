@@ -26,14 +26,15 @@ public:
 
     void build(const T* image, std::int64_t row_stride, int height, int width, Connectivity connectivity) {
         height_ = height, width_ = width, stride_ = width + 2;
-        const KeyRange<Key> range = load(image, row_stride);
+        range_ = load(image, row_stride);
         order_ = radix_sort(
-            positions_[0].data(), positions_[1].data(), size(), range,
+            positions_[0].data(), positions_[1].data(), size(), range_,
             [key = key_.data()](std::int16_t p) { return key[p]; }, histogram_);
         compare();
         flood(connectivity);
     }
 
+    KeyRange<Key> range() const { return range_; }
     int size() const { return height_ * width_; }
     int stride() const { return stride_; }
     int frame() const { return (height_ + 2) * stride_; }
@@ -142,6 +143,7 @@ private:
     }
 
     int height_ = 0, width_ = 0, stride_ = 0;
+    KeyRange<Key> range_;
     std::vector<Key> key_;
     std::vector<std::int16_t> positions_[2], parent_, link_;
     std::int16_t* order_ = nullptr;
