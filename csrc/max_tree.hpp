@@ -174,8 +174,8 @@ private:
     void number_joined(int threads) {
         std::int64_t most = merge_.size();
         for (const Tile& tile : tiles_) most += tile.components;
-        std::int32_t* parent = tree_->parent.reserve(most);
-        T* level = tree_->level.reserve(most);
+        std::int32_t* parent = tree_->parent.reserve(most, Access::at_random);
+        T* level = tree_->level.reserve(most, Access::at_random);
         std::int32_t* node = tree_->node.reserve(tree_->height * tree_->width, Access::at_random);
         std::int32_t next = 0;
         for (std::int32_t i = 0; i < merge_.size(); ++i) {
