@@ -78,9 +78,7 @@ nb::ndarray<nb::numpy, double> log_tail(const Tail& tail, Counts levels) {
 nb::ndarray<nb::numpy, std::int32_t> areas(Indices parent, Nodes node) {
     const std::size_t n = parent.shape(0);
     Memory<std::int32_t> area = allocate<std::int32_t>(n);
-    std::fill_n(area.get(), n, 0);
-    for (std::size_t p = 0; p < node.size(); ++p) ++area[node.data()[p]];
-    for (std::size_t i = n; i-- > 1;) area[parent.data()[i]] += area[i];
+    node_areas(parent.data(), n, node.data(), node.size(), area.get());
     return to_numpy(std::move(area), {n});
 }
 

@@ -19,12 +19,17 @@ struct ComponentTree {
     Buffer<std::int32_t> node;    // [height * width] the smallest component that holds each pixel
 };
 
-// Number of pixels of every component, [size].
+// Number of pixels of every component, [size]; `node` has one entry per pixel.
+inline void node_areas(const std::int32_t* parent, std::int64_t size, const std::int32_t* node,
+                       std::int64_t pixels, std::int32_t* area) {
+    std::fill(area, area + size, 0);
+    for (std::int64_t p = 0; p < pixels; ++p) ++area[node[p]];
+    for (std::int64_t i = size - 1; i > 0; --i) area[parent[i]] += area[i];
+}
+
 template <class T>
 void node_areas(const ComponentTree<T>& tree, std::int32_t* area) {
-    std::fill(area, area + tree.size, 0);
-    for (std::int64_t p = 0; p < tree.height * tree.width; ++p) ++area[tree.node[p]];
-    for (std::int32_t i = tree.size - 1; i > 0; --i) area[tree.parent[i]] += area[i];
+    node_areas(tree.parent.data(), tree.size, tree.node.data(), tree.height * tree.width, area);
 }
 
 }  // namespace usf
