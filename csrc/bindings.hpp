@@ -13,12 +13,18 @@ namespace usf {
 
 namespace nb = nanobind;
 
+// A Python object that frees `data` when nothing refers to it any more.
+template <class T>
+nb::capsule to_owner(Memory<T> data) {
+    return nb::capsule(new Memory<T>(std::move(data)),
+                       [](void* p) noexcept { delete static_cast<Memory<T>*>(p); });
+}
+
 // Hands `data` to Python as a NumPy array of `shape`; the array frees it.
 template <class T>
 nb::ndarray<nb::numpy, T> to_numpy(Memory<T> data, std::initializer_list<std::size_t> shape) {
-    auto* held = new Memory<T>(std::move(data));
-    nb::capsule owner(held, [](void* p) noexcept { delete static_cast<Memory<T>*>(p); });
-    return nb::ndarray<nb::numpy, T>(held->get(), shape, owner);
+    T* values = data.get();
+    return nb::ndarray<nb::numpy, T>(values, shape, to_owner(std::move(data)));
 }
 
 void bind_component_tree(nb::module_& m);

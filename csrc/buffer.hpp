@@ -20,8 +20,10 @@ enum class Access { in_sequence, at_random };
 
 struct FreeMemory {
     std::size_t mapped = 0;  // bytes to unmap, 0 for memory from malloc
+    bool borrowed = false;   // somebody else frees it
 
     void operator()(void* memory) const noexcept {
+        if (borrowed) return;
 #ifdef __linux__
         if (mapped) {
             munmap(memory, mapped);
@@ -34,17 +36,19 @@ struct FreeMemory {
 template <class T>
 using Memory = std::unique_ptr<T[], FreeMemory>;
 
+constexpr std::size_t large_block = std::size_t{2} << 21;  // bytes: two huge pages
+
 // Large blocks are mapped, so that their memory goes back to the system as soon as they are freed.
 template <class T>
 Memory<T> allocate(std::size_t n, Access access = Access::in_sequence) {
     static_assert(std::is_trivially_copyable_v<T>);
     const std::size_t bytes = n * sizeof(T);
 #ifdef __linux__
-    if (constexpr std::size_t huge_page = std::size_t{1} << 21; bytes >= 2 * huge_page) {
+    if (bytes >= large_block) {
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         if (access == Access::at_random) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: it may be refused
-        return Memory<T>(static_cast<T*>(memory), FreeMemory{bytes});
+        return Memory<T>(static_cast<T*>(memory), FreeMemory{.mapped = bytes});
     }
 #endif
     (void)access;
@@ -65,6 +69,11 @@ public:
             capacity_ = n;
         }
         return data_.get();
+    }
+    // Uses memory of somebody else, who keeps it for as long as this is used.
+    void borrow(T* memory, std::size_t n) {
+        data_ = Memory<T>(memory, FreeMemory{.borrowed = true});
+        capacity_ = n;
     }
     void free() { release().reset(); }
     Memory<T> release() {

@@ -76,6 +76,10 @@ def test_a_batch_is_its_images(dtype, threads):
         alone = component_tree(image, connectivity=8)
         for name in ("parent", "level", "node"):
             np.testing.assert_array_equal(getattr(tree, name), getattr(alone, name))
+    kept = trees[3]
+    del trees, tree  # small trees share memory, which the last of them keeps
+    assert kept.level.flags.aligned
+    np.testing.assert_array_equal(kept.reconstruct(), images[3])
     assert component_trees(images[:0]) == []
     with pytest.raises(ValueError, match=r"images: expected shape \(B, H, W\)"):
         component_trees(images[0])

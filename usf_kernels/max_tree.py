@@ -117,6 +117,8 @@ def component_trees(
         connectivity: 4 or 8 neighbours.
         threads: None takes PyTorch's number, fewer for little work.
 
+    The trees of small images share one block of memory, which is freed with the last of them.
+
     Raises:
         TypeError, ValueError: as `component_tree`.
     """
