@@ -1,3 +1,7 @@
+#include <bit>
+#include <limits>
+#include <span>
+#include <type_traits>
 #include <vector>
 
 #include "bindings.hpp"
@@ -90,10 +94,13 @@ nb::list component_trees(Image<T, 3> images, int connectivity, int threads) {
 
 template <class T>
 bool all_finite(nb::ndarray<const T, nb::c_contig, nb::device::cpu> values) {
+    using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
+    // Where all bits of the exponent are set, one more in its last place carries into the sign.
+    constexpr Bits sign = ~(~Bits(0) >> 1), one = Bits(1) << (std::numeric_limits<T>::digits - 1);
     const T* value = values.data();
-    T sum = 0;  // 0 * x is 0 for finite x and NaN for all others, so no branch is needed
-    for (std::size_t i = 0; i < values.size(); ++i) sum += T(0) * value[i];
-    return sum == T(0);
+    Bits carried = 0;
+    for (std::size_t i = 0; i < values.size(); ++i) carried |= (std::bit_cast<Bits>(value[i]) & ~sign) + one;
+    return (carried & sign) == 0;
 }
 
 template <class T>
