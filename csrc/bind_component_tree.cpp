@@ -97,9 +97,9 @@ bool all_finite(nb::ndarray<const T, nb::c_contig, nb::device::cpu> values) {
     using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
     // Where all bits of the exponent are set, one more in its last place carries into the sign.
     constexpr Bits sign = ~(~Bits(0) >> 1), one = Bits(1) << (std::numeric_limits<T>::digits - 1);
-    const T* value = values.data();
     Bits carried = 0;
-    for (std::size_t i = 0; i < values.size(); ++i) carried |= (std::bit_cast<Bits>(value[i]) & ~sign) + one;
+    for (const T value : std::span(values.data(), values.size()))
+        carried |= (std::bit_cast<Bits>(value) & ~sign) + one;
     return (carried & sign) == 0;
 }
 
