@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+Call = Callable[[], object]
 
 NOISY = 1.5  # p80 / p20 above which a row is marked
 TURN = 1e-3  # seconds
 BRIEF = 0.5  # seconds
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -27,68 +31,127 @@ class Timing:
 
     @property
     def noisy(self) -> bool:
+        """Whether something disturbed the measurement."""
         return self.p80 > NOISY * self.p20
 
 
 def alternate(
-    providers: Mapping[str, Callable[[], object]], *, seconds: float, least: int = 3, most: int = 1000
+    calls: Mapping[str, Call],
+    *,
+    seconds: float,
+    least: int = 3,
+    most: int = 1000,
+    device: torch.device = CPU,
+    cold: bool = False,
 ) -> dict[str, Timing]:
     """Call the providers in turn for about `seconds`, at least `least` rounds, after one to warm up.
 
     A turn takes at least a millisecond: short calls are repeated in it, and count with their mean. A call
     that does not count comes before it, unless that would take long, so that nobody pays for the state of
     the memory that the one before left behind.
+
+    Args:
+        calls: what to time, by name.
+        seconds: for all of them together.
+        least, most: rounds.
+        device: CUDA devices are timed with events on their current stream.
+        cold: empty the caches before every call, which then has a turn of its own.
     """
+    elapsed = _cuda_elapsed if device.type == "cuda" else _cpu_elapsed
+    flush = _flush(device) if cold else None
     turns, brief = {}, {}
-    for name, call in providers.items():
-        start = time.perf_counter()
-        call()
-        taken = time.perf_counter() - start
-        turns[name] = max(1, min(100, round(TURN / taken)))
+    for name, call in calls.items():
+        taken = elapsed(call, 1)
+        turns[name] = 1 if cold else max(1, min(100, round(TURN / max(taken, 1e-9))))
         brief[name] = taken < BRIEF
-    samples: dict[str, list[float]] = {name: [] for name in providers}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for done in range(most):
         if done >= least and time.perf_counter() > end:
             break
-        for name, call in providers.items():
+        for name, call in calls.items():
             if brief[name]:
                 call()
-            start = time.perf_counter()
-            for _ in range(turns[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / turns[name])
+            if flush is not None:
+                flush()
+            samples[name].append(elapsed(call, turns[name]) / turns[name])
     return {
-        name: Timing(*np.percentile(seconds, (20, 50, 80)).tolist(), repeats=len(seconds))
-        for name, seconds in samples.items()
+        name: Timing(*np.percentile(taken, (20, 50, 80)).tolist(), repeats=len(taken))
+        for name, taken in samples.items()
     }
 
 
-_PEAK = """
-import sys
-from bench.registry import SUBJECTS
-
-def kilobytes(key):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(key))
-
-call = next(iter(SUBJECTS[sys.argv[1]].case(sys.argv[2]).providers().values()))
-with open("/proc/self/clear_refs", "w") as refs:
-    refs.write("5")  # the high-water mark starts again
-before = kilobytes("VmRSS")
-result = call()
-print((kilobytes("VmHWM") - before) * 1024)
-"""
+def _cpu_elapsed(call: Call, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - start
 
 
-def peak_bytes(subject: str, case: str) -> int | None:
-    """Most resident memory during one call of the first provider, above that before it; the result counts.
+def _cuda_elapsed(call: Call, times: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
-    Measured in a process of its own. None where the system does not tell (it takes Linux's /proc).
+
+def _flush(device: torch.device) -> Call:
+    """Writes more than the last-level cache holds."""
+    scratch = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    return scratch.zero_
+
+
+def first_call(call: Call, device: torch.device = CPU, *, limit: int = 0) -> tuple[object, float]:
+    """What the call returns, and its seconds: what a user waits for at the start, compilation included.
+
+    Raises:
+        TimeoutError: after `limit` seconds (whole ones, 0 for none; only where the system has SIGALRM).
     """
-    if not os.path.exists("/proc/self/clear_refs"):
-        return None
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, subject, case], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
+    with _alarm(limit):
+        start = time.perf_counter()
+        result = call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return result, time.perf_counter() - start
+
+
+@contextmanager
+def _alarm(seconds: int) -> Iterator[None]:
+    if not seconds or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"the first call took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def captured(call: Call) -> Call:
+    """The call's work as a CUDA graph: one launch, whatever the number of kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def use_cores() -> int:
+    """Give torch one thread per core that this process may use; their number."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(cores)
+    return cores

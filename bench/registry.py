@@ -1,6 +1,8 @@
-"""Everything that can be measured."""
+"""Everything that can be measured, the most valuable first."""
 
-from bench import nfa, tree
+from bench import blocks, machine, nfa, tree
 from bench.subject import Subject
 
-SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in (tree.SUBJECT, nfa.SUBJECT)}
+SUBJECTS: dict[str, Subject] = {
+    subject.name: subject for subject in (machine.SUBJECT, blocks.SUBJECT, tree.SUBJECT, nfa.SUBJECT)
+}

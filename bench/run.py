@@ -1,126 +1,214 @@
-"""`python -m bench.run [SUBJECT...]`: measure, print a table, append the rows to bench/results/cpu.csv."""
+"""`python -m bench.run [SUBJECT...]`: measure, print, and put the rows into bench/results."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import subprocess
-from collections.abc import Iterator
-from datetime import datetime, timezone
-from importlib import metadata
+import gc
+import time
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
-from bench.measure import alternate, peak_bytes
+import torch
+
+from bench import machine, table
+from bench.measure import Timing, alternate, captured, first_call, use_cores
+from bench.memory import peak_bytes, saved_bytes
 from bench.registry import SUBJECTS
-from bench.subject import Case, Subject
+from bench.subject import OURS, Case, Provider, Subject
+from usf_kernels.cli import bench as options_of
+from usf_kernels.cli.options import pick_device, progress
 
-RESULTS = Path(__file__).parent / "results" / "cpu.csv"
-PACKAGES = ("torch", "numpy", "higra", "scikit-image", "maxtree")
-FIELDS = [
-    *("subject", "case", "provider", "dtype", "p20_ms", "p50_ms", "p80_ms", "repeats", "mpixel_per_s"),
-    *("ours_faster_by", "peak_bytes_per_pixel", "noisy", "cpu", "versions", "commit", "date"),
-]
+FIRST_CALL = 180  # seconds that a compilation may take
+GPU_SHARE = 0.15  # of a case's seconds on a GPU, where calls are short
 
 
-def measure(subject: Subject, case: Case) -> Iterator[dict[str, object]]:
-    """Check, then time, all providers of a case; one row for each."""
-    providers = case.providers()
-    wrong = case.check(providers)
-    for name, what in wrong.items():
-        print(f"  {name}: not timed, wrong: {what}")
-    timings = alternate({n: c for n, c in providers.items() if n not in wrong}, seconds=case.seconds)
-    ours = next(iter(timings.values()))
-    for i, (name, timing) in enumerate(timings.items()):
-        peak = peak_bytes(subject.name, case.name) if case.peak and i == 0 else None
-        yield {
-            "subject": subject.name,
-            "case": case.name,
-            "provider": name,
-            "dtype": case.dtype,
-            "p20_ms": f"{timing.p20 * 1e3:.4g}",
-            "p50_ms": f"{timing.p50 * 1e3:.4g}",
-            "p80_ms": f"{timing.p80 * 1e3:.4g}",
-            "repeats": timing.repeats,
-            "mpixel_per_s": f"{case.pixels / timing.p50 / 1e6:.3g}",
-            "ours_faster_by": f"{timing.p50 / ours.p50:.2f}",
-            "peak_bytes_per_pixel": "" if peak is None else f"{peak / case.pixels:.1f}",
-            "noisy": int(timing.noisy),
-        }
+def run(options: argparse.Namespace) -> int:
+    """Measure what the options (of `usf_kernels.cli.bench`) ask for; the exit code.
 
-
-def environment() -> dict[str, str]:
-    """The columns that all rows of a run share."""
-    versions = " ".join(f"{name}={_version(name)}" for name in PACKAGES if _version(name))
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "cpu": _cpu_name(),
-        "versions": f"python={platform.python_version()} {versions}",
-        "commit": git.stdout.strip() or "unknown",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    """Add one row at once, so that an interrupted run keeps what it has measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument(
-        "subjects", nargs="*", metavar="SUBJECT", help=f"of {', '.join(SUBJECTS)}; all by default"
-    )
-    parser.add_argument("--quick", action="store_true", help="small inputs only")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="CSV to append to (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
+    Raises:
+        ValueError: a subject that does not exist, or none that the device can run.
+    """
     unknown = [name for name in options.subjects if name not in SUBJECTS]
     if unknown:
-        parser.error(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
-    shared = environment()
-    for name in options.subjects or SUBJECTS:
-        subject = SUBJECTS[name]
-        print(f"\n{subject.name}: {subject.about}")
-        for module, how in subject.peers.items():
-            if not find_spec(module):
-                print(f"  {module} is not installed and left out; {how}")
-        cases = [case for case in subject.cases if case.quick or not options.quick]
-        for i, case in enumerate(cases, 1):
-            print(f"[{i}/{len(cases)}] {case.name}", flush=True)
-            for row in measure(subject, case):
-                append(options.output, row | shared)
-                peak = f"{row['peak_bytes_per_pixel']} B/pixel at most" if row["peak_bytes_per_pixel"] else ""
-                print(
-                    f"  {row['provider']:<20} {row['p50_ms']:>9} ms  {row['mpixel_per_s']:>6} Mpixel/s  "
-                    f"x{row['ours_faster_by']:<7} {'noisy' if row['noisy'] else '':<6} {peak}",
-                    flush=True,
-                )
-    print(f"\nrows in {options.output}; x: how much longer it takes than the first of its case")
+        raise ValueError(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
+    use_cores()
+    device = pick_device(options.device)
+    # Part of a case's providers would take the place of all of them: those rows are kept only where asked.
+    output = options.output or (None if options.providers else machine.results_file(device))
+    wanted = [SUBJECTS[name] for name in options.subjects or SUBJECTS]
+    work = [
+        (subject, case)
+        for subject in wanted
+        if device.type in subject.devices
+        for case in sorted(subject.cases, key=lambda case: not case.quick)
+        if (case.quick or not options.quick) and options.cases in case.name
+    ]
+    if not work:
+        raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
+    for subject in wanted:
+        _say_what_is_missing(subject)
+        if output is not None:
+            table.forget(output, subject.name, (case.name for case in subject.cases))
+    shared = machine.environment(device)
+    print(f"{shared['device']}, {shared['threads']} threads; {shared['versions']}")
+    limits = _limits(device)
+    end = time.perf_counter() + 60 * options.minutes if options.minutes else float("inf")
+    with progress(len(work), "benchmark") as advance:
+        for i, (subject, case) in enumerate(work, 1):
+            if time.perf_counter() > end:
+                print(f"\n{options.minutes:g} minutes are over: {len(work) - i + 1} cases left out")
+                break
+            print(f"\n[{i}/{len(work)}] {subject.name}: {case.name}", flush=True)
+            rows = [row | shared for row in measure(subject, case, device, options, limits)]
+            for row in rows:
+                print(describe(row, rows), flush=True)
+            if rows and output is not None:
+                table.replace(output, rows)
+            gc.collect()
+            advance()
+    print("\nx: how much longer the fastest peer takes, in the same precision and direction; %: of the limit")
+    if output is not None:
+        print(f"rows in {output}")
+    return 0
+
+
+def _say_what_is_missing(subject: Subject) -> None:
+    for module, how in subject.peers.items():
+        if not find_spec(module):
+            print(f"{subject.name}: {module} is not installed and left out; {how}")
+
+
+def _limits(device: torch.device) -> dict[str, float]:
+    """GB/s of a copy, and per precision GFLOP/s of a matrix product, measured now."""
+    (case,) = machine.SUBJECT.cases
+    providers = case.providers(device)
+    timings = alternate({p.name + p.dtype: p.call for p in providers}, seconds=1.0, device=device)
+    rates = {}
+    for provider in providers:
+        seconds = timings[provider.name + provider.dtype].p50
+        name = machine.COPY if provider.name == machine.COPY else provider.dtype
+        rates[name] = (provider.gigabytes or provider.gigaflops) / seconds
+    return rates
+
+
+def measure(
+    subject: Subject,
+    case: Case,
+    device: torch.device,
+    options: argparse.Namespace,
+    limits: dict[str, float],
+) -> Iterator[dict[str, str]]:
+    """Check, then time, the providers of a case; one row for each that is right."""
+    providers, starts = [], []
+    for provider in case.providers(device):
+        if not any(part in provider.name for part in options.providers or [""]):
+            continue
+        if provider.compiles and options.quick:
+            continue
+        try:
+            result, seconds = first_call(provider.call, device, limit=FIRST_CALL if provider.compiles else 0)
+        except (RuntimeError, TimeoutError) as error:
+            print(f"  {provider.name}: not timed: {str(error).strip().splitlines()[0]}")
+            continue
+        wrong = provider.check(result) if provider.check else None
+        del result
+        if wrong:
+            print(f"  {provider.name}, {provider.dtype}, {provider.direction}: not timed, wrong: {wrong}")
+            continue
+        providers.append(provider)
+        starts.append(seconds)
+    calls = {str(i): provider.call for i, provider in enumerate(providers)}
+    share = GPU_SHARE if device.type == "cuda" else 1.0
+    if device.type == "cuda":
+        calls |= _graphs(providers)
+    timings = alternate(calls, seconds=share * case.seconds, device=device, cold=options.cold)
+    for key, timing in timings.items():
+        index = int(key.removeprefix("graph "))
+        provider, graph = providers[index], key.startswith("graph")
+        row = _row(subject, case, provider, timing, limits)
+        row["cache"] = "cold" if options.cold else "warm"
+        if graph:
+            row["provider"] += ", CUDA graph"
+        else:
+            row["first_call_ms"] = f"{starts[index] * 1e3:.4g}"
+            if provider.peak and (peak := peak_bytes(provider.call, device)) is not None:
+                row["peak_mb"] = f"{peak / 1e6:.4g}"
+            if provider.saves:
+                row["saved_mb"] = f"{saved_bytes(provider.saves) / 1e6:.4g}"
+        yield row
+
+
+def _graphs(providers: Sequence[Provider]) -> dict[str, object]:
+    graphs = {}
+    for i, provider in enumerate(providers):
+        if provider.capture:
+            try:
+                graphs[f"graph {i}"] = captured(provider.call)
+            except RuntimeError as error:
+                print(f"  {provider.name}: no CUDA graph: {str(error).strip().splitlines()[0]}")
+    return graphs
+
+
+def _row(
+    subject: Subject, case: Case, provider: Provider, timing: Timing, limits: dict[str, float]
+) -> dict[str, str]:
+    row = {
+        "subject": subject.name,
+        "case": case.name,
+        "provider": provider.name,
+        "role": provider.role,
+        "dtype": provider.dtype,
+        "direction": provider.direction,
+        "layout": provider.layout,
+        "p20_ms": f"{timing.p20 * 1e3:.4g}",
+        "p50_ms": f"{timing.p50 * 1e3:.4g}",
+        "p80_ms": f"{timing.p80 * 1e3:.4g}",
+        "repeats": str(timing.repeats),
+        "noisy": str(int(timing.noisy)),
+    }
+    row |= {name: str(value) for name, value in case.shape.items()}
+    if case.pixels:
+        row["mpixel_per_s"] = f"{case.pixels / timing.p50 / 1e6:.3g}"
+    if provider.gigabytes:
+        row["gb_per_s"] = f"{provider.gigabytes / timing.p50:.3g}"
+    if provider.gigaflops:
+        row["gflop_per_s"] = f"{provider.gigaflops / timing.p50:.3g}"
+    least = provider.gigabytes / limits[machine.COPY]
+    if provider.gigaflops and provider.dtype in limits:
+        least = max(least, provider.gigaflops / limits[provider.dtype])
+    if least:
+        row["of_limit"] = f"{least / timing.p50:.3g}"
+    return row
+
+
+def describe(row: table.Row, rows: Sequence[table.Row]) -> str:
+    """One line of the printed table."""
+    peer = table.best_peer(row, rows) if row["role"] == OURS else None
+    ratio = f"x{table.milliseconds(peer) / table.milliseconds(row):.2f}" if peer else ""
+    limit = f"{100 * float(row['of_limit']):.0f} %" if row.get("of_limit") else ""
+    notes = [
+        f"{row[key]} MB {word}"
+        for key, word in (("peak_mb", "at most"), ("saved_mb", "saved"))
+        if row.get(key)
+    ]
+    if row["noisy"] == "1":
+        notes.append("noisy")
+    return (
+        f"  {row['provider']:<34} {row['dtype']:<9} {row['direction']:<13} {float(row['p50_ms']):>10.4g} ms "
+        f"{ratio:>8} {limit:>6}  {', '.join(notes)}"
+    ).rstrip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    options_of.add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

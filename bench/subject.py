@@ -2,10 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 Call = Callable[[], object]
+Check = Callable[[object], str | None]
+
+OURS, PEER, LIMIT = "ours", "peer", "limit"
+# Relative root-mean-square error that a result may have: rounding in that precision, through a few layers.
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.08}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody who is timed.
+
+    Attributes:
+        name: how the rows call it.
+        call: what is timed.
+        role: "ours", "peer", or "limit" for the work that nobody can avoid.
+        dtype: in which it computes.
+        direction: "forward", "inverse", "training step", ...; ratios compare equal directions.
+        layout: memory format of its input, where that was chosen.
+        check: takes what `call` returned; says what is wrong, or None.
+        gigabytes: that the call has to move at least.
+        gigaflops: that the call has to compute.
+        compiles: its first call compiles for long, and the quick run leaves it out.
+        saves: a forward pass whose tensors saved for backward are counted, or None.
+        peak: whether to measure its memory.
+        capture: whether it can be captured as a CUDA graph.
+    """
+
+    name: str
+    call: Call
+    role: str = OURS
+    dtype: str = "float32"
+    direction: str = "forward"
+    layout: str = ""
+    check: Check | None = None
+    gigabytes: float = 0.0
+    gigaflops: float = 0.0
+    compiles: bool = False
+    saves: Call | None = None
+    peak: bool = False
+    capture: bool = True
 
 
 @dataclass(frozen=True)
@@ -14,37 +58,65 @@ class Case:
 
     Attributes:
         name: how the rows call it.
-        dtype: of the input.
-        pixels: in one call.
-        providers: makes the input and returns whom to time by name, ours first. A peer that is not installed
-            is missing from it.
-        check: takes the providers, returns what is wrong by name; those are reported and not timed.
+        providers: makes the input on a device and returns whom to time. A peer that is not installed is
+            missing from them.
+        shape: what curves are drawn against, of channels, side, kernel, batch and depth.
         seconds: to spend on it.
-        peak: whether to measure the memory of our first provider as well.
         quick: whether it belongs to the quick run.
     """
 
     name: str
-    dtype: str
-    pixels: int
-    providers: Callable[[], Mapping[str, Call]]
-    check: Callable[[Mapping[str, Call]], dict[str, str]]
+    providers: Callable[[torch.device], Sequence[Provider]]
+    shape: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 2.0
-    peak: bool = False
     quick: bool = True
+
+    @property
+    def pixels(self) -> int:
+        """Positions in one call; 0 where that means nothing."""
+        return self.shape.get("batch", 1) * self.shape.get("side", 0) ** 2
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, why, and on which inputs."""
+    """What is measured, why, on which inputs, and on which kinds of device."""
 
     name: str
     about: str
     cases: tuple[Case, ...]
-    peers: Mapping[str, str]  # module to how to install it
+    peers: Mapping[str, str] = field(default_factory=dict)  # module to how to install it
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def case(self, name: str) -> Case:
+        """The case of this name; KeyError if there is none."""
         for case in self.cases:
             if case.name == name:
                 return case
         raise KeyError(f"{self.name} has no case {name!r}")
+
+
+def close_to(truth: Callable[[], Tensor], dtype: str) -> Check:
+    """A check of the first samples of a result (a tensor, or a tuple that begins with one) against float64.
+
+    Args:
+        truth: makes what the first samples should be; samples of a batch do not depend on each other.
+        dtype: in which the result was computed: it says how far it may be off.
+    """
+
+    def check(result: object) -> str | None:
+        expected = truth()
+        found = result[0] if isinstance(result, tuple | list) else result
+        found = found[: len(expected)].double().cpu()
+        if found.shape != expected.shape:
+            return f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+        error = relative_error(found, expected)
+        return None if error <= TOLERANCE[dtype] else f"relative error {error:.2g}"
+
+    return check
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Root-mean-square error, in units of the root mean square of what was expected."""
+    scale = expected.square().mean().sqrt().item()
+    error = (found - expected).square().mean().sqrt().item()
+    return error / scale if scale > 0 else (0.0 if error == 0 else math.inf)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
+import torch
 
 import usf_kernels as usf
-from bench.subject import Call, Case, Subject
+from bench.subject import PEER, Call, Case, Provider, Subject
 
 SIDES = (28, 112, 448, 1024, 2048, 4096)
 # Beyond these sides a peer takes a minute per map, and another one is faster from far below them on.
@@ -34,82 +35,83 @@ def smooth_8bit(side: int) -> np.ndarray:
     return np.round(smooth(side) * 255).astype(np.uint8)
 
 
-def _peers(image: np.ndarray) -> dict[str, Call]:
-    peers: dict[str, Call] = {}
+def _tree(name: str, call: Call, image: np.ndarray, **options: object) -> Provider:
+    """Bytes: the image once, and the parent of every pixel, 4 bytes each."""
+    moved = 1e-9 * image.size * (image.itemsize + 4)
+    return Provider(name, call, dtype=image.dtype.name, gigabytes=moved, capture=False, **options)
+
+
+def _peers(image: np.ndarray, count: Callable[[], int]) -> Iterator[Provider]:
     if find_spec("higra"):
         import higra as hg
 
         implicit = hg.get_4_adjacency_implicit_graph(image.shape)
         explicit = hg.get_4_adjacency_graph(image.shape)
-        peers["higra implicit"] = partial(hg.component_tree_max_tree, implicit, image)
-        peers["higra explicit"] = partial(hg.component_tree_max_tree, explicit, image)
+        for name, graph in (("higra implicit", implicit), ("higra explicit", explicit)):
+            call = partial(hg.component_tree_max_tree, graph, image)
+            yield _tree(name, call, image, role=PEER, check=partial(_same_count, count, image))
     if find_spec("skimage"):
         from skimage.morphology import max_tree
 
-        peers["scikit-image"] = partial(max_tree, image, connectivity=1)
+        yield _tree("scikit-image", partial(max_tree, image, connectivity=1), image, role=PEER)
     if find_spec("maxtree"):
         from maxtree.component_tree import MaxTree
 
         levels = image.astype(np.uint16) if image.dtype == np.uint8 else _quantise(image)
-        peers["maxtree (uint16)"] = partial(MaxTree, levels)
-    return {name: call for name, call in peers.items() if image.shape[0] <= LARGEST[name]}
+        yield _tree("maxtree (uint16)", partial(MaxTree, levels), image, role=PEER)
 
 
 def _quantise(image: np.ndarray) -> np.ndarray:
     return np.round((image - image.min()) / np.ptp(image) * 65535).astype(np.uint16)
 
 
-def _providers(make: Callable[[int], np.ndarray], side: int) -> Mapping[str, Call]:
+def _reconstructs(image: np.ndarray, tree: usf.ComponentTree) -> str | None:
+    return None if (tree.reconstruct() == image).all() else "not the tree of the image"
+
+
+def _same_count(count: Callable[[], int], image: np.ndarray, result: tuple) -> str | None:
+    """Higra counts components as we do."""
+    if image.shape[0] > 448:  # it would take as long as the measurement
+        return None
+    components = result[0].num_vertices() - result[0].num_leaves()
+    return None if components == count() else f"{components} components, usf_kernels {count()}"
+
+
+def _providers(make: Callable[[int], np.ndarray], side: int, device: torch.device) -> list[Provider]:
     image = make(side)
-    return {"usf_kernels": partial(usf.component_tree, image, threads=1), **_peers(image)}
+    call = partial(usf.component_tree, image, threads=1)
+    ours = _tree("usf_kernels", call, image, check=partial(_reconstructs, image), peak=side >= 1024)
+    peers = _peers(image, lambda: len(call()))
+    return [ours, *(peer for peer in peers if side <= LARGEST[peer.name])]
 
 
-def _check(make: Callable[[int], np.ndarray], side: int, providers: Mapping[str, Call]) -> dict[str, str]:
-    """Ours has to give the image back; Higra, which counts components as we do, has to find as many."""
-    tree = providers["usf_kernels"]()
-    wrong = {} if (tree.reconstruct() == make(side)).all() else {"usf_kernels": "not the tree of the image"}
-    if side > 448:  # it would take as long as the measurement
-        return wrong
-    for name in providers:
-        if name.startswith("higra"):
-            theirs = providers[name]()[0]
-            components = theirs.num_vertices() - theirs.num_leaves()
-            if components != len(tree):
-                wrong[name] = f"{components} components, usf_kernels {len(tree)}"
-    return wrong
-
-
-def _threads(make: Callable[[int], np.ndarray], side: int, batch: int) -> Mapping[str, Call]:
+def _threads(
+    make: Callable[[int], np.ndarray], side: int, batch: int, device: torch.device
+) -> list[Provider]:
     if batch == 1:
-        image = make(side)
-        return {f"usf_kernels x{n}": partial(usf.component_tree, image, threads=n) for n in (2, 1)}
-    images = np.stack([np.roll(make(side), i, axis=0) for i in range(batch)])
-    return {f"usf_kernels x{n}": partial(usf.component_trees, images, threads=n) for n in (2, 1)}
+        image, run = make(side), usf.component_tree
+    else:
+        image, run = np.stack([np.roll(make(side), i, axis=0) for i in range(batch)]), usf.component_trees
+    return [_tree(f"usf_kernels x{n}", partial(run, image, threads=n), image) for n in (2, 1)]
 
 
 def _cases() -> tuple[Case, ...]:
-    cases = []
-    for side in SIDES:
-        for make in (white, smooth, smooth_8bit):
-            cases.append(
-                Case(
-                    name=f"{make.__name__} {side}^2",
-                    dtype="uint8" if make is smooth_8bit else "float32",
-                    pixels=side * side,
-                    providers=partial(_providers, make, side),
-                    check=partial(_check, make, side),
-                    peak=side >= 1024,
-                    quick=side <= 448,
-                )
-            )
+    cases = [
+        Case(
+            f"{make.__name__} {side}^2",
+            partial(_providers, make, side),
+            {"side": side, "batch": 1},
+            quick=side <= 448,
+        )
+        for side in SIDES
+        for make in (white, smooth, smooth_8bit)
+    ]
     for side, batch in ((112, 64), (4096, 1)):
         cases.append(
             Case(
-                name=f"two threads, {batch} x {side}^2",
-                dtype="float32",
-                pixels=batch * side * side,
-                providers=partial(_threads, white, side, batch),
-                check=lambda providers: {},
+                f"two threads, {batch} x {side}^2",
+                partial(_threads, white, side, batch),
+                {"side": side, "batch": batch},
                 seconds=12,  # a busy neighbour shows more here than with one thread
                 quick=batch > 1,
             )
@@ -126,4 +128,5 @@ SUBJECT = Subject(
         "skimage": "pip install scikit-image",
         "maxtree": "pip install --no-build-isolation maxtree",
     },
+    devices=("cpu",),
 )

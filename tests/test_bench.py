@@ -1,14 +1,38 @@
 import csv
+import time
 
 import pytest
+import torch
 
-from bench import registry, run
-from bench.measure import alternate
-from bench.subject import Case, Subject
+from bench import registry, run, table
+from bench.blocks import SHAPES
+from bench.flows import FORMS, Shape, our_flow, peer_flow, truth
+from bench.measure import CPU, alternate, first_call
+from bench.memory import STATUS, peak_bytes, saved_bytes
+from bench.subject import PEER, Case, Provider, Subject, close_to, relative_error
+from usf_kernels.cli import main as command
 
 
-def case(check=lambda providers: {}, **providers):
-    return Case("tiny", "float32", 10, lambda: providers, check, seconds=0.01)
+@pytest.fixture(autouse=True)
+def _known_limits(monkeypatch):
+    monkeypatch.setattr(run, "_limits", lambda device: {"copy": 10.0, "float32": 100.0})
+
+
+def tiny(*providers, cases=("tiny",)):
+    """A subject whose cases have these providers."""
+    return Subject("tiny", "a test", tuple(Case(c, lambda _: providers, seconds=0.01) for c in cases))
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Runs the command on a subject; the rows of its file."""
+
+    def go(subject, *options, output=tmp_path / "new" / "rows.csv"):
+        monkeypatch.setitem(registry.SUBJECTS, "tiny", subject)
+        assert command(["bench", "tiny", "--output", str(output), *options]) == 0
+        return table.read(output)
+
+    return go
 
 
 def test_every_provider_has_its_turns():
@@ -21,33 +45,171 @@ def test_every_provider_has_its_turns():
         assert timing.repeats >= 3
 
 
-def test_rows_are_appended_and_what_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
-    def broken():
-        raise AssertionError("timed although it is wrong")
+def test_cold_calls_have_turns_of_their_own():
+    calls = []
+    (timing,) = alternate({"a": lambda: calls.append(0)}, seconds=0, least=2, cold=True).values()
+    assert timing.repeats == 2
+    assert len(calls) == 1 + 2 * 2  # to warm up, then one that does not count and one that does
 
-    tiny = case(lambda providers: {"peer": "gives 3"}, ours=lambda: 2, peer=broken)
-    monkeypatch.setitem(registry.SUBJECTS, "tiny", Subject("tiny", "a test", (tiny,), {"nowhere": "pip"}))
-    output = tmp_path / "new" / "rows.csv"
-    for _ in range(2):
-        run.main(["tiny", "--output", str(output)])
-    with open(output) as file:
-        rows = list(csv.DictReader(file))
-    assert [row["provider"] for row in rows] == ["ours", "ours"]
-    assert all(row["subject"] == "tiny" and float(row["p50_ms"]) > 0 and row["versions"] for row in rows)
+
+def test_a_first_call_that_takes_too_long_is_stopped():
+    with pytest.raises(TimeoutError, match="more than 1 s"):
+        first_call(lambda: time.sleep(5), limit=1)
+    assert first_call(lambda: 3)[0] == 3
+
+
+def test_what_is_wrong_is_reported_and_not_timed(measured, capsys):
+    def refuse():
+        raise RuntimeError("no such kernel\nat line 3")
+
+    rows = measured(
+        tiny(
+            Provider(
+                "ours", lambda: torch.ones(2), check=close_to(lambda: torch.ones(2).double(), "float32")
+            ),
+            Provider("peer", lambda: 3, PEER, check=lambda found: f"gives {found}"),
+            Provider("other peer", refuse, PEER),
+        )
+    )
+    assert [row["provider"] for row in rows] == ["ours"]
+    assert float(rows[0]["p50_ms"]) > 0
+    assert float(rows[0]["first_call_ms"]) > 0
     printed = capsys.readouterr().out
-    assert "peer: not timed, wrong: gives 3" in printed
-    assert "nowhere is not installed" in printed
+    assert "peer, float32, forward: not timed, wrong: gives 3" in printed
+    assert "other peer: not timed: no such kernel\n" in printed
 
 
-def test_unknown_subject(capsys):
+def test_a_case_replaces_its_rows_and_no_others(measured):
+    one, two = Provider("one", lambda: 1), Provider("two", lambda: 2)
+    measured(tiny(one, two, cases=("a", "b", "gone")))
+    rows = measured(tiny(two, cases=("a", "b")), "--cases", "a")
+    assert [(row["case"], row["provider"]) for row in rows] == [("a", "two"), ("b", "one"), ("b", "two")]
+
+
+def test_ratios_are_to_the_fastest_peer_of_the_same_kind(measured, capsys):
+    def wait(seconds):
+        return lambda: time.sleep(seconds)
+
+    rows = measured(
+        tiny(
+            Provider("ours", wait(0.002)),
+            Provider("slow", wait(0.008), PEER),
+            Provider("slower", wait(0.012), PEER),
+            Provider("fast elsewhere", wait(0.001), PEER, direction="inverse"),
+            Provider("fast otherwise", wait(0.001), PEER, dtype="bfloat16"),
+        )
+    )
+    assert table.best_peer(rows[0], rows)["provider"] == "slow"
+    ratio = next(line for line in capsys.readouterr().out.splitlines() if "  ours" in line).split("x")[1]
+    assert 3 < float(ratio.split()[0]) < 5
+
+
+def test_part_of_the_providers_leaves_the_rows_alone(monkeypatch, capsys):
+    monkeypatch.setitem(registry.SUBJECTS, "tiny", tiny(Provider("a", lambda: 1), Provider("b", lambda: 1)))
+    monkeypatch.setattr(table, "replace", None)
+    assert run.main(["tiny", "--providers", "b"]) == 0
+    printed = capsys.readouterr().out
+    assert "  b " in printed
+    assert "  a " not in printed
+
+
+def test_time_ends_between_cases(measured, capsys):
+    slow = tiny(Provider("a", lambda: time.sleep(0.05)), cases=("first", "second", "third"))
+    rows = measured(slow, "--minutes", "0.001")
+    assert [row["case"] for row in rows] == ["first"]
+    assert "2 cases left out" in capsys.readouterr().out
+
+
+def test_errors(capsys, tmp_path):
+    assert command(["bench", "forest"]) == 2
+    assert "unknown subject 'forest'; there are machine" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        run.main(["forest"])
-    assert "unknown subject 'forest'" in capsys.readouterr().err
+        run.main(["tree", "--cases", "nowhere"])
+    assert "nothing to measure" in capsys.readouterr().err
+    (tmp_path / "old.csv").write_text("subject,case\ntree,x\n")
+    with pytest.raises(ValueError, match=r"expected the columns subject, case, provider"):
+        table.read(tmp_path / "old.csv")
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="takes Linux's /proc")
+def test_peak_memory():
+    assert peak_bytes(lambda: torch.ones(50_000_000), CPU) == pytest.approx(2e8, rel=0.1)
+    assert peak_bytes(lambda: None, CPU) < 1e7
+
+
+def test_saved_bytes_count_each_storage_once():
+    weight = torch.randn(10, 10, requires_grad=True)
+    x = torch.randn(5, 10)
+
+    def forward():
+        h = (x @ weight).tanh()  # keeps x, weight and h
+        return (h * h).sum()  # keeps h, twice
+
+    assert saved_bytes(forward, ignore=(weight,)) == 4 * (50 + 50)
+    assert saved_bytes(forward, ignore=(weight, x)) == 4 * 50
+
+
+def test_relative_error():
+    assert relative_error(torch.zeros(3), torch.zeros(3)) == 0
+    assert relative_error(torch.ones(3), torch.zeros(3)) == float("inf")
+    assert relative_error(torch.full((3,), 2.2), torch.full((3,), 2.0)) == pytest.approx(0.1)
+    assert "shape" in close_to(lambda: torch.ones(1, 3), "float32")(torch.ones(1, 2))
+    assert "relative error 1" in close_to(lambda: torch.ones(1, 3), "float32")((torch.zeros(4, 3), 0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flow_is_the_same_every_time_and_its_truth_inverts_it(form):
+    shape = Shape(5, 4, 3, 2, depth=2)
+    x = shape.input(CPU)
+    z, again = our_flow(form, shape)(x)[0], our_flow(form, shape)(x)[0]
+    assert torch.equal(z, again)
+    assert close_to(lambda: truth(form, shape, "forward"), "float32")(z) is None
+    assert close_to(lambda: x[:1].double(), "float32")(our_flow(form, shape).inverse(z)) is None
+
+
+def test_a_peer_with_our_weights_computes_what_ours_does():
+    pytest.importorskip("FrEIA")  # anomalib's takes ten seconds to import, and is checked before it is timed
+    shape = Shape(5, 4, 3, 2, depth=3)
+    ours = our_flow("affine, permutation", shape)
+    theirs = peer_flow("FrEIA", ours, shape)
+    x = shape.input(CPU)
+    for rev, call in ((False, ours), (True, ours.inverse)):
+        expected, expected_log_det = call(x)
+        found, log_det = theirs(x, rev=rev)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(log_det, expected_log_det, rtol=1e-4, atol=1e-4)
+
+
+def test_flops_of_a_block():
+    shape = Shape(6, 4, 3, 2)  # halves of 3, 32 positions
+    assert shape.gigaflops(outputs=1, product=False) == pytest.approx(2e-9 * 32 * 9 * (3 * 3 + 3 * 3))
+    assert shape.gigaflops(outputs=2, product=True) == pytest.approx(2e-9 * 32 * (9 * (9 + 18) + 36))
 
 
 @pytest.mark.parametrize("name", ["white 28^2", "smooth 28^2", "smooth_8bit 28^2"])
 def test_the_tree_passes_its_own_check(name):
-    subject = registry.SUBJECTS["tree"].case(name)
-    providers = subject.providers()
-    assert next(iter(providers)) == "usf_kernels"
-    assert subject.check(providers) == {}
+    ours, *peers = registry.SUBJECTS["tree"].case(name).providers(CPU)
+    assert ours.name == "usf_kernels"
+    for provider in (ours, *peers):
+        assert provider.check is None or provider.check(provider.call()) is None
+
+
+def test_the_test_and_plain_python_find_as_much():
+    providers = registry.SUBJECTS["nfa"].case("14^2, batch 1").providers(CPU)
+    for provider in providers:
+        assert provider.check(provider.call()) is None
+
+
+def test_names_are_unique_and_every_shape_is_there():
+    for subject in registry.SUBJECTS.values():
+        names = [case.name for case in subject.cases]
+        assert len(set(names)) == len(names)
+    assert len(registry.SUBJECTS["blocks"].cases) == 2 * 2 * 3 * len(SHAPES)
+
+
+def test_rows_survive_a_round_trip(tmp_path):
+    row = dict.fromkeys(table.FIELDS, "a, b") | {"p50_ms": "1.5"}
+    table.write(tmp_path / "rows.csv", [row])
+    assert table.read(tmp_path / "rows.csv") == [row]
+    with open(tmp_path / "rows.csv") as file:
+        assert next(csv.reader(file)) == list(table.FIELDS)

@@ -1,0 +1,198 @@
+"""Inference of coupling blocks, alone and eight in a row, beside FrEIA, anomalib and bare convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, our_flow, peer_flow, truth
+from bench.measure import first_call
+from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
+
+# FastFlow on ResNet-18 at 256 x 256, then U-Flow on MS-CaiT: channels, side.
+SHAPES = ((64, 64), (128, 32), (256, 16), (384, 14), (816, 28))
+DEPTH = 8
+WIDTH = {"float32": 4, "bfloat16": 2}
+
+
+def _no_grad(call: Callable[..., object], *inputs: object, **options: object) -> object:
+    with torch.no_grad():
+        return call(*inputs, **options)
+
+
+def _autocast(call: Callable[..., object], x: Tensor, **options: object) -> object:
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        return call(x, **options)
+
+
+def best_layout(make: Callable[[str], Callable[[], object]], device: torch.device) -> str:
+    """The memory format in which the call that `make` returns takes the least time."""
+    seconds = {}
+    for layout in FORMATS:
+        call = make(layout)
+        call()
+        seconds[layout] = min(first_call(call, device)[1] for _ in range(2))
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _providers(shape: Shape, device: torch.device) -> list[Provider]:
+    x = shape.input(device)
+    return [*_ours(shape, x), *_peers(shape, x), *_limits(shape, x)]
+
+
+def _ours(shape: Shape, x: Tensor) -> Iterator[Provider]:
+    for form in FORMS.values():
+        flow = our_flow(form.name, shape).to(x.device)
+        for direction in ("forward", "inverse"):
+            call = flow if direction == "forward" else flow.inverse
+            yield Provider(
+                form.name,
+                partial(_no_grad, call, x),
+                OURS,
+                direction=direction,
+                check=close_to(partial(truth, form.name, shape, direction), "float32"),
+                gigaflops=shape.gigaflops(outputs=form.outputs, product=form.product),
+                gigabytes=shape.gigabytes(outputs=form.outputs, product=form.product, width=4),
+            )
+
+
+def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
+    ours = our_flow(SHARED, shape)
+    channels_last = x.to(memory_format=torch.channels_last)
+    for package, version in (("anomalib", ""), ("FrEIA", " 0.2")):
+        flow = peer_flow(package, ours, shape)
+        if flow is None:
+            continue
+        flow = flow.to(x.device)
+        last = deepcopy(flow).to(memory_format=torch.channels_last)
+
+        def provider(
+            name: str,
+            call: Callable[[], object],
+            dtype: str = "float32",
+            *,
+            rev: bool = False,
+            layout: str = "contiguous",
+            compiles: bool = False,
+        ) -> Provider:
+            direction = "inverse" if rev else "forward"
+            return Provider(
+                name,
+                call,
+                PEER,
+                dtype,
+                direction,
+                layout,
+                check=close_to(partial(truth, SHARED, shape, direction), dtype),
+                gigaflops=shape.gigaflops(outputs=2, product=False),
+                gigabytes=shape.gigabytes(outputs=2, product=False, width=WIDTH[dtype]),
+                compiles=compiles,
+            )
+
+        for rev in (False, True):
+            yield provider(package + version, partial(_no_grad, flow, x, rev=rev), rev=rev)
+        if package != "anomalib":
+            continue
+        yield provider(
+            "anomalib, channels-last", partial(_no_grad, last, channels_last), layout="channels_last"
+        )
+        for rev in (False, True):
+            yield provider(
+                "anomalib, autocast, channels-last",
+                partial(_autocast, last, channels_last, rev=rev),
+                "bfloat16",
+                rev=rev,
+                layout="channels_last",
+            )
+        compiled = torch.compile(flow, dynamic=False)
+        yield provider("anomalib, torch.compile", partial(_no_grad, compiled, x), compiles=True)
+
+
+def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
+    """The conditioners' convolutions and the C x C products by themselves, in their best memory format."""
+    for dtype in (torch.float32, torch.bfloat16):
+        word = str(dtype).removeprefix("torch.")
+        for outputs, coupling in ((1, "additive"), (2, "affine")):
+            form = next(f for f in FORMS.values() if f.outputs == outputs)
+            steps = our_flow(form.name, shape).to(x.device, dtype)
+            subnets = nn.ModuleList(step.coupling.subnet for step in steps)
+            passive = x[:, : shape.passive].to(dtype).contiguous()
+
+            def convolutions(
+                layout: str, subnets: nn.ModuleList = subnets, passive: Tensor = passive
+            ) -> Callable[[], object]:
+                nets = deepcopy(subnets).to(memory_format=FORMATS[layout])
+                inputs = passive.to(memory_format=FORMATS[layout])
+                return partial(_no_grad, lambda: [net(inputs) for net in nets])
+
+            layout = best_layout(convolutions, x.device)
+            yield Provider(
+                f"convolutions of {coupling} blocks",
+                convolutions(layout),
+                LIMIT,
+                word,
+                layout=layout,
+                gigaflops=shape.gigaflops(outputs=outputs, product=False),
+                gigabytes=shape.gigabytes(outputs=outputs, product=False, width=dtype.itemsize),
+            )
+
+        def products(layout: str, dtype: torch.dtype = dtype) -> Callable[[], object]:
+            matrix = torch.randn(shape.channels, shape.channels).to(x.device, dtype)
+            inputs = x.to(dtype).to(memory_format=FORMATS[layout])
+            if layout == "channels_last":
+                rows = inputs.permute(0, 2, 3, 1).flatten(0, 2)
+                return partial(_no_grad, lambda: [F.linear(rows, matrix) for _ in range(shape.depth)])
+            return partial(_no_grad, lambda: [matrix @ inputs.flatten(2) for _ in range(shape.depth)])
+
+        layout = best_layout(products, x.device)
+        yield Provider(
+            "C x C products",
+            products(layout),
+            LIMIT,
+            word,
+            layout=layout,
+            gigaflops=2e-9 * shape.depth * x.numel() * shape.channels,
+            gigabytes=1e-9 * dtype.itemsize * (2 * x.numel() + shape.depth * shape.channels**2),
+        )
+
+
+def _case(shape: Shape) -> Case:
+    blocks = "" if shape.depth == 1 else f", {shape.depth} blocks"
+    work = shape.gigaflops(outputs=2, product=True)
+    return Case(
+        f"{shape.channels} @ {shape.side}^2, k={shape.kernel}, batch {shape.batch}{blocks}",
+        partial(_providers, shape),
+        {
+            "channels": shape.channels,
+            "side": shape.side,
+            "kernel": shape.kernel,
+            "batch": shape.batch,
+            "depth": shape.depth,
+        },
+        seconds=4.0,
+        quick=shape.depth == 1 and work < 5 and shape.batch in (1, 8),
+    )
+
+
+def cases(depths: Sequence[int] = (1, DEPTH)) -> tuple[Case, ...]:
+    """Every shape, kernel and batch, for each depth."""
+    return tuple(
+        _case(Shape(channels, side, kernel, batch, depth))
+        for depth in depths
+        for channels, side in SHAPES
+        for kernel in (1, 3)
+        for batch in (1, 8, 32)
+    )
+
+
+SUBJECT = Subject(
+    name="blocks",
+    about="inference of coupling blocks, with conditioners as wide as their input",
+    cases=cases(),
+    peers=PEERS,
+)

@@ -1,0 +1,154 @@
+"""The flows that are measured: ours in four forms, and the same as FrEIA and anomalib build them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels import nn as flows
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+PEERS = {"anomalib": "pip install 'usf-kernels[anomalib]'", "FrEIA": "pip install FrEIA"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A stack of coupling blocks and the batch that it sees. Conditioners are convolution, ReLU,
+    convolution, and as wide as their input."""
+
+    channels: int
+    side: int
+    kernel: int
+    batch: int
+    depth: int = 1
+
+    @property
+    def active(self) -> int:
+        """Channels that a block changes."""
+        return self.channels // 2
+
+    @property
+    def passive(self) -> int:
+        """Channels that its conditioner sees."""
+        return self.channels - self.active
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(B, C, H, W)."""
+        return self.batch, self.channels, self.side, self.side
+
+    def gigaflops(self, *, outputs: int, product: bool) -> float:
+        """Of all blocks' convolutions, `outputs` per active channel, and C x C products."""
+        positions = self.batch * self.side**2
+        weights = self.kernel**2 * self.passive * (self.passive + outputs * self.active)
+        return 2e-9 * self.depth * positions * (weights + product * self.channels**2)
+
+    def gigabytes(self, *, outputs: int, product: bool, width: int) -> float:
+        """The input, the output and the weights once: what even one kernel for everything has to move."""
+        weights = self.kernel**2 * self.passive * (self.passive + outputs * self.active)
+        return (
+            1e-9 * width * (2 * math.prod(self.sizes) + self.depth * (weights + product * self.channels**2))
+        )
+
+    def input(self, device: torch.device) -> Tensor:
+        """White, float32, contiguous; the first sample is the same in every batch size."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(self.sizes, generator=generator).to(device)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of ours."""
+
+    name: str
+    outputs: int  # per active channel, of the conditioner
+    product: bool  # whether a block has a C x C product that no index replaces
+    block: Callable[[int, Callable[[int, int], nn.Module]], nn.Module]
+
+
+def _step(coupling: str, linear: str) -> Callable[[int, Callable[[int, int], nn.Module]], nn.Module]:
+    def make(channels: int, subnet: Callable[[int, int], nn.Module]) -> nn.Module:
+        return flows.FlowStep(channels, subnet=subnet, coupling=coupling, linear=linear, zero_init=False)
+
+    return make
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("affine, permutation", 2, False, _step("affine", "permutation")),
+        Form("additive, permutation", 1, False, _step("additive", "permutation")),
+        Form("additive, LU", 1, True, _step("additive", "lu")),
+    )
+}
+SHARED = "affine, permutation"  # the form that peers have; they get its weights
+
+
+def subnet(kernel: int) -> Callable[[int, int], nn.Module]:
+    """Convolution, ReLU, convolution; as wide as the input."""
+
+    def make(c_in: int, c_out: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(c_in, c_in, kernel, padding=kernel // 2),
+            nn.ReLU(),
+            nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2),
+        )
+
+    return make
+
+
+def our_flow(form: str, shape: Shape) -> flows.FlowSequence:
+    """Ours, float32 on the CPU, in evaluation mode; the same weights at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        blocks = [FORMS[form].block(shape.channels, subnet(shape.kernel)) for _ in range(shape.depth)]
+        for block in blocks:
+            act_norm = getattr(block, "act_norm", None)
+            if act_norm is not None:
+                nn.init.normal_(act_norm.log_scale, std=0.1)
+                nn.init.normal_(act_norm.bias, std=0.1)
+    return flows.FlowSequence(blocks).eval()
+
+
+def peer_flow(package: str, ours: flows.FlowSequence, shape: Shape) -> nn.Module | None:
+    """FrEIA's SequenceINN of that package's AllInOneBlock with the weights of ours; None without it."""
+    if not find_spec("FrEIA") or not find_spec(package):
+        return None
+    from FrEIA.framework import SequenceINN
+
+    if package == "anomalib":
+        from anomalib.models.components.flow import AllInOneBlock
+    else:
+        from FrEIA.modules import AllInOneBlock
+
+    flow = SequenceINN(shape.channels, shape.side, shape.side)
+    for _ in ours:
+        flow.append(AllInOneBlock, subnet_constructor=subnet(shape.kernel))
+    with torch.no_grad():
+        for theirs, step in zip(flow, ours, strict=True):
+            theirs.subnet.load_state_dict(step.coupling.subnet.state_dict())
+            per_channel = theirs.global_scale.shape
+            # Their scale is softplus(g) with beta 1/2, over 10.
+            scale = 2 * torch.log(torch.expm1(5 * step.act_norm.log_scale.exp()))
+            theirs.global_scale.copy_(scale.view(per_channel))
+            theirs.global_offset.copy_(step.act_norm.bias.view(per_channel))
+            permutation = torch.eye(shape.channels)[step.linear.index]
+            theirs.w_perm.copy_(permutation[:, :, None, None])
+            theirs.w_perm_inv.copy_(permutation.T[:, :, None, None])
+    return flow.eval()
+
+
+@cache
+def truth(form: str, shape: Shape, direction: str) -> Tensor:
+    """What the first sample becomes, in float64, by the modules that are the definition of each form."""
+    flow = deepcopy(our_flow(form, shape)).double()
+    sample = shape.input(torch.device("cpu"))[:1].double()
+    with torch.no_grad():
+        return (flow if direction == "forward" else flow.inverse)(sample)[0]

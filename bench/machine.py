@@ -1,0 +1,92 @@
+"""The machine: what it is called, what is installed, and how fast it copies and multiplies."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from bench.subject import LIMIT, Case, Provider, Subject
+
+PACKAGES = ("torch", "triton", "numpy", "anomalib", "FrEIA", "timm", "higra", "scikit-image", "maxtree")
+COPY = "copy"
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The columns that all rows of a run share."""
+    versions = " ".join(f"{name}={_version(name)}" for name in PACKAGES if _version(name))
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "versions": f"python={platform.python_version()} {versions}",
+        "commit": commit,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """As the maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def results_file(device: torch.device) -> Path:
+    """Where the rows of a device are kept."""
+    name = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
+    return Path(__file__).parent / "results" / f"{name}.csv"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _providers(device: torch.device) -> Sequence[Provider]:
+    """A copy that no cache holds, and a matrix product in each precision."""
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    providers = [
+        Provider(COPY, partial(target.copy_, source), LIMIT, gigabytes=2e-9 * COPIED[device.type]),
+    ]
+    side = SIDE[device.type]
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        word = str(dtype).removeprefix("torch.")
+        providers.append(
+            Provider("matrix product", partial(torch.mm, a, b), LIMIT, word, gigaflops=2e-9 * side**3)
+        )
+    return providers
+
+
+SUBJECT = Subject(
+    name="machine",
+    about="what bounds everything else: copying memory, multiplying matrices",
+    cases=(Case("limits", _providers, seconds=3.0),),
+)

@@ -1,0 +1,94 @@
+"""Rows of measurements: a long table, one row per provider of a case, kept as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bench.subject import LIMIT, OURS, PEER
+from usf_kernels.files import atomic_write
+
+Row = Mapping[str, str]
+
+FIELDS = (
+    *("subject", "case", "provider", "role", "dtype", "direction", "layout", "cache"),
+    *("channels", "side", "kernel", "batch", "depth"),
+    *("p20_ms", "p50_ms", "p80_ms", "repeats", "noisy", "first_call_ms"),
+    *("mpixel_per_s", "gb_per_s", "gflop_per_s", "of_limit", "peak_mb", "saved_mb"),
+    *("device", "threads", "versions", "commit", "date"),
+)
+ROLES = (OURS, PEER, LIMIT)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none if there is no such file.
+
+    Raises:
+        ValueError: when it has other columns.
+    """
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != FIELDS:
+        raise ValueError(f"{path}: expected the columns {', '.join(FIELDS)}, found {reader.fieldnames}")
+    return rows
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write all rows, or leave the file as it was."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, durable=False) as file:
+        file.write(text.getvalue().encode())
+
+
+def replace(path: Path, rows: Sequence[Row]) -> None:
+    """Put the rows of one case, device and state of the cache in the place of those the file has of it.
+
+    They are replaced together, because ratios hold between rows of one run only.
+    """
+    kept, place = [], None
+    fresh = _run(rows[0])
+    for row in read(path):
+        if _run(row) == fresh:
+            place = len(kept) if place is None else place
+        else:
+            kept.append(row)
+    place = len(kept) if place is None else place
+    write(path, [*kept[:place], *rows, *kept[place:]])
+
+
+def forget(path: Path, subject: str, cases: Iterable[str]) -> None:
+    """Drop the rows of a subject's cases that are not among `cases`: they are no longer measured."""
+    rows, cases = read(path), set(cases)
+    kept = [row for row in rows if row["subject"] != subject or row["case"] in cases]
+    if len(kept) < len(rows):
+        write(path, kept)
+
+
+def _run(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("subject", "case", "cache", "device"))
+
+
+def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The fastest peer of a row: same case, precision and direction."""
+    peers = (
+        other
+        for other in rows
+        if other["role"] == PEER
+        and _run(other) == _run(row)
+        and all(other[name] == row[name] for name in ("dtype", "direction"))
+    )
+    return min(peers, key=milliseconds, default=None)
+
+
+def milliseconds(row: Row) -> float:
+    """The median."""
+    return float(row["p50_ms"])

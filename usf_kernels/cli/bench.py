@@ -1,0 +1,58 @@
+"""`usf-kernels bench`: the benchmark of a source checkout."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Declare `bench`."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure speed against FrEIA, anomalib, scikit-image, Higra and plain PyTorch",
+        description="Check and time every operation, block and model beside its peers, in one process. "
+        "Runs in a checkout of the source.",
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=bench)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, which `python -m bench.run` shares."""
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help="what to measure; all by default")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="small inputs only, nothing that compiles")
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        metavar="WORD",
+        help="only those whose name contains one of these; their rows are kept only with --output",
+    )
+    parser.add_argument("--cases", default="", metavar="WORD", help="only cases whose name contains this")
+    parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="start no further case after this time; 0 for no limit"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="CSV in which the measured cases replace those it has (default: bench/results/<device>.csv)",
+    )
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run the benchmark; returns 0.
+
+    Raises:
+        ImportError: in an installation without the source, where there is no benchmark.
+    """
+    root = Path(__file__).parents[2]
+    if not (root / "bench" / "run.py").is_file():
+        raise ImportError("the benchmark is not part of the installed package: run it in a source checkout")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("bench.run").run(options)
