@@ -1,7 +1,13 @@
 """Fixtures for all tests: fixed seeds, and fresh memory that is full of NaN for those who ask for it."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; read when Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 settings.register_profile("repo", deadline=None, derandomize=True, max_examples=30)

@@ -6,6 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+# Where kernels are tested: the GPU if there is one, otherwise the CPU in Triton's interpreter (see conftest).
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is what these are measured against
 SHAPES = [(2, 5), (3, 4, 6), (2, 5, 3, 4), (1, 2, 1, 1), (2, 3, 2, 3, 2), (0, 4, 3, 3), (2, 4, 0, 3), (0, 3)]
 

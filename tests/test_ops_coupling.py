@@ -187,7 +187,6 @@ def test_gradients(inverse):
         ({"split": 2.0}, TypeError, r"split: expected an int, found float"),
         ({"split": True}, TypeError, r"split: expected an int, found bool"),
         ({"impl": "cuda"}, ValueError, r"impl: expected one of 'reference', 'triton', found 'cuda'"),
-        ({"impl": "triton"}, RuntimeError, r"additive_coupling: impl='triton' is not available"),
     ],
 )
 def test_additive_errors(change, error, message):

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from usf_kernels.ops.checks import check_clamp, check_features, check_float, check_int, check_shape
-from usf_kernels.ops.dispatch import implementation
+from usf_kernels.kernels.layout import empty_output
+from usf_kernels.ops.checks import (
+    check_clamp,
+    check_features,
+    check_float,
+    check_int,
+    check_shape,
+    promoted_dtype,
+)
+from usf_kernels.ops.dispatch import define, implementation, kernel
 
 
 def additive_coupling(
@@ -112,3 +122,43 @@ def affine_coupling(
     expected = (x.shape[0], 2 * (x.shape[1] - split), *x.shape[2:])
     check_shape("params", params, expected, "(B, 2 * (C - split), *spatial)")
     return implementation("affine_coupling", impl, x, params)(x, params, split, clamp, inverse)
+
+
+# ------------------------------------------------------------------------------------- as torch ops, Triton
+
+
+def _additive_fake(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
+    return empty_output(x, promoted_dtype(x, shift))
+
+
+_additive_op = define(
+    "additive_coupling(Tensor x, Tensor shift, SymInt split, bool inverse) -> Tensor",
+    _additive_fake,
+    "coupling.additive_coupling",
+)
+
+
+class _Additive(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
+        return _additive_op(x, shift, split, inverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, shift, ctx.split, ctx.inverse = inputs
+        ctx.dtypes = x.dtype, shift.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        # Plain torch, so differentiable again; nothing is copied unless a sign or a dtype asks for it.
+        grad_shift = grad[:, ctx.split :]
+        grad_shift = -grad_shift if ctx.inverse else grad_shift
+        return grad.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
+
+
+@kernel("additive_coupling")
+def _additive(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
+    run = _Additive.apply if torch.is_grad_enabled() else _additive_op
+    return run(x, shift, split, inverse)

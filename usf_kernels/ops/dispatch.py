@@ -2,32 +2,114 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from usf_kernels.ops import reference
 from usf_kernels.ops.checks import check_choice
 
 IMPLS = ("reference", "triton")
+# Read once, at import: under torch.compile a look at the environment would break the graph.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+_library = torch.library.Library("usf_kernels", "FRAGMENT")
+_kernels: dict[str, Callable] = {}
+F = TypeVar("F", bound=Callable)
 
 
 def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callable:
     """The function that runs `op` on these tensors.
 
-    `impl=None` picks by device; naming one forces it, and it never falls back to another. Every
-    implementation of an operation has the same positional signature, so call sites do not change when one
-    is added. At present each operation has the PyTorch reference, on every device.
+    `impl=None` takes the Triton kernel on a CUDA or ROCm device and the PyTorch reference elsewhere and for
+    float64; naming one forces it, and it never falls back to another. Both have the same positional
+    signature. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors too, when forced.
 
     Raises:
         ValueError: an `impl` that does not exist.
+        TypeError: `impl="triton"` for float64.
         RuntimeError: an `impl` that cannot run here.
     """
     if impl is not None:
         check_choice("impl", impl, IMPLS)
     if impl == "triton":
-        raise RuntimeError(
-            f"{op}: impl='triton' is not available: this version of usf_kernels has no Triton kernel for it. "
-            "Use impl=None or impl='reference'"
-        )
+        _check_triton(op, tensors)
+        return _kernels[op]
+    if impl is None and runs_triton(op, *tensors):
+        return _kernels[op]
     return getattr(reference, op)
+
+
+def runs_triton(op: str, *tensors: Tensor | None) -> bool:
+    """Whether `impl=None` takes the Triton kernel of `op` for these tensors."""
+    given = [t for t in tensors if t is not None]
+    return (
+        HAS_TRITON
+        and op in _kernels
+        and all(t.device.type == "cuda" and t.dtype != torch.float64 for t in given)
+    )
+
+
+def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
+    def no(reason: str) -> str:
+        return f"{op}: impl='triton' is not available: {reason}. Use impl=None or impl='reference'"
+
+    if op not in _kernels:
+        raise RuntimeError(no("this version of usf_kernels has no Triton kernel for it"))
+    if not HAS_TRITON:
+        raise RuntimeError(no("Triton is not installed"))
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float64:
+            raise TypeError(no("its kernels compute in float32, found float64"))
+        if tensor.device.type != "cuda" and not (INTERPRETED and tensor.device.type == "cpu"):
+            raise RuntimeError(no(f"it needs CUDA or ROCm tensors, found one on {tensor.device}"))
+
+
+def kernel(op: str) -> Callable[[F], F]:
+    """Decorator: this differentiable function runs `op` with Triton."""
+
+    def register(function: F) -> F:
+        _kernels[op] = function
+        return function
+
+    return register
+
+
+def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
+    """Define the torch op `usf_kernels::<schema>` and return it.
+
+    It is opaque to compilers, not differentiable (an `autograd.Function` goes around it), and known without
+    Triton, so that an exported program loads anywhere.
+
+    Args:
+        schema: name, arguments and results, in the language of `torch.library`.
+        fake: the same arguments to empty results of the right shape, dtype and strides.
+        launcher: "module.function" in `usf_kernels.kernels`, imported at the first call.
+    """
+    name = schema.partition("(")[0]
+    # Compilers may not restride the inputs: the strides of a result follow from theirs.
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+    def run(*arguments: Any) -> Any:
+        with torch.no_grad():  # what a launcher does with torch must not be recorded
+            return _load(launcher)(*arguments)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"usf_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.usf_kernels, name).default
+
+
+@functools.cache
+def _load(launcher: str) -> Callable:
+    module, _, function = launcher.rpartition(".")
+    return getattr(importlib.import_module(f"usf_kernels.kernels.{module}"), function)

@@ -1,0 +1,113 @@
+"""Which configuration a kernel runs with: pinned per shape band, or the fastest of a few measured here.
+
+A configuration is a dict of a kernel's block sizes and `num_warps` (and `num_stages` where it loops). Each
+launcher lists its candidates, the pinned one first. With USF_AUTOTUNE=1 the candidates are timed at the first
+call of a key, and the fastest is kept in a file per device under USF_CACHE (~/.cache/usf_kernels by default).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from usf_kernels.kernels.launch import is_recording
+
+Config = dict[str, int]
+Result = TypeVar("Result")
+AUTOTUNE = os.environ.get("USF_AUTOTUNE") == "1"
+
+
+def pick(
+    name: str,
+    key: tuple[Hashable, ...],
+    candidates: list[Config],
+    run: Callable[[Config], Result],
+    device: torch.device,
+) -> Result:
+    """`run` with the configuration to use: the first candidate, unless tuning was asked for.
+
+    Args:
+        name: of the kernel.
+        key: what the best choice depends on; keep the number of different keys small.
+        candidates: configurations, the pinned one first.
+        run: allocates, launches and returns the result; called several times when tuning.
+        device: where.
+    """
+    if is_recording():  # the others are to be seen too
+        for config in candidates[1:]:
+            run(config)
+    if AUTOTUNE and device.type == "cuda" and len(candidates) > 1:
+        return run(_fastest(name, key, candidates, run, device))
+    return run(candidates[0])
+
+
+def elementwise(itemsize: int, channels: int, positions: int, channels_last: bool) -> list[Config]:
+    """Tiles of (channels, positions) for kernels that touch each element once.
+
+    A few loads of 16 bytes per thread and tensor, in the tile that wastes the fewest lanes, then the
+    longest along the contiguous axis. Unmeasured, to be confirmed on a device with USF_AUTOTUNE=1."""
+    length, width = (channels, positions) if channels_last else (positions, channels)
+    configs = []
+    for loads, warps in ((4, 4), (2, 4), (4, 8), (8, 4)):
+        size = warps * 32 * loads * 16 // itemsize
+        inner = min(
+            (2**k for k in range(size.bit_length())), key=lambda n: (_lanes(length, n, width, size), -n)
+        )
+        block_c, block_p = (inner, size // inner) if channels_last else (size // inner, inner)
+        configs.append({"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": warps})
+    return configs
+
+
+def _lanes(length: int, inner: int, width: int, size: int) -> int:
+    """Lanes that tiles of `size`, `inner` long, take to cover length * width."""
+    return -(-length // inner) * -(-width // (size // inner)) * size
+
+
+# ------------------------------------------------------------------------------------------------- tuning
+
+
+def _fastest(
+    name: str,
+    key: tuple[Hashable, ...],
+    candidates: list[Config],
+    run: Callable[[Config], Any],
+    device: torch.device,
+) -> Config:
+    best = _known(device)
+    entry = f"{name} {key}"
+    if best.get(entry) not in candidates:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]  # timing would end the capture
+        from triton.testing import do_bench
+
+        with torch.cuda.device(device):
+            times = [do_bench(lambda c=c: run(c), warmup=5, rep=20, return_mode="median") for c in candidates]
+        best[entry] = candidates[times.index(min(times))]
+        _write(_path(device), best)
+    return best[entry]
+
+
+def _path(device: torch.device) -> Path:
+    folder = Path(os.environ.get("USF_CACHE") or Path.home() / ".cache" / "usf_kernels")
+    return folder / f"{torch.cuda.get_device_name(device).replace(' ', '_').replace('/', '_')}.json"
+
+
+@functools.cache
+def _known(device: torch.device) -> dict[str, Config]:
+    try:
+        return json.loads(_path(device).read_text())
+    except (OSError, ValueError):  # absent, or cut off: measured again
+        return {}
+
+
+def _write(path: Path, best: dict[str, Config]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(best, indent=1))
+    os.replace(temporary, path)  # other processes read either the old file or the new one

@@ -1,0 +1,113 @@
+"""What every kernel shares: the launch, and the helpers that turn a program's number into a tile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# The interpreter runs kernels on CPU tensors; Triton read the same variable when it was imported.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Launch(NamedTuple):
+    """A launch as it would have been."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recording: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Note the launches made inside instead of making them. With tensors on the meta device this shows what a
+    GPU would be asked to compile."""
+    global _recording
+    _recording = launches = []
+    try:
+        yield launches
+    finally:
+        _recording = None
+
+
+def is_recording() -> bool:
+    """Whether launches are only being noted."""
+    return _recording is not None
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **options: Any) -> None:
+    """Run `programs` programs of `kernel` on `device` and its current stream; none for an empty result."""
+    if programs == 0:
+        return
+    if _recording is not None:
+        _recording.append(Launch(kernel, arguments, options))
+        return
+    # Triton launches on the current device, whatever the tensors' own.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **options)
+
+
+def cdiv(n: int, block: int) -> int:
+    """Blocks of `block` that cover n."""
+    return -(-n // block)
+
+
+@triton.jit
+def aligned(value, UNIT: tl.constexpr):
+    """`value`, which is a multiple of UNIT, in a form from which the compiler can tell."""
+    return value // UNIT * UNIT
+
+
+@triton.jit
+def walk(index, stride, UNIT: tl.constexpr):
+    """`index * stride`, where None is a stride of 1 and any other is a multiple of UNIT."""
+    if stride is None:
+        return index
+    else:
+        return index * aligned(stride, UNIT)
+
+
+@triton.jit
+def bound(size, stride, UNIT: tl.constexpr):
+    """`size` of an axis, known to be a multiple of UNIT if the axis is contiguous."""
+    if stride is None:
+        return aligned(size, UNIT)
+    else:
+        return size
+
+
+@triton.jit
+def tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
+    """Image b (64 bits), channels (BLOCK_C, 1) and positions (1, BLOCK_P) of this program."""
+    program = tl.program_id(0)
+    tiles_p = tl.cdiv(P, BLOCK_P)
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    p0 = program % tiles_p
+    rest = program // tiles_p
+    c0 = rest % tiles_c
+    if WIDE:
+        p0 = p0.to(tl.int64)
+        c0 = c0.to(tl.int64)
+    c = c0 * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = p0 * BLOCK_P + tl.arange(0, BLOCK_P)
+    return (rest // tiles_c).to(tl.int64), c[:, None], p[None, :]
+
+
+@triton.jit
+def narrow(value, pointer):
+    """A float32 `value` rounded to what `pointer` points to."""
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    if INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter cuts the low half off: round to nearest, ties to even, before it does. Not NaN: its
+        # bits would carry into the sign.
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, nearest, value)
+    return value.to(dtype)
