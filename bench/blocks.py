@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, our_flow, peer_flow, truth
-from bench.measure import first_call
+from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, our_flow, peer_flow, truth
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 
 # FastFlow on ResNet-18 at 256 x 256, then U-Flow on MS-CaiT: channels, side.
@@ -28,16 +27,6 @@ def _no_grad(call: Callable[..., object], *inputs: object, **options: object) ->
 def _autocast(call: Callable[..., object], x: Tensor, **options: object) -> object:
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
         return call(x, **options)
-
-
-def best_layout(make: Callable[[str], Callable[[], object]], device: torch.device) -> str:
-    """The memory format in which the call that `make` returns takes the least time."""
-    seconds = {}
-    for layout in FORMATS:
-        call = make(layout)
-        call()
-        seconds[layout] = min(first_call(call, device)[1] for _ in range(2))
-    return min(seconds, key=seconds.__getitem__)
 
 
 def _providers(shape: Shape, device: torch.device) -> list[Provider]:
@@ -117,9 +106,9 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
     """The conditioners' convolutions and the C x C products by themselves, in their best memory format."""
     for dtype in (torch.float32, torch.bfloat16):
         word = str(dtype).removeprefix("torch.")
-        for outputs, coupling in ((1, "additive"), (2, "affine")):
-            form = next(f for f in FORMS.values() if f.outputs == outputs)
-            steps = our_flow(form.name, shape).to(x.device, dtype)
+        for name in ("additive, permutation", SHARED):
+            form = FORMS[name]
+            steps = our_flow(name, shape).to(x.device, dtype)
             subnets = nn.ModuleList(step.coupling.subnet for step in steps)
             passive = x[:, : shape.passive].to(dtype).contiguous()
 
@@ -132,13 +121,13 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
             layout = best_layout(convolutions, x.device)
             yield Provider(
-                f"convolutions of {coupling} blocks",
+                f"convolutions of {form.coupling} blocks",
                 convolutions(layout),
                 LIMIT,
                 word,
                 layout=layout,
-                gigaflops=shape.gigaflops(outputs=outputs, product=False),
-                gigabytes=shape.gigabytes(outputs=outputs, product=False, width=dtype.itemsize),
+                gigaflops=shape.gigaflops(outputs=form.outputs, product=False),
+                gigabytes=shape.gigabytes(outputs=form.outputs, product=False, width=dtype.itemsize),
             )
 
         def products(layout: str, dtype: torch.dtype = dtype) -> Callable[[], object]:
@@ -162,18 +151,11 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
 
 def _case(shape: Shape) -> Case:
-    blocks = "" if shape.depth == 1 else f", {shape.depth} blocks"
     work = shape.gigaflops(outputs=2, product=True)
     return Case(
-        f"{shape.channels} @ {shape.side}^2, k={shape.kernel}, batch {shape.batch}{blocks}",
+        shape.title,
         partial(_providers, shape),
-        {
-            "channels": shape.channels,
-            "side": shape.side,
-            "kernel": shape.kernel,
-            "batch": shape.batch,
-            "depth": shape.depth,
-        },
+        shape.columns,
         seconds=4.0,
         quick=shape.depth == 1 and work < 5 and shape.batch in (1, 8),
     )

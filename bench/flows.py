@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
+from bench.measure import first_call
 from usf_kernels import nn as flows
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -44,6 +45,17 @@ class Shape:
         """(B, C, H, W)."""
         return self.batch, self.channels, self.side, self.side
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        blocks = "" if self.depth == 1 else f", {self.depth} blocks"
+        return f"{self.channels} @ {self.side}^2, k={self.kernel}, batch {self.batch}{blocks}"
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """For the rows."""
+        return asdict(self)
+
     def gigaflops(self, *, outputs: int, product: bool) -> float:
         """Of all blocks' convolutions, `outputs` per active channel, and C x C products."""
         positions = self.batch * self.side**2
@@ -68,9 +80,14 @@ class Form:
     """One of ours."""
 
     name: str
-    outputs: int  # per active channel, of the conditioner
+    coupling: str
     product: bool  # whether a block has a C x C product that no index replaces
     block: Callable[[int, Callable[[int, int], nn.Module]], nn.Module]
+
+    @property
+    def outputs(self) -> int:
+        """Of the conditioner, per active channel."""
+        return 2 if self.coupling == "affine" else 1
 
 
 def _step(coupling: str, linear: str) -> Callable[[int, Callable[[int, int], nn.Module]], nn.Module]:
@@ -83,9 +100,9 @@ def _step(coupling: str, linear: str) -> Callable[[int, Callable[[int, int], nn.
 FORMS = {
     form.name: form
     for form in (
-        Form("affine, permutation", 2, False, _step("affine", "permutation")),
-        Form("additive, permutation", 1, False, _step("additive", "permutation")),
-        Form("additive, LU", 1, True, _step("additive", "lu")),
+        Form("affine, permutation", "affine", False, _step("affine", "permutation")),
+        Form("additive, permutation", "additive", False, _step("additive", "permutation")),
+        Form("additive, LU", "additive", True, _step("additive", "lu")),
     )
 }
 SHARED = "affine, permutation"  # the form that peers have; they get its weights
@@ -104,17 +121,22 @@ def subnet(kernel: int) -> Callable[[int, int], nn.Module]:
     return make
 
 
-def our_flow(form: str, shape: Shape) -> flows.FlowSequence:
-    """Ours, float32 on the CPU, in evaluation mode; the same weights at every call."""
+def our_flow(form: str, shape: Shape, **options: object) -> flows.FlowSequence:
+    """Ours, float32 on the CPU, in evaluation mode; the same weights at every call. Options are the
+    sequence's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [FORMS[form].block(shape.channels, subnet(shape.kernel)) for _ in range(shape.depth)]
         for block in blocks:
-            act_norm = getattr(block, "act_norm", None)
-            if act_norm is not None:
-                nn.init.normal_(act_norm.log_scale, std=0.1)
-                nn.init.normal_(act_norm.bias, std=0.1)
-    return flows.FlowSequence(blocks).eval()
+            if hasattr(block, "act_norm"):
+                _scatter(block.act_norm)
+    return flows.FlowSequence(blocks, **options).eval()
+
+
+def _scatter(act_norm: flows.ActNorm) -> None:
+    """Scales and offsets as if the data had set them."""
+    state = {name: 0.1 * torch.randn(act_norm.channels) for name in ("log_scale", "bias")}
+    act_norm.load_state_dict(state | {"initialized": torch.tensor(True)})
 
 
 def peer_flow(package: str, ours: flows.FlowSequence, shape: Shape) -> nn.Module | None:
@@ -143,6 +165,16 @@ def peer_flow(package: str, ours: flows.FlowSequence, shape: Shape) -> nn.Module
             theirs.w_perm.copy_(permutation[:, :, None, None])
             theirs.w_perm_inv.copy_(permutation.T[:, :, None, None])
     return flow.eval()
+
+
+def best_layout(make: Callable[[str], Callable[[], object]], device: torch.device) -> str:
+    """The memory format in which the call that `make` returns takes the least time."""
+    seconds = {}
+    for layout in FORMATS:
+        call = make(layout)
+        call()
+        seconds[layout] = min(first_call(call, device)[1] for _ in range(3))
+    return min(seconds, key=seconds.__getitem__)
 
 
 @cache

@@ -15,6 +15,7 @@ import torch
 Call = Callable[[], object]
 
 NOISY = 1.5  # p80 / p20 above which a row is marked
+BUSY = 0.1  # share of the cores that others take, above which it is marked too
 TURN = 1e-3  # seconds
 BRIEF = 0.5  # seconds
 CPU = torch.device("cpu")
@@ -148,6 +149,35 @@ def captured(call: Call) -> Call:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+class Neighbours:
+    """The share of the cores that other processes take, from one call of `share` to the next.
+
+    A busy neighbour can triple the time of everything that uses all cores, and so evenly that no percentile
+    shows it. Linux only: elsewhere the share is 0.
+    """
+
+    def __init__(self) -> None:
+        self.before = self._ticks()
+
+    def share(self) -> float:
+        """Since the last call, or since the beginning: 0 to 1."""
+        before, self.before = self.before, self._ticks()
+        total, busy, own = (now - then for now, then in zip(self.before, before, strict=True))
+        return max(0.0, busy - own) / total if total > 0 else 0.0
+
+    @staticmethod
+    def _ticks() -> tuple[float, float, float]:
+        """Seconds of all cores together, of these not idle, and of this process."""
+        try:
+            with open("/proc/stat") as stat:
+                user, nice, system, idle, iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+        except (OSError, ValueError):
+            return 0.0, 0.0, 0.0
+        busy = user + nice + system + irq + softirq + steal
+        ticks = os.sysconf("SC_CLK_TCK")
+        return (busy + idle + iowait) / ticks, busy / ticks, sum(os.times()[:2])
 
 
 def use_cores() -> int:

@@ -1,14 +1,10 @@
-"""The whole a-contrario test on squared norms, against the paper's text in plain Python."""
+"""The whole a-contrario test on squared norms, against the authors' algorithm in plain Python."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -16,8 +12,8 @@ import usf_kernels as usf
 from bench.subject import PEER, Case, Provider, Subject
 
 MS_CAIT = ((28, 816), (14, 192))  # sides and channels of U-Flow's latents
-ORACLE = Path(__file__).parents[1] / "tests" / "nfa_oracle.py"
-LARGEST = 28  # side of a map for which plain Python takes seconds, not minutes
+LARGEST = 56  # side of a map for which plain Python takes seconds, not minutes
+PEERS = {"skimage": "pip install scikit-image", "mpmath": "pip install mpmath"}
 
 
 def energies(scales: Sequence[tuple[int, int]], batch: int) -> list[torch.Tensor]:
@@ -37,27 +33,18 @@ def _providers(scales: tuple[tuple[int, int], ...], batch: int, device: torch.de
     for tail in ("chernoff", "exact"):
         call = partial(usf.regions, maps, channels=channels, tail=tail, threads=1)
         yield Provider(f"usf_kernels {tail}", call, check=_check, direction=tail, capture=False)
-    if batch == 1 and scales[0][0] <= LARGEST and ORACLE.exists() and find_spec("mpmath"):
-        oracle = _oracle()
-        sizes = [side * side for side, _ in scales]
+    if batch == 1 and scales[0][0] <= LARGEST and all(map(find_spec, PEERS)):
+        from bench.plain_nfa import detections
 
-        def plain() -> list[list[object]]:
-            found = [
-                oracle.final_regions(u[0].double().numpy(), c, sizes=sizes)
-                for u, c in zip(maps, channels, strict=True)
-            ]
-            return [[region for regions, _ in found for region in regions if region.value <= 0]]
-
-        yield Provider("plain Python", plain, PEER, check=_check, direction="chernoff", capture=False)
-
-
-def _oracle() -> ModuleType:
-    """The algorithm as it is printed; the tests' oracle is that."""
-    spec = importlib.util.spec_from_file_location("nfa_oracle", ORACLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+        images = [u[0].numpy() for u in maps]
+        yield Provider(
+            "plain Python",
+            lambda: [detections(images, channels)],
+            PEER,
+            direction="chernoff",
+            check=_check,
+            capture=False,
+        )
 
 
 def _check(regions: list[list[object]]) -> str | None:
@@ -79,10 +66,11 @@ SUBJECT = Subject(
     about="component tree, probabilities, prune and merge of squared norms, one thread",
     cases=(
         _case("14^2, batch 1", ((14, 192),), 1),
+        _case("56^2, batch 1", ((56, 64),), 1),
         _case("28^2 + 14^2, batch 1", MS_CAIT, 1),
         _case("28^2 + 14^2, batch 32", MS_CAIT, 32),
         _case("224^2, batch 1", ((224, 64),), 1),
     ),
-    peers={"mpmath": "pip install mpmath"},
+    peers=PEERS,
     devices=("cpu",),
 )

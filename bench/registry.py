@@ -1,8 +1,19 @@
 """Everything that can be measured, the most valuable first."""
 
-from bench import blocks, machine, nfa, tree
+from bench import blocks, machine, models, nfa, operations, training, tree
 from bench.subject import Subject
 
 SUBJECTS: dict[str, Subject] = {
-    subject.name: subject for subject in (machine.SUBJECT, blocks.SUBJECT, tree.SUBJECT, nfa.SUBJECT)
+    subject.name: subject
+    for subject in (
+        machine.SUBJECT,
+        blocks.SUBJECT,
+        training.SUBJECT,
+        models.SUBJECT,
+        operations.COUPLING,
+        operations.LU_CONV,
+        operations.SCORE,
+        tree.SUBJECT,
+        nfa.SUBJECT,
+    )
 }

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from bench import machine, table
-from bench.measure import Timing, alternate, captured, first_call, use_cores
+from bench.measure import BUSY, Neighbours, Timing, alternate, captured, first_call, use_cores
 from bench.memory import peak_bytes, saved_bytes
 from bench.registry import SUBJECTS
 from bench.subject import OURS, Case, Provider, Subject
@@ -121,12 +121,17 @@ def measure(
     share = GPU_SHARE if device.type == "cuda" else 1.0
     if device.type == "cuda":
         calls |= _graphs(providers)
+    neighbours = Neighbours()
     timings = alternate(calls, seconds=share * case.seconds, device=device, cold=options.cold)
+    busy = device.type == "cpu" and neighbours.share() > BUSY
+    if busy:
+        print("  other processes took part of the cores meanwhile: these rows are marked as noisy")
     for key, timing in timings.items():
         index = int(key.removeprefix("graph "))
         provider, graph = providers[index], key.startswith("graph")
         row = _row(subject, case, provider, timing, limits)
         row["cache"] = "cold" if options.cold else "warm"
+        row["noisy"] = str(int(timing.noisy or busy))
         if graph:
             row["provider"] += ", CUDA graph"
         else:
@@ -134,7 +139,7 @@ def measure(
             if provider.peak and (peak := peak_bytes(provider.call, device)) is not None:
                 row["peak_mb"] = f"{peak / 1e6:.4g}"
             if provider.saves:
-                row["saved_mb"] = f"{saved_bytes(provider.saves) / 1e6:.4g}"
+                row["saved_mb"] = f"{saved_bytes(provider.saves, ignore=provider.live) / 1e6:.4g}"
         yield row
 
 
@@ -164,7 +169,6 @@ def _row(
         "p50_ms": f"{timing.p50 * 1e3:.4g}",
         "p80_ms": f"{timing.p80 * 1e3:.4g}",
         "repeats": str(timing.repeats),
-        "noisy": str(int(timing.noisy)),
     }
     row |= {name: str(value) for name, value in case.shape.items()}
     if case.pixels:

@@ -1,13 +1,17 @@
 import csv
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
+import usf_kernels as usf
 from bench import registry, run, table
 from bench.blocks import SHAPES
 from bench.flows import FORMS, Shape, our_flow, peer_flow, truth
-from bench.measure import CPU, alternate, first_call
+from bench.measure import CPU, Neighbours, alternate, first_call
 from bench.memory import STATUS, peak_bytes, saved_bytes
 from bench.subject import PEER, Case, Provider, Subject, close_to, relative_error
 from usf_kernels.cli import main as command
@@ -50,6 +54,17 @@ def test_cold_calls_have_turns_of_their_own():
     (timing,) = alternate({"a": lambda: calls.append(0)}, seconds=0, least=2, cold=True).values()
     assert timing.repeats == 2
     assert len(calls) == 1 + 2 * 2  # to warm up, then one that does not count and one that does
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="takes Linux's /proc")
+def test_a_neighbour_is_noticed():
+    neighbours = Neighbours()
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    time.sleep(0.3)
+    busy.kill()
+    busy.wait()
+    share = neighbours.share()
+    assert 0.5 / (os.cpu_count() or 1) < share <= 1
 
 
 def test_a_first_call_that_takes_too_long_is_stopped():
@@ -194,10 +209,23 @@ def test_the_tree_passes_its_own_check(name):
         assert provider.check is None or provider.check(provider.call()) is None
 
 
-def test_the_test_and_plain_python_find_as_much():
-    providers = registry.SUBJECTS["nfa"].case("14^2, batch 1").providers(CPU)
-    for provider in providers:
-        assert provider.check(provider.call()) is None
+def test_plain_python_finds_what_ours_does():
+    pytest.importorskip("skimage")
+    pytest.importorskip("mpmath")
+    from bench.plain_nfa import detections
+
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 8, side, side, generator=generator).square().sum(1) for side in (14, 7)]
+    maps[0][0, 2:5, 3:9] += 60
+    maps[0][0, 9:12, 3:6] += 40
+    maps[1][0, 4, 4] += 200
+    ours = usf.regions(maps, channels=[8, 8], tail="chernoff")[0]
+    theirs = detections([u[0].numpy() for u in maps], [8, 8])
+    assert len(ours) >= 2
+    found = sorted((r.scale, r.area, r.log_nfa) for r in ours)
+    expected = sorted((scale, len(pixels), value) for scale, pixels, value in theirs)
+    for ours_, theirs_ in zip(found, expected, strict=True):
+        assert ours_ == pytest.approx(theirs_, rel=1e-5)
 
 
 def test_names_are_unique_and_every_shape_is_there():

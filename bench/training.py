@@ -1,0 +1,171 @@
+"""Training steps of coupling blocks: time, memory, and what is saved for the backward, against the depth."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from bench.blocks import SHAPES
+from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, our_flow, peer_flow
+from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
+from usf_kernels.nn import FlowSequence
+
+DIRECTION = "training step"
+CURVE = Shape(256, 32, 3, 2)  # where memory and time are followed over the depth
+DEPTHS = (4, 8, 16, 32, 64)
+# The modes of FlowSequence, by what the rows call them.
+MODES = {"": {}}
+if "memory" in inspect.signature(FlowSequence).parameters:
+    MODES = {"": {"memory": "standard"}, ", reversible": {"memory": "reversible"}}
+
+
+def loss(flow: nn.Module, x: Tensor) -> Tensor:
+    """Negative log-likelihood per dimension, as flows are trained."""
+    z, log_det = flow(x)
+    return (0.5 * z.square().flatten(1).sum(1) - log_det).mean() / x[0].numel()
+
+
+def step(flow: nn.Module, x: Tensor) -> None:
+    """One forward and backward; gradients are made anew, as after `zero_grad`."""
+    for parameter in flow.parameters():
+        parameter.grad = None
+    loss(flow, x).backward()
+
+
+def gradient(flow: nn.Module, first: Tensor, x: Tensor) -> Tensor:
+    """Of the loss of the first sample, with respect to the first weight of the first block: the one that the
+    whole backward stands behind. (1, ...)"""
+    step(flow, x[:1])
+    return first.grad[None].clone()
+
+
+@cache
+def true_gradient(form: str, shape: Shape) -> Tensor:
+    """The same in float64, without any saving of memory."""
+    flow = deepcopy(our_flow(form, shape, **MODES[""])).double().train()
+    first = flow[0].coupling.subnet[0].weight
+    return gradient(flow, first, shape.input(torch.device("cpu")).double())
+
+
+def _right(form: str, shape: Shape, flow: nn.Module, first: Tensor, x: Tensor, _: object) -> str | None:
+    truth = partial(true_gradient, form, replace(shape, batch=1))
+    return close_to(truth, "float32")(gradient(flow, first, x))
+
+
+def _provider(
+    name: str, role: str, form: str, shape: Shape, flow: nn.Module, first: Tensor, x: Tensor
+) -> Provider:
+    kind = FORMS[form]
+    live = (*flow.parameters(), *flow.buffers(), x)
+    return Provider(
+        name,
+        partial(step, flow, x),
+        role,
+        direction=DIRECTION,
+        check=partial(_right, form, shape, flow, first, x),
+        # Backward: the gradients of inputs and of weights cost as much as the forward, each.
+        gigaflops=3 * shape.gigaflops(outputs=kind.outputs, product=kind.product),
+        saves=partial(loss, flow, x),
+        live=live,
+        peak=True,
+        capture=False,
+    )
+
+
+def _providers(
+    shape: Shape, forms: Sequence[str], modes: Sequence[str], device: torch.device
+) -> list[Provider]:
+    x = shape.input(device)
+    return [*_ours(shape, forms, modes, x), *_peers(shape, x), *_limits(shape, x)]
+
+
+def _ours(shape: Shape, forms: Sequence[str], modes: Sequence[str], x: Tensor) -> Iterator[Provider]:
+    for form in forms:
+        for mode in modes:
+            flow = our_flow(form, shape, **MODES[mode]).to(x.device).train()
+            first = flow[0].coupling.subnet[0].weight
+            yield _provider(form + mode, OURS, form, shape, flow, first, x)
+
+
+def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
+    for package, name in (("anomalib", "anomalib"), ("FrEIA", "FrEIA 0.2")):
+        flow = peer_flow(package, our_flow(SHARED, shape), shape)
+        if flow is not None:
+            flow = flow.to(x.device).train()
+            yield _provider(name, PEER, SHARED, shape, flow, flow[0].subnet[0].weight, x)
+
+
+def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
+    """Forward and backward of the conditioners by themselves, in their best memory format."""
+    for form in ("additive, permutation", SHARED):
+        subnets = nn.ModuleList(block.coupling.subnet for block in our_flow(form, shape)).to(x.device)
+
+        def convolutions(layout: str, subnets: nn.ModuleList = subnets) -> Callable[[], object]:
+            nets = deepcopy(subnets).to(memory_format=FORMATS[layout])
+            # Inside a flow, what a conditioner sees needs a gradient; at its very beginning, it does not.
+            inputs = x[:, : shape.passive].contiguous(memory_format=FORMATS[layout])
+            inputs.requires_grad_(shape.depth > 1)
+
+            def run() -> None:
+                for parameter in (*nets.parameters(), inputs):
+                    parameter.grad = None
+                for net in nets:
+                    net(inputs).sum().backward()
+
+            return run
+
+        layout = best_layout(convolutions, x.device)
+        yield Provider(
+            f"convolutions of {FORMS[form].coupling} blocks",
+            convolutions(layout),
+            LIMIT,
+            direction=DIRECTION,
+            layout=layout,
+            gigaflops=3 * shape.gigaflops(outputs=FORMS[form].outputs, product=False),
+            capture=False,
+        )
+
+
+def _case(shape: Shape, *, quick: bool) -> Case:
+    # One block has nothing to gain from reversal; long sequences take long, and one form shows it.
+    modes = tuple(MODES) if shape.depth > 1 else ("",)
+    forms = tuple(FORMS) if shape.depth <= 8 else ("additive, LU",)
+    return Case(
+        shape.title,
+        partial(_providers, shape, forms, modes),
+        shape.columns,
+        seconds=4.0,
+        quick=quick,
+    )
+
+
+def cases() -> tuple[Case, ...]:
+    """The shapes of `blocks`; eight of them in a row; and one shape over the depth."""
+    return (
+        *(
+            _case(Shape(channels, side, kernel, batch), quick=channels <= 256 and batch == 8 and kernel == 1)
+            for channels, side in SHAPES
+            for kernel in (1, 3)
+            for batch in (1, 8, 32)
+        ),
+        *(
+            _case(Shape(channels, side, kernel, 8, 8), quick=False)
+            for channels, side in SHAPES
+            for kernel in (1, 3)
+        ),
+        *(_case(replace(CURVE, depth=depth), quick=depth <= 8) for depth in DEPTHS),
+    )
+
+
+SUBJECT = Subject(
+    name="training_step",
+    about="forward and backward of coupling blocks",
+    cases=cases(),
+    peers=PEERS,
+)
