@@ -165,7 +165,7 @@ class Neighbours:
         """Since the last call, or since the beginning: 0 to 1."""
         before, self.before = self.before, self._ticks()
         total, busy, own = (now - then for now, then in zip(self.before, before, strict=True))
-        return max(0.0, busy - own) / total if total > 0 else 0.0
+        return min(1.0, max(0.0, busy - own) / total) if total > 0 else 0.0
 
     @staticmethod
     def _ticks() -> tuple[float, float, float]:

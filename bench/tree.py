@@ -12,7 +12,7 @@ import torch
 import usf_kernels as usf
 from bench.subject import PEER, Call, Case, Provider, Subject
 
-SIDES = (28, 112, 448, 1024, 2048, 4096)
+SIDES = (14, 28, 112, 448, 1024, 2048, 4096)
 # Beyond these sides a peer takes a minute per map, and another one is faster from far below them on.
 LARGEST = {"scikit-image": 1024, "maxtree (uint16)": 4096, "higra explicit": 1024, "higra implicit": 4096}
 

@@ -217,8 +217,8 @@ def test_plain_python_finds_what_ours_does():
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(1, 8, side, side, generator=generator).square().sum(1) for side in (14, 7)]
     maps[0][0, 2:5, 3:9] += 60
-    maps[0][0, 9:12, 3:6] += 40
-    maps[1][0, 4, 4] += 200
+    maps[0][0, 9:12, 3:6] += 150
+    maps[1][0, 3:5, 4] += 300
     ours = usf.regions(maps, channels=[8, 8], tail="chernoff")[0]
     theirs = detections([u[0].numpy() for u in maps], [8, 8])
     assert len(ours) >= 2
