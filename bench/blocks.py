@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, our_flow, peer_flow, truth
+from bench.flows import FORMATS, FORMS, PEERS, SHARED, Form, Shape, best_layout, our_flow, peer_flow, truth
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 
 # FastFlow on ResNet-18 at 256 x 256, then U-Flow on MS-CaiT: channels, side.
@@ -37,22 +37,42 @@ def _providers(shape: Shape, device: torch.device) -> list[Provider]:
 def _ours(shape: Shape, x: Tensor) -> Iterator[Provider]:
     for form in FORMS.values():
         flow = our_flow(form.name, shape).to(x.device)
-        for direction in ("forward", "inverse"):
-            call = flow if direction == "forward" else flow.inverse
-            yield Provider(
-                form.name,
-                partial(_no_grad, call, x),
-                OURS,
-                direction=direction,
-                check=close_to(partial(truth, form.name, shape, direction), "float32"),
-                gigaflops=shape.gigaflops(outputs=form.outputs, product=form.product),
-                gigabytes=shape.gigabytes(outputs=form.outputs, product=form.product, width=4),
-            )
+        yield from _directions(form, form.name, flow, shape, x, "contiguous")
+        for dtype in (torch.float32, torch.bfloat16) if hasattr(flow, "fuse") else ():
+            fused = flow.fuse(dtype=dtype)
+
+            def run(
+                layout: str, fused: nn.Module = fused, dtype: torch.dtype = dtype
+            ) -> Callable[[], object]:
+                return partial(_no_grad, fused, x.to(dtype, memory_format=FORMATS[layout]))
+
+            layout = best_layout(run, x.device)
+            inputs = x.to(dtype, memory_format=FORMATS[layout])
+            yield from _directions(form, f"{form.name}, fused", fused, shape, inputs, layout)
+
+
+def _directions(
+    form: Form, name: str, flow: nn.Module, shape: Shape, x: Tensor, layout: str
+) -> Iterator[Provider]:
+    dtype = str(x.dtype).removeprefix("torch.")
+    for direction in ("forward", "inverse"):
+        yield Provider(
+            name,
+            partial(_no_grad, flow if direction == "forward" else flow.inverse, x),
+            OURS,
+            dtype,
+            direction,
+            layout,
+            check=close_to(partial(truth, form.name, shape, direction), dtype),
+            gigaflops=shape.gigaflops(outputs=form.outputs, product=form.product),
+            gigabytes=shape.gigabytes(outputs=form.outputs, product=form.product, width=x.itemsize),
+        )
 
 
 def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
     ours = our_flow(SHARED, shape)
     channels_last = x.to(memory_format=torch.channels_last)
+    narrow = channels_last.to(torch.bfloat16)  # as a backbone under autocast hands it over
     for package, version in (("anomalib", ""), ("FrEIA", " 0.2")):
         flow = peer_flow(package, ours, shape)
         if flow is None:
@@ -93,7 +113,7 @@ def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
         for rev in (False, True):
             yield provider(
                 "anomalib, autocast, channels-last",
-                partial(_autocast, last, channels_last, rev=rev),
+                partial(_autocast, last, narrow, rev=rev),
                 "bfloat16",
                 rev=rev,
                 layout="channels_last",

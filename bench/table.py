@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -92,3 +93,36 @@ def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
 def milliseconds(row: Row) -> float:
     """The median."""
     return float(row["p50_ms"])
+
+
+def identity(row: Row) -> tuple[str, ...]:
+    """What makes a row the same measurement in two files."""
+    return tuple(
+        row[name] for name in ("subject", "case", "provider", "dtype", "direction", "cache", "device")
+    )
+
+
+def speedups(rows: Iterable[Row], ours: Mapping[str, str], peer: Mapping[str, str]) -> dict[str, float]:
+    """How much longer the rows that match `peer` take than those that match `ours`, by case.
+
+    Args:
+        rows: of one or several subjects.
+        ours, peer: values that columns have to have.
+    """
+
+    def times(wanted: Mapping[str, str]) -> dict[str, float]:
+        return {
+            row["case"]: milliseconds(row)
+            for row in rows
+            if all(row[name] == value for name, value in wanted.items())
+        }
+
+    rows = list(rows)
+    mine, theirs = times(ours), times(peer)
+    return {case: theirs[case] / taken for case, taken in mine.items() if case in theirs}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers, at least one."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))

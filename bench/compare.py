@@ -1,0 +1,92 @@
+"""`python -m bench.compare OLD.csv NEW.csv`: what became slower, by its ratio to a peer in the same run.
+
+Absolute times drift with the machine; the ratio to a peer that was timed in turn with ours does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import table
+from bench.subject import LIMIT, OURS, PEER
+
+SLOWER = 1.10
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of ours in two files, each time as a multiple of the same peer's."""
+
+    row: table.Row
+    peer: str
+    old: float
+    new: float
+    noisy: bool
+
+    @property
+    def factor(self) -> float:
+        """Above 1 where it became slower."""
+        return self.new / self.old
+
+    def __str__(self) -> str:
+        row = self.row
+        noisy = ", noisy" if self.noisy else ""
+        return (
+            f"{row['subject']}: {row['case']}: {row['provider']}, {row['dtype']}, {row['direction']}: "
+            f"{self.old:.3g} -> {self.new:.3g} of {self.peer} ({self.factor:.2f}x{noisy})"
+        )
+
+
+def changes(old: Iterable[table.Row], new: Iterable[table.Row]) -> Iterator[Change]:
+    """Every row of ours that both tables have, against the fastest peer (else limit) that both have."""
+    before, after = ({table.identity(row): row for row in rows} for rows in (old, new))
+    for key, row in after.items():
+        if row["role"] != OURS or key not in before:
+            continue
+        shared = [
+            other for other in after.values() if _beside(row, other) and table.identity(other) in before
+        ]
+        for role in (PEER, LIMIT):
+            others = [other for other in shared if other["role"] == role]
+            if others:
+                peer = min(others, key=table.milliseconds)
+                was = before[table.identity(peer)]
+                yield Change(
+                    row,
+                    peer["provider"],
+                    table.milliseconds(before[key]) / table.milliseconds(was),
+                    table.milliseconds(row) / table.milliseconds(peer),
+                    noisy=any(found["noisy"] == "1" for found in (row, before[key], peer, was)),
+                )
+                break
+
+
+def _beside(row: table.Row, other: table.Row) -> bool:
+    """Whether they were timed in turn, in the same precision and direction."""
+    names = ("subject", "case", "dtype", "direction", "cache", "device")
+    return all(row[name] == other[name] for name in names)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what became slower; 1 if anything did that was not noisy."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("old", type=Path, metavar="OLD.csv")
+    parser.add_argument("new", type=Path, metavar="NEW.csv")
+    options = parser.parse_args(arguments)
+    for path in (options.old, options.new):
+        if not path.exists():
+            parser.error(f"no such file: {path}")
+    found = sorted(changes(table.read(options.old), table.read(options.new)), key=lambda c: -c.factor)
+    slower = [change for change in found if change.factor > SLOWER]
+    for change in slower:
+        print(change)
+    faster = sum(change.factor < 1 / SLOWER for change in found)
+    print(f"{len(found)} rows compared: {len(slower)} more than 10 % slower, {faster} more than 10 % faster")
+    return int(any(not change.noisy for change in slower))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
