@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from usf_kernels.ops.checks import check_features, check_int, compute_dtype, count_positions
+
+if TYPE_CHECKING:
+    from usf_kernels.nn.reversible import Tape
 
 
 class ActNorm(nn.Module):
@@ -83,6 +88,17 @@ class ActNorm(nn.Module):
         check_features("z", z, self.channels)
         scale, bias = self._per_channel(z, (-self.log_scale).exp())
         return scale * (z - bias), -self.log_det(count_positions(z))
+
+    def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        x, _ = self.inverse(z)
+        dims = [d for d in range(x.ndim) if d != 1]
+        with torch.enable_grad():
+            scale, log_det = self.log_scale.exp(), self.log_det(count_positions(x))
+            bias = self.bias.view_as(self.bias)
+        grads = ((grad_z * x).sum(dims), grad_z.sum(dims), tape.grad_log_det)
+        tape.pull(self, (scale, bias, log_det), grads)
+        return x, self._per_channel(x, scale.detach())[0] * grad_z
 
     def _per_channel(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.ndim - 2))

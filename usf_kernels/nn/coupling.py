@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
+from usf_kernels.ops.reference import affine_coupling_gradients
+
+if TYPE_CHECKING:
+    from usf_kernels.nn.reversible import Tape
 
 Subnet = Callable[[int, int], nn.Module]
 
@@ -23,6 +28,31 @@ def zero_last_layer(subnet: nn.Module) -> bool:
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
     return zeroed
+
+
+class _Fork(torch.autograd.Function):
+    """(the first channels, all channels) of x. The backward writes their gradients into one tensor in one
+    pass; a slice's own would fill a second one with zeros first, and then add the two."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, split: int) -> tuple[Tensor, Tensor]:
+        return x[:, :split].clone(memory_format=torch.contiguous_format), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+        ctx.split = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad_first: Tensor, grad_all: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        return _join(grad_first, grad_all, ctx.split), None
+
+
+def _join(grad_first: Tensor, grad_all: Tensor, split: int) -> Tensor:
+    """`grad_all` with `grad_first` added to its first channels."""
+    first, rest = grad_all.split([split, grad_all.shape[1] - split], dim=1)
+    return torch.cat([first + grad_first, rest], dim=1)
 
 
 class _Coupling(nn.Module):
@@ -44,16 +74,52 @@ class _Coupling(nn.Module):
         if zero_init:
             zero_last_layer(self.subnet)
 
-    def _condition(self, x: Tensor, cond: Tensor | None, name: str) -> Tensor:
-        """The conditioner's output for the passive half of x, which forward and inverse share."""
+    def _couple(self, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The operation, given the conditioner's output: (y, log_det)."""
+        raise NotImplementedError
+
+    def _gradients(
+        self, x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Those of x and params, from those of the forward direction's y and log_det."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply: (y, log_det)."""
+        return self._run(x, cond, "x", inverse=False)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo: (x, log_det)."""
+        return self._run(z, cond, "z", inverse=True)
+
+    def _run(self, x: Tensor, cond: Tensor | None, name: str, *, inverse: bool) -> tuple[Tensor, Tensor]:
         check_features(name, x, self.channels)
-        inputs = x[:, : self.split]
+        passive, x = _Fork.apply(x, self.split)
+        return self._couple(x, self._condition(passive, cond), inverse=inverse)
+
+    def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        passive = z[:, : self.split].detach().requires_grad_()  # the same in x: one evaluation serves both
+        with tape.replay():
+            params = self._condition(passive, tape.cond)
+        x, _ = self._couple(z, params.detach(), inverse=True)
+        grad_x, grad_params = self._gradients(x, params.detach(), grad_z, tape.grad_log_det)
+        grad_passive = tape.pull(self, [params], [grad_params], passive)
+        if grad_passive is not None:
+            grad_x = _join(grad_passive, grad_x, self.split)
+        return x, grad_x
+
+    def _condition(self, passive: Tensor, cond: Tensor | None) -> Tensor:
+        """The conditioner's output for the passive half."""
         if self.cond_channels > 0:
-            inputs = torch.cat([inputs, self._check_cond(x, cond).to(x.dtype)], dim=1)
+            inputs = torch.cat([passive, self._check_cond(passive, cond).to(passive.dtype)], dim=1)
         elif cond is not None:
             raise ValueError("cond: expected None because cond_channels is 0, found a condition")
+        else:
+            inputs = passive
         output = self.subnet(inputs)
-        expected = (x.shape[0], self.outputs_per_channel * (self.channels - self.split), *x.shape[2:])
+        active = self.outputs_per_channel * (self.channels - self.split)
+        expected = (passive.shape[0], active, *passive.shape[2:])
         check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
         return output
 
@@ -96,19 +162,14 @@ class AdditiveCoupling(_Coupling):
 
     outputs_per_channel = 1
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Apply: (y, 0)."""
-        return self._run(x, cond, inverse=False)
-
-    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Undo: (x, 0)."""
-        return self._run(z, cond, inverse=True)
-
-    def _run(self, x: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        y = additive_coupling(
-            x, self._condition(x, cond, "z" if inverse else "x"), split=self.split, inverse=inverse
-        )
+    def _couple(self, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        y = additive_coupling(x, params, split=self.split, inverse=inverse)
         return y, y.new_zeros((), dtype=compute_dtype(y))
+
+    def _gradients(
+        self, x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return grad, grad[:, self.split :]
 
 
 class AffineCoupling(_Coupling):
@@ -144,15 +205,13 @@ class AffineCoupling(_Coupling):
         check_clamp(clamp)
         self.clamp = clamp
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Apply: (y, log_det (B,))."""
-        params = self._condition(x, cond, "x")
-        return affine_coupling(x, params, split=self.split, clamp=self.clamp)
+    def _couple(self, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        return affine_coupling(x, params, split=self.split, clamp=self.clamp, inverse=inverse)
 
-    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Undo: (x, log_det (B,))."""
-        params = self._condition(z, cond, "z")
-        return affine_coupling(z, params, split=self.split, clamp=self.clamp, inverse=True)
+    def _gradients(
+        self, x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return affine_coupling_gradients(x, params, self.split, self.clamp, False, grad, grad_log_det)
 
     def extra_repr(self) -> str:
         """Channels, the condition's channels and the clamp, for print."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, Subnet
 from usf_kernels.nn.linear import LUConv1x1, Permutation
-from usf_kernels.ops.checks import check_choice, check_features, compute_dtype
+from usf_kernels.nn.reversible import ReconstructionCheck, Tape, run_reversibly
+from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype
+
+AUTO_STEPS = 4
 
 
 class FlowStep(nn.Module):
@@ -92,26 +97,74 @@ class FlowStep(nn.Module):
         x, coupling_log_det = self.coupling.inverse(x, cond)
         return x, log_det + coupling_log_det
 
+    def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        if isinstance(self.linear, LUConv1x1):
+            z, grad_z = self.linear.pull_back(z, grad_z, tape, act_norm=self.act_norm)
+        else:
+            for layer in (self.linear, self.act_norm):
+                if layer is not None:
+                    z, grad_z = layer.pull_back(z, grad_z, tape)
+        return self.coupling.pull_back(z, grad_z, tape)
+
 
 class FlowSequence(nn.ModuleList):
     """Flow modules one after the other, as one flow.
 
     Args:
         steps: modules with `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x,
-            log_det)`; every one gets the same cond.
+            log_det)`; every one gets the same cond. Their parameters must be registered.
+        memory: "reversible" keeps only the output for the backward pass, which rebuilds everything else by
+            inversion (`usf_kernels.nn.reversible`): memory does not grow with the number of steps, for about
+            a third more time. It has no second derivatives. "standard" keeps what autograd keeps. "auto" is
+            reversible from four steps on, except under torch.compile, torch.export and torch.func.
+        check_every: compare a sample of the rebuilt inputs with the true ones in every so many reversible
+            passes, and raise RuntimeError where an inverse has lost half of the digits; 0 for never.
 
     `forward` and `inverse` are such methods too; the log-dets are summed, 0-d while every step's is and (B,)
-    once one step is affine. Otherwise it is an nn.ModuleList: indexing, slicing, len, append.
+    once one step is affine. Only `forward` is ever reversible. Otherwise it is an nn.ModuleList: indexing,
+    slicing (slices keep the options), len, append.
+
+    Raises:
+        TypeError, ValueError: a bad argument, an x or cond of the wrong shape or dtype.
     """
+
+    def __init__(
+        self, steps: Iterable[nn.Module] = (), *, memory: str = "auto", check_every: int = 16
+    ) -> None:
+        super().__init__(steps)
+        check_choice("memory", memory, ("auto", "reversible", "standard"))
+        check_int("check_every", check_every, 0)
+        self.memory, self._check = memory, ReconstructionCheck(check_every)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """One step, or a sequence of some that counts its passes together with this one."""
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            found.memory, found._check = self.memory, self._check
+        return found
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply all steps, first to last: (z, log_det)."""
         check_features("x", x)
+        if self._reverses(x, cond):
+            return run_reversibly(_flatten(self), x, cond, self._check)
         log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
         for step in self:
             x, step_log_det = step(x, cond)
             log_det = log_det + step_log_det
         return x, log_det
+
+    def _reverses(self, x: Tensor, cond: Tensor | None) -> bool:
+        if self.memory == "standard" or not torch.is_grad_enabled() or len(self) == 0:
+            return False
+        if self.memory == "auto" and (
+            len(self) < AUTO_STEPS
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return False
+        return any(t.requires_grad for t in (x, cond, *self.parameters()) if t is not None)
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo all steps, last to first: (x, log_det)."""
@@ -126,3 +179,13 @@ class FlowSequence(nn.ModuleList):
         """Sum of the `log_prior` of every LUConv1x1 in here, for inputs of this many positions: 0-d."""
         priors = (m.log_prior(positions) for m in self.modules() if isinstance(m, LUConv1x1))
         return sum(priors, torch.zeros(()))
+
+    def extra_repr(self) -> str:
+        """The options, for print."""
+        return f"memory={self.memory!r}, check_every={self._check.every}"
+
+
+def _flatten(sequence: FlowSequence) -> list[nn.Module]:
+    """The steps of a sequence, and those of the sequences in it."""
+    nested = (_flatten(step) if isinstance(step, FlowSequence) else [step] for step in sequence)
+    return [step for steps in nested for step in steps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from usf_kernels.ops.checks import (
     compute_dtype,
     count_positions,
 )
+from usf_kernels.ops.reference import apply_matrix, full_precision, matrix_gradient
+
+if TYPE_CHECKING:
+    from usf_kernels.nn.reversible import Tape
 
 
 class LUConv1x1(nn.Module):
@@ -190,9 +195,40 @@ class LUConv1x1(nn.Module):
             log_det = log_det + act_norm.log_det(count_positions(x))
         return lu_conv1x1(x, lower, upper, bias, inverse=inverse), -log_det if inverse else log_det
 
+    def pull_back(
+        self, z: Tensor, grad_z: Tensor, tape: Tape, *, act_norm: ActNorm | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x, its gradient) from those of z = run(x, inverse=False, act_norm=act_norm); see
+        `usf_kernels.nn.reversible`."""
+        out, wide = z.dtype, compute_dtype(z, self.upper)
+        z, grad_z = z.to(wide), grad_z.to(wide)
+        with full_precision(z):
+            with torch.enable_grad():
+                lower, upper, bias = (None if t is None else t.to(wide) for t in self.factors(act_norm))
+                matrix = torch.addmm(upper, torch.tril(lower, -1), upper)
+                log_det = self.log_det(count_positions(z))
+                if act_norm is not None:
+                    log_det = log_det + act_norm.log_det(count_positions(z))
+            if bias is not None:
+                z = z - bias.detach().view(-1, *[1] * (z.ndim - 2))
+            x = apply_matrix(_accurate_inverse(matrix.detach()), z, None).to(out)
+            outputs, grads = [matrix, log_det], [matrix_gradient(grad_z, x.to(wide)), tape.grad_log_det]
+            if bias is not None:
+                outputs.append(bias)
+                grads.append(grad_z.sum([d for d in range(z.ndim) if d != 1]))
+            tape.pull(nn.ModuleList([self, act_norm]), outputs, grads)
+            return x, apply_matrix(matrix.detach().mT, grad_z, None).to(out)
+
     def extra_repr(self) -> str:
         """The options, for print."""
         return f"{self.channels}, bias={self.bias is not None}, diagonal={self.diagonal!r}"
+
+
+def _accurate_inverse(matrix: Tensor) -> Tensor:
+    """Found in float64, of the product as it was rounded: the inverses of its factors would be up to 25 times
+    further from undoing it, and every step of a reversible backward pass adds to the error."""
+    device = "cpu" if matrix.device.type == "mps" else matrix.device  # which has no float64
+    return torch.linalg.inv(matrix.to(device, torch.float64)).to(matrix)
 
 
 class _Gather(torch.autograd.Function):
@@ -247,6 +283,10 @@ class Permutation(nn.Module):
         """Undo: (x, 0)."""
         check_features("z", z, self.channels)
         return _Gather.apply(z, self.inverse_index, self.index), z.new_zeros((), dtype=compute_dtype(z))
+
+    def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        return z.index_select(1, self.inverse_index), grad_z.index_select(1, self.inverse_index)
 
     def extra_repr(self) -> str:
         """Channels, for print."""

@@ -7,6 +7,7 @@ Differentiable to any order, any dtype, any strides; nothing is written in place
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,31 @@ from usf_kernels.ops.checks import compute_dtype, promoted_dtype
 # ---------------------------------------------------------------------------------------------- couplings
 
 
+class _AdditiveCoupling(torch.autograd.Function):
+    """The gradient of x is that of y as it is, and the shift's a slice of it: nothing is written."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
+        passive, active = x.split([split, x.shape[1] - split], dim=1)
+        active = active - shift if inverse else active + shift
+        return torch.cat([passive.to(active.dtype), active], dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, shift, ctx.split, ctx.inverse = inputs
+        ctx.dtypes = x.dtype, shift.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_shift = grad[:, ctx.split :]
+        grad_shift = -grad_shift if ctx.inverse else grad_shift
+        return grad.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
+
+
 def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
-    passive, active = x.split([split, x.shape[1] - split], dim=1)
-    active = active - shift if inverse else active + shift
-    return torch.cat([passive.to(active.dtype), active], dim=1)
+    return _AdditiveCoupling.apply(x, shift, split, inverse)
 
 
 def masked_additive_coupling(x: Tensor, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
@@ -28,27 +50,76 @@ def masked_additive_coupling(x: Tensor, shift: Tensor, mask: Tensor, inverse: bo
     return torch.addcmul(x, keep, shift, value=-1 if inverse else 1)
 
 
+class _AffineCoupling(torch.autograd.Function):
+    """Keeps x and params only: what else the gradients need is cheaper to compute again than to keep."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool) -> tuple[Tensor, Tensor]:
+        out = promoted_dtype(x, params)
+        passive, active = x.split([split, x.shape[1] - split], dim=1)
+        tanh, shift = _tanh_and_shift(x, params, split)
+        log_scale = tanh.mul_(-clamp if inverse else clamp)
+        log_det = log_scale.sum(dim=tuple(range(1, x.ndim)))
+        active, scale = active.to(shift.dtype), log_scale.exp_()
+        active = (active - shift) * scale if inverse else torch.addcmul(shift, active, scale)
+        return torch.cat([passive.to(out), active.to(out)], dim=1), log_det
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, params, *ctx.options = inputs
+        ctx.save_for_backward(x, params)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
+        gradients = affine_coupling_gradients(*ctx.saved_tensors, *ctx.options, grad, grad_log_det)
+        return *gradients, None, None, None
+
+
+def _tanh_and_shift(x: Tensor, params: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    """Fresh tensors in the compute dtype."""
+    wide, active_channels = compute_dtype(x, params), x.shape[1] - split
+    raw_scale, shift = params.to(wide).split([active_channels, active_channels], dim=1)
+    return torch.tanh(0.1 * raw_scale), 0.1 * shift
+
+
+def affine_coupling_gradients(
+    x: Tensor,
+    params: Tensor,
+    split: int,
+    clamp: float,
+    inverse: bool,
+    grad: Tensor,
+    grad_log_det: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and params, given those of both results of `affine_coupling`. Differentiable again."""
+    tanh, shift = _tanh_and_shift(x, params, split)
+    wide = shift.dtype
+    scale = torch.exp(-clamp * tanh if inverse else clamp * tanh)
+    grad_passive, grad_active = grad.to(wide).split([split, x.shape[1] - split], dim=1)
+    active, grad_out = x[:, split:].to(wide), grad_active * scale
+    # y2 = x2 e^s + t depends on s by x2 e^s, and (x2 - t) e^-s by minus itself; log_det on s by 1 and -1.
+    grad_scale = torch.addcmul(
+        grad_log_det.to(wide).view(-1, *[1] * (x.ndim - 1)), grad_out, active - shift if inverse else active
+    )
+    slope = torch.addcmul(torch.ones((), dtype=wide, device=x.device), tanh, tanh, value=-1)
+    grad_scale = grad_scale * slope * (-0.1 * clamp if inverse else 0.1 * clamp)
+    grad_shift = -0.1 * grad_out if inverse else 0.1 * grad_active
+    grad_x = torch.cat([grad_passive, grad_out], dim=1)
+    return grad_x.to(x.dtype), torch.cat([grad_scale, grad_shift], dim=1).to(params.dtype)
+
+
 def affine_coupling(
     x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    out, wide = promoted_dtype(x, params), compute_dtype(x, params)
-    active_channels = x.shape[1] - split
-    passive, active = x.split([split, active_channels], dim=1)
-    raw_scale, shift = (0.1 * params.to(wide)).split([active_channels, active_channels], dim=1)
-    log_scale = clamp * torch.tanh(raw_scale)
-    active = active.to(wide)
-    if inverse:
-        active, log_scale = (active - shift) * torch.exp(-log_scale), -log_scale
-    else:
-        active = active * torch.exp(log_scale) + shift
-    y = torch.cat([passive.to(out), active.to(out)], dim=1)
-    return y, log_scale.sum(dim=tuple(range(1, x.ndim)))
+    return _AffineCoupling.apply(x, params, split, clamp, inverse)
 
 
 # ------------------------------------------------------------------------------------- LU 1x1 convolution
 
 
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Autocast would round the matrix to half precision, and the inverse would no longer be one."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -56,7 +127,7 @@ def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` at every position, in x's memory format. All of one dtype."""
     # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
     # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
@@ -68,13 +139,24 @@ def _apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return y.reshape(x.shape)
 
 
+def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(C, C) gradient of the matrix of `apply_matrix`: outer products of grad and x, summed. One dtype."""
+    if x.ndim == 2 or (x.stride(1) == 1 and grad.stride(1) == 1):
+        grad, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
+        return grad.mT @ x
+    # Image after image into one matrix, where a batched product would write one for each.
+    grad, x = grad.flatten(2), x.flatten(2)
+    total = grad.new_zeros(grad.shape[1], x.shape[1])
+    return torch.addbmm(total, grad, x.mT)
+
+
 def lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
     out, wide = promoted_dtype(x, lower, upper, bias), compute_dtype(x, lower, upper, bias)
     x, lower, upper = x.to(wide), torch.tril(lower.to(wide), -1), torch.triu(upper.to(wide))
     bias = None if bias is None else bias.to(wide)
-    with _full_precision(x):
+    with full_precision(x):
         if not inverse:
-            return _apply_matrix(torch.addmm(upper, lower, upper), x, bias).to(out)
+            return apply_matrix(torch.addmm(upper, lower, upper), x, bias).to(out)
         # Two triangular solves against the identity (C columns), then one product. Measured as accurate as
         # solving for the data and up to eight times faster on CPU; and a solve for B*P columns is wrong on
         # CUDA when they are very many.
@@ -83,7 +165,7 @@ def lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inv
         matrix = torch.linalg.solve_triangular(upper, matrix, upper=True)
         if bias is not None:
             x = x - bias.view(-1, *[1] * (x.ndim - 2))
-        return _apply_matrix(matrix, x, None).to(out)
+        return apply_matrix(matrix, x, None).to(out)
 
 
 def lu_log_det(upper: Tensor, positions: int) -> Tensor:

@@ -1,0 +1,280 @@
+"""A backward pass that rebuilds its inputs by inversion, so that memory does not grow with depth.
+
+The reversible residual network (arXiv:1707.04585) for flows, which are invertible anyway: only the output
+of a sequence is kept. The backward pass walks the steps from last to first. Each step rebuilds its input
+from its output, and gives that input's gradient; the conditioner of a coupling is evaluated once for both,
+because the half that it reads passes through unchanged.
+
+A module takes part through `pull_back(z, grad_z, tape) -> (x, grad_x)`, and hands the gradients of its
+parameters to the tape. One that has only `forward` and `inverse` costs a second forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.ops.checks import compute_dtype
+
+CHECKED_SAMPLES = 8
+
+
+class Tape:
+    """What one step's pull-back reads and leaves: the condition, the context to evaluate in, gradients.
+
+    Attributes:
+        cond: the condition, a leaf of its own where it needs a gradient; or None.
+        grad_log_det: of the sequence's log-determinant, 0-d or (B,).
+        grad_cond: sum of the condition's gradients so far, or None.
+    """
+
+    def __init__(self, cond: Tensor | None, grad_log_det: Tensor, state: _State) -> None:
+        self.cond, self.grad_log_det, self.grad_cond = cond, grad_log_det, None
+        self._state = state
+        self._gradients: dict[Tensor, Tensor] = {}
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Evaluate as the forward pass did (autocast, random numbers), with a graph."""
+        with torch.enable_grad(), self._state.restored():
+            yield
+
+    def pull(
+        self, module: nn.Module, outputs: Sequence[Tensor], grads: Sequence[Tensor], x: Tensor | None = None
+    ) -> Tensor | None:
+        """Gradient with respect to `x` of outputs made by `module`; its parameters' and cond's are kept here.
+
+        Outputs that depend on nothing are left out. A grad may have a batch dimension that its output lacks.
+        """
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        inputs = [*parameters, *(v for v in (x, self.cond) if v is not None and v.requires_grad)]
+        if not pairs or not inputs:
+            return None
+        results = torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [g.sum_to_size(o.shape).to(o.dtype) for o, g in pairs],
+            allow_unused=True,
+        )
+        grad_x = None
+        for value, grad in zip(inputs, results, strict=True):
+            if grad is None:
+                continue
+            if value is x:
+                grad_x = grad
+            elif value is self.cond:
+                self.grad_cond = _add(self.grad_cond, grad)
+            else:
+                self._gradients[value] = _add(self._gradients.get(value), grad)
+        return grad_x
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """What was pulled back to a parameter, None for nothing."""
+        return self._gradients.get(parameter)
+
+
+def _add(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total + value
+
+
+class _State:
+    """Autocast and random numbers as they were before a step, and buffers that the step has changed since."""
+
+    def __init__(self, step: nn.Module, x: Tensor) -> None:
+        self.device = x.device.type
+        self.autocast = torch.is_autocast_enabled(self.device)
+        self.autocast_dtype = torch.get_autocast_dtype(self.device) if self.autocast else None
+        self.rng = (torch.get_rng_state(), *get_device_states(x))
+        # An ActNorm's buffers are set by the forward pass for good; others (running averages, power
+        # iterations) have to be what they were, and their second update goes nowhere.
+        self._before = [
+            [
+                (f"{path}.{name}" if path else name, b, b._version, b.clone())
+                for name, b in module.named_buffers(recurse=False)
+            ]
+            for path, module in step.named_modules()
+            if not isinstance(module, ActNorm)
+        ]
+        self.buffers: dict[str, Tensor] = {}
+
+    def settle(self, x: Tensor) -> None:
+        """After the step: keep what it changed, so that an ordinary conditioner costs no memory."""
+        after = (torch.get_rng_state(), get_device_states(x)[1])
+        cpu, _, devices = self.rng
+        unchanged = torch.equal(cpu, after[0]) and all(map(torch.equal, devices, after[1]))
+        self.rng = None if unchanged else self.rng
+        for buffers in self._before:  # of a module all or none: batch_norm's updates leave the versions alone
+            if any(buffer._version != version for _, buffer, version, _ in buffers):
+                self.buffers.update((name, old) for name, _, _, old in buffers)
+        self._before = []
+
+    def autocasting(self) -> contextlib.AbstractContextManager:
+        """Autocast as it was."""
+        if not self.autocast and not torch.is_autocast_enabled(self.device):
+            return contextlib.nullcontext()
+        # Without the cache: weights rounded where no graph is recorded must not serve where one is.
+        return torch.autocast(
+            self.device, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False
+        )
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.autocasting())
+            if self.rng is not None:
+                cpu, devices, states = self.rng
+                stack.enter_context(torch.random.fork_rng(devices, device_type=self._rng_device()))
+                torch.set_rng_state(cpu)
+                set_device_states(devices, states, device_type=self._rng_device())
+            yield
+
+    def _rng_device(self) -> str:
+        return "cuda" if self.device == "cpu" else self.device
+
+
+class ReconstructionCheck:
+    """Compares rebuilt inputs with samples of the true ones, in every `every`-th backward pass.
+
+    A sample is one position of a few images, another one each time, so it costs next to nothing. The
+    tolerance is the root of the machine epsilon: an inverse may lose half of the digits.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.count = every, 0
+
+    def due(self) -> bool:
+        """Whether the forward pass that starts now is to be checked."""
+        self.count += 1
+        return self.every > 0 and (self.count - 1) % self.every == 0
+
+    def sample(self, x: Tensor, turn: int) -> Tensor:
+        """(at most CHECKED_SAMPLES, C) values of x, in the `turn`-th place."""
+        if x.numel() == 0:
+            return x.new_zeros(0)
+        position, rest = [], turn * 7919
+        for size in x.shape[2:]:
+            position.append(rest % size)
+            rest = rest // size + turn
+        return x[(slice(None, None, math.ceil(x.shape[0] / CHECKED_SAMPLES)), slice(None), *position)].clone()
+
+    @staticmethod
+    def compare(norms: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype) -> None:
+        """Raise RuntimeError for the last step (where the backward pass starts) that is off.
+
+        Args:
+            norms: per step, last to first: its index, the norm of its input's error, and of its input.
+            dtype: the narrowest that was computed in.
+        """
+        tolerance = math.sqrt(torch.finfo(dtype).eps)
+        steps = [step for step, *_ in norms]
+        values = torch.stack([torch.stack(pair) for _, *pair in norms]).tolist() if norms else []
+        # What is nothing but the rounding errors of larger values need not be rebuilt.
+        largest = max((norm for _, norm in values), default=0.0)
+        for step, (error, norm) in zip(steps, values, strict=True):
+            error = error / max(norm + tolerance * largest, 1e-300)
+            if not error <= tolerance:
+                raise RuntimeError(
+                    f"FlowSequence: the inverse of step {step} lost precision: its rebuilt input is off by "
+                    f"{error:.1e} relative, and at most {tolerance:.1e} is allowed in {dtype}. Gradients "
+                    "would be wrong. Use memory='standard' or a wider dtype, or find out why the step is "
+                    "close to singular (or the values not finite)"
+                )
+
+
+class _Reversible(torch.autograd.Function):
+    """Steps as one node: parameters are inputs, so that their hooks (DDP, accumulation) run as always."""
+
+    @staticmethod
+    def forward(ctx, steps, check, names, x, cond, *parameters):  # noqa: ANN001
+        ctx.steps, ctx.names, ctx.turn = steps, names, check.count
+        ctx.states, ctx.samples, ctx.dtypes, due = [], [], [], check.due()
+        ctx.check = check if due else None
+        log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
+        z = x
+        for step in steps:
+            state = _State(step, z)
+            ctx.dtypes.append(z.dtype)
+            if due:
+                ctx.samples.append(check.sample(z, ctx.turn))
+            with state.autocasting():
+                z, step_log_det = step(z, cond)
+            state.settle(z)
+            ctx.states.append(state)
+            log_det = log_det + step_log_det
+        ctx.autocast_dtype = ctx.states[0].autocast_dtype
+        ctx.save_for_backward(z, cond, *parameters)
+        return z, log_det
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_log_det):  # noqa: ANN001
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "FlowSequence: memory='reversible' (which 'auto' picks from four steps on) has no second "
+                "derivative, found create_graph=True. Use memory='standard'"
+            )
+        z, cond, *parameters = ctx.saved_tensors
+        leaves = [
+            p.detach().requires_grad_(needed)
+            for p, needed in zip(parameters, ctx.needs_input_grad[5:], strict=True)
+        ]
+        if cond is not None:
+            cond = cond.detach().requires_grad_(ctx.needs_input_grad[4])
+        gradients: list[Tensor | None] = [None] * len(leaves)
+        grad_cond, norms = None, []
+        for i in reversed(range(len(ctx.steps))):
+            tape = Tape(cond, grad_log_det, ctx.states[i])
+            own = {name: leaves[index] for name, index in ctx.names[i].items()}
+            own.update({name: buffer.clone() for name, buffer in ctx.states[i].buffers.items()})
+            own = {f"step.{name}": value for name, value in own.items()}
+            z, grad_z = functional_call(_PullBack(ctx.steps[i]), own, (z, grad_z, tape))
+            z, grad_z = z.to(ctx.dtypes[i]), grad_z.to(ctx.dtypes[i])
+            for index in set(ctx.names[i].values()):
+                grad = tape.gradient(leaves[index])
+                gradients[index] = gradients[index] if grad is None else _add(gradients[index], grad)
+            grad_cond = grad_cond if tape.grad_cond is None else _add(grad_cond, tape.grad_cond)
+            if ctx.check is not None and z.numel() > 0:
+                truth = ctx.samples[i].to(compute_dtype(z))
+                norms.append((i, (ctx.check.sample(z, ctx.turn) - truth).norm(), truth.norm()))
+        ReconstructionCheck.compare(norms, ctx.autocast_dtype or min(ctx.dtypes, key=lambda d: d.itemsize))
+        return None, None, None, grad_z, grad_cond, *gradients
+
+
+class _PullBack(nn.Module):
+    """`pull_back` as a forward, which is what `functional_call` calls."""
+
+    def __init__(self, step: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+        if hasattr(self.step, "pull_back"):
+            return self.step.pull_back(z, grad_z, tape)
+        with tape.replay(), torch.no_grad():
+            x = self.step.inverse(z, tape.cond)[0]
+        x = x.detach().requires_grad_()
+        with tape.replay():
+            outputs = self.step(x, tape.cond)
+        grad_x = tape.pull(self.step, outputs, (grad_z, tape.grad_log_det), x)
+        return x.detach(), torch.zeros_like(x) if grad_x is None else grad_x
+
+
+@torch.compiler.disable
+def run_reversibly(
+    steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, check: ReconstructionCheck
+) -> tuple[Tensor, Tensor]:
+    """Apply the steps first to last and keep only the output: (z, log_det)."""
+    parameters: dict[Tensor, int] = {}
+    names = []
+    for step in steps:
+        # A module that is reached by two paths has two names, and both have to be replaced.
+        named = step.named_parameters(remove_duplicate=False)
+        names.append({name: parameters.setdefault(p, len(parameters)) for name, p in named})
+    return _Reversible.apply(list(steps), check, names, x, cond, *parameters)
