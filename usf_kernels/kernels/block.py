@@ -1,0 +1,154 @@
+"""A conjugated block with a 1x1 conditioner: a residual network of two layers at every position."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from usf_kernels.kernels.configs import Config, pick
+from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, walk
+from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.products import (
+    activate,
+    dot,
+    linear,
+    matrix_arguments,
+    place,
+    power_of_2,
+    product_precision,
+)
+
+UNSPECIALIZED = [f"{name}_{axis}" for name in "xay" for axis in "bcp"] + [
+    "v_n",
+    "v_k",
+    "w_n",
+    "w_k",
+    "C",
+    "N",
+    "P",
+]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def residual_mlp_kernel(
+    x, x_b, x_c, x_p,  # (b, C, P) in
+    bias_map, a_b, a_c, a_p,  # (b, N, P), added before the activation, or None
+    y, y_b, y_c, y_p,  # (b, C, P) out
+    first, v_n, v_k,  # (N, C)
+    last, w_n, w_k,  # (C, N)
+    first_bias, last_bias,  # (N,) and (C,), or None
+    C, N, P,
+    ACTIVATION: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, FIRST_UNIT: tl.constexpr, LAST_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Runs of BLOCK_N hidden units are made, activated and consumed without leaving the chip."""
+    b, p, c = place(C, P, WIDE, BLOCK_P, BLOCK_C)
+    inside = (p < bound(P, y_p, UNIT))[:, None] & (c < bound(C, y_c, UNIT))[None, :]
+    x_at = x + b * aligned(x_b, UNIT) + walk(p, x_p, UNIT)[:, None] + walk(c, x_c, UNIT)[None, :]
+    value = tl.load(x_at, mask=inside, other=0.0).to(first.dtype.element_ty)
+    first_at = first + walk(c, v_k, FIRST_UNIT)[:, None]
+    first_inside = (c < bound(C, v_k, FIRST_UNIT))[:, None]
+    last_at = last + walk(c, w_n, LAST_UNIT)[None, :]
+    last_inside = (c < bound(C, w_n, LAST_UNIT))[None, :]
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        weight = tl.load(
+            first_at + walk(n, v_n, FIRST_UNIT)[None, :],
+            mask=first_inside & (n < bound(N, v_n, FIRST_UNIT))[None, :],
+            other=0.0,
+        )
+        hidden = dot(value, weight, tl.zeros((BLOCK_P, BLOCK_N), tl.float32), PRECISION)
+        if first_bias is not None:
+            hidden += tl.load(first_bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if bias_map is not None:
+            n_at = n.to(tl.int64) if WIDE else n
+            at = (
+                bias_map
+                + b * aligned(a_b, UNIT)
+                + walk(p, a_p, UNIT)[:, None]
+                + walk(n_at, a_c, UNIT)[None, :]
+            )
+            mask = (p < bound(P, a_p, UNIT))[:, None] & (n < bound(N, a_c, UNIT))[None, :]
+            hidden += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        hidden = activate(hidden, ACTIVATION)
+        weight = tl.load(
+            last_at + walk(n, w_k, LAST_UNIT)[:, None],
+            mask=last_inside & (n < bound(N, w_k, LAST_UNIT))[:, None],
+            other=0.0,
+        )
+        acc = dot(hidden.to(weight.dtype), weight, acc, PRECISION)
+    if last_bias is not None:
+        acc += tl.load(last_bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    # Read again, from the cache: kept, x would take half of the registers throughout.
+    acc = tl.load(x_at, mask=inside, other=0.0).to(tl.float32) + SIGN * acc
+    y_at = y + b * aligned(y_b, UNIT) + walk(p, y_p, UNIT)[:, None] + walk(c, y_c, UNIT)[None, :]
+    tl.store(y_at, acc.to(y.dtype.element_ty), mask=inside)
+
+
+def residual_mlp(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    last: Tensor,
+    last_bias: Tensor | None,
+    bias_map: Tensor | None,
+    activation: str,
+    inverse: bool,
+) -> Tensor:
+    """See `usf_kernels.ops.residual_mlp`. Products are of the dtype of `first` and `last`, which is one."""
+    if bias_map is not None:
+        bias_map = bias_map.expand(x.shape[0], *bias_map.shape[1:])
+    hidden, channels = first.shape
+    if channels > fused_channels(first.dtype):
+        h = linear(x, first, first_bias, bias_map, activation=activation)
+        return linear(h, last, last_bias, residual=x, sign=-1 if inverse else 1)
+    y = empty_output(x, torch.promote_types(x.dtype, first.dtype))
+    view = View([x, y] if bias_map is None else [x, bias_map, y])
+    operands = view.arguments()
+    if bias_map is None:
+        operands[4:4] = [None] * 4
+    first_at, first_unit = matrix_arguments(first)
+    last_at, last_unit = matrix_arguments(last)
+    unit = view.unit(channels, hidden)
+
+    def run(config: Config) -> Tensor:
+        programs = view.batch * cdiv(view.positions, config["BLOCK_P"])
+        launch(
+            residual_mlp_kernel, programs, *operands, *first_at, *last_at, first_bias, last_bias,
+            channels, hidden, view.positions, ACTIVATION=activation, SIGN=-1 if inverse else 1,
+            PRECISION=product_precision(), UNIT=unit, FIRST_UNIT=first_unit, LAST_UNIT=last_unit,
+            WIDE=view.is_wide(), device=x.device, **config,
+        )  # fmt: skip
+        return y
+
+    candidates = tiles(first, view)
+    return pick("residual_mlp", (x.dtype, first.dtype, *candidates[0].values()), candidates, run, x.device)
+
+
+def fused_channels(dtype: torch.dtype) -> int:
+    """Largest C whose tiles stay in registers and shared memory: what the fused kernel takes."""
+    return 64 if dtype == torch.float32 and product_precision() == "ieee" else 256
+
+
+def tiles(first: Tensor, view: View) -> list[Config]:
+    """Candidates (positions, hidden units, warps) by number of channels: as large as spills no register.
+    Unmeasured."""
+    hidden, channels = first.shape
+    block_c = power_of_2(channels, 16, 256)
+    if first.dtype != torch.float32:
+        shapes = ((32, 32, 4), (16, 32, 4)) if block_c > 128 else ((64, 32, 4), (64, 32, 8))
+    elif product_precision() == "tf32":
+        shapes = ((16, 16, 4),) if block_c > 128 else ((32, 32, 4), (16, 32, 4))
+    else:
+        shapes = ((64, 16, 4), (64, 32, 8))
+    return [
+        {
+            "BLOCK_P": power_of_2(view.positions, 16, block_p), "BLOCK_C": block_c,
+            "BLOCK_N": power_of_2(hidden, 16, block_n), "num_warps": warps, "num_stages": 2,
+        }
+        for block_p, block_n, warps in shapes
+    ]  # fmt: skip

@@ -1,0 +1,293 @@
+"""Matrix products over the channels of (B, C, *spatial) tensors, with what follows them in the same kernel.
+
+A tile holds positions along its rows and output channels along its columns, whatever the memory format:
+tensor cores want at least 64 rows, which maps have, while channels may be as few as 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from usf_kernels.kernels.configs import Config, pick
+from usf_kernels.kernels.launch import INTERPRETED, aligned, bound, cdiv, is_recording, launch, walk
+from usf_kernels.kernels.layout import View, empty_output
+
+# Products whose matrix has both sides at least this long are the vendor's. Unmeasured: below, applying a
+# matrix is limited by memory on a large GPU, or nearly so.
+VENDOR_CHANNELS = {"ieee": 128, "tf32": 512, "half": 512}
+
+
+class Work(NamedTuple):
+    """What an operation must do at least: bytes over the memory bus, floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+def product_precision() -> str:
+    """How float32 products may be rounded: as torch's own setting for CUDA matrix products says."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def power_of_2(n: int, low: int, high: int) -> int:
+    """The smallest power of 2 at least n, within [low, high]."""
+    return min(max(triton.next_power_of_2(n), low), high)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in float32."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # it multiplies their bits, as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def activate(value, ACTIVATION: tl.constexpr):
+    """relu, or none. NaN stays NaN."""
+    if ACTIVATION == "relu":
+        value = tl.where(value < 0, 0.0, value)
+    return value
+
+
+@triton.jit
+def place(N, P, WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Image (64 bits), positions (BLOCK_P,) and outputs (BLOCK_N,) of this program. Programs that differ in
+    their outputs only are neighbours: all but the first find x in the cache."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_p = tl.cdiv(P, BLOCK_P)
+    program = tl.program_id(0)
+    p0 = program // tiles_n % tiles_p
+    n0 = program % tiles_n
+    if WIDE:
+        p0 = p0.to(tl.int64)
+        n0 = n0.to(tl.int64)
+    p = p0 * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = n0 * BLOCK_N + tl.arange(0, BLOCK_N)
+    return (program // (tiles_n * tiles_p)).to(tl.int64), p, n
+
+
+@triton.jit
+def contract(
+    x_at, inside, x_c, matrix, m_n, m_k, n, N, K,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_P, BLOCK_N): x at the positions of `x_at` times the rows `n` of the (N, K) matrix."""
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    x_inputs = bound(K, x_c, UNIT)
+    matrix_inputs = bound(K, m_k, MATRIX_UNIT)
+    rows = matrix + walk(n, m_n, MATRIX_UNIT)[None, :]
+    rows_inside = (n < bound(N, m_n, MATRIX_UNIT))[None, :]
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if WIDE:
+            k = k.to(tl.int64)
+        value = tl.load(x_at + walk(k, x_c, UNIT)[None, :], mask=inside & (k < x_inputs)[None, :], other=0.0)
+        weight = tl.load(
+            rows + walk(k, m_k, MATRIX_UNIT)[:, None],
+            mask=rows_inside & (k < matrix_inputs)[:, None],
+            other=0.0,
+        )
+        acc = dot(value.to(weight.dtype), weight, acc, PRECISION)
+    return acc
+
+
+MATRIX = ["m_n", "m_k", "N", "K", "P"]
+UNSPECIALIZED = [f"{name}_{axis}" for name in "xary" for axis in "bcp"] + MATRIX
+NORM = [f"{name}_{axis}" for name in "xu" for axis in "bcp"] + [*MATRIX, "run"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def linear_kernel(
+    x, x_b, x_c, x_p,  # (b, K, P) in
+    bias_map, a_b, a_c, a_p,  # (b, N, P), added before the activation, or None
+    residual, r_b, r_c, r_p,  # (b, N, P), added after it, or None
+    y, y_b, y_c, y_p,  # (b, N, P) out
+    matrix, m_n, m_k,  # (N, K)
+    bias,  # (N,), or None
+    N, K, P,
+    ACTIVATION: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    b, p, n = place(N, P, WIDE, BLOCK_P, BLOCK_N)
+    p_inside = (p < bound(P, y_p, UNIT))[:, None]
+    inside = p_inside & (n < bound(N, y_c, UNIT))[None, :]
+    x_at = x + b * aligned(x_b, UNIT) + walk(p, x_p, UNIT)[:, None]
+    value = contract(
+        x_at, p_inside, x_c, matrix, m_n, m_k, n, N, K,
+        PRECISION, UNIT, MATRIX_UNIT, WIDE, BLOCK_P, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if bias is not None:
+        value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if bias_map is not None:
+        at = bias_map + b * aligned(a_b, UNIT) + walk(p, a_p, UNIT)[:, None] + walk(n, a_c, UNIT)[None, :]
+        value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    value = activate(value, ACTIVATION)
+    if residual is not None:
+        at = residual + b * aligned(r_b, UNIT) + walk(p, r_p, UNIT)[:, None] + walk(n, r_c, UNIT)[None, :]
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32) + SIGN * value
+    at = y + b * aligned(y_b, UNIT) + walk(p, y_p, UNIT)[:, None] + walk(n, y_c, UNIT)[None, :]
+    tl.store(at, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=NORM)
+def squared_norm_kernel(
+    x, x_b, x_c, x_p,  # (b, K, P) in
+    u, u_b, u_c, u_p,  # (b, S, P) out: the sums over each of S runs of outputs
+    matrix, m_n, m_k,  # (N, K)
+    bias,  # (N,), or None
+    N, K, P, run,  # outputs per run, a multiple of BLOCK_N
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    b, p, s = place(tl.cdiv(N, run), P, WIDE, BLOCK_P, 1)
+    inside = p < bound(P, u_p, UNIT)
+    x_at = x + b * aligned(x_b, UNIT) + walk(p, x_p, UNIT)[:, None]
+    first = tl.program_id(0) % tl.cdiv(N, run) * run
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    for start in range(first, tl.minimum(first + run, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        z = contract(
+            x_at, inside[:, None], x_c, matrix, m_n, m_k, n, N, K,
+            PRECISION, UNIT, MATRIX_UNIT, WIDE, BLOCK_P, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if bias is not None:
+            z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        total += tl.sum(z * z, axis=1)  # outputs past the last are zeros
+    at = u + b * aligned(u_b, UNIT) + walk(p, u_p, UNIT)[:, None] + walk(s, u_c, UNIT)[None, :]
+    tl.store(at, total[:, None], mask=inside[:, None])
+
+
+# --------------------------------------------------------------------------------------------- launchers
+
+
+def matrix_arguments(matrix: Tensor) -> tuple[list[Any], int]:
+    """The matrix and its strides as `View.arguments` gives them, and its unit as `View.unit` does."""
+    strides = matrix.stride()
+    numbers = [s for s in strides if s != 1]
+    numbers += [n for n, s in zip(matrix.shape, strides, strict=True) if s == 1]
+    return [matrix, *(None if s == 1 else s for s in strides)], math.gcd(8, *numbers)
+
+
+def tiles(matrix: Tensor, view: View) -> list[Config]:
+    """Candidates for the product of a (N, K) matrix at the positions of a view: as many outputs per tile as
+    hold x to few reads, and positions halved until the tiles occupy a large GPU. Unmeasured."""
+    outputs, inputs = matrix.shape
+    if matrix.dtype == torch.float32 and product_precision() == "ieee":
+        shapes = (
+            (64, 64, 16, 4),
+            (128, 64, 16, 8),
+            (64, 32, 32, 4),
+        )  # no tensor cores: operands in registers
+    else:
+        line = 128 // matrix.element_size()
+        shapes = ((64, 128, line, 4), (128, 128, line // 2, 8), (64, 64, line, 4))
+    configs = []
+    for most_p, most_n, most_k, warps in shapes:
+        block_n = power_of_2(outputs, 16, most_n)
+        block_p = power_of_2(view.positions, 16, most_p)
+        while block_p > 16 and view.batch * cdiv(view.positions, block_p) * cdiv(outputs, block_n) < 128:
+            block_p //= 2
+        config = {"BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": power_of_2(inputs, 16, most_k)}
+        configs.append({**config, "num_warps": warps, "num_stages": 3})
+    return configs
+
+
+def linear(
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    bias_map: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    sign: int = 1,
+) -> Tensor:
+    """`residual + sign * activation(matrix @ x + bias + bias_map)` at every position.
+
+    x (B, K, *spatial), matrix (N, K), bias (N,), bias_map and residual (B, N, *spatial), of any dtypes but
+    float64. The product is one of matrix.dtype, accumulated in float32. Returns (B, N, *spatial) in the
+    promoted dtype of x, matrix and residual.
+    """
+    dtype = torch.promote_types(x.dtype, matrix.dtype)
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+    y = empty_output(x, dtype, matrix.shape[0])
+    view = View([x, *(t for t in (bias_map, residual) if t is not None), y])
+    operands = iter(view.arguments())
+    arguments = []
+    for tensor in (x, bias_map, residual, y):
+        arguments += [None] * 4 if tensor is None else [next(operands) for _ in range(4)]
+    matrix_arguments_, matrix_unit = matrix_arguments(matrix)
+    unit = view.unit(*matrix.shape)
+
+    def run(config: Config) -> Tensor:
+        blocks = (
+            view.batch * cdiv(view.positions, config["BLOCK_P"]) * cdiv(matrix.shape[0], config["BLOCK_N"])
+        )
+        launch(
+            linear_kernel, blocks, *arguments, *matrix_arguments_, bias, *matrix.shape, view.positions,
+            ACTIVATION=activation, SIGN=sign, PRECISION=product_precision(), UNIT=unit,
+            MATRIX_UNIT=matrix_unit, WIDE=view.is_wide(), device=x.device, **config,
+        )  # fmt: skip
+        return y
+
+    candidates = tiles(matrix, view)
+    return pick("linear", (x.dtype, matrix.dtype, unit, *candidates[0].values()), candidates, run, x.device)
+
+
+def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`matrix @ x + bias` by torch, which calls the vendor's library, in the layout that `linear` returns."""
+    dtype = torch.promote_types(x.dtype, matrix.dtype)
+    x, matrix = x.to(dtype), matrix.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if x.ndim == 2 or x.stride(1) == 1:
+        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
+    matrices, flat = matrix.expand(x.shape[0], *matrix.shape), x.flatten(2)
+    y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
+    return y.view(x.shape[0], matrix.shape[0], *x.shape[2:])
+
+
+def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`matrix @ x + bias` by whichever is faster at this size: `linear` or `vendor_linear`."""
+    kind = product_precision() if matrix.dtype == torch.float32 else "half"
+    if min(matrix.shape) >= VENDOR_CHANNELS[kind] and not is_recording():
+        return vendor_linear(x, matrix, bias)
+    return linear(x, matrix, bias)
+
+
+def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`||matrix @ x + bias||^2` at every position, (B, *spatial) in float32; arguments as in `linear`."""
+    outputs, inputs = matrix.shape
+    matrix_arguments_, matrix_unit = matrix_arguments(matrix)
+    sizes = x.shape[0], x.shape[2:]
+    whole = View([x, x.new_empty((sizes[0], 1, *sizes[1]), dtype=torch.float32)])
+
+    def run(config: Config) -> Tensor:
+        # One run over all outputs where the positions occupy the GPU; several, summed afterwards, where not.
+        tiles_n = cdiv(outputs, config["BLOCK_N"])
+        tiles_p = whole.batch * cdiv(whole.positions, config["BLOCK_P"])
+        length = cdiv(tiles_n, min(tiles_n, cdiv(128, max(1, tiles_p)))) * config["BLOCK_N"]
+        runs = cdiv(outputs, length)
+        u = x.new_empty((sizes[0], runs, *sizes[1]), dtype=torch.float32)
+        view = View([whole.tensors[0], u])
+        programs = runs * view.batch * cdiv(view.positions, config["BLOCK_P"])
+        launch(
+            squared_norm_kernel, programs, *view.arguments(), *matrix_arguments_, bias, outputs, inputs,
+            view.positions, length, PRECISION=product_precision(), UNIT=view.unit(inputs, runs),
+            MATRIX_UNIT=matrix_unit, WIDE=view.is_wide(), device=x.device, **config,
+        )  # fmt: skip
+        return u[:, 0] if runs == 1 else u.sum(1)
+
+    candidates = tiles(matrix, whole)
+    key = (x.dtype, matrix.dtype, *candidates[0].values())
+    return pick("linear_squared_norm", key, candidates, run, x.device)
