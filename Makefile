@@ -3,8 +3,10 @@
 # make test      the Python tests
 # make test-cpp  the C++ tests, also under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint      ruff and clang-format
-# make bench     benchmarks on the CPU, small inputs, two minutes; rows in bench/results
-# make bench-full  maps of up to 4096 x 4096 as well, half an hour
+# make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in bench/results
+# make bench-full  all inputs, torch.compile too: an hour or two
+# make bench-gpu   what fits into eight minutes on a CUDA device, with GPU_PYTHON's torch
+# make report    pictures and the README's section on speed, from the rows
 # make gpu       the tests that need a CUDA device, with GPU_PYTHON's torch
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 EXTRAS := demo,anomalib,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cpp lint bench bench-full gpu clean
+.PHONY: install demo test test-cpp lint bench bench-full bench-gpu report gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/extension
@@ -52,6 +54,13 @@ bench: install
 
 bench-full: install
 	$(BIN)/python -m bench.run
+
+bench-gpu:
+	$(GPU_PYTHON) -m bench.run --device cuda --minutes 8
+
+report: install
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.report
 
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .

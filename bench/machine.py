@@ -16,6 +16,7 @@ import torch
 from bench.subject import LIMIT, Case, Provider, Subject
 
 PACKAGES = ("torch", "triton", "numpy", "anomalib", "FrEIA", "timm", "higra", "scikit-image", "maxtree")
+RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
@@ -58,7 +59,7 @@ def device_name(device: torch.device) -> str:
 def results_file(device: torch.device) -> Path:
     """Where the rows of a device are kept."""
     name = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
-    return Path(__file__).parent / "results" / f"{name}.csv"
+    return RESULTS / f"{name}.csv"
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -14,15 +13,12 @@ from torch import Tensor, nn
 from bench.blocks import SHAPES
 from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, our_flow, peer_flow
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
-from usf_kernels.nn import FlowSequence
 
 DIRECTION = "training step"
 CURVE = Shape(256, 32, 3, 2)  # where memory and time are followed over the depth
 DEPTHS = (4, 8, 16, 32, 64)
 # The modes of FlowSequence, by what the rows call them.
-MODES = {"": {}}
-if "memory" in inspect.signature(FlowSequence).parameters:
-    MODES = {"": {"memory": "standard"}, ", reversible": {"memory": "reversible"}}
+MODES = {"": {"memory": "standard"}, ", reversible": {"memory": "reversible"}}
 
 
 def loss(flow: nn.Module, x: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""`python -m bench.report`: write the README's section on speed from the rows in bench/results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import table
+from bench.machine import RESULTS
+from bench.sections import section
+from usf_kernels.files import atomic_write
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- speed: begin, written by `python -m bench.report` -->", "<!-- speed: end -->"
+
+
+def rewritten(readme: str, rows: Sequence[table.Row]) -> str:
+    """The README with its section between the markers made anew.
+
+    Raises:
+        ValueError: when it lacks them.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README: expected the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{section(rows)}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the section; with --check only say whether it is up to date."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the README differs")
+    options = parser.parse_args(arguments)
+    readme = README.read_text(encoding="utf-8")
+    text = rewritten(readme, table.read(RESULTS / "cpu.csv"))
+    if options.check:
+        print("README.md is " + ("up to date" if text == readme else "out of date: python -m bench.report"))
+        return int(text != readme)
+    with atomic_write(README) as file:
+        file.write(text.encode("utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

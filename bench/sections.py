@@ -1,0 +1,294 @@
+"""What the rows say, in Markdown: one writer per subject."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from bench import table
+from bench.subject import OURS
+
+DOCS = Path(__file__).parents[1] / "docs"
+PEERS = {  # of blocks: title to dtype of ours, provider and dtype
+    "anomalib": ("float32", "anomalib", "float32"),
+    "its torch.compile": ("float32", "anomalib, torch.compile", "float32"),
+    "bfloat16: anomalib in float32": ("bfloat16", "anomalib", "float32"),
+    "bfloat16: its autocast, channels-last": ("bfloat16", "anomalib, autocast, channels-last", "bfloat16"),
+}
+WIDTH = 120  # of the README's lines
+TREE = {"white": "white noise, float32", "smooth": "smooth, float32", "smooth_8bit": "smooth, uint8"}
+
+
+def section(rows: Sequence[table.Row]) -> str:
+    """The section between the markers."""
+    by_subject: dict[str, list[table.Row]] = {}
+    for row in rows:
+        by_subject.setdefault(row["subject"], []).append(row)
+    parts = [_introduction(rows)]
+    writers: dict[str, Callable[[list[table.Row]], Iterator[str]]] = {
+        "blocks": _blocks,
+        "training_step": _training,
+        "models": _models,
+        "tree": _tree,
+        "nfa": _nfa,
+    }
+    for name, write in writers.items():
+        if name in by_subject:
+            parts += write(by_subject[name])
+    operations = [row for name in ("coupling", "lu_conv", "score") for row in by_subject.get(name, [])]
+    if operations:
+        parts += _operations(operations)
+    parts += _losses(rows)
+    return "\n\n".join(parts)
+
+
+def _introduction(rows: Sequence[table.Row]) -> str:
+    devices = sorted({f"{row['device']}, {row['threads']} threads" for row in rows})
+    versions = sorted({version for row in rows for version in row["versions"].split()})
+    return _prose(
+        f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}). "
+        "Medians; all of a case are timed in turn in one process, after each was checked against float64. "
+        "**2x** means that the peer takes twice as long. Rows: `bench/results/cpu.csv`; again: `make bench` "
+        "(small inputs, minutes) or `make bench-full`; this section: `make report`."
+    )
+
+
+def _blocks(rows: list[table.Row]) -> Iterator[str]:
+    yield "### Blocks, inference"
+    yield _prose(
+        "Coupling blocks of FastFlow (ResNet-18, 256 x 256) and U-Flow (MS-CaiT), kernels of 1 and 3, "
+        "several batch sizes, conditioners as wide as their input. *Affine, permutation* has the "
+        "mathematics and the weights of anomalib's block. Geometric mean over the shapes, the worst in "
+        "brackets."
+    )
+    if picture := _picture("speed_blocks.png", "Speed-up of blocks over anomalib, one dot per shape"):
+        yield picture
+    names = _ours(rows, "fused") or _ours(rows, "")
+    lines = []
+    for depth, title in (("1", ""), ("8", ", 8 in a row")):
+        at_depth = [row for row in rows if row["depth"] == depth and row["direction"] == "forward"]
+        for name in names:
+            cells = [
+                _mean(
+                    table.speedups(
+                        at_depth,
+                        {"provider": name, "dtype": dtype},
+                        {"provider": peer, "dtype": peer_dtype},
+                    )
+                )
+                for dtype, peer, peer_dtype in PEERS.values()
+            ]
+            if any(cells):
+                bare = _mean(_over_convolutions(at_depth, name), worst=max)
+                back = _mean(_inverse_over_forward([r for r in rows if r["depth"] == depth], name), worst=max)
+                lines.append([name.removesuffix(", fused") + title, *cells, bare, back])
+    header = ["block", *(f"over {title}" for title in PEERS), "time / its convolutions", "inverse / forward"]
+    yield _table([h.replace("over bfloat16: ", "bfloat16 over ") for h in header], lines)
+
+
+def _over_convolutions(rows: list[table.Row], name: str) -> dict[str, float]:
+    """Time of a block over that of its convolutions, with the C x C product where it has one; float32."""
+    coupling = "affine" if name.startswith("affine") else "additive"
+    found = {}
+    for row in rows:
+        if row["provider"] != name or row["dtype"] != "float32":
+            continue
+        needed = [f"convolutions of {coupling} blocks"]
+        if "permutation" not in name:
+            needed.append("C x C products")
+        bare = [
+            table.milliseconds(other)
+            for other in rows
+            if (other["case"], other["dtype"]) == (row["case"], "float32") and other["provider"] in needed
+        ]
+        if len(bare) == len(needed):
+            found[row["case"]] = table.milliseconds(row) / sum(bare)
+    return found
+
+
+def _inverse_over_forward(rows: list[table.Row], name: str) -> dict[str, float]:
+    inverse, forward = (
+        {"provider": name, "dtype": "float32", "direction": d} for d in ("inverse", "forward")
+    )
+    return table.speedups(rows, forward, inverse)
+
+
+def _training(rows: list[table.Row]) -> Iterator[str]:
+    yield "### Blocks, training step"
+    yield _prose(
+        "Forward and backward at the same shapes, over anomalib's; the memory is what is saved for the "
+        "backward."
+    )
+    if picture := _picture("speed_depth.png", "Memory and time of a training step over the number of blocks"):
+        yield picture
+    lines = []
+    for name in _ours(rows, ""):
+        cells = []
+        for depths in (("1",), ("8",)):
+            some = [row for row in rows if row["depth"] in depths]
+            cells.append(_mean(table.speedups(some, {"provider": name}, {"provider": "anomalib"})))
+        saved = [
+            float(row["saved_mb"]) / float(other["saved_mb"])
+            for row in rows
+            for other in rows
+            if row["provider"] == name
+            and other["provider"] == "anomalib"
+            and row["case"] == other["case"]
+            and row["depth"] == "8"
+        ]
+        ratio = f"{table.geometric_mean(saved):.2f}" if saved else ""
+        lines.append([name, *cells, ratio])
+    yield _table(["block", "1 block", "8 blocks", "memory of 8 blocks / anomalib's"], lines)
+
+
+def _models(rows: list[table.Row]) -> Iterator[str]:
+    lines = []
+    for row in rows:
+        ratio = _ratio(row, rows)
+        lines.append([row["case"], row["provider"], _number(table.milliseconds(row)), ratio])
+    yield "### Whole models\n\nImage to anomaly map, random weights, the backbone included."
+    yield _table(["model", "provider", "ms", "over the fastest peer"], lines)
+
+
+def _tree(rows: list[table.Row]) -> Iterator[str]:
+    yield "### Component tree"
+    yield _prose(
+        "Milliseconds per map on one thread, ours / the fastest of Higra (implicit and "
+        "explicit graph), scikit-image and maxtree (which takes the float maps rounded to 16 bits)."
+    )
+    if picture := _picture("speed_tree.png", "Throughput of component trees over the side of the map"):
+        yield picture
+    ours = {row["case"]: row for row in rows if row["role"] == OURS}
+    sides = sorted({int(row["side"]) for row in rows})
+    lines = []
+    for side in sides:
+        cells = []
+        for kind in TREE:
+            row = ours.get(f"{kind} {side}^2")
+            peer = table.best_peer(row, rows) if row else None
+            if peer:
+                mine, theirs = table.milliseconds(row), table.milliseconds(peer)
+                cells.append(
+                    f"{_number(mine)} / {_number(theirs)} ({_short(peer)}), **{theirs / mine:.1f}x**"
+                )
+            else:
+                cells.append("")
+        if any(cells):
+            lines.append([f"{side}²", *cells])
+    yield _table(["map", *TREE.values()], lines)
+    threads = []
+    for row in rows:
+        if row["case"].startswith("two threads") and row["provider"] == "usf_kernels x2":
+            one = table.speedups(rows, {"provider": row["provider"]}, {"provider": "usf_kernels x1"})
+            what = row["case"].removeprefix("two threads, ").replace("^2", "²")
+            threads.append(f"{one[row['case']]:.1f}x on {what}")
+    if threads:
+        yield f"Two threads: {', '.join(threads)}, with the same bits."
+
+
+def _short(row: table.Row) -> str:
+    return row["provider"].removesuffix(" (uint16)")
+
+
+def _nfa(rows: list[table.Row]) -> Iterator[str]:
+    yield "### The test"
+    yield _prose(
+        "Tree, probabilities, prune and merge on one thread; at U-Flow's two scales "
+        "(28² + 14²) and on single maps. *Plain Python* is the authors' algorithm on scikit-image's max-tree."
+    )
+    lines = []
+    for row in rows:
+        if row["role"] == OURS and row["direction"] == "chernoff":
+            peer = table.best_peer(row, rows)
+            theirs = _number(table.milliseconds(peer)) if peer else ""
+            case = row["case"].replace("^2", "²")
+            lines.append([case, _number(table.milliseconds(row)), theirs, _ratio(row, rows)])
+    yield _table(["maps", "ms", "plain Python, ms", "ratio"], lines)
+
+
+def _operations(rows: list[table.Row]) -> Iterator[str]:
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        peer = table.best_peer(row, rows)
+        if row["role"] == OURS and peer:
+            name = ", ".join(row["case"].split(", ")[: 2 if "map" in row["case"] else 1])
+            if row["direction"] == "inverse":
+                name += ", inverse"
+            groups.setdefault(name, []).append(table.milliseconds(peer) / table.milliseconds(row))
+    lines = [[name, _mean(dict(enumerate(ratios)))] for name, ratios in groups.items()]
+    yield "### Operations\n\nEach by itself, over the faster of eager PyTorch and torch.compile."
+    yield _table(["operation", "ratio"], lines)
+
+
+def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
+    """Where a peer is faster, in the same precision and direction."""
+    fused = {(row["subject"], row["provider"].removesuffix(", fused")) for row in rows if _is_fused(row)}
+    lines = []
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        some = [row for row in rows if row["subject"] == subject]
+        # Where a block has an inference form, that is the one to use.
+        ours = [r for r in some if r["role"] == OURS and (subject, r["provider"]) not in fused]
+        pairs = [(row, peer) for row in ours if (peer := table.best_peer(row, some))]
+        lost = [(table.milliseconds(p) / table.milliseconds(row), row, p) for row, p in pairs]
+        lost = sorted((entry for entry in lost if entry[0] < 1), key=lambda entry: entry[0])
+        if lost:
+            ratio, row, peer = lost[0]
+            noisy = ", on a noisy machine" if "1" in (row["noisy"], peer["noisy"]) else ""
+            lines.append(
+                f"- `{subject}`: {len(lost)} of {len(pairs)} comparisons; worst {ratio:.2f}x: "
+                f"{row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}, {row['direction']}, "
+                f"against {peer['provider']}{noisy}"
+            )
+    yield "### Where we do not win\n\n" + (
+        "Against the fastest peer in the same precision and direction:\n\n" + "\n".join(lines)
+        if lines
+        else "Nowhere in these rows."
+    )
+
+
+def _is_fused(row: table.Row) -> bool:
+    return row["provider"].endswith(", fused")
+
+
+def _ours(rows: Iterable[table.Row], ending: str) -> list[str]:
+    """Names of our providers with that ending, in order."""
+    return list(
+        dict.fromkeys(r["provider"] for r in rows if r["role"] == OURS and r["provider"].endswith(ending))
+    )
+
+
+def _ratio(row: table.Row, rows: Iterable[table.Row]) -> str:
+    peer = table.best_peer(row, rows) if row["role"] == OURS else None
+    return f"**{table.milliseconds(peer) / table.milliseconds(row):.2g}x**" if peer else ""
+
+
+def _mean(ratios: dict[object, float], worst: Callable[[Iterable[float]], float] = min) -> str:
+    """Geometric mean, and the worst in brackets."""
+    if not ratios:
+        return ""
+    unit = "x" if worst is min else ""
+    mean = f"{table.geometric_mean(ratios.values()):.2f}{unit}"
+    return (
+        f"**{mean}** ({worst(ratios.values()):.2f}{unit})"
+        if unit
+        else f"{mean} ({worst(ratios.values()):.2f})"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _picture(name: str, text: str) -> str | None:
+    return f"![{text}](docs/{name})" if (DOCS / name).exists() else None
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    filled = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    rows = [[cells[i] for i in filled] for cells in (header, ["---"] * len(header), *lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

@@ -1,0 +1,64 @@
+import pytest
+from test_bench_compare import row
+
+from bench import report, table
+from bench.machine import RESULTS
+from bench.sections import section
+
+
+def test_the_readme_says_what_the_rows_say():
+    readme = report.README.read_text(encoding="utf-8")
+    assert report.rewritten(readme, table.read(RESULTS / "cpu.csv")) == readme, "run: python -m bench.report"
+
+
+def test_a_readme_without_markers():
+    with pytest.raises(ValueError, match="speed: begin"):
+        report.rewritten("# Title", [])
+
+
+def blocks():
+    """Two shapes, one and eight blocks: fused takes 1 or 2 ms, anomalib 4, its convolutions 1."""
+    for depth in ("1", "8"):
+        for case, ours in (("a", 1), ("b", 2)):
+            shared = {"subject": "blocks", "case": case + depth, "depth": depth, "dtype": "float32"}
+            shared |= {"direction": "forward", "device": "cpu", "threads": "2", "versions": "torch=2"}
+            yield row("additive, LU", 9, **shared)
+            yield row("additive, LU, fused", ours, **shared)
+            yield row("additive, LU, fused", 2 * ours, **shared | {"direction": "inverse"})
+            yield row("anomalib", 4, "peer", **shared)
+            yield row("convolutions of additive blocks", 0.5, "limit", **shared)
+            yield row("C x C products", 0.5, "limit", **shared)
+
+
+def test_blocks_are_means_over_shapes():
+    text = section(list(blocks()))
+    assert "| additive, LU | **2.83x** (2.00x) | 1.41 (2.00) | 2.00 (2.00) |" in text
+    assert "| additive, LU, 8 in a row | **2.83x** (2.00x) |" in text
+    assert "torch 2" in text
+    assert "Nowhere in these rows." in text  # the form that is not fused is slower, and not what one uses
+
+
+def test_what_is_lost_is_said():
+    rows = [r | {"p50_ms": "3"} if r["role"] == "peer" and r["case"] == "b8" else r for r in blocks()]
+    rows = [r | {"p50_ms": "5"} if "fused" in r["provider"] and r["case"] == "b8" else r for r in rows]
+    lost = section(rows).split("### Where we do not win")[1]
+    assert "- `blocks`: 1 of 4 comparisons; worst 0.60x: additive, LU, fused at b8, float32" in lost
+
+
+def test_training_memory_is_a_share_of_the_peers():
+    shared = {"subject": "training_step", "case": "a", "depth": "8", "direction": "training step"}
+    rows = [
+        row("additive, LU", 4, saved_mb="50", **shared),
+        row("additive, LU, reversible", 5, saved_mb="8", **shared),
+        row("anomalib", 8, "peer", saved_mb="80", **shared),
+    ]
+    text = section(rows)
+    assert "| additive, LU | **2.00x** (2.00x) | 0.62 |" in text
+    assert "| additive, LU, reversible | **1.60x** (1.60x) | 0.10 |" in text
+
+
+def test_the_tree_is_beside_the_fastest():
+    shared = {"subject": "tree", "case": "white 28^2", "side": "28", "direction": "forward"}
+    rows = [row("usf_kernels", 0.02, **shared), row("slow", 1, "peer", **shared)]
+    rows.append(row("maxtree (uint16)", 0.1, "peer", **shared))
+    assert "| 28² | 0.02 / 0.1 (maxtree), **5.0x** |" in section(rows)
