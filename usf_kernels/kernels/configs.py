@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from usf_kernels.kernels.launch import is_recording
+from usf_kernels.kernels.launch import cdiv, is_recording, warp_size
 
 Config = dict[str, int]
 Result = TypeVar("Result")
@@ -47,26 +48,35 @@ def pick(
     return run(candidates[0])
 
 
-def elementwise(itemsize: int, channels: int, positions: int, channels_last: bool) -> list[Config]:
-    """Tiles of (channels, positions) for kernels that touch each element once.
+def elementwise(
+    itemsize: int, operands: int, batch: int, channels: int, positions: int, channels_last: bool
+) -> list[Config]:
+    """Tiles of (channels, positions) for kernels that touch each element of so many operands once.
 
-    A few loads of 16 bytes per thread and tensor, in the tile that wastes the fewest lanes, then the
-    longest along the contiguous axis. Unmeasured, to be confirmed on a device with USF_AUTOTUNE=1."""
-    length, width = (channels, positions) if channels_last else (positions, channels)
+    Some eight loads of 16 bytes per thread in all, fewer where that leaves multiprocessors idle; in the tile
+    that wastes the fewest lanes, then the longest along the contiguous axis. Unmeasured: to be confirmed on a
+    device with USF_AUTOTUNE=1."""
+    loads = 2 ** round(math.log2(8 / operands))
+    elements = 16 // itemsize * warp_size()  # of one load by one warp
+    while loads > 1 and batch * channels * positions < 132 * 4 * loads * elements:
+        loads //= 2
     configs = []
-    for loads, warps in ((4, 4), (2, 4), (4, 8), (8, 4)):
-        size = warps * 32 * loads * 16 // itemsize
+    for per_thread, warps in ((loads, 4), (max(1, loads // 2), 4), (loads, 8)):
+        size = warps * per_thread * elements
+        length, width = (channels, positions) if channels_last else (positions, channels)
+        shortest = min((128 // itemsize).bit_length() - 1, max(length - 1, 0).bit_length())  # a cache line
         inner = min(
-            (2**k for k in range(size.bit_length())), key=lambda n: (_lanes(length, n, width, size), -n)
+            (2**k for k in range(shortest, size.bit_length())),
+            key=lambda n, size=size: (_lanes(length, n, width, size), -n),
         )
         block_c, block_p = (inner, size // inner) if channels_last else (size // inner, inner)
         configs.append({"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": warps})
-    return configs
+    return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
 def _lanes(length: int, inner: int, width: int, size: int) -> int:
     """Lanes that tiles of `size`, `inner` long, take to cover length * width."""
-    return -(-length // inner) * -(-width // (size // inner)) * size
+    return cdiv(length, inner) * cdiv(width, size // inner) * size
 
 
 # ------------------------------------------------------------------------------------------------- tuning

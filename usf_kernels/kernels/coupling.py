@@ -1,61 +1,309 @@
-"""Couplings in one pass over their tensors."""
+"""Couplings with a split in one pass over their tensors: additive and affine, forward, inverse and backward,
+with the permutation and the scale and shift that stand around them in a flow."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from usf_kernels.kernels.arithmetic import tanh
 from usf_kernels.kernels.configs import Config, elementwise, pick
-from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, narrow, tile, walk
+from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
 from usf_kernels.kernels.layout import View, empty_output
 
-SIZES = ["C", "P", "split"]
-STRIDES = [f"{name}_{axis}" for name in ("x", "t", "y") for axis in "bcp"]
 
-
-@triton.jit(do_not_specialize=SIZES + STRIDES)
+@triton.jit(do_not_specialize=[*runtime("x", "t", "y"), "split", "clamp"])
 def coupling_kernel(
     x, x_b, x_c, x_p,  # (b, C, P) in
-    t, t_b, t_c, t_p,  # (b, C - split, P), the conditioner's output
+    t, t_b, t_c, t_p,  # (b, C - split, P), or twice the channels: raw scales, then raw shifts
     y, y_b, y_c, y_p,  # (b, C, P) out
-    C, P, split,
-    INVERSE: tl.constexpr,
+    index, scale, bias,  # (C,) each, or None
+    partial,  # this program's part of the log-determinant; per position, one row for each tile of channels
+    C, P, split, clamp,
+    AFFINE: tl.constexpr, INVERSE: tl.constexpr, PER_POSITION: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """Coupled channel `inner` meets channel `outer` of the other side, inner = index[outer]. Forward: x is
+    the inner side and y = scale * coupled + bias the outer; the inverse goes the other way."""
     C = bound(C, y_c, UNIT)
     P = bound(P, y_p, UNIT)
     split = bound(split, y_c, UNIT)
-    b, c, p = tile(C, P, BLOCK_C, BLOCK_P, WIDE)
-    inside = (c < C) & (p < P)
-    active = inside & (c >= split)
-    x_at = x + b * aligned(x_b, UNIT) + walk(c, x_c, UNIT) + walk(p, x_p, UNIT)
-    t_at = t + b * aligned(t_b, UNIT) + walk(c - split, t_c, UNIT) + walk(p, t_p, UNIT)
-    y_at = y + b * aligned(y_b, UNIT) + walk(c, y_c, UNIT) + walk(p, y_p, UNIT)
-    value = tl.load(x_at, mask=inside).to(tl.float32)
-    shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
-    value = value - shift if INVERSE else value + shift
+    b, outer, p = tile(C, P, BLOCK_C, BLOCK_P, WIDE)
+    inside = (outer < C) & (p < P)
+    inner = outer
+    if index is not None:
+        inner = tl.load(index + outer, mask=outer < C, other=0).to(outer.dtype)
+    x_at = x + b * aligned(x_b, UNIT) + walk(outer if INVERSE else inner, x_c, UNIT) + walk(p, x_p, UNIT)
+    y_at = y + b * aligned(y_b, UNIT) + walk(inner if INVERSE else outer, y_c, UNIT) + walk(p, y_p, UNIT)
+    t_at = t + b * aligned(t_b, UNIT) + walk(inner - split, t_c, UNIT) + walk(p, t_p, UNIT)
+    active = inside & (inner >= split)
+    value = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    if INVERSE and scale is not None:
+        gain = tl.load(scale + outer, mask=outer < C, other=1.0).to(tl.float32)
+        value = (value - tl.load(bias + outer, mask=outer < C, other=0.0).to(tl.float32)) / gain
+    if AFFINE:
+        raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
+        shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
+        log_scale = clamp * tanh(0.1 * raw)
+        if INVERSE:
+            log_scale = -log_scale
+            value = (value - shift) * tl.exp(log_scale)
+        else:
+            value = value * tl.exp(log_scale) + shift
+        if PER_POSITION:
+            row = partial + (tl.program_id(0) // tl.cdiv(P, BLOCK_P)).to(tl.int64) * P
+            tl.store(row + p, tl.sum(log_scale, 0, keep_dims=True), mask=p < P)
+        else:
+            tl.store(partial + tl.program_id(0), tl.sum(log_scale))
+    else:
+        shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
+        value = value - shift if INVERSE else value + shift
+    if not INVERSE and scale is not None:
+        gain = tl.load(scale + outer, mask=outer < C, other=1.0).to(tl.float32)
+        value = value * gain + tl.load(bias + outer, mask=outer < C, other=0.0).to(tl.float32)
     tl.store(y_at, narrow(value, y), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*runtime("x", "t", "g", "gt", "gx"), "split", "clamp"])
+def coupling_backward_kernel(
+    x, x_b, x_c, x_p,  # (b, C, P), what the coupling was given
+    t, t_b, t_c, t_p,  # its parameters
+    g, g_b, g_c, g_p,  # (b, C, P), gradient of its result
+    gt, gt_b, gt_c, gt_p,  # gradient of its parameters, out
+    gx, gx_b, gx_c, gx_p,  # (b, C, P) out
+    grad_log_det,  # (b,) or, per position, (P,)
+    index, scale, bias,  # (C,) each, or None
+    grad_scale, grad_bias,  # (tiles of positions in all images, C) out, sums over a tile; or None
+    C, P, split, clamp,
+    AFFINE: tl.constexpr, INVERSE: tl.constexpr, PER_POSITION: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    C = bound(C, gx_c, UNIT)
+    P = bound(P, gx_p, UNIT)
+    split = bound(split, gx_c, UNIT)
+    b, outer, p = tile(C, P, BLOCK_C, BLOCK_P, WIDE)
+    inside = (outer < C) & (p < P)
+    inner = outer
+    if index is not None:
+        inner = tl.load(index + outer, mask=outer < C, other=0).to(outer.dtype)
+    active = inside & (inner >= split)
+    x_c_at = outer if INVERSE else inner  # x and its gradient are on one side, the result's on the other
+    g_c_at = inner if INVERSE else outer
+    value = tl.load(x + b * aligned(x_b, UNIT) + walk(x_c_at, x_c, UNIT) + walk(p, x_p, UNIT),
+                    mask=inside, other=0.0).to(tl.float32)  # fmt: skip
+    grad = tl.load(g + b * aligned(g_b, UNIT) + walk(g_c_at, g_c, UNIT) + walk(p, g_p, UNIT),
+                   mask=inside, other=0.0).to(tl.float32)  # fmt: skip
+    t_at = t + b * aligned(t_b, UNIT) + walk(inner - split, t_c, UNIT) + walk(p, t_p, UNIT)
+    gt_at = gt + b * aligned(gt_b, UNIT) + walk(inner - split, gt_c, UNIT) + walk(p, gt_p, UNIT)
+    grad_result = grad
+    if scale is not None:
+        gain = tl.load(scale + outer, mask=outer < C, other=1.0).to(tl.float32)
+        if INVERSE:
+            value = (value - tl.load(bias + outer, mask=outer < C, other=0.0).to(tl.float32)) / gain
+        else:
+            grad = grad * gain
+    coupled = value
+    if AFFINE:
+        raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
+        shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
+        bounded = tanh(0.1 * raw)
+        slope = 0.1 * clamp * (1 - bounded * bounded)
+        if PER_POSITION:
+            of_log_det = tl.load(grad_log_det + p, mask=p < P, other=0.0).to(tl.float32)
+        else:
+            of_log_det = tl.load(grad_log_det + b).to(tl.float32)
+        if INVERSE:
+            factor = tl.exp(-clamp * bounded)
+            grad_shift = -0.1 * grad * factor
+            grad_raw = -slope * (grad * (value - shift) * factor + of_log_det)
+        else:
+            factor = tl.exp(clamp * bounded)
+            coupled = value * factor + shift
+            grad_shift = 0.1 * grad
+            grad_raw = slope * (grad * value * factor + of_log_det)
+        grad = grad * factor
+        tl.store(gt_at, narrow(grad_raw, gt), mask=active)
+        tl.store(gt_at + walk(C - split, gt_c, UNIT), narrow(grad_shift, gt), mask=active)
+    else:
+        shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
+        coupled = value if INVERSE else value + shift
+        tl.store(gt_at, narrow(-grad if INVERSE else grad, gt), mask=active)
+    if INVERSE and scale is not None:
+        grad = grad / gain
+    tl.store(gx + b * aligned(gx_b, UNIT) + walk(x_c_at, gx_c, UNIT) + walk(p, gx_p, UNIT),
+             narrow(grad, gx), mask=inside)  # fmt: skip
+    if grad_scale is not None:
+        # y = scale * v + bias going forward; v = (y - bias) / scale, with `value` for v, going back.
+        of_scale = -grad * value if INVERSE else grad_result * coupled
+        of_bias = -grad if INVERSE else grad_result
+        tiles_p = tl.cdiv(P, BLOCK_P)
+        row = (b * tiles_p + tl.program_id(0) % tiles_p) * C + outer
+        tl.store(grad_scale + row, tl.sum(of_scale, 1, keep_dims=True), mask=outer < C)
+        tl.store(grad_bias + row, tl.sum(of_bias, 1, keep_dims=True), mask=outer < C)
+
+
+# --------------------------------------------------------------------------------------------- launchers
+
+
+class _Tiles:
+    """The tiles of one launch: the operands as the kernel walks them (the one of C channels last), and what
+    its configuration may depend on."""
+
+    def __init__(self, tensors: list[Tensor], split: int, affine: bool, fixed_channels: bool) -> None:
+        x = tensors[-1]
+        # Vectors have a log-determinant per row; an image's must not be mixed with its neighbours'.
+        self.per_position = affine and math.prod(x.shape[2:]) == 1
+        group = 1 if fixed_channels else math.gcd(split, x.shape[1] - split)
+        self.view = View(tensors, group=group, merge_batch=self.per_position or not affine)
+        self.channels, self.split = x.shape[1] // self.view.group, split // self.view.group
+        self.unit = self.view.unit(self.channels, self.split)
+        self.channels_last = self.view.strides[-1].channel == 1
+
+    def candidates(self, operands: int) -> list[Config]:
+        itemsize = max(tensor.element_size() for tensor in self.view.tensors)
+        return elementwise(
+            itemsize, operands, self.view.batch, self.channels, self.view.positions, self.channels_last
+        )
+
+    def counts(self, config: Config) -> tuple[int, int]:
+        """Tiles of channels, tiles of positions."""
+        return cdiv(self.channels, config["BLOCK_C"]), cdiv(self.view.positions, config["BLOCK_P"])
+
+    def key(self, *flags: object) -> tuple:
+        dtypes = (str(tensor.dtype) for tensor in self.view.tensors)
+        return *dtypes, self.unit, self.channels_last, *self.candidates(2)[0].values(), *flags
+
+
+def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Vectors that a kernel reads with a stride of 1; the gradient of a sum, for one, has a stride of 0."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
 def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
     """Launch: see `usf_kernels.ops.additive_coupling`."""
-    y = empty_output(x, torch.promote_types(x.dtype, shift.dtype))
-    view = View([x, shift, y], group=math.gcd(split, x.shape[1] - split))
-    channels, split = x.shape[1] // view.group, split // view.group
-    unit, channels_last = view.unit(channels, split), view.strides[-1].channel == 1
+    return coupling_step(x, shift, None, None, None, split, None, inverse)[0]
 
-    def run(config: Config) -> Tensor:
-        blocks = view.batch * cdiv(channels, config["BLOCK_C"]) * cdiv(view.positions, config["BLOCK_P"])
+
+def coupling_step(
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch: see `usf_kernels.ops.coupling.coupling_step`. Additive where `clamp` is None; the
+    log-determinant is then empty."""
+    affine = clamp is not None
+    index, scale, bias = _contiguous(index, scale, bias)
+    y = empty_output(x, torch.promote_types(x.dtype, params.dtype))
+    tiles = _Tiles([x, params, y], split, affine, index is not None or scale is not None)
+    view = tiles.view
+
+    def run(config: Config) -> tuple[Tensor, Tensor]:
+        tiles_c, tiles_p = tiles.counts(config)
+        shape = (tiles_c, view.positions) if tiles.per_position else (view.batch, tiles_c * tiles_p)
+        partial = x.new_empty(shape, dtype=torch.float32) if affine else None
         launch(
-            coupling_kernel, blocks, *view.arguments(), channels, view.positions, split,
-            INVERSE=inverse, UNIT=unit, WIDE=view.is_wide(), device=x.device, **config,
+            coupling_kernel, view.batch * tiles_c * tiles_p, *view.arguments(), index, scale, bias, partial,
+            tiles.channels, view.positions, tiles.split, clamp or 0.0,
+            AFFINE=affine, INVERSE=inverse, PER_POSITION=tiles.per_position,
+            UNIT=tiles.unit, WIDE=view.is_wide(), device=x.device, **config,
         )  # fmt: skip
-        return y
+        if partial is None:
+            return y, x.new_empty(0, dtype=torch.float32)
+        return y, partial.sum(0 if tiles.per_position else 1)
 
-    candidates = elementwise(y.element_size(), channels, view.positions, channels_last)
-    key = (x.dtype, shift.dtype, unit, channels_last, *candidates[0].values())
-    return pick("coupling", key, candidates, run, x.device)
+    key = tiles.key(affine, index is None, scale is None)
+    return pick("coupling", key, tiles.candidates(3 if affine else 2), run, x.device)
+
+
+def coupling_step_backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, params, scale and bias of `coupling_step`; the last two empty where there were none."""
+    affine, scaled = clamp is not None, scale is not None
+    grad_log_det, index, scale, bias = _contiguous(grad_log_det, index, scale, bias)
+    grad_x, grad_params = empty_output(x, x.dtype), empty_output(params, params.dtype)
+    tiles = _Tiles([x, params, grad, grad_params, grad_x], split, affine, index is not None or scaled)
+    view = tiles.view
+
+    def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tiles_c, tiles_p = tiles.counts(config)
+        rows = view.batch * tiles_p
+        sums = [x.new_empty((rows, tiles.channels), dtype=torch.float32) if scaled else None for _ in "sb"]
+        launch(
+            coupling_backward_kernel, view.batch * tiles_c * tiles_p, *view.arguments(), grad_log_det,
+            index, scale, bias, *sums, tiles.channels, view.positions, tiles.split, clamp or 0.0,
+            AFFINE=affine, INVERSE=inverse, PER_POSITION=tiles.per_position,
+            UNIT=tiles.unit, WIDE=view.is_wide(), device=x.device, **config,
+        )  # fmt: skip
+        if not scaled:
+            return grad_x, grad_params, x.new_empty(0), x.new_empty(0)
+        grad_scale, grad_bias = sums[0].sum(0), sums[1].sum(0)
+        return grad_x, grad_params, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
+
+    key = tiles.key(affine, index is None, scaled)
+    return pick("coupling_backward", key, tiles.candidates(4), run, x.device)
+
+
+# ------------------------------------------------------------------------------------------ compiled offline
+
+
+def _cases(dtype: torch.dtype, channels_last: bool) -> list[Case]:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty((8, 256, 28, 28), dtype=dtype, device="meta").to(memory_format=memory_format)
+    half, vector = x[:, 128:], torch.empty(256, device="meta")
+    no_exit, full_exit = (None, None, None), (vector.to(torch.int64), vector, vector)
+    log_det = torch.empty(8, device="meta")
+
+    def step(params: Tensor, exits: tuple, clamp: float | None, inverse: bool) -> Callable:
+        return lambda: coupling_step(x, params, *exits, 128, clamp, inverse)
+
+    def backward(params: Tensor, exits: tuple, clamp: float | None) -> Callable:
+        return lambda: coupling_step_backward(x, log_det, x, params, *exits, 128, clamp, False)
+
+    calls = {
+        "additive": lambda: additive_coupling(x, half, 128, False),
+        "affine": step(x, no_exit, 2.0, False),
+        "affine backward": backward(x, no_exit, 2.0),
+        "affine step": step(x, full_exit, 2.0, False),
+        "affine step inverse": step(x, full_exit, 2.0, True),
+        "affine step backward": backward(x, full_exit, 2.0),
+        "additive step backward": backward(half, full_exit, None),
+    }
+    layout = "channels last" if channels_last else "contiguous"
+    names = ("coupling_kernel", "coupling_backward_kernel")
+
+    def needs(name: str) -> dict[str, str]:
+        # A permutation along the contiguous axis gathers one value at a time.
+        return {} if channels_last and "step" in name else dict.fromkeys(names, "vectors")
+
+    return [
+        Case(f"{name}, {dtype}, {layout}".replace("torch.", ""), call, needs(name))
+        for name, call in calls.items()
+    ]
+
+
+COMPILE_CASES = [
+    case
+    for dtype in (torch.float32, torch.bfloat16)
+    for channels_last in (False, True)
+    for case in _cases(dtype, channels_last)
+]

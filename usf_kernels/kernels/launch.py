@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +22,37 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-_recording: list[Launch] | None = None
+class Case(NamedTuple):
+    """Something that `python -m bench.compile_check` compiles for every target.
+
+    Attributes:
+        name: what it is.
+        call: runs a launcher on tensors of the meta device.
+        needs: per kernel's name, what its machine code must have: "vectors" (16-byte loads and stores),
+            "tensor cores".
+    """
+
+    name: str
+    call: Callable[[], Any]
+    needs: dict[str, str]
+
+
+class _Recording(NamedTuple):
+    launches: list[Launch]
+    warp_size: int
+
+
+_recording: _Recording | None = None
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Note the launches made inside instead of making them. With tensors on the meta device this shows what a
-    GPU would be asked to compile."""
+def record(warp_size: int = 32) -> Iterator[list[Launch]]:
+    """Note the launches made inside instead of making them, as on a device with warps of this size. With
+    tensors on the meta device this shows what such a device would be asked to compile."""
     global _recording
-    _recording = launches = []
+    _recording = _Recording([], warp_size)
     try:
-        yield launches
+        yield _recording.launches
     finally:
         _recording = None
 
@@ -42,12 +62,19 @@ def is_recording() -> bool:
     return _recording is not None
 
 
+def warp_size() -> int:
+    """Threads of a warp."""
+    if _recording is not None:
+        return _recording.warp_size
+    return 64 if torch.version.hip else 32
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **options: Any) -> None:
     """Run `programs` programs of `kernel` on `device` and its current stream; none for an empty result."""
     if programs == 0:
         return
     if _recording is not None:
-        _recording.append(Launch(kernel, arguments, options))
+        _recording.launches.append(Launch(kernel, arguments, options))
         return
     # Triton launches on the current device, whatever the tensors' own.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -57,6 +84,11 @@ def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **
 def cdiv(n: int, block: int) -> int:
     """Blocks of `block` that cover n."""
     return -(-n // block)
+
+
+def runtime(*tensors: str) -> list[str]:
+    """Names of the sizes and strides of a kernel: values that compile no new one when they change."""
+    return ["C", "P", *(f"{name}_{axis}" for name in tensors for axis in "bcp")]
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,16 +30,16 @@ def empty_output(x: Tensor, dtype: torch.dtype, channels: int | None = None) -> 
 
 def flat_strides(x: Tensor) -> Strides | None:
     """Strides of x with its spatial dimensions flattened; None where one stride cannot walk them."""
-    position, step = 0, 0
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size == 1:
-            continue
-        if step == 0:
-            position = stride
-        elif stride != step:
+    if x.numel() == 0:
+        return Strides(0, 0, 0)
+    batch, channel, *spatial = (
+        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+    walked = [(size, stride) for size, stride in zip(x.shape[2:], spatial, strict=True) if size != 1]
+    for (_, outer), (size, inner) in itertools.pairwise(walked):
+        if outer != size * inner:
             return None
-        step = stride * size
-    return Strides(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0, position)
+    return Strides(batch, channel, walked[-1][1] if walked else 0)
 
 
 class View:
@@ -86,7 +87,11 @@ class View:
         self.batch, self.positions = 1, self.batch * self.positions
 
     def _merge_channels(self, group: int) -> None:
-        if all(s.channel in (0, self.positions) and s.position == 1 for s in self.strides):
+        sizes = [tensor.shape[1] for tensor in self.tensors]
+        if all(
+            s.position == 1 and (size == 1 or s.channel == self.positions)
+            for size, s in zip(sizes, self.strides, strict=True)
+        ):
             self.strides = [Strides(s.batch, s.channel * group, 1) for s in self.strides]
             self.group, self.positions = group, self.positions * group
 
@@ -98,14 +103,15 @@ class View:
             arguments += [tensor, strides.batch, *(None if s == 1 else s for s in strides[1:])]
         return arguments
 
-    def unit(self, *channels: int) -> int:
+    def unit(self, *channels: int, operands: slice = slice(None)) -> int:
         """Largest of 8, 4, 2 and 1 that divides every stride but the contiguous one, and the lengths along
         that (`channels`: all channel counts and offsets): what a kernel must know of its offsets to load 16
-        bytes at a time."""
-        numbers = [s.batch for s in self.strides] + [n for s in self.strides for n in s[1:] if n != 1]
-        if any(s.channel == 1 for s in self.strides):
+        bytes at a time. `operands` selects those to look at."""
+        strides = self.strides[operands]
+        numbers = [s.batch for s in strides] + [n for s in strides for n in s[1:] if n != 1]
+        if any(s.channel == 1 for s in strides):
             numbers += channels
-        if any(s.position == 1 for s in self.strides):
+        if any(s.position == 1 for s in strides):
             numbers.append(self.positions)
         return math.gcd(8, *numbers)
 

@@ -17,6 +17,7 @@ from usf_kernels.ops.checks import (
     promoted_dtype,
 )
 from usf_kernels.ops.dispatch import define, implementation, kernel
+from usf_kernels.ops.step import fused_step
 
 
 def additive_coupling(
@@ -124,17 +125,26 @@ def affine_coupling(
     return implementation("affine_coupling", impl, x, params)(x, params, split, clamp, inverse)
 
 
-# ------------------------------------------------------------------------------------- as torch ops, Triton
+# ------------------------------------------------------------------------------------------- as torch ops
 
 
 def _additive_fake(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
     return empty_output(x, promoted_dtype(x, shift))
 
 
+def _masked_fake(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
+    return empty_output(shift if x is None else x, promoted_dtype(x, shift))
+
+
 _additive_op = define(
     "additive_coupling(Tensor x, Tensor shift, SymInt split, bool inverse) -> Tensor",
     _additive_fake,
     "coupling.additive_coupling",
+)
+_masked_op = define(
+    "masked_shift(Tensor? x, Tensor shift, Tensor mask, bool inverse) -> Tensor",
+    _masked_fake,
+    "masked.masked_shift",
 )
 
 
@@ -158,7 +168,46 @@ class _Additive(torch.autograd.Function):
         return grad.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
 
 
+class _Masked(torch.autograd.Function):
+    """x + (1 - mask) * shift, or without x the second term alone, which is its own gradient's form."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
+        return _masked_op(x, shift, mask, inverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, shift, mask, ctx.inverse = inputs
+        ctx.x_dtype, ctx.shift_dtype = None if x is None else x.dtype, shift.dtype
+        ctx.save_for_backward(shift if ctx.needs_input_grad[2] else None, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        shift, mask = ctx.saved_tensors
+        grad_x = None if ctx.x_dtype is None else grad.to(ctx.x_dtype)
+        grad_mask = None
+        if shift is not None:
+            grad_mask = (grad if ctx.inverse else -grad) * shift
+            grad_mask = grad_mask.sum_to_size(mask.shape).to(mask.dtype)
+        return grad_x, _masked(None, grad, mask, ctx.inverse).to(ctx.shift_dtype), grad_mask, None
+
+
 @kernel("additive_coupling")
 def _additive(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
     run = _Additive.apply if torch.is_grad_enabled() else _additive_op
     return run(x, shift, split, inverse)
+
+
+def _masked(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
+    run = _Masked.apply if torch.is_grad_enabled() else _masked_op
+    return run(x, shift, mask, inverse)
+
+
+kernel("masked_additive_coupling")(_masked)
+
+
+@kernel("affine_coupling")
+def _affine(x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    return fused_step(x, params, None, None, None, split, clamp, inverse)

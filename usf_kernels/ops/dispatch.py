@@ -25,12 +25,15 @@ _kernels: dict[str, Callable] = {}
 F = TypeVar("F", bound=Callable)
 
 
-def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callable:
+def implementation(
+    op: str, impl: str | None, *tensors: Tensor | None, plain: Callable | None = None
+) -> Callable:
     """The function that runs `op` on these tensors.
 
     `impl=None` takes the Triton kernel on a CUDA or ROCm device and the PyTorch reference elsewhere and for
     float64; naming one forces it, and it never falls back to another. Both have the same positional
     signature. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors too, when forced.
+    `plain` is the reference of an operation that is composed of others, which `reference` does not list.
 
     Raises:
         ValueError: an `impl` that does not exist.
@@ -44,7 +47,7 @@ def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callab
         return _kernels[op]
     if impl is None and runs_triton(op, *tensors):
         return _kernels[op]
-    return getattr(reference, op)
+    return plain or getattr(reference, op)
 
 
 def runs_triton(op: str, *tensors: Tensor | None) -> bool:
@@ -107,6 +110,19 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
         _library.impl(name, run, key)
     torch.library.register_fake(f"usf_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.usf_kernels, name).default
+
+
+def differentiates_again() -> bool:
+    """Whether the backward pass that asks is itself recorded (`create_graph=True`), so that it has to be made
+    of differentiable operations. Compiled code has no double backward."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradients_through(
+    plain: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of `inputs` by the reference `plain`, given those of its results; differentiable again."""
+    return torch.func.vjp(plain, *inputs)[1](grads if len(grads) > 1 else grads[0])
 
 
 @functools.cache

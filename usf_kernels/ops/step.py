@@ -1,0 +1,186 @@
+"""A coupling and the channel maps around it as one operation: a flow step without its conditioner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usf_kernels.kernels.layout import empty_output
+from usf_kernels.ops import reference
+from usf_kernels.ops.checks import (
+    check_clamp,
+    check_features,
+    check_int,
+    check_shape,
+    compute_dtype,
+    promoted_dtype,
+)
+from usf_kernels.ops.dispatch import (
+    define,
+    differentiates_again,
+    gradients_through,
+    implementation,
+    kernel,
+)
+
+
+def coupling_step(
+    x: Tensor,
+    params: Tensor,
+    *,
+    split: int,
+    clamp: float | None = None,
+    index: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    inverse: bool = False,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A coupling, then a permutation and an ActNorm of its channels: a Glow step but for its conditioner.
+
+    `y[:, i] = scale[i] * v[:, index[i]] + bias[i]` with v the coupled x: additive with the shift `params`
+    where `clamp` is None, otherwise affine. The inverse, with the same arguments, undoes it.
+
+    Args:
+        x: (B, C, *spatial), the input, or for the inverse the output.
+        params: the conditioner's output for the passive half of the coupling's input, as `additive_coupling`
+            or `affine_coupling` takes it.
+        split, clamp: of the coupling.
+        index: (C,) int64, a permutation; None for none. Its values are not read for checking.
+        scale, bias: (C,) each, no scale zero; None, both, for none.
+        inverse, impl: as for the couplings.
+
+    Returns:
+        y: (B, C, *spatial) in the promoted dtype of x and params.
+        log_det: (B,) that of the coupling alone, in the direction computed; of shape (0,) for an additive
+            one.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
+        RuntimeError: an `impl` that cannot run here.
+    """
+    check_features("x", x)
+    channels = x.shape[1]
+    check_int("split", split, 0, channels)
+    active = channels - split
+    if clamp is None:
+        check_shape("params", params, (x.shape[0], active, *x.shape[2:]), "(B, C - split, *spatial)")
+    else:
+        check_clamp(clamp)
+        check_shape(
+            "params", params, (x.shape[0], 2 * active, *x.shape[2:]), "(B, 2 * (C - split), *spatial)"
+        )
+    if index is not None and (index.dtype != torch.int64 or tuple(index.shape) != (channels,)):
+        raise ValueError(
+            f"index: expected int64 of shape ({channels},), found {index.dtype} of shape {tuple(index.shape)}"
+        )
+    if (scale is None) != (bias is None):
+        raise ValueError(f"bias: expected a tensor exactly where scale is one, found {bias!r}")
+    if scale is not None:
+        check_shape("scale", scale, (channels,), "(C,)")
+        check_shape("bias", bias, (channels,), "(C,)")
+    run = implementation("coupling_step", impl, x, params, scale, bias, plain=_plain)
+    return run(x, params, index, scale, bias, split, clamp, inverse)
+
+
+def _plain(
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    out, wide = promoted_dtype(x, params), compute_dtype(x, params, scale)
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    if inverse and scale is not None:
+        x = (x.to(wide) - bias.to(wide).view(per_channel)) / scale.to(wide).view(per_channel)
+    if inverse and index is not None:
+        x = x.index_select(1, torch.argsort(index))
+    if clamp is None:
+        y, log_det = reference.additive_coupling(x, params, split, inverse), x.new_empty(0, dtype=wide)
+    else:
+        y, log_det = reference.affine_coupling(x, params, split, clamp, inverse)
+    if not inverse and index is not None:
+        y = y.index_select(1, index)
+    if not inverse and scale is not None:
+        y = y.to(wide) * scale.to(wide).view(per_channel) + bias.to(wide).view(per_channel)
+    return y.to(out), log_det
+
+
+# ------------------------------------------------------------------------------------------- as torch ops
+
+_ARGUMENTS = (
+    "Tensor x, Tensor params, Tensor? index, Tensor? scale, Tensor? bias, "
+    "SymInt split, float? clamp, bool inverse"
+)
+
+
+def _fake(x: Tensor, params: Tensor, index: Tensor | None, scale: Tensor | None, bias: Tensor | None,
+          split: int, clamp: float | None, inverse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    log_det = x.new_empty(0 if clamp is None else x.shape[0], dtype=torch.float32)
+    return empty_output(x, promoted_dtype(x, params)), log_det
+
+
+def _backward_fake(grad: Tensor, grad_log_det: Tensor, x: Tensor, params: Tensor, index: Tensor | None,
+                   scale: Tensor | None, bias: Tensor | None, *options: Any) -> tuple:  # fmt: skip
+    per_channel = (x.new_empty(0) if v is None else v.new_empty(v.shape) for v in (scale, bias))
+    return empty_output(x, x.dtype), empty_output(params, params.dtype), *per_channel
+
+
+_op = define(f"coupling_step({_ARGUMENTS}) -> (Tensor, Tensor)", _fake, "coupling.coupling_step")
+_backward_op = define(
+    f"coupling_step_backward(Tensor grad, Tensor grad_log_det, {_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+    "coupling.coupling_step_backward",
+)
+
+
+class _Step(torch.autograd.Function):
+    """Keeps the input and the parameters only; scales and shifts are computed again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.options = inputs[5:]
+        ctx.save_for_backward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
+        x, params, index, scale, bias = ctx.saved_tensors
+        if differentiates_again():
+
+            def plain(x: Tensor, params: Tensor, *per_channel: Tensor) -> tuple[Tensor, Tensor]:
+                return _plain(x, params, index, *(per_channel or (None, None)), *ctx.options)
+
+            inputs = (x, params) if scale is None else (x, params, scale, bias)
+            grads = gradients_through(plain, inputs, (grad, grad_log_det))
+        else:
+            grads = _backward_op(grad, grad_log_det, x, params, index, scale, bias, *ctx.options)
+        return *grads[:2], None, *(grads[2:] if scale is not None else (None, None)), None, None, None
+
+
+@kernel("coupling_step")
+def fused_step(
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`coupling_step` with Triton, unchecked."""
+    run = _Step.apply if torch.is_grad_enabled() else _op
+    return run(x, params, index, scale, bias, split, clamp, inverse)
