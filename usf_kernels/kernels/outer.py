@@ -57,9 +57,6 @@ def outer_kernel(
             mask=x_inside & (p < bound(P, x_p, UNIT))[:, None],
             other=0.0,
         )
-        if left.dtype != right.dtype:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
         acc = dot(left, right, acc, PRECISION)
     at = out + s.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
     tl.store(at, acc, mask=(m < M)[:, None] & (n < N)[None, :])

@@ -43,8 +43,10 @@ def power_of_2(n: int, low: int, high: int) -> int:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32."""
-    if INTERPRETED and a.dtype == tl.bfloat16:  # it multiplies their bits, as integers
+    """acc + a @ b, summed in float32; multiplied in the dtype of a and b, in float32 where they differ."""
+    if a.dtype != b.dtype or (
+        INTERPRETED and a.dtype == tl.bfloat16
+    ):  # it multiplies their bits, as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -97,7 +99,7 @@ def contract(
             mask=rows_inside & (k < matrix_inputs)[:, None],
             other=0.0,
         )
-        acc = dot(value.to(weight.dtype), weight, acc, PRECISION)
+        acc = dot(value, weight, acc, PRECISION)
     return acc
 
 
@@ -179,18 +181,18 @@ def matrix_arguments(matrix: Tensor) -> tuple[list[Any], int]:
     return [matrix, *(None if s == 1 else s for s in strides)], math.gcd(8, *numbers)
 
 
-def tiles(matrix: Tensor, view: View) -> list[Config]:
-    """Candidates for the product of a (N, K) matrix at the positions of a view: as many outputs per tile as
-    hold x to few reads, and positions halved until the tiles occupy a large GPU. Unmeasured."""
+def tiles(dtype: torch.dtype, matrix: Tensor, view: View) -> list[Config]:
+    """Candidates for a product of this dtype with a (N, K) matrix at the positions of a view. As many outputs
+    in a tile as hold x to few reads, and positions halved until the tiles occupy a large GPU. Unmeasured."""
     outputs, inputs = matrix.shape
-    if matrix.dtype == torch.float32 and product_precision() == "ieee":
+    if dtype == torch.float32 and product_precision() == "ieee":
         shapes = (
             (64, 64, 16, 4),
             (128, 64, 16, 8),
             (64, 32, 32, 4),
         )  # no tensor cores: operands in registers
     else:
-        line = 128 // matrix.element_size()
+        line = 128 // dtype.itemsize
         shapes = ((64, 128, line, 4), (128, 128, line // 2, 8), (64, 64, line, 4))
     configs = []
     for most_p, most_n, most_k, warps in shapes:
@@ -215,8 +217,8 @@ def linear(
     """`residual + sign * activation(matrix @ x + bias + bias_map)` at every position.
 
     x (B, K, *spatial), matrix (N, K), bias (N,), bias_map and residual (B, N, *spatial), of any dtypes but
-    float64. The product is one of matrix.dtype, accumulated in float32. Returns (B, N, *spatial) in the
-    promoted dtype of x, matrix and residual.
+    float64. The product is of the promoted dtype of x and matrix, accumulated in float32. Returns
+    (B, N, *spatial) in the promoted dtype of x, matrix and residual.
     """
     dtype = torch.promote_types(x.dtype, matrix.dtype)
     if residual is not None:
@@ -241,7 +243,7 @@ def linear(
         )  # fmt: skip
         return y
 
-    candidates = tiles(matrix, view)
+    candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, view)
     return pick("linear", (x.dtype, matrix.dtype, unit, *candidates[0].values()), candidates, run, x.device)
 
 
@@ -259,7 +261,8 @@ def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` by whichever is faster at this size: `linear` or `vendor_linear`."""
-    kind = product_precision() if matrix.dtype == torch.float32 else "half"
+    dtype = torch.promote_types(x.dtype, matrix.dtype)
+    kind = product_precision() if dtype == torch.float32 else "half"
     if min(matrix.shape) >= VENDOR_CHANNELS[kind] and not is_recording():
         return vendor_linear(x, matrix, bias)
     return linear(x, matrix, bias)
@@ -288,6 +291,6 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
         )  # fmt: skip
         return u[:, 0] if runs == 1 else u.sum(1)
 
-    candidates = tiles(matrix, whole)
+    candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, whole)
     key = (x.dtype, matrix.dtype, *candidates[0].values())
     return pick("linear_squared_norm", key, candidates, run, x.device)

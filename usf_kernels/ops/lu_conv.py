@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from usf_kernels.ops import reference
-from usf_kernels.ops.checks import check_features, check_float, check_int, check_shape
-from usf_kernels.ops.dispatch import implementation
+from usf_kernels.ops.checks import check_features, check_float, check_int, check_shape, promoted_dtype
+from usf_kernels.ops.dispatch import define, implementation, kernel
+from usf_kernels.ops.linear import Linear, linear_op
 
 
 def lu_conv1x1(
@@ -32,8 +36,9 @@ def lu_conv1x1(
         impl: None picks by device; "reference" or "triton" force one.
 
     Returns:
-        (B, C, *spatial) in the promoted dtype of all arguments. Computed in float32 at least. The
-        log-determinant is `lu_log_det(upper, positions)`.
+        (B, C, *spatial) in the promoted dtype of all arguments. Computed in float32 at least, except that the
+        Triton kernel multiplies in half precision, with float32 sums, where all arguments are of one such
+        dtype. The log-determinant is `lu_log_det(upper, positions)`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape.
@@ -68,3 +73,56 @@ def lu_log_det(upper: Tensor, positions: int) -> Tensor:
         raise ValueError(f"upper: expected shape (C, C), found {tuple(upper.shape)}")
     check_int("positions", positions, 0)
     return reference.lu_log_det(upper, positions)
+
+
+# ------------------------------------------------------------------------------------- as torch ops, Triton
+
+
+def _matrix_fake(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
+    return lower.new_empty(lower.shape, dtype=dtype)
+
+
+_matrix_op = define(
+    "lu_matrix(Tensor lower, Tensor upper, bool inverse, ScalarType dtype) -> Tensor",
+    _matrix_fake,
+    "lu_conv.lu_matrix",
+)
+
+
+class _Matrix(torch.autograd.Function):
+    """`L U`, or `U^-1 L^-1`, (C, C), computed in float32."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
+        return _matrix_op(lower, upper, inverse, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.inverse, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        lower, upper = ctx.saved_tensors
+        with reference.full_precision(grad):
+            grad = grad.float()
+            if ctx.inverse:  # d(A^-1) = -A^-1 dA A^-1
+                transposed = _Matrix.apply(lower, upper, True, torch.float32).mT
+                grad = -(transposed @ grad @ transposed)
+            strict, upper_triangle = torch.tril(lower.float(), -1), torch.triu(upper.float())
+            grad_lower = torch.tril(grad @ upper_triangle.mT, -1)
+            grad_upper = torch.triu(torch.addmm(grad, strict.mT, grad))
+        return grad_lower.to(lower.dtype), grad_upper.to(upper.dtype), None, None
+
+
+@kernel("lu_conv1x1")
+def _lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
+    dtype = promoted_dtype(x, lower, upper, bias)
+    grad = torch.is_grad_enabled()
+    matrix = (_Matrix.apply if grad else _matrix_op)(lower, upper, inverse, dtype)
+    if inverse and bias is not None:
+        with reference.full_precision(x):
+            bias = -torch.mv(matrix.float(), bias.float())
+    return (Linear.apply if grad else linear_op)(x, matrix, bias)

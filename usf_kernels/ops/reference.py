@@ -136,7 +136,7 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     matrices = matrix.expand(x.shape[0], *matrix.shape)
     flat = x.flatten(2)
     y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
-    return y.reshape(x.shape)
+    return y.reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
 def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -171,6 +171,37 @@ def lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inv
 def lu_log_det(upper: Tensor, positions: int) -> Tensor:
     diagonal = torch.diagonal(upper).to(compute_dtype(upper))
     return positions * diagonal.abs().log().sum()
+
+
+# --------------------------------------------------------------------------------- products and what follows
+
+
+def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    wide = compute_dtype(x, matrix, bias)
+    with full_precision(x):
+        z = apply_matrix(matrix.to(wide), x.to(wide), None if bias is None else bias.to(wide))
+    return z.square().sum(dim=1)
+
+
+def residual_mlp(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    last: Tensor,
+    last_bias: Tensor | None,
+    bias_map: Tensor | None,
+    activation: str,
+    inverse: bool,
+) -> Tensor:
+    given = (x, first, first_bias, last, last_bias, bias_map)
+    out, wide = promoted_dtype(*given), compute_dtype(*given)
+    x, first, first_bias, last, last_bias, bias_map = (None if t is None else t.to(wide) for t in given)
+    with full_precision(x):
+        hidden = apply_matrix(first, x, first_bias)
+        if bias_map is not None:
+            hidden = hidden + bias_map
+        residual = apply_matrix(last, F.relu(hidden) if activation == "relu" else hidden, last_bias)
+    return (x - residual if inverse else x + residual).to(out)
 
 
 # ------------------------------------------------------------------------------------------------- scores
