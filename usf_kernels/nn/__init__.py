@@ -5,6 +5,7 @@ from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.flow import FlowSequence, FlowStep
 from usf_kernels.nn.linear import LUConv1x1, Permutation
 from usf_kernels.nn.scoring import AnomalyMap, SquaredNorm
+from usf_kernels.nn.usf_block import USFBlock
 
 __all__ = [
     "ActNorm",
@@ -16,4 +17,5 @@ __all__ = [
     "LUConv1x1",
     "Permutation",
     "SquaredNorm",
+    "USFBlock",
 ]

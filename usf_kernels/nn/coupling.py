@@ -55,24 +55,71 @@ def _join(grad_first: Tensor, grad_all: Tensor, split: int) -> Tensor:
     return torch.cat([first + grad_first, rest], dim=1)
 
 
-class _Coupling(nn.Module):
-    """What both couplings share: the split, the conditioner and the condition."""
+class Conditioned(nn.Module):
+    """A module with a conditioner: a subnet of `inputs` channels, and the condition's, to `outputs`."""
+
+    def __init__(
+        self,
+        channels: int,
+        inputs: int,
+        outputs: int,
+        *,
+        subnet: Subnet,
+        cond_channels: int,
+        zero_init: bool,
+    ) -> None:
+        super().__init__()
+        check_int("cond_channels", cond_channels, 0)
+        self.channels, self.cond_channels, self.outputs = channels, cond_channels, outputs
+        self.subnet = subnet(inputs + cond_channels, outputs)
+        if not isinstance(self.subnet, nn.Module):
+            raise TypeError(f"subnet: expected it to return an nn.Module, found {type(self.subnet).__name__}")
+        if zero_init:
+            zero_last_layer(self.subnet)
+
+    def condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        """The conditioner's output for its input x."""
+        if self.cond_channels > 0:
+            inputs = torch.cat([x, self._check_cond(x, cond).to(x.dtype)], dim=1)
+        elif cond is not None:
+            raise ValueError("cond: expected None because cond_channels is 0, found a condition")
+        else:
+            inputs = x
+        output = self.subnet(inputs)
+        expected = (x.shape[0], self.outputs, *x.shape[2:])
+        check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
+        return output
+
+    def _check_cond(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        if cond is None:
+            raise ValueError(f"cond: expected a tensor with {self.cond_channels} channels, found None")
+        check_features("cond", cond, self.cond_channels)
+        if cond.shape[0] not in (1, x.shape[0]) or cond.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"cond: expected batch size 1 or {x.shape[0]} and spatial size {tuple(x.shape[2:])} as x, "
+                f"found shape {tuple(cond.shape)}"
+            )
+        return cond.expand(x.shape[0], *cond.shape[1:])
+
+    def extra_repr(self) -> str:
+        """Channels and the condition's channels, for print."""
+        return f"{self.channels}, cond_channels={self.cond_channels}"
+
+
+class _Coupling(Conditioned):
+    """What both couplings share: the split, and the order of things."""
 
     outputs_per_channel: int
 
     def __init__(
         self, channels: int, *, subnet: Subnet, cond_channels: int = 0, zero_init: bool = True
     ) -> None:
-        super().__init__()
         check_int("channels", channels, 2)
-        check_int("cond_channels", cond_channels, 0)
-        self.channels, self.cond_channels = channels, cond_channels
-        self.split = channels - channels // 2
-        self.subnet = subnet(self.split + cond_channels, self.outputs_per_channel * (channels // 2))
-        if not isinstance(self.subnet, nn.Module):
-            raise TypeError(f"subnet: expected it to return an nn.Module, found {type(self.subnet).__name__}")
-        if zero_init:
-            zero_last_layer(self.subnet)
+        split, outputs = channels - channels // 2, self.outputs_per_channel * (channels // 2)
+        super().__init__(
+            channels, split, outputs, subnet=subnet, cond_channels=cond_channels, zero_init=zero_init
+        )
+        self.split = split
 
     def _couple(self, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         """The operation, given the conditioner's output: (y, log_det)."""
@@ -95,48 +142,19 @@ class _Coupling(nn.Module):
     def _run(self, x: Tensor, cond: Tensor | None, name: str, *, inverse: bool) -> tuple[Tensor, Tensor]:
         check_features(name, x, self.channels)
         passive, x = _Fork.apply(x, self.split)
-        return self._couple(x, self._condition(passive, cond), inverse=inverse)
+        return self._couple(x, self.condition(passive, cond), inverse=inverse)
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
         passive = z[:, : self.split].detach().requires_grad_()  # the same in x: one evaluation serves both
         with tape.replay():
-            params = self._condition(passive, tape.cond)
+            params = self.condition(passive, tape.cond)
         x, _ = self._couple(z, params.detach(), inverse=True)
         grad_x, grad_params = self._gradients(x, params.detach(), grad_z, tape.grad_log_det)
         grad_passive = tape.pull(self, [params], [grad_params], passive)
         if grad_passive is not None:
             grad_x = _join(grad_passive, grad_x, self.split)
         return x, grad_x
-
-    def _condition(self, passive: Tensor, cond: Tensor | None) -> Tensor:
-        """The conditioner's output for the passive half."""
-        if self.cond_channels > 0:
-            inputs = torch.cat([passive, self._check_cond(passive, cond).to(passive.dtype)], dim=1)
-        elif cond is not None:
-            raise ValueError("cond: expected None because cond_channels is 0, found a condition")
-        else:
-            inputs = passive
-        output = self.subnet(inputs)
-        active = self.outputs_per_channel * (self.channels - self.split)
-        expected = (passive.shape[0], active, *passive.shape[2:])
-        check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
-        return output
-
-    def _check_cond(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        if cond is None:
-            raise ValueError(f"cond: expected a tensor with {self.cond_channels} channels, found None")
-        check_features("cond", cond, self.cond_channels)
-        if cond.shape[0] not in (1, x.shape[0]) or cond.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"cond: expected batch size 1 or {x.shape[0]} and spatial size {tuple(x.shape[2:])} as x, "
-                f"found shape {tuple(cond.shape)}"
-            )
-        return cond.expand(x.shape[0], *cond.shape[1:])
-
-    def extra_repr(self) -> str:
-        """Channels and the condition's channels, for print."""
-        return f"{self.channels}, cond_channels={self.cond_channels}"
 
 
 class AdditiveCoupling(_Coupling):

@@ -211,7 +211,7 @@ class LUConv1x1(nn.Module):
                     log_det = log_det + act_norm.log_det(count_positions(z))
             if bias is not None:
                 z = z - bias.detach().view(-1, *[1] * (z.ndim - 2))
-            x = apply_matrix(_accurate_inverse(matrix.detach()), z, None).to(out)
+            x = apply_matrix(accurate_inverse(matrix.detach()), z, None).to(out)
             outputs, grads = [matrix, log_det], [matrix_gradient(grad_z, x.to(wide)), tape.grad_log_det]
             if bias is not None:
                 outputs.append(bias)
@@ -224,7 +224,7 @@ class LUConv1x1(nn.Module):
         return f"{self.channels}, bias={self.bias is not None}, diagonal={self.diagonal!r}"
 
 
-def _accurate_inverse(matrix: Tensor) -> Tensor:
+def accurate_inverse(matrix: Tensor) -> Tensor:
     """Found in float64, of the product as it was rounded: the inverses of its factors would be up to 25 times
     further from undoing it, and every step of a reversible backward pass adds to the error."""
     device = "cpu" if matrix.device.type == "mps" else matrix.device  # which has no float64
