@@ -26,6 +26,8 @@ def section(rows: Sequence[table.Row]) -> str:
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
     parts = [_introduction(rows)]
+    if picture := _picture("speed.png", "How much longer the fastest peer takes, per operation"):
+        parts.append(picture)
     writers: dict[str, Callable[[list[table.Row]], Iterator[str]]] = {
         "blocks": _blocks,
         "training_step": _training,
@@ -210,12 +212,10 @@ def _nfa(rows: list[table.Row]) -> Iterator[str]:
 def _operations(rows: list[table.Row]) -> Iterator[str]:
     groups: dict[str, list[float]] = {}
     for row in rows:
-        peer = table.best_peer(row, rows)
-        if row["role"] == OURS and peer:
-            name = ", ".join(row["case"].split(", ")[: 2 if "map" in row["case"] else 1])
-            if row["direction"] == "inverse":
-                name += ", inverse"
-            groups.setdefault(name, []).append(table.milliseconds(peer) / table.milliseconds(row))
+        peer = table.best_peer(row, rows) if row["role"] == OURS else None
+        if peer:
+            ratio = table.milliseconds(peer) / table.milliseconds(row)
+            groups.setdefault(table.operation(row), []).append(ratio)
     lines = [[name, _mean(dict(enumerate(ratios)))] for name, ratios in groups.items()]
     yield "### Operations\n\nEach by itself, over the faster of eager PyTorch and torch.compile."
     yield _table(["operation", "ratio"], lines)

@@ -102,6 +102,19 @@ def identity(row: Row) -> tuple[str, ...]:
     )
 
 
+def operation(row: Row) -> str:
+    """What a row measures, whatever the shape."""
+    if row["subject"] == "tree":
+        return "component tree"
+    if row["subject"] == "nfa":
+        return "a-contrario test"
+    if row["subject"] == "models":
+        return row["provider"]
+    parts = row["case"].split(", ")
+    name = ", ".join(parts[: 2 if parts[0] == "anomaly map" else 1])
+    return f"{name}, inverse" if row["direction"] == "inverse" else name
+
+
 def speedups(rows: Iterable[Row], ours: Mapping[str, str], peer: Mapping[str, str]) -> dict[str, float]:
     """How much longer the rows that match `peer` take than those that match `ours`, by case.
 

@@ -1,0 +1,281 @@
+"""The pictures: each takes all rows and returns a figure, or None where they do not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from bench import table
+from bench.drawing import (
+    BOTTOM,
+    FAINT,
+    INK,
+    OURS_COLOUR,
+    PEER_COLOUR,
+    SECOND,
+    STRIP,
+    TOP,
+    canvas,
+    legend,
+    machine,
+    name_strips,
+    names_at_ends,
+    round_ticks,
+    strips,
+    title_of,
+)
+from bench.machine import COPY
+from bench.sections import TREE
+from bench.subject import OURS, PEER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Rows = Sequence[table.Row]
+KERNELS = {"1": ("1 x 1 kernels", OURS_COLOUR), "3": ("3 x 3 kernels", SECOND)}
+
+
+def overview(rows: Rows) -> Figure | None:
+    """Of everything but blocks: how much longer the fastest peer takes."""
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for row in rows:
+        peer = table.best_peer(row, rows) if row["role"] == OURS else None
+        if peer and row["subject"] not in ("blocks", "training_step"):
+            ratio = table.milliseconds(peer) / table.milliseconds(row)
+            groups.setdefault(table.operation(row), []).append((ratio, OURS_COLOUR))
+    if not groups:
+        return None
+    order = sorted(groups, key=lambda name: -table.geometric_mean(ratio for ratio, _ in groups[name]))
+    figure, (axis,) = canvas(
+        TOP + BOTTOM + STRIP * len(groups),
+        ((3.1, 6.6),),
+        "How much longer the fastest peer takes",
+        f"One dot per shape, bars are geometric means; the same precision, in the same run. {machine(rows)}.",
+    )
+    strips(axis, [groups[name] for name in order], base=10)
+    name_strips(axis, order, [INK] * len(order))
+    return figure
+
+
+def blocks(rows: Rows) -> Figure | None:
+    """Speed-ups over anomalib: one dot per shape, a bar for their geometric mean."""
+    rows = [r for r in rows if r["subject"] == "blocks" and r["direction"] == "forward"]
+    names = list(dict.fromkeys(r["provider"] for r in rows if r["role"] == OURS))
+    names = [name for name in names if name.endswith(", fused")] or names
+    ours = len(names)
+    others = [r["provider"] for r in rows if r["role"] == PEER and r["dtype"] == "float32"]
+    names += [name for name in dict.fromkeys(others) if name != "anomalib"]
+    if not ours or "anomalib" not in others:
+        return None
+    figure, axes = canvas(
+        TOP + BOTTOM + STRIP * len(names),
+        ((2.1, 3.3), (6.3, 3.3)),
+        "Coupling blocks, inference: over anomalib's",
+        f"One dot per shape, batch size and stack; bars are geometric means. {machine(rows)}.",
+    )
+    legend(figure, dict(KERNELS.values()))
+    kernels = {r["case"]: r["kernel"] for r in rows}
+    for axis, dtype, peer, title in (
+        (axes[0], "float32", "anomalib", "float32, over anomalib's block"),
+        (
+            axes[1],
+            "bfloat16",
+            "anomalib, autocast, channels-last",
+            "bfloat16, over its autocast, channels-last",
+        ),
+    ):
+        groups = []
+        for name in names:
+            ratios = table.speedups(
+                rows, {"provider": name, "dtype": dtype}, {"provider": peer, "dtype": dtype}
+            )
+            groups.append([(ratio, KERNELS[kernels[case]][1]) for case, ratio in ratios.items()])
+        strips(axis, groups)
+        title_of(axis, title)
+    shown = [name.removesuffix(", fused") for name in names]
+    name_strips(axes[0], shown, [INK] * ours + [FAINT] * (len(names) - ours))
+    return figure
+
+
+def depth(rows: Rows) -> Figure | None:
+    """Memory saved for the backward, peak memory and time of a training step over the number of blocks."""
+    rows = [r for r in rows if r["subject"] == "training_step"]
+    deepest = max(rows, key=lambda r: int(r["depth"]), default=None)
+    if deepest is None or int(deepest["depth"]) < 8:
+        return None
+    same = ("channels", "side", "kernel", "batch")
+    curve = [r for r in rows if all(r[name] == deepest[name] for name in same)]
+    lines = {
+        "anomalib": ("anomalib", PEER_COLOUR),
+        "additive, LU": ("ours", SECOND),
+        "additive, LU, reversible": ("ours, reversible", OURS_COLOUR),
+    }
+    shape = (
+        f"{deepest['channels']} channels at {deepest['side']} x {deepest['side']}, batch {deepest['batch']}"
+    )
+    figure, axes = canvas(
+        4.0,
+        ((0.6, 1.95), (4.0, 1.95), (7.4, 1.95)),
+        "Training memory does not have to grow with depth",
+        f"A training step of additive blocks with LU maps beside anomalib's; {shape}. {machine(curve)}.",
+    )
+    columns = {"saved_mb": "Saved for the backward, MB", "peak_mb": "Peak memory, MB", "p50_ms": "Time, ms"}
+    for axis, (column, title) in zip(axes, columns.items(), strict=True):
+        ends = []
+        for provider, (name, colour) in lines.items():
+            some = [r for r in curve if r["provider"] == provider and r[column]]
+            points = sorted((int(r["depth"]), float(r[column])) for r in some)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=2, markersize=4)
+                peer = provider == "anomalib"
+                ends.append((points[-1][1], name, INK if peer else colour, not peer))
+        axis.set_xlim(0, 1.03 * int(deepest["depth"]))
+        axis.set_ylim(0)
+        axis.set_xticks(sorted({int(r["depth"]) for r in curve} - {4}))
+        axis.set_xlabel("blocks", fontsize=8.5, color=FAINT)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        title_of(axis, title)
+        names_at_ends(axis, ends)
+    return figure
+
+
+TREES = {
+    "usf_kernels": OURS_COLOUR,
+    "higra implicit": "#4f7cac",
+    "higra explicit": "#9dbbd8",
+    "scikit-image": "#b08d57",
+    "maxtree (uint16)": "#8f7aa8",
+}
+
+
+def tree(rows: Rows) -> Figure | None:
+    """Megapixels per second of max-trees over the side of the map."""
+    rows = [r for r in rows if r["subject"] == "tree" and r["batch"] == "1" and r["provider"] in TREES]
+    if not rows:
+        return None
+    figure, axes = canvas(
+        4.0,
+        tuple((0.6 + 3.4 * i, 2.2) for i in range(3)),
+        "Component tree: megapixels per second",
+        f"One map on one thread, over the side of the map in pixels. {machine(rows)}.",
+    )
+    sides = sorted({int(r["side"]) for r in rows})
+    speeds = [float(r["mpixel_per_s"]) for r in rows]
+    for axis, (kind, title) in zip(axes, TREE.items(), strict=True):
+        round_ticks(axis, 0.8 * min(speeds), 1.3 * max(speeds))
+        ends = []
+        for provider, colour in TREES.items():
+            some = [r for r in rows if r["provider"] == provider and r["case"].startswith(f"{kind} ")]
+            points = sorted((int(r["side"]), float(r["mpixel_per_s"])) for r in some)
+            if points:
+                ours = provider == "usf_kernels"
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, zorder=3 if ours else 2,
+                          linewidth=2.4 if ours else 1.4, markersize=4 if ours else 2.5)  # fmt: skip
+                ends.append((points[-1][1], provider.removesuffix(" (uint16)"), colour, ours))
+        axis.set_xscale("log")
+        axis.set_xticks([s for s in sides if s in (sides[0], 112, 448, sides[-1])])
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        title_of(axis, title[0].upper() + title[1:])
+        names_at_ends(axis, ends)
+    return figure
+
+
+SCALED = {  # provider and dtype: name, colour, line width
+    ("anomalib", "float32"): ("anomalib", FAINT, 1.4),
+    ("anomalib, torch.compile", "float32"): ("its torch.compile", "#4f7cac", 1.4),
+    ("anomalib, autocast, channels-last", "bfloat16"): ("its autocast, bfloat16", "#b08d57", 1.4),
+    ("additive, LU, fused", "float32"): ("ours", OURS_COLOUR, 2.4),
+    ("additive, LU, fused", "bfloat16"): ("ours, bfloat16", SECOND, 2.4),
+}
+
+
+def scaling(rows: Rows) -> Figure | None:
+    """Milliseconds per image over the batch, and GFLOP/s over the channels."""
+    rows = [r for r in rows if r["subject"] == "blocks" and r["depth"] == "8" and r["direction"] == "forward"]
+    rows = [r for r in rows if (r["provider"], r["dtype"]) in SCALED]
+    panels: tuple[tuple[str, str, dict[str, str], Callable[[table.Row], float]], ...] = (
+        ("Milliseconds per image over the batch: 256 @ 16 x 16, k = 1", "batch",
+         {"channels": "256", "kernel": "1"}, lambda r: table.milliseconds(r) / int(r["batch"])),
+        ("GFLOP/s over the channels: k = 3, batch 8", "channels",
+         {"batch": "8", "kernel": "3"}, lambda r: float(r["gflop_per_s"])),
+    )  # fmt: skip
+    if not any(r["provider"].endswith(", fused") for r in rows):
+        return None
+    figure, axes = canvas(
+        4.2,
+        ((0.6, 3.0), (5.75, 3.0)),
+        "Eight coupling blocks: over the batch and over the channels",
+        f"Additive couplings with LU maps, fused, beside anomalib's affine blocks. {machine(rows)}.",
+    )
+    for axis, (title, over, wanted, value) in zip(axes, panels, strict=True):
+        some = [r for r in rows if all(r[name] == v for name, v in wanted.items())]
+        if not some:
+            continue
+        values = [value(r) for r in some]
+        round_ticks(axis, 0.8 * min(values), 1.25 * max(values))
+        ends = []
+        for key, (name, colour, width) in SCALED.items():
+            points = sorted((int(r[over]), value(r)) for r in some if (r["provider"], r["dtype"]) == key)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=width, markersize=4)
+                ends.append((points[-1][1], name, colour, width > 2))
+        axis.set_xscale("log", base=2)
+        ticks = sorted({int(r[over]) for r in some})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        title_of(axis, title)
+        names_at_ends(axis, ends)
+    return figure
+
+
+def roofline(rows: Rows) -> Figure | None:
+    """GFLOP/s over the FLOPs per byte that have to move, under what the machine can do."""
+    limits = {r["provider"] + r["dtype"]: r for r in rows if r["subject"] == "machine"}
+    dots = [r for r in rows if r["subject"] == "blocks" and r["role"] in (OURS, PEER)]
+    dots = [r for r in dots if r["direction"] == "forward" and r["gb_per_s"] and r["gflop_per_s"]]
+    if any(r["provider"].endswith(", fused") for r in dots):
+        dots = [r for r in dots if r["role"] == PEER or r["provider"].endswith(", fused")]
+    if not limits or not dots:
+        return None
+    figure, axes = canvas(
+        4.3,
+        ((0.65, 4.3), (5.85, 4.3)),
+        "Coupling blocks under the roof of the machine",
+        f"One dot per shape; the roof is a copy that no cache holds and a large product. {machine(dots)}.",
+    )
+    legend(figure, {"ours": OURS_COLOUR, "FrEIA, anomalib": PEER_COLOUR})
+    bandwidth = float(limits[COPY + "float32"]["gb_per_s"])
+    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+        peak = float(limits["matrix product" + dtype]["gflop_per_s"])
+        points = {
+            role: [
+                (float(r["gflop_per_s"]) / float(r["gb_per_s"]), float(r["gflop_per_s"]))
+                for r in dots
+                if r["dtype"] == dtype and r["role"] == role
+            ]
+            for role in (PEER, OURS)
+        }
+        for role, colour in ((PEER, PEER_COLOUR), (OURS, OURS_COLOUR)):
+            if points[role]:
+                axis.plot(*zip(*points[role], strict=True), "o", color=colour, markersize=4, alpha=0.6, mew=0)
+        everything = [*points[PEER], *points[OURS], (peak / bandwidth, peak)]
+        xs = [0.7 * min(x for x, _ in everything), peak / bandwidth, 1.5 * max(x for x, _ in everything)]
+        axis.plot(xs, [min(peak, bandwidth * x) for x in xs], color=INK, linewidth=1.3)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        round_ticks(axis, 0.7 * min(y for _, y in everything), 1.5 * max(y for _, y in everything))
+        axis.set_xlabel("FLOP per byte that has to move", fontsize=8.5, color=FAINT)
+        title_of(axis, f"GFLOP/s, {dtype}")
+    return figure
+
+
+PICTURES: dict[str, Callable[[Rows], Figure | None]] = {
+    "speed": overview,
+    "speed_blocks": blocks,
+    "speed_depth": depth,
+    "speed_tree": tree,
+    "speed_scaling": scaling,
+    "speed_roofline": roofline,
+}

@@ -1,0 +1,33 @@
+"""`python -m bench.plot`: pictures of the rows in bench/results, into docs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import table
+from bench.machine import RESULTS
+from bench.pictures import PICTURES
+from bench.sections import DOCS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw every picture that the rows suffice for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
+    parser.add_argument("rows", nargs="?", type=Path, default=RESULTS / "cpu.csv", metavar="ROWS.csv")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    rows = table.read(options.rows)
+    for name, draw in PICTURES.items():
+        figure = draw(rows)
+        if figure is None:
+            print(f"{name}: the rows do not suffice")
+            continue
+        figure.savefig(options.output / f"{name}.png", metadata={"Software": None})
+        print(options.output / f"{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
