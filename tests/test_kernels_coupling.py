@@ -1,16 +1,16 @@
 """Coupling kernels against the float64 reference: shapes, splits, strides, dtypes, gradients, compilers."""
 
+import math
+
 import pytest
 import torch
-from helpers import DEVICE, DTYPES, layouts, max_error, shapes
+from helpers import DEVICE, DTYPES, assert_within_budget, layouts, max_error, shapes
 from hypothesis import given, settings
 
-from usf_kernels.ops import additive_coupling, dispatch
+from usf_kernels.ops import additive_coupling, dispatch, masked_additive_coupling
 
-pytestmark = [
-    pytest.mark.usefixtures("nan_memory"),
-    pytest.mark.skipif(pytest.importorskip("triton") is None, reason="no Triton"),
-]
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 def draw(shape, per_channel=1, split=None, dtype=torch.float32):
@@ -90,6 +90,81 @@ def test_additive_under_functorch():
     x, shift, split = draw((3, 4))
     jacobian = torch.func.jacrev(lambda v: additive(v, shift, split))(x)
     assert max_error(jacobian.reshape(12, 12), torch.eye(12, device=DEVICE)) == 0
+
+
+def masks(shape):
+    """A checkerboard, a channel mask, one per image, a full one and one number; bool and floating."""
+    positions = torch.arange(math.prod(shape[2:])).view(shape[2:])
+    channels = torch.rand(shape[1], *[1] * len(shape[2:]))
+    kinds = (positions % 2 == 0, channels, torch.rand(shape[0], *[1] * (len(shape) - 1)) < 0.5)
+    kinds += (torch.rand(shape).to(torch.bfloat16), torch.tensor(0.25), torch.rand(shape[-1:]))
+    return [mask.to(DEVICE) for mask in kinds]
+
+
+def masked(x, shift, mask, inverse=False, impl="triton"):
+    return masked_additive_coupling(x, shift, mask, inverse=inverse, impl=impl)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 5), (3, 4, 6), (2, 6, 3, 4), (2, 3, 2, 3, 2), (0, 4, 3, 3), (1, 3, 1, 1)]
+)
+def test_masked_at_any_strides(shape):
+    x, _, _ = draw(shape)
+    shift = 3 * torch.randn(shape, device=DEVICE)
+    for i, mask in enumerate(masks(shape)):
+        truth = masked(x.double(), shift.double(), mask, impl="reference")
+        eager = masked(x, shift, mask.float(), impl="reference")
+        for (_, strided), (_, other) in zip(layouts(x), list(layouts(shift))[::-1], strict=True):
+            assert_within_budget(masked(strided, other, mask), eager, truth)
+        back = masked(masked(x, shift, mask), shift, mask, inverse=True)
+        assert max_error(back, x) < 2e-6, i
+
+
+@settings(max_examples=10)
+@given(shapes())
+def test_masked_at_any_shape(shape):
+    x, _, _ = draw(shape)
+    for mask in masks(shape)[:2]:
+        y = masked(x, x.cos(), mask)
+        assert max_error(y, masked(x.double(), x.cos().double(), mask, impl="reference")) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+def test_masked_dtypes(dtype, other):
+    x, _, _ = draw((2, 9, 5))
+    x, shift = x.to(dtype), x.sin().to(other)
+    mask = masks(x.shape)[0]
+    y = masked(x, shift, mask)
+    assert y.dtype == torch.promote_types(dtype, other)
+    assert torch.equal(y, masked(x.double(), shift.double(), mask, impl="reference").to(y.dtype))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("kind", [1, 2, 3, 4])
+def test_masked_gradients_are_the_references(kind, inverse):
+    x, _, _ = draw((2, 5, 3))
+    mask = masks(x.shape)[kind]
+    inputs = [x.requires_grad_(), x.detach().cos().requires_grad_()]
+    if mask.is_floating_point():
+        inputs.append(mask.float().requires_grad_())
+    grads = []
+    for impl in ("triton", "reference"):
+        y = masked(*inputs[:2], inputs[2] if len(inputs) > 2 else mask, inverse, impl)
+        loss = y.pow(3).sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        grads.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)])
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_is_a_torch_op():
+    for shape in ((2, 4, 3, 3), (0, 5)):
+        x, _, _ = draw(shape)
+        for maybe_x in (x, None):
+            torch.library.opcheck(
+                torch.ops.usf_kernels.masked_shift, (maybe_x, x.sin(), masks(shape)[0], True)
+            )
 
 
 def test_impl_never_falls_back(monkeypatch):

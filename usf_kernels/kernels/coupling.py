@@ -164,7 +164,9 @@ class _Tiles:
         self.unit = self.view.unit(self.channels, self.split)
         self.channels_last = self.view.strides[-1].channel == 1
 
-    def candidates(self, operands: int) -> list[Config]:
+    def candidates(self, operands: int, permuted: bool = False) -> list[Config]:
+        if permuted and self.channels_last:
+            operands = 8  # an address for every value takes registers
         itemsize = max(tensor.element_size() for tensor in self.view.tensors)
         return elementwise(
             itemsize, operands, self.view.batch, self.channels, self.view.positions, self.channels_last
@@ -222,7 +224,7 @@ def coupling_step(
         return y, partial.sum(0 if tiles.per_position else 1)
 
     key = tiles.key(affine, index is None, scale is None)
-    return pick("coupling", key, tiles.candidates(3 if affine else 2), run, x.device)
+    return pick("coupling", key, tiles.candidates(3 if affine else 2, index is not None), run, x.device)
 
 
 def coupling_step_backward(
@@ -260,7 +262,7 @@ def coupling_step_backward(
         return grad_x, grad_params, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
 
     key = tiles.key(affine, index is None, scaled)
-    return pick("coupling_backward", key, tiles.candidates(4), run, x.device)
+    return pick("coupling_backward", key, tiles.candidates(4, index is not None), run, x.device)
 
 
 # ------------------------------------------------------------------------------------------ compiled offline
