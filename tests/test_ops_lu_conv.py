@@ -155,7 +155,7 @@ def test_errors():
         lu_conv1x1(x, eye, eye, torch.ones(1))
     with pytest.raises(TypeError, match=r"upper: expected float32.*found torch.complex64"):
         lu_conv1x1(x, eye, eye.cfloat())
-    with pytest.raises(TypeError, match="lu_conv1x1: impl='triton' is not available.*found float64"):
+    with pytest.raises(TypeError, match=r"lu_conv1x1: impl='triton' is not available.*found float64"):
         lu_conv1x1(x.double(), eye, eye, impl="triton")
     with pytest.raises(ValueError, match=r"upper: expected shape \(C, C\), found \(3,\)"):
         lu_log_det(torch.ones(3), 1)
