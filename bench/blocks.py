@@ -178,6 +178,7 @@ def _case(shape: Shape) -> Case:
         shape.columns,
         seconds=4.0,
         quick=shape.depth == 1 and work < 5 and shape.batch in (1, 8),
+        first=shape.depth == DEPTH and shape.batch == 8,
     )
 
 

@@ -97,12 +97,17 @@ def _step(coupling: str, linear: str) -> Callable[[int, Callable[[int, int], nn.
     return make
 
 
+def _conjugated(channels: int, subnet: Callable[[int, int], nn.Module]) -> nn.Module:
+    return flows.USFBlock(channels, subnet=subnet, zero_init=False)
+
+
 FORMS = {
     form.name: form
     for form in (
         Form("affine, permutation", "affine", False, _step("affine", "permutation")),
         Form("additive, permutation", "additive", False, _step("additive", "permutation")),
         Form("additive, LU", "additive", True, _step("additive", "lu")),
+        Form("conjugated", "additive", True, _conjugated),
     )
 }
 SHARED = "affine, permutation"  # the form that peers have; they get its weights

@@ -88,6 +88,7 @@ SUBJECT = Subject(
             {"batch": batch, "side": SIDE},
             seconds=8.0,
             quick=batch == 1,
+            first=True,
         )
         for batch in (1, 8)
     ),

@@ -112,12 +112,11 @@ def _case(
     direction: str = "forward",
     elements: float,
     gigaflops: float = 0.0,
-    quick: bool = True,
 ) -> Case:
     def providers(device: torch.device) -> list[Provider]:
         return list(_both(ours, eager, inputs, direction, 4e-9 * elements, gigaflops, device))
 
-    return Case(name, providers, shape, quick=quick)
+    return Case(name, providers, shape, first=shape["batch"] == 8)
 
 
 def _coupling(batch: int, channels: int, side: int) -> Iterator[Case]:

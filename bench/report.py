@@ -16,8 +16,18 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- speed: begin, written by `python -m bench.report` -->", "<!-- speed: end -->"
 
 
-def rewritten(readme: str, rows: Sequence[table.Row]) -> str:
-    """The README with its section between the markers made anew.
+def sections(folder: Path) -> str:
+    """One section per file of rows: the CPU's first, then a shorter one for each GPU."""
+    texts = [section(table.read(folder / "cpu.csv"))]
+    for path in sorted(folder.glob("*.csv")):
+        if path.name != "cpu.csv" and not path.name.startswith("compile_"):  # which holds no times
+            rows = table.read(path)
+            texts.append(section(rows, where=rows[0]["device"]))
+    return "\n\n".join(texts)
+
+
+def rewritten(readme: str, text: str) -> str:
+    """The README with this text between the markers.
 
     Raises:
         ValueError: when it lacks them.
@@ -26,7 +36,7 @@ def rewritten(readme: str, rows: Sequence[table.Row]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"README: expected the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{section(rows)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the README differs")
     options = parser.parse_args(arguments)
     readme = README.read_text(encoding="utf-8")
-    text = rewritten(readme, table.read(RESULTS / "cpu.csv"))
+    text = rewritten(readme, sections(RESULTS))
     if options.check:
         print("README.md is " + ("up to date" if text == readme else "out of date: python -m bench.report"))
         return int(text != readme)

@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
     use_cores()
     device = pick_device(options.device)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for everyone
     # Part of a case's providers would take the place of all of them: those rows are kept only where asked.
     output = options.output or (None if options.providers else machine.results_file(device))
     wanted = [SUBJECTS[name] for name in options.subjects or SUBJECTS]
@@ -43,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         for case in sorted(subject.cases, key=lambda case: not case.quick)
         if (case.quick or not options.quick) and options.cases in case.name
     ]
+    if options.minutes:
+        work.sort(key=lambda entry: not entry[1].first)
     if not work:
         raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
     for subject in wanted:
@@ -85,7 +88,7 @@ def _limits(device: torch.device) -> dict[str, float]:
     timings = alternate({p.name + p.dtype: p.call for p in providers}, seconds=1.0, device=device)
     rates = {}
     for provider in providers:
-        seconds = timings[provider.name + provider.dtype].p50
+        seconds = timings[provider.name + provider.dtype].p20
         name = machine.COPY if provider.name == machine.COPY else provider.dtype
         rates[name] = (provider.gigabytes or provider.gigaflops) / seconds
     return rates
@@ -103,7 +106,7 @@ def measure(
     for provider in case.providers(device):
         if not any(part in provider.name for part in options.providers or [""]):
             continue
-        if provider.compiles and options.quick:
+        if provider.compiles and (options.quick or (options.minutes and not case.first)):
             continue
         try:
             result, seconds = first_call(provider.call, device, limit=FIRST_CALL if provider.compiles else 0)

@@ -20,8 +20,8 @@ WIDTH = 120  # of the README's lines
 TREE = {"white": "white noise, float32", "smooth": "smooth, float32", "smooth_8bit": "smooth, uint8"}
 
 
-def section(rows: Sequence[table.Row]) -> str:
-    """The section between the markers."""
+def section(rows: Sequence[table.Row], *, where: str = "") -> str:
+    """Everything that the rows of a device say; with `where` in every heading, and then without pictures."""
     by_subject: dict[str, list[table.Row]] = {}
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
@@ -42,16 +42,21 @@ def section(rows: Sequence[table.Row]) -> str:
     if operations:
         parts += _operations(operations)
     parts += _losses(rows)
+    if where:
+        headed = [f"{part} ({where})" if part.startswith("### ") else part for part in parts]
+        parts = [part for part in headed if not part.startswith("![")]
     return "\n\n".join(parts)
 
 
 def _introduction(rows: Sequence[table.Row]) -> str:
     devices = sorted({f"{row['device']}, {row['threads']} threads" for row in rows})
     versions = sorted({version for row in rows for version in row["versions"].split()})
+    noisy = sum(row["noisy"] == "1" for row in rows)
+    noise = f" ({noisy} of {len(rows)} are marked as noisy)" if noisy else ""
     return _prose(
         f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}). "
         "Medians; all of a case are timed in turn in one process, after each was checked against float64. "
-        "**2x** means that the peer takes twice as long. Rows: `bench/results/cpu.csv`; again: `make bench` "
+        f"**2x** means that the peer takes twice as long. Rows: `bench/results`{noise}; again: `make bench` "
         "(small inputs, minutes) or `make bench-full`; this section: `make report`."
     )
 
@@ -149,7 +154,8 @@ def _models(rows: list[table.Row]) -> Iterator[str]:
     for row in rows:
         ratio = _ratio(row, rows)
         lines.append([row["case"], row["provider"], _number(table.milliseconds(row)), ratio])
-    yield "### Whole models\n\nImage to anomaly map, random weights, the backbone included."
+    yield "### Whole models"
+    yield "Image to anomaly map, random weights, the backbone included."
     yield _table(["model", "provider", "ms", "over the fastest peer"], lines)
 
 
@@ -217,7 +223,8 @@ def _operations(rows: list[table.Row]) -> Iterator[str]:
             ratio = table.milliseconds(peer) / table.milliseconds(row)
             groups.setdefault(table.operation(row), []).append(ratio)
     lines = [[name, _mean(dict(enumerate(ratios)))] for name, ratios in groups.items()]
-    yield "### Operations\n\nEach by itself, over the faster of eager PyTorch and torch.compile."
+    yield "### Operations"
+    yield "Each by itself, over the faster of eager PyTorch and torch.compile."
     yield _table(["operation", "ratio"], lines)
 
 
@@ -240,7 +247,8 @@ def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
                 f"{row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}, {row['direction']}, "
                 f"against {peer['provider']}{noisy}"
             )
-    yield "### Where we do not win\n\n" + (
+    yield "### Where we do not win"
+    yield (
         "Against the fastest peer in the same precision and direction:\n\n" + "\n".join(lines)
         if lines
         else "Nowhere in these rows."

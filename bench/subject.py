@@ -65,6 +65,7 @@ class Case:
         shape: what curves are drawn against, of channels, side, kernel, batch and depth.
         seconds: to spend on it.
         quick: whether it belongs to the quick run.
+        first: whether it comes first, compilers included, where the time is limited.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Case:
     shape: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 2.0
     quick: bool = True
+    first: bool = False
 
     @property
     def pixels(self) -> int:

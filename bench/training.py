@@ -138,6 +138,7 @@ def _case(shape: Shape, *, quick: bool) -> Case:
         shape.columns,
         seconds=4.0,
         quick=quick,
+        first=shape.depth == 8,
     )
 
 

@@ -8,12 +8,21 @@ from bench.sections import section
 
 def test_the_readme_says_what_the_rows_say():
     readme = report.README.read_text(encoding="utf-8")
-    assert report.rewritten(readme, table.read(RESULTS / "cpu.csv")) == readme, "run: python -m bench.report"
+    assert report.rewritten(readme, report.sections(RESULTS)) == readme, "run: python -m bench.report"
 
 
 def test_a_readme_without_markers():
     with pytest.raises(ValueError, match="speed: begin"):
-        report.rewritten("# Title", [])
+        report.rewritten("# Title", "")
+
+
+def test_a_gpu_gets_a_section_of_its_own_without_pictures(tmp_path):
+    table.write(tmp_path / "cpu.csv", blocks())
+    table.write(tmp_path / "compile_sm90.csv", [])
+    table.write(tmp_path / "some-gpu.csv", [r | {"device": "Some GPU"} for r in blocks()])
+    text = report.sections(tmp_path)
+    assert text.count("### Blocks, inference\n") == text.count("### Blocks, inference (Some GPU)\n") == 1
+    assert "![" not in text.split("(Some GPU)")[1]
 
 
 def blocks():
