@@ -17,7 +17,7 @@ Call = Callable[[], object]
 NOISY = 1.5  # p80 / p20 above which a row is marked
 BUSY = 0.1  # share of the cores that others take, above which it is marked too
 TURN = 1e-3  # seconds
-BRIEF = 0.5  # seconds
+BRIEF, LONG = 0.5, 5.0  # seconds
 CPU = torch.device("cpu")
 
 
@@ -44,6 +44,7 @@ def alternate(
     most: int = 1000,
     device: torch.device = CPU,
     cold: bool = False,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Call the providers in turn for about `seconds`, at least `least` rounds, after one to warm up.
 
@@ -57,12 +58,15 @@ def alternate(
         least, most: rounds.
         device: CUDA devices are timed with events on their current stream.
         cold: empty the caches before every call, which then has a turn of its own.
+        known: seconds of a call before this, by name; those that took long are warm by it.
     """
     elapsed = _cuda_elapsed if device.type == "cuda" else _cpu_elapsed
     flush = _flush(device) if cold else None
     turns, brief = {}, {}
     for name, call in calls.items():
-        taken = elapsed(call, 1)
+        taken = (known or {}).get(name, 0.0)
+        if taken < LONG:
+            taken = elapsed(call, 1)
         turns[name] = 1 if cold else max(1, min(100, round(TURN / max(taken, 1e-9))))
         brief[name] = taken < BRIEF
     samples: dict[str, list[float]] = {name: [] for name in calls}

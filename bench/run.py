@@ -125,7 +125,8 @@ def measure(
     if device.type == "cuda":
         calls |= _graphs(providers)
     neighbours = Neighbours()
-    timings = alternate(calls, seconds=share * case.seconds, device=device, cold=options.cold)
+    known = {str(i): seconds for i, seconds in enumerate(starts) if not providers[i].compiles}
+    timings = alternate(calls, seconds=share * case.seconds, device=device, cold=options.cold, known=known)
     busy = device.type == "cpu" and neighbours.share() > BUSY
     if busy:
         print("  other processes took part of the cores meanwhile: these rows are marked as noisy")

@@ -49,6 +49,25 @@ def test_every_provider_has_its_turns():
         assert timing.repeats >= 3
 
 
+def test_what_took_long_before_is_not_warmed_up_again():
+    calls = []
+    alternate({n: lambda n=n: calls.append(n) for n in "ab"}, seconds=0, least=1, known={"a": 9.0, "b": 0.1})
+    assert calls.count("a") == 1
+    assert calls.count("b") > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_timed_eagerly_and_as_a_graph(measured):
+    x = torch.ones(1 << 20, device="cuda")
+    check = close_to(lambda: torch.full((1 << 20,), 2.0).double(), "float32")
+    subject = tiny(Provider("ours", lambda: x + x, check=check, peak=True, gigabytes=8e-3))
+    eager, graph = measured(subject, "--device", "cuda")
+    assert (eager["provider"], graph["provider"]) == ("ours", "ours, CUDA graph")
+    assert float(eager["peak_mb"]) == pytest.approx(4.2, rel=0.1)
+    assert 0 < float(graph["p50_ms"]) < 10
+
+
 def test_cold_calls_have_turns_of_their_own():
     calls = []
     (timing,) = alternate({"a": lambda: calls.append(0)}, seconds=0, least=2, cold=True).values()
@@ -232,7 +251,7 @@ def test_names_are_unique_and_every_shape_is_there():
     for subject in registry.SUBJECTS.values():
         names = [case.name for case in subject.cases]
         assert len(set(names)) == len(names)
-    assert len(registry.SUBJECTS["blocks"].cases) == 2 * 2 * 3 * len(SHAPES)
+    assert len(registry.SUBJECTS["blocks"].cases) == 2 * 2 * 3 * len(SHAPES) - 1
 
 
 def test_rows_survive_a_round_trip(tmp_path):
