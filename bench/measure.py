@@ -184,8 +184,6 @@ class Neighbours:
         return (busy + idle + iowait) / ticks, busy / ticks, sum(os.times()[:2])
 
 
-def use_cores() -> int:
-    """Give torch one thread per core that this process may use; their number."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cores)
-    return cores
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from bench import machine, table
-from bench.measure import BUSY, Neighbours, Timing, alternate, captured, first_call, use_cores
+from bench.measure import BUSY, Neighbours, Timing, alternate, captured, first_call, usable_cores
 from bench.memory import peak_bytes, saved_bytes
 from bench.registry import SUBJECTS
 from bench.subject import OURS, Case, Provider, Subject
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     unknown = [name for name in options.subjects if name not in SUBJECTS]
     if unknown:
         raise ValueError(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
-    use_cores()
+    torch.set_num_threads(options.threads or usable_cores())
     device = pick_device(options.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for everyone
     # Part of a case's providers would take the place of all of them: those rows are kept only where asked.

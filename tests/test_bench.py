@@ -165,6 +165,19 @@ def test_errors(capsys, tmp_path):
         table.read(tmp_path / "old.csv")
 
 
+def test_an_installation_without_the_source_has_no_benchmark(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("usf_kernels.cli.bench.__file__", str(tmp_path / "a" / "b" / "bench.py"))
+    assert command(["bench"]) == 2
+    assert "run it in a source checkout" in capsys.readouterr().err
+
+
+def test_threads(measured):
+    before = torch.get_num_threads()
+    (row,) = measured(tiny(Provider("a", lambda: 1)), "--threads", "1")
+    torch.set_num_threads(before)
+    assert row["threads"] == "1"
+
+
 @pytest.mark.skipif(not STATUS.exists(), reason="takes Linux's /proc")
 def test_peak_memory():
     assert peak_bytes(lambda: torch.ones(50_000_000), CPU) == pytest.approx(2e8, rel=0.1)

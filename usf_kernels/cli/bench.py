@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from usf_kernels.cli.options import positive
+
 
 def add_parser(commands: Any) -> None:
     """Declare `bench`."""
@@ -25,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options, which `python -m bench.run` shares."""
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help="what to measure; all by default")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=positive, help="of torch on the CPU (default: one per core that may be used)"
+    )
     parser.add_argument("--quick", action="store_true", help="small inputs only, nothing that compiles")
     parser.add_argument(
         "--providers",
