@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.flows import PEERS
-from bench.subject import OURS, PEER, Case, Provider, Subject, relative_error
+from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 from usf_kernels.models import FastFlow, create_backbone
 from usf_kernels.ops import anomaly_map
 
@@ -18,63 +19,63 @@ BACKBONE, SIDE = "resnet18", 256
 FORMS = (("affine", "permutation"), ("additive", "permutation"), ("additive", "lu"))
 
 
-def _images(batch: int, device: torch.device) -> Tensor:
-    return torch.rand(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
+def _model(coupling: str, linear: str) -> FastFlow:
+    """Ours, in evaluation mode, with couplings that are not the identity."""
+    torch.manual_seed(0)
+    backbone = create_backbone(BACKBONE, weights=None, out_indices=(1, 2, 3))
+    model = FastFlow(backbone, coupling=coupling, linear=linear).eval()
+    with torch.no_grad():
+        for parameter in model.flows.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def _their_model() -> nn.Module:
+    from anomalib.models.image.fastflow.torch_model import FastflowModel
+
+    torch.manual_seed(0)
+    return FastflowModel((SIDE, SIDE), BACKBONE, pre_trained=False).eval()
+
+
+def _map(call: Callable[[Tensor], object], images: Tensor) -> object:
+    with torch.no_grad():
+        return call(images)
 
 
 def _score(model: FastFlow, images: Tensor) -> Tensor:
     """Image to anomaly map, which is what anomalib's model returns too."""
-    with torch.no_grad():
-        latents, _ = model(images)
-        return anomaly_map(latents, SIDE)
+    return anomaly_map(model(images)[0], SIDE)
 
 
-def _check(model: torch.nn.Module, images: Tensor, found: object) -> str | None:
-    """Against itself in float64, on the first image."""
-    found = getattr(found, "anomaly_map", found)
-    with torch.no_grad():
-        double = _copy(model).double()
-        if isinstance(model, FastFlow):
-            expected = _score(double, images[:1].double().cpu())
-        else:
-            expected = double(images[:1].double().cpu()).anomaly_map
-    error = relative_error(found[:1].double().cpu(), expected)
-    return None if error < 1e-4 else f"relative error {error:.2g}"
+def _check(double: nn.Module, images: Tensor, found: object) -> str | None:
+    """Against the model in float64, on the first image."""
+    first = images[:1].double().cpu()
+    expected = _map(partial(_score, double) if isinstance(double, FastFlow) else double, first)
+    expected = getattr(expected, "anomaly_map", expected)
+    return close_to(lambda: expected, "float32")(getattr(found, "anomaly_map", found))
 
 
-def _copy(model: torch.nn.Module) -> torch.nn.Module:
-    from copy import deepcopy
-
-    return deepcopy(model).cpu()
-
-
-def _providers(batch: int, device: torch.device) -> list[Provider]:
-    return list(_flows(batch, device))
-
-
-def _flows(batch: int, device: torch.device) -> Iterator[Provider]:
-    images = _images(batch, device)
+def _providers(batch: int, device: torch.device) -> Iterator[Provider]:
+    images = torch.rand(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
     for coupling, linear in FORMS:
-        torch.manual_seed(0)
-        backbone = create_backbone(BACKBONE, weights=None, out_indices=(1, 2, 3))
-        model = FastFlow(backbone, coupling=coupling, linear=linear).to(device).eval()
+        model = _model(coupling, linear)
+        check = partial(_check, deepcopy(model).double(), images)
+        model = model.to(device)
         name = f"FastFlow, {coupling}, {linear.replace('lu', 'LU')}"
-        yield Provider(name, partial(_score, model, images), OURS, check=partial(_check, model, images))
+        yield Provider(name, partial(_map, partial(_score, model), images), OURS, check=check)
+    yield Provider("backbone alone", partial(_map, model.features, images), LIMIT)
     if find_spec("anomalib"):
-        from anomalib.models.image.fastflow.torch_model import FastflowModel
-
-        torch.manual_seed(0)
-        theirs = FastflowModel((SIDE, SIDE), BACKBONE, pre_trained=False).to(device).eval()
-
-        def score(model: torch.nn.Module) -> object:
-            with torch.no_grad():
-                return model(images)
-
-        check = partial(_check, theirs, images)
-        yield Provider("anomalib Fastflow", partial(score, theirs), PEER, check=check)
+        theirs = _their_model()
+        check = partial(_check, deepcopy(theirs).double(), images)
+        theirs = theirs.to(device)
         compiled = torch.compile(theirs, dynamic=False)
+        yield Provider("anomalib Fastflow", partial(_map, theirs, images), PEER, check=check)
         yield Provider(
-            "anomalib Fastflow, torch.compile", partial(score, compiled), PEER, check=check, compiles=True
+            "anomalib Fastflow, torch.compile",
+            partial(_map, compiled, images),
+            PEER,
+            check=check,
+            compiles=True,
         )
 
 

@@ -54,11 +54,8 @@ def _check(regions: list[list[object]]) -> str | None:
 
 
 def _case(name: str, scales: tuple[tuple[int, int], ...], batch: int) -> Case:
-    def providers(device: torch.device) -> list[Provider]:
-        return list(_providers(scales, batch, device))
-
     shape = {"side": scales[0][0], "batch": batch} if len(scales) == 1 else {"batch": batch}
-    return Case(name, providers, shape)
+    return Case(name, partial(_providers, scales, batch), shape)
 
 
 SUBJECT = Subject(

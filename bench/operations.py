@@ -113,9 +113,7 @@ def _case(
     elements: float,
     gigaflops: float = 0.0,
 ) -> Case:
-    def providers(device: torch.device) -> list[Provider]:
-        return list(_both(ours, eager, inputs, direction, 4e-9 * elements, gigaflops, device))
-
+    providers = partial(_both, ours, eager, inputs, direction, 4e-9 * elements, gigaflops)
     return Case(name, providers, shape, first=shape["batch"] == 8)
 
 

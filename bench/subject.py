@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,7 +69,7 @@ class Case:
     """
 
     name: str
-    providers: Callable[[torch.device], Sequence[Provider]]
+    providers: Callable[[torch.device], Iterable[Provider]]
     shape: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 2.0
     quick: bool = True
