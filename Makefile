@@ -3,8 +3,8 @@
 # make test      the Python tests
 # make test-cpp  the C++ tests, also under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint      ruff and clang-format
-# make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in bench/results
-# make bench-full  all inputs, torch.compile too: an hour or two
+# make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in runs/bench.csv
+# make bench-full  all inputs, torch.compile too: an hour or two; rows in bench/results
 # make bench-gpu   what fits into eight minutes on a CUDA device, with GPU_PYTHON's torch
 # make report    pictures and the README's section on speed, from the rows
 # make gpu       the tests that need a CUDA device, with GPU_PYTHON's torch
@@ -50,7 +50,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp csrc/tests/*.cpp
 
 bench: install
-	$(BIN)/python -m bench.run --quick
+	$(BIN)/python -m bench.run --quick --output runs/bench.csv
 
 bench-full: install
 	$(BIN)/python -m bench.run

@@ -28,30 +28,17 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a subject that does not exist, or none that the device can run.
     """
-    unknown = [name for name in options.subjects if name not in SUBJECTS]
-    if unknown:
-        raise ValueError(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
     torch.set_num_threads(options.threads or usable_cores())
     device = pick_device(options.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for everyone
+    work = _work(options, device)
     # Part of a case's providers would take the place of all of them: those rows are kept only where asked.
-    output = options.output or (None if options.providers else machine.results_file(device))
-    wanted = [SUBJECTS[name] for name in options.subjects or SUBJECTS]
-    work = [
-        (subject, case)
-        for subject in wanted
-        if device.type in subject.devices
-        for case in sorted(subject.cases, key=lambda case: not case.quick)
-        if (case.quick or not options.quick) and options.cases in case.name
-    ]
-    if options.minutes:
-        work.sort(key=lambda entry: not entry[1].first)
-    if not work:
-        raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
-    for subject in wanted:
-        _say_what_is_missing(subject)
+    part = options.providers or options.quick
+    output = options.output or (None if part else machine.results_file(device))
+    for subject in dict.fromkeys(subject.name for subject, _ in work):
+        _say_what_is_missing(SUBJECTS[subject])
         if output is not None:
-            table.forget(output, subject.name, (case.name for case in subject.cases))
+            table.forget(output, subject, (case.name for case in SUBJECTS[subject].cases))
     shared = machine.environment(device)
     print(f"{shared['device']}, {shared['threads']} threads; {shared['versions']}")
     limits = _limits(device)
@@ -73,6 +60,25 @@ def run(options: argparse.Namespace) -> int:
     if output is not None:
         print(f"rows in {output}")
     return 0
+
+
+def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subject, Case]]:
+    """The cases to measure, in order."""
+    unknown = [name for name in options.subjects if name not in SUBJECTS]
+    if unknown:
+        raise ValueError(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
+    ranked = []
+    for name in options.subjects or SUBJECTS:
+        subject = SUBJECTS[name]
+        cases = [c for c in subject.cases if (c.quick or not options.quick) and options.cases in c.name]
+        if device.type in subject.devices:
+            cases.sort(key=lambda case: not (case.first if options.minutes else case.quick))
+            ranked += [(not case.first, i, subject, case) for i, case in enumerate(cases)]
+    if not ranked:
+        raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
+    if options.minutes:  # of every subject the most valuable first, then of every one the next
+        ranked.sort(key=lambda entry: entry[:2])
+    return [(subject, case) for _, _, subject, case in ranked]
 
 
 def _say_what_is_missing(subject: Subject) -> None:

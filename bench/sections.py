@@ -57,7 +57,7 @@ def _introduction(rows: Sequence[table.Row]) -> str:
         f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}). "
         "Medians; all of a case are timed in turn in one process, after each was checked against float64. "
         f"**2x** means that the peer takes twice as long. Rows: `bench/results`{noise}; again: `make bench` "
-        "(small inputs, minutes) or `make bench-full`; this section: `make report`."
+        "(small inputs, minutes), `make bench-full`, and `python -m bench.compare OLD.csv NEW.csv`."
     )
 
 

@@ -147,6 +147,17 @@ def test_part_of_the_providers_leaves_the_rows_alone(monkeypatch, capsys):
     assert "  a " not in printed
 
 
+def test_where_time_is_limited_every_subject_gets_its_turn(monkeypatch, tmp_path, capsys):
+    cases = [
+        Case(n, lambda _: [Provider("a", lambda: 1)], seconds=0, first=n == "best") for n in ("x", "best")
+    ]
+    for name in ("tiny", "other"):
+        monkeypatch.setitem(registry.SUBJECTS, name, Subject(name, "a test", tuple(cases)))
+    run.main(["tiny", "other", "--minutes", "1", "--output", str(tmp_path / "rows.csv")])
+    printed = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert printed == ["tiny: best", "other: best", "tiny: x", "other: x"]
+
+
 def test_time_ends_between_cases(measured, capsys):
     slow = tiny(Provider("a", lambda: time.sleep(0.05)), cases=("first", "second", "third"))
     rows = measured(slow, "--minutes", "0.001")

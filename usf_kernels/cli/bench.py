@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive, help="of torch on the CPU (default: one per core that may be used)"
     )
-    parser.add_argument("--quick", action="store_true", help="small inputs only, nothing that compiles")
+    parser.add_argument(
+        "--quick", action="store_true", help="small inputs, nothing that compiles; rows only with --output"
+    )
     parser.add_argument(
         "--providers",
         nargs="+",
