@@ -135,8 +135,10 @@ def complaints(code: Code, need: str | None) -> list[str]:
     wrong = []
     if code.spills:
         wrong.append("spills registers")
-    if need == "vectors" and min(code.load_bytes, code.store_bytes) < 16:
-        wrong.append("moves less than 16 bytes at a time")
+    if need in ("vectors", "vector loads") and code.load_bytes < 16:
+        wrong.append("loads less than 16 bytes at a time")
+    if need in ("vectors", "vector stores") and code.store_bytes < 16:
+        wrong.append("stores less than 16 bytes at a time")
     if need == "tensor cores" and not code.tensor_cores:
         wrong.append("does not use tensor cores")
     return wrong

@@ -71,12 +71,39 @@ def elementwise(
         )
         block_c, block_p = (inner, size // inner) if channels_last else (size // inner, inner)
         configs.append({"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": warps})
+    return _different(configs)
+
+
+def _different(configs: list[Config]) -> list[Config]:
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
 def _lanes(length: int, inner: int, width: int, size: int) -> int:
     """Lanes that tiles of `size`, `inner` long, take to cover length * width."""
     return cdiv(length, inner) * cdiv(width, size // inner) * size
+
+
+def reduction(
+    itemsize: int, operands: int, channels: int, positions: int, channels_last: bool
+) -> list[Config]:
+    """Tiles of (channels, positions) for kernels that walk all channels of some positions (of all images).
+
+    Four loads of 16 bytes per thread and step in all; as many positions as leave a program for every
+    multiprocessor, but whole cache lines. Unmeasured: to be confirmed on a device with USF_AUTOTUNE=1."""
+    configs = []
+    loads = max(1, 4 // operands)
+    for per_thread, warps in ((loads, 4), (max(1, loads // 2), 4), (loads, 8)):
+        size = warps * per_thread * (16 // itemsize) * warp_size()
+        if channels_last:
+            block_c = min(2 ** max(channels - 1, 0).bit_length(), 1024 // itemsize)
+            block_p = size // block_c
+        else:
+            block_p = 512 // itemsize
+            while block_p > 128 // itemsize and positions < 132 * block_p:
+                block_p //= 2
+            block_c = size // block_p
+        configs.append({"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": warps})
+    return _different(configs)
 
 
 # ------------------------------------------------------------------------------------------------- tuning

@@ -29,7 +29,7 @@ class Case(NamedTuple):
         name: what it is.
         call: runs a launcher on tensors of the meta device.
         needs: per kernel's name, what its machine code must have: "vectors" (16-byte loads and stores),
-            "tensor cores".
+            "vector loads", "vector stores" or "tensor cores".
     """
 
     name: str

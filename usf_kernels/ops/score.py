@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from usf_kernels.kernels.layout import empty_output
+from usf_kernels.ops import reference
 from usf_kernels.ops.checks import check_choice, check_features, check_size
-from usf_kernels.ops.dispatch import implementation
+from usf_kernels.ops.dispatch import (
+    define,
+    differentiates_again,
+    gradients_through,
+    implementation,
+    kernel,
+)
 
 
 def squared_norm(z: Tensor, *, impl: str | None = None) -> Tensor:
@@ -70,3 +80,108 @@ def anomaly_map(
     height_width = check_size(size)
     check_choice("interpolate", interpolate, ("likelihood", "latent"))
     return implementation("anomaly_map", impl, *latents)(latents, height_width, interpolate)
+
+
+# ------------------------------------------------------------------------------------------- as torch ops
+
+
+def _norm_fake(z: Tensor) -> Tensor:
+    return z.new_empty((z.shape[0], *z.shape[2:]), dtype=torch.float32)
+
+
+def _norm_backward_fake(grad: Tensor, z: Tensor) -> Tensor:
+    return empty_output(z, z.dtype)
+
+
+def _map_fake(latents: list[Tensor], size: list[int], latent: bool) -> Tensor:
+    return latents[0].new_empty((latents[0].shape[0], 1, *size), dtype=torch.float32)
+
+
+_norm_op = define("squared_norm(Tensor z) -> Tensor", _norm_fake, "score.squared_norm")
+_norm_backward_op = define(
+    "squared_norm_backward(Tensor grad, Tensor z) -> Tensor",
+    _norm_backward_fake,
+    "score.squared_norm_backward",
+)
+_map_op = define(
+    "anomaly_map(Tensor[] latents, SymInt[] size, bool latent) -> Tensor", _map_fake, "score.anomaly_map"
+)
+
+
+def _map_gradients(
+    grad: Tensor, latents: Sequence[Tensor], size: Sequence[int], latent: bool
+) -> tuple[Tensor, ...]:
+    """Through the reference: maps are for looking at, and losses use the squared norms."""
+
+    def plain(*latents: Tensor) -> Tensor:
+        return reference.anomaly_map(latents, tuple(size), "latent" if latent else "likelihood")
+
+    return gradients_through(plain, latents, (grad,))
+
+
+def _map_backward(grad: Tensor, latents: list[Tensor], size: list[int], latent: bool) -> list[Tensor]:
+    gradients = zip(latents, _map_gradients(grad, tuple(latents), size, latent), strict=True)
+    return [empty_output(z, z.dtype).copy_(g) for z, g in gradients]
+
+
+def _map_backward_fake(grad: Tensor, latents: list[Tensor], size: list[int], latent: bool) -> list[Tensor]:
+    return [empty_output(z, z.dtype) for z in latents]
+
+
+_map_backward_op = define(
+    "anomaly_map_backward(Tensor grad, Tensor[] latents, SymInt[] size, bool latent) -> Tensor[]",
+    _map_backward_fake,
+    _map_backward,
+)
+
+
+class _SquaredNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return _norm_op(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        if differentiates_again():
+            return gradients_through(reference.squared_norm, (z,), (grad,))[0]
+        return _norm_backward_op(grad, z)
+
+
+class _AnomalyMap(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(size: tuple[int, int], latent: bool, *latents: Tensor) -> Tensor:
+        return _map_op(latents, size, latent)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.options, latents = inputs[:2], inputs[2:]
+        ctx.save_for_backward(*latents)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        gradients = _map_gradients if differentiates_again() else _map_backward_op
+        return None, None, *gradients(grad, ctx.saved_tensors, *ctx.options)
+
+
+@kernel("squared_norm")
+def _squared_norm(z: Tensor) -> Tensor:
+    return _SquaredNorm.apply(z) if torch.is_grad_enabled() else _norm_op(z)
+
+
+@kernel("anomaly_map")
+def _anomaly_map(latents: Sequence[Tensor], size: tuple[int, int], interpolate: str) -> Tensor:
+    latent = interpolate == "latent"
+    return (
+        _AnomalyMap.apply(size, latent, *latents)
+        if torch.is_grad_enabled()
+        else _map_op(latents, size, latent)
+    )

@@ -1,0 +1,313 @@
+"""Scores of latents: squared norms over channels, and anomaly maps of several scales.
+
+An anomaly map takes two launches however many scales there are. The first reads every latent once and leaves
+small maps of inner products, the second resizes and averages them. In one launch each tile of the result
+would have to reduce the latents under it and around it again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from usf_kernels.kernels.arithmetic import one_minus_exp
+from usf_kernels.kernels.configs import Config, elementwise, pick, reduction
+from usf_kernels.kernels.launch import (
+    Case,
+    aligned,
+    bound,
+    cdiv,
+    launch,
+    narrow,
+    runtime,
+    tile,
+    walk,
+    warp_size,
+)
+from usf_kernels.kernels.layout import View, empty_output
+
+LATENTS = ("z_b", "z_c", "z_p", "channels", "positions", "widths", "offsets", "starts")
+
+
+@triton.jit
+def load_channels(z, c, p, z_c, z_p, C, P, UNIT: tl.constexpr):
+    """Values at channels c and positions p, 0 outside, as float32."""
+    at = z + walk(c, z_c, UNIT) + walk(p, z_p, UNIT)
+    return tl.load(at, mask=(c < C) & (p < P), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def reduce_channels(
+    z, z_b, z_c, z_p, C, P, W,  # (b, C, P) with rows of W positions
+    maps, program, batch,
+    NEIGHBOURS: tl.constexpr, LIKELIHOOD: tl.constexpr,
+    UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Store for each position the squared norm over channels, or 1 - exp(-norm / 2C); with NEIGHBOURS also
+    the products with the right and lower neighbour and of both diagonals. maps: (1 or 4, batch, P)."""
+    channels = C
+    C = bound(C, z_c, UNIT)
+    tiles = tl.cdiv(P, BLOCK_P)
+    b = (program // tiles).to(tl.int64)
+    p = (program % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    c = tl.arange(0, BLOCK_C)[:, None]
+    if WIDE:
+        p = p.to(tl.int64)
+        c = c.to(tl.int64)
+    end = bound(P, z_p, UNIT)
+    z += b * aligned(z_b, UNIT)
+    own = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    if NEIGHBOURS:
+        right = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        down = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        diagonals = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        in_row = p % W < W - 1
+        W = aligned(W, ROW_UNIT)
+    for _ in range(0, C, BLOCK_C):
+        value = load_channels(z, c, p, z_c, z_p, C, end, UNIT)
+        own += value * value
+        if NEIGHBOURS:
+            below = load_channels(z, c, p + W, z_c, z_p, C, end, UNIT)
+            beside = load_channels(z, c, p + 1, z_c, z_p, C, end, UNIT)
+            corner = load_channels(z, c, p + W + 1, z_c, z_p, C, end, UNIT)
+            down += value * below
+            right += value * beside
+            diagonals += value * corner + below * beside
+        c += BLOCK_C
+    norm = tl.sum(own, 0, keep_dims=True)
+    row = maps + b * P + p
+    inside = p < P
+    if LIKELIHOOD:
+        norm = one_minus_exp(norm / (2.0 * channels))
+    tl.store(row, norm, mask=inside)
+    if NEIGHBOURS:
+        size = batch.to(tl.int64) * P
+        # Past the end of a row the neighbour is the next row's first position, and no neighbour.
+        tl.store(row + size, tl.where(in_row, tl.sum(right, 0, keep_dims=True), 0.0), mask=inside)
+        tl.store(row + 2 * size, tl.sum(down, 0, keep_dims=True), mask=inside)
+        tl.store(row + 3 * size, tl.where(in_row, tl.sum(diagonals, 0, keep_dims=True), 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*LATENTS, "batch"])
+def reduce_kernel(
+    latents, z_b, z_c, z_p, channels, positions, widths,  # of each scale
+    maps, offsets,  # where each scale's maps begin
+    starts,  # the first program of each scale
+    batch,
+    NEIGHBOURS: tl.constexpr, LIKELIHOOD: tl.constexpr,
+    UNITS: tl.constexpr, ROW_UNITS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    for i in tl.static_range(len(latents)):
+        if (program >= starts[i]) & (program < starts[i + 1]):
+            reduce_channels(
+                latents[i], z_b[i], z_c[i], z_p[i], channels[i], positions[i], widths[i],
+                maps + offsets[i], program - starts[i], batch,
+                NEIGHBOURS, LIKELIHOOD, UNITS[i], ROW_UNITS[i], WIDE, BLOCK_C, BLOCK_P,
+            )  # fmt: skip
+
+
+@triton.jit
+def source(out, scale, n):
+    """Where the pixels `out` of a resized axis come from, align_corners=False: two indices, their weights."""
+    position = (out.to(tl.float32) + 0.5) * scale - 0.5
+    position = tl.minimum(tl.maximum(position, 0.0), (n - 1).to(tl.float32))
+    first = position.to(tl.int32)
+    weight = position - first.to(tl.float32)
+    return first, tl.minimum(first + 1, n - 1), 1 - weight, weight
+
+
+@triton.jit
+def blend(pairs, neighbours, row0, row1, v0, v1):
+    """Squared norms of v0 * z[i] + v1 * z[j] from those of z[i], at row0, and z[j], at row1, and from their
+    product, at row0 of `neighbours`."""
+    ends = v0 * v0 * tl.load(pairs + row0) + v1 * v1 * tl.load(pairs + row1)
+    return ends + 2 * v0 * v1 * tl.load(neighbours + row0)
+
+
+@triton.jit(
+    do_not_specialize=["offsets", "channels", "heights", "widths", "ratios_y", "ratios_x", "batch", "H", "W"]
+)
+def resize_kernel(
+    maps, offsets, channels, heights, widths, ratios_y, ratios_x,  # of each scale
+    out, batch, H, W,  # (batch, H, W)
+    LATENT: tl.constexpr, UNIT: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Mean over the scales of their resized maps; with LATENT, of 1 - exp(-u / 2C) with u the squared norm of
+    the resized latents, a quadratic form in the maps of products."""
+    program = tl.program_id(0)
+    W = aligned(W, UNIT)
+    tiles_x, tiles_y = tl.cdiv(W, BLOCK_X), tl.cdiv(H, BLOCK_Y)
+    b = (program // (tiles_x * tiles_y)).to(tl.int64)
+    y = (program // tiles_x % tiles_y * BLOCK_Y + tl.arange(0, BLOCK_Y))[:, None]
+    x = (program % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X))[None, :]
+    total = tl.zeros((BLOCK_Y, BLOCK_X), tl.float32)
+    for i in tl.static_range(len(heights)):
+        h, w = heights[i], widths[i]
+        y0, y1, v0, v1 = source(y, ratios_y[i], h)
+        x0, x1, u0, u1 = source(x, ratios_x[i], w)
+        own = maps + offsets[i] + b * h * w
+        if LATENT:
+            size = batch.to(tl.int64) * h * w
+            right, down, diagonals = own + size, own + 2 * size, own + 3 * size
+            upper = blend(own + y0 * w, right + y0 * w, x0, x1, u0, u1)
+            lower = blend(own + y1 * w, right + y1 * w, x0, x1, u0, u1)
+            crossed = u0 * u0 * tl.load(down + y0 * w + x0) + u1 * u1 * tl.load(down + y0 * w + x1)
+            crossed += u0 * u1 * tl.load(diagonals + y0 * w + x0)
+            norm = v0 * v0 * upper + v1 * v1 * lower + 2 * v0 * v1 * crossed
+            norm = tl.where(norm < 0, 0.0, norm)  # rounding, where the corners cancel
+            total += one_minus_exp(norm / (2.0 * channels[i]))
+        else:
+            upper = u0 * tl.load(own + y0 * w + x0) + u1 * tl.load(own + y0 * w + x1)
+            lower = u0 * tl.load(own + y1 * w + x0) + u1 * tl.load(own + y1 * w + x1)
+            total += v0 * upper + v1 * lower
+    tl.store(out + b * H * W + y * W + x, total / len(heights), mask=(y < H) & (x < W))
+
+
+@triton.jit(do_not_specialize=runtime("g", "z", "gz"))
+def squared_norm_backward_kernel(
+    g, g_b, g_c, g_p,  # (b, 1, P), gradient of the norms
+    z, z_b, z_c, z_p,  # (b, C, P)
+    gz, gz_b, gz_c, gz_p,  # (b, C, P) out
+    C, P,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    C = bound(C, gz_c, UNIT)
+    P = bound(P, gz_p, UNIT)
+    b, c, p = tile(C, P, BLOCK_C, BLOCK_P, WIDE)
+    grad = tl.load(g + b * g_b + walk(p, g_p, 1), mask=p < P, other=0.0).to(tl.float32)
+    value = load_channels(z + b * aligned(z_b, UNIT), c, p, z_c, z_p, C, P, UNIT)
+    gz_at = gz + b * aligned(gz_b, UNIT) + walk(c, gz_c, UNIT) + walk(p, gz_p, UNIT)
+    tl.store(gz_at, narrow(2 * grad * value, gz), mask=(c < C) & (p < P))
+
+
+# --------------------------------------------------------------------------------------------- launchers
+
+
+def squared_norm(z: Tensor) -> Tensor:
+    """Launch: see `usf_kernels.ops.squared_norm`."""
+    norms = z.new_empty((z.shape[0], *z.shape[2:]), dtype=torch.float32)
+    view = View([z, norms.unsqueeze(1)])
+    return _reduce([view], norms, [0], neighbours=False, likelihood=False)
+
+
+def squared_norm_backward(grad: Tensor, z: Tensor) -> Tensor:
+    """Gradient of z, given that of its squared norms."""
+    grad_z = empty_output(z, z.dtype)
+    view = View([grad.unsqueeze(1), z, grad_z])
+    channels, channels_last = z.shape[1], view.strides[-1].channel == 1
+    unit = view.unit(channels, operands=slice(1, None))
+
+    def run(config: Config) -> Tensor:
+        blocks = view.batch * cdiv(channels, config["BLOCK_C"]) * cdiv(view.positions, config["BLOCK_P"])
+        launch(
+            squared_norm_backward_kernel, blocks, *view.arguments(), channels, view.positions,
+            UNIT=unit, WIDE=view.is_wide(), device=z.device, **config,
+        )  # fmt: skip
+        return grad_z
+
+    candidates = elementwise(z.element_size(), 2, view.batch, channels, view.positions, channels_last)
+    key = (str(z.dtype), str(grad.dtype), unit, channels_last, *candidates[0].values())
+    return pick("squared_norm_backward", key, candidates, run, z.device)
+
+
+def anomaly_map(latents: list[Tensor], size: list[int], latent: bool) -> Tensor:
+    """Launch: see `usf_kernels.ops.anomaly_map`; `latent` for interpolate="latent"."""
+    batch, device = latents[0].shape[0], latents[0].device
+    height, width = size
+    kinds = 4 if latent else 1
+    lengths = [kinds * batch * z.shape[2] * z.shape[3] for z in latents]
+    offsets = [sum(lengths[:i]) for i in range(len(lengths))]
+    maps = torch.empty(sum(lengths), dtype=torch.float32, device=device)
+    views = [View([z], merge_batch=False) for z in latents]
+    _reduce(views, maps, offsets, neighbours=latent, likelihood=not latent)
+    out = torch.empty((batch, 1, height, width), dtype=torch.float32, device=device)
+    heights, widths = [z.shape[2] for z in latents], [z.shape[3] for z in latents]
+
+    def run(config: Config) -> Tensor:
+        blocks = batch * cdiv(height, config["BLOCK_Y"]) * cdiv(width, config["BLOCK_X"])
+        launch(
+            resize_kernel, blocks, maps, tuple(offsets), tuple(z.shape[1] for z in latents),
+            tuple(heights), tuple(widths), tuple(h / height for h in heights),
+            tuple(w / width for w in widths), out, batch, height, width,
+            LATENT=latent, UNIT=math.gcd(8, width), device=device, **config,
+        )  # fmt: skip
+        return out
+
+    candidates = [
+        {"BLOCK_Y": rows * warp_size() // 32, "BLOCK_X": 128, "num_warps": warps}
+        for rows, warps in ((4, 4), (1, 1), (8, 4))
+    ]
+    return pick("resize", (latent, len(latents), batch * height * width > 2**18), candidates, run, device)
+
+
+def _reduce(
+    views: list[View], maps: Tensor, offsets: list[int], *, neighbours: bool, likelihood: bool
+) -> Tensor:
+    """One launch for the channel reductions of all views, into `maps` from `offsets` on."""
+    latents = [view.tensors[0] for view in views]
+    strides = list(zip(*(view.arguments()[1:4] for view in views), strict=True))
+    channels, positions = tuple(z.shape[1] for z in latents), [view.positions for view in views]
+    widths = [z.shape[-1] if neighbours else 1 for z in latents]
+    units = tuple(view.unit(view.tensors[0].shape[1], operands=slice(0, 1)) for view in views)
+    row_units = tuple(math.gcd(8, width) for width in widths)
+    wide, batch = any(view.is_wide() for view in views), views[0].batch
+
+    def run(config: Config) -> Tensor:
+        programs = [batch * cdiv(count, config["BLOCK_P"]) for count in positions]
+        starts = tuple(sum(programs[:i]) for i in range(len(programs) + 1))
+        launch(
+            reduce_kernel, starts[-1], tuple(latents), *strides, channels, tuple(positions), tuple(widths),
+            maps, tuple(offsets), starts, batch,
+            NEIGHBOURS=neighbours, LIKELIHOOD=likelihood, UNITS=units, ROW_UNITS=row_units, WIDE=wide,
+            device=maps.device, **config,
+        )  # fmt: skip
+        return maps
+
+    largest = max(range(len(views)), key=lambda i: latents[i].numel())
+    channels_last = views[largest].strides[0].channel == 1
+    itemsize, operands = max(z.element_size() for z in latents), 4 if neighbours else 1
+    candidates = reduction(itemsize, operands, channels[largest], batch * sum(positions), channels_last)
+    key = (str(latents[largest].dtype), neighbours, units[largest], channels_last, *candidates[0].values())
+    return pick("reduce", key, candidates, run, maps.device)
+
+
+# ------------------------------------------------------------------------------------------ compiled offline
+
+
+def _cases(dtype: torch.dtype, memory_format: torch.memory_format) -> list[Case]:
+    def latents(*shapes: tuple[int, ...]) -> list[Tensor]:
+        made = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+        return [z.to(memory_format=memory_format) for z in made]
+
+    (z,) = latents((8, 256, 32, 32))
+    scales = latents((8, 816, 28, 28), (8, 192, 16, 16))
+    needs = {"reduce_kernel": "vector loads", "resize_kernel": "vector stores"}
+    calls = {
+        "squared norm": lambda: squared_norm(z),
+        "squared norm backward": lambda: squared_norm_backward(z.select(1, 0).float().contiguous(), z),
+        "likelihood map": lambda: anomaly_map(scales, [448, 448], False),
+        "latent map": lambda: anomaly_map(scales, [448, 448], True),
+    }
+    return [
+        Case(
+            f"{name}, {dtype}, {memory_format}".replace("torch.", ""),
+            call,
+            needs | {"squared_norm_backward_kernel": "vectors"},
+        )
+        for name, call in calls.items()
+    ]
+
+
+COMPILE_CASES = [
+    case
+    for dtype in (torch.float32, torch.bfloat16)
+    for memory_format in (torch.contiguous_format, torch.channels_last)
+    for case in _cases(dtype, memory_format)
+]
