@@ -6,7 +6,7 @@ from helpers import DEVICE, DTYPES, SHAPES, assert_within_budget, layouts, max_e
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usf_kernels.ops import lu_conv1x1
+from usf_kernels.ops import linear_squared_norm, lu_conv1x1
 
 pytest.importorskip("triton")
 from usf_kernels.kernels import lu_conv
@@ -44,7 +44,7 @@ def triton(x, lower, upper, bias, inverse=False):
     return lu_conv1x1(x, lower, upper, bias, inverse=inverse, impl="triton")
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(1, 20), st.booleans())
 def test_matrix_and_inverse_at_any_size(channels, transposed):
     lower, upper = triangles(channels)
@@ -58,9 +58,9 @@ def test_matrix_and_inverse_at_any_size(channels, transposed):
         assert_within_budget(matrix, eager, truth, factor=4)
 
 
-@pytest.mark.parametrize("channels", [33, 64, 71])
+@pytest.mark.parametrize("channels", [33, 71])
 def test_inverse_from_joined_blocks(channels, monkeypatch):
-    """Blocks of the smallest size, so that three rounds of joining are needed; condition numbers past 1e6."""
+    """Diagonal blocks of 16 rows, so that there are rounds of joining; condition numbers past 1e6."""
     monkeypatch.setattr(lu_conv, "DIAGONAL", 16)
     lower, upper = triangles(channels, 0.3)
     eager, truth = (naive_matrix(lower.to(d), upper.to(d), True) for d in (torch.float32, torch.float64))
@@ -69,7 +69,7 @@ def test_inverse_from_joined_blocks(channels, monkeypatch):
     assert max_error(matrix, naive_matrix(lower.double(), upper.double(), False)) < 1e-5
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(shapes())
 def test_map_and_inverse_at_any_shape(shape):
     x, lower, upper, bias = draw(shape)
@@ -160,7 +160,8 @@ def test_is_a_torch_op():
 def test_compiles_for_any_shape():
     def both(x, lower, upper, bias):
         y = triton(x, lower, upper, bias)
-        return triton(y.flatten(2), lower, upper, bias, True)
+        norm = linear_squared_norm(y, lower, impl="triton")
+        return triton(y.flatten(2), lower, upper, bias, True) + 0 * norm.flatten(1)[:, None]
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -178,3 +179,12 @@ def test_empty_batches_have_zero_gradients():
             arguments = [t.nan_to_num().requires_grad_() for t in draw(shape)]
             grads = torch.autograd.grad(triton(*arguments).sum(), arguments)
             assert all(g.shape == a.shape and not g.any() for g, a in zip(grads, arguments, strict=True))
+
+
+def test_work_counts_triangles_once_and_skips_zeros():
+    x, lower, upper, bias = draw((2, 3, 5))
+    assert lu_conv.lu_matrix_work(lower, upper, False, torch.float32) == (4 * (3 + 6 + 9), 18)
+    assert lu_conv.lu_matrix_work(lower, upper, True, torch.bfloat16) == (4 * (3 + 6) + 2 * 9, 36)
+    applied = 4 * (30 + 9 + 3 + 30), 2 * 10 * 9
+    work = lu_conv.lu_conv1x1_work(x, lower, upper, bias, False)
+    assert work == (4 * 18 + applied[0], 18 + applied[1])

@@ -9,7 +9,8 @@ from usf_kernels.ops import linear_squared_norm
 from usf_kernels.ops.linear import Linear, Outer
 
 pytest.importorskip("triton")
-from usf_kernels.kernels import products
+from usf_kernels.kernels import linear_norm, products
+from usf_kernels.kernels import outer as outer_file
 from usf_kernels.kernels.layout import View
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -179,34 +180,13 @@ def test_are_torch_ops():
         torch.library.opcheck(torch.ops.usf_kernels.linear_squared_norm.default, (x, matrix, None))
 
 
-def test_compiles_for_any_shape_and_exports():
-    def call(x, matrix, bias):
-        return norm(Linear.apply(x, matrix, bias), matrix.mT, None)
-
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for shape in ((2, 4, 5, 7), (3, 4, 8, 9)):
-            arguments = [t.requires_grad_() for t in draw(shape)]
-            u, expected = compiled(*arguments), call(*arguments)
-            assert max_error(u, expected.double()) == 0
-            for a, e in zip(
-                torch.autograd.grad(u.sum(), arguments),
-                torch.autograd.grad(expected.sum(), arguments),
-                strict=True,
-            ):
-                assert max_error(a, e.double()) < 1e-3
-
-    class Module(torch.nn.Module):
-        def forward(self, *arguments):
-            return call(*arguments)
-
-    batch = torch.export.Dim("batch", min=2, max=64)
-    arguments = draw((2, 4, 5))
-    exported = torch.export.export(
-        Module(), tuple(arguments), dynamic_shapes={"arguments": ({0: batch}, None, None)}
-    )
-    arguments = [torch.cat([arguments[0], arguments[0]]), *arguments[1:]]
-    assert max_error(exported.module()(*arguments), call(*arguments).double()) == 0
+def test_work_counts_each_tensor_once():
+    x, matrix, bias = draw((2, 4, 3), outputs=5)
+    y = linear(x, matrix, bias)
+    assert products.linear_work(x, matrix, bias, None, y) == (4 * (24 + 20 + 5 + 30 + 30), 2 * 6 * 5 * 4)
+    assert products.linear_work(x, matrix.bfloat16(), None) == (4 * (24 + 10 + 30), 240)
+    assert linear_norm.linear_squared_norm_work(x, matrix, bias) == (4 * (24 + 20 + 5 + 6), 240 + 2 * 6 * 5)
+    assert outer_file.outer_work(y, x) == (4 * (30 + 24 + 20), 240)
 
 
 def test_errors():

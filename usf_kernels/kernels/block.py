@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, walk
+from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, walk, warp_size
 from usf_kernels.kernels.layout import View, empty_output
 from usf_kernels.kernels.products import (
     activate,
@@ -20,15 +23,7 @@ from usf_kernels.kernels.products import (
     product_precision,
 )
 
-UNSPECIALIZED = [f"{name}_{axis}" for name in "xay" for axis in "bcp"] + [
-    "v_n",
-    "v_k",
-    "w_n",
-    "w_k",
-    "C",
-    "N",
-    "P",
-]
+UNSPECIALIZED = [*runtime(*"xay"), "v_n", "v_k", "w_n", "w_k", "N"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -80,13 +75,13 @@ def residual_mlp_kernel(
             mask=last_inside & (n < bound(N, w_k, LAST_UNIT))[:, None],
             other=0.0,
         )
-        acc = dot(hidden.to(weight.dtype), weight, acc, PRECISION)
+        acc = dot(narrow(hidden, last), weight, acc, PRECISION)
     if last_bias is not None:
         acc += tl.load(last_bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     # Read again, from the cache: kept, x would take half of the registers throughout.
     acc = tl.load(x_at, mask=inside, other=0.0).to(tl.float32) + SIGN * acc
     y_at = y + b * aligned(y_b, UNIT) + walk(p, y_p, UNIT)[:, None] + walk(c, y_c, UNIT)[None, :]
-    tl.store(y_at, acc.to(y.dtype.element_ty), mask=inside)
+    tl.store(y_at, narrow(acc, y), mask=inside)
 
 
 def residual_mlp(
@@ -140,9 +135,11 @@ def tiles(first: Tensor, view: View) -> list[Config]:
     hidden, channels = first.shape
     block_c = power_of_2(channels, 16, 256)
     if first.dtype != torch.float32:
-        shapes = ((32, 32, 4), (16, 32, 4)) if block_c > 128 else ((64, 32, 4), (64, 32, 8))
+        shapes = ((64, 32, 4), (64, 32, 8))
+        if block_c > 128:  # wide warps leave fewer registers to each thread, if there are eight
+            shapes = ((64, 32, 8), (16, 32, 4)) if warp_size() == 32 else ((32, 32, 4), (16, 32, 4))
     elif product_precision() == "tf32":
-        shapes = ((16, 16, 4),) if block_c > 128 else ((32, 32, 4), (16, 32, 4))
+        shapes = ((32, 32, 4), (16, 32, 4)) if block_c <= 128 else ((16, 16, 4),)
     else:
         shapes = ((64, 16, 4), (64, 32, 8))
     return [
@@ -152,3 +149,32 @@ def tiles(first: Tensor, view: View) -> list[Config]:
         }
         for block_p, block_n, warps in shapes
     ]  # fmt: skip
+
+
+def residual_mlp_work(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    last: Tensor,
+    last_bias: Tensor | None,
+    bias_map: Tensor | None,
+) -> Work:
+    """Of `residual_mlp` with these arguments; hidden units are not counted as moved."""
+    given = (x, first, first_bias, last, last_bias, bias_map)
+    return Work.of(4 * x.numel() * len(first), *given, x)
+
+
+def _cases(channels: int, channels_last: bool) -> Iterator[Case]:
+    def call(new: Callable[..., Tensor]) -> None:
+        layers = new(2 * channels, channels), new(2 * channels), new(channels, 2 * channels), new(channels)
+        bias_map = new(1, 2 * channels, 28, 28)
+        residual_mlp(new(8, channels, 28, 28), *layers, bias_map, "relu", False)
+
+    return product_cases(f"{channels} channels", "residual_mlp_kernel", call, channels_last)
+
+
+COMPILE_CASES = [
+    case
+    for channels, channels_last in ((64, False), (64, True), (128, True), (256, False), (256, True))
+    for case in _cases(channels, channels_last)
+]

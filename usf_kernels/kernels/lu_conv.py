@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usf_kernels.kernels.launch import cdiv, launch
-from usf_kernels.kernels.products import power_of_2
+from usf_kernels.kernels.accounting import Work
+from usf_kernels.kernels.launch import Case, cdiv, launch, narrow
+from usf_kernels.kernels.products import linear_work, power_of_2
 
 DIAGONAL = 32  # rows of the diagonal blocks that are inverted by substitution
 PRODUCT = ["C", "l_i", "l_k", "r_k", "r_j"]
@@ -47,7 +48,7 @@ def triangular_product_kernel(
         if not INVERSE:
             a = tl.where(kl == i, 1.0, a)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    tl.store(out + i * C + j, acc.to(out.dtype.element_ty), mask=(i < C) & (j < C))
+    tl.store(out + i * C + j, narrow(acc, out), mask=(i < C) & (j < C))
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def _inverses(lower: Tensor, upper: Tensor) -> Tensor:
     )  # fmt: skip
     size = DIAGONAL
     while size < channels:
-        pairs, block = cdiv(channels - size, 2 * size), min(size, 64)
+        pairs, block = cdiv(channels - size, 2 * size), min(size, 32)
         for second in (False, True):
             launch(
                 join_kernel, 2 * pairs * (size // block) ** 2, *operands, inverse, products, channels, size,
@@ -164,3 +165,34 @@ def _inverses(lower: Tensor, upper: Tensor) -> Tensor:
             )  # fmt: skip
         size *= 2
     return inverse
+
+
+def lu_matrix_work(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -> Work:
+    """Of `lu_matrix` with these arguments: triangles of one size are read, products skip the zeros."""
+    channels = len(lower)
+    matrix = torch.empty((channels, channels), device="meta", dtype=dtype)
+    read = (
+        channels * (channels - 1) // 2 * lower.element_size()
+        + channels * (channels + 1) // 2 * upper.element_size()
+    )
+    flops = (
+        (4 if inverse else 2) * channels**3 // 3
+    )  # a triangle's inverse and half of a product: C^3 / 3 each
+    return Work(read + matrix.numel() * matrix.element_size(), flops)
+
+
+def lu_conv1x1_work(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Work:
+    """Of `lu_conv1x1` with these arguments: the matrix, formed and applied."""
+    matrix = torch.empty_like(lower, device="meta", dtype=torch.promote_types(x.dtype, lower.dtype))
+    formed = lu_matrix_work(lower, upper, inverse, matrix.dtype)
+    applied = linear_work(x, matrix, bias)
+    return Work(formed.bytes + applied.bytes, formed.flops + applied.flops)
+
+
+def _case(inverse: bool) -> Case:
+    triangles = [torch.empty((256, 256), device="meta") for _ in range(2)]
+    name = "inverse" if inverse else "matrix"
+    return Case(name, lambda: lu_matrix(*triangles, inverse, torch.float32), {})
+
+
+COMPILE_CASES = [_case(False), _case(True)]

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, walk
+from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, runtime, walk
 from usf_kernels.kernels.layout import View
 from usf_kernels.kernels.products import dot, power_of_2, product_precision
 
-UNSPECIALIZED = [f"{name}_{axis}" for name in "ax" for axis in "bcp"] + ["M", "N", "P", "blocks", "run"]
+UNSPECIALIZED = [*runtime(*"ax"), "M", "N", "blocks", "run"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -99,3 +100,21 @@ def outer(a: Tensor, x: Tensor) -> Tensor:
         for block_m, block_n, block_p, warps in shapes
     ]  # fmt: skip
     return pick("outer", (a.dtype, x.dtype, *candidates[0].values()), candidates, run, a.device)
+
+
+def outer_work(a: Tensor, x: Tensor) -> Work:
+    """Of `outer` with these arguments."""
+    out = torch.empty((a.shape[1], x.shape[1]), device="meta", dtype=torch.float32)
+    return Work.of(2 * a.numel() * x.shape[1], a, x, out)
+
+
+COMPILE_CASES = [
+    case
+    for channels_last in (False, True)
+    for case in product_cases(
+        "outer",
+        "outer_kernel",
+        lambda new: outer(new(8, 256, 28, 28), new(8, 256, 28, 28)),
+        channels_last,
+    )
+]

@@ -7,7 +7,8 @@ tensor cores want at least 64 rows, which maps have, while channels may be as fe
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.launch import INTERPRETED, aligned, bound, cdiv, is_recording, launch, walk
+from usf_kernels.kernels.launch import (
+    INTERPRETED,
+    Case,
+    aligned,
+    bound,
+    cdiv,
+    is_recording,
+    launch,
+    narrow,
+    runtime,
+    walk,
+)
 from usf_kernels.kernels.layout import View, empty_output
 
 # Products whose matrix has both sides at least this long are the vendor's. Unmeasured: below, applying a
 # matrix is limited by memory on a large GPU, or nearly so.
 VENDOR_CHANNELS = {"ieee": 128, "tf32": 512, "half": 512}
-
-
-class Work(NamedTuple):
-    """What an operation must do at least: bytes over the memory bus, floating-point operations."""
-
-    bytes: int
-    flops: int
 
 
 def product_precision() -> str:
@@ -103,9 +109,7 @@ def contract(
     return acc
 
 
-MATRIX = ["m_n", "m_k", "N", "K", "P"]
-UNSPECIALIZED = [f"{name}_{axis}" for name in "xary" for axis in "bcp"] + MATRIX
-NORM = [f"{name}_{axis}" for name in "xu" for axis in "bcp"] + [*MATRIX, "run"]
+UNSPECIALIZED = [*runtime(*"xary"), "m_n", "m_k", "N", "K"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -139,35 +143,7 @@ def linear_kernel(
         at = residual + b * aligned(r_b, UNIT) + walk(p, r_p, UNIT)[:, None] + walk(n, r_c, UNIT)[None, :]
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32) + SIGN * value
     at = y + b * aligned(y_b, UNIT) + walk(p, y_p, UNIT)[:, None] + walk(n, y_c, UNIT)[None, :]
-    tl.store(at, value.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=NORM)
-def squared_norm_kernel(
-    x, x_b, x_c, x_p,  # (b, K, P) in
-    u, u_b, u_c, u_p,  # (b, S, P) out: the sums over each of S runs of outputs
-    matrix, m_n, m_k,  # (N, K)
-    bias,  # (N,), or None
-    N, K, P, run,  # outputs per run, a multiple of BLOCK_N
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    b, p, s = place(tl.cdiv(N, run), P, WIDE, BLOCK_P, 1)
-    inside = p < bound(P, u_p, UNIT)
-    x_at = x + b * aligned(x_b, UNIT) + walk(p, x_p, UNIT)[:, None]
-    first = tl.program_id(0) % tl.cdiv(N, run) * run
-    total = tl.zeros((BLOCK_P,), tl.float32)
-    for start in range(first, tl.minimum(first + run, N), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        z = contract(
-            x_at, inside[:, None], x_c, matrix, m_n, m_k, n, N, K,
-            PRECISION, UNIT, MATRIX_UNIT, WIDE, BLOCK_P, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        if bias is not None:
-            z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        total += tl.sum(z * z, axis=1)  # outputs past the last are zeros
-    at = u + b * aligned(u_b, UNIT) + walk(p, u_p, UNIT)[:, None] + walk(s, u_c, UNIT)[None, :]
-    tl.store(at, total[:, None], mask=inside[:, None])
+    tl.store(at, narrow(value, y), mask=inside)
 
 
 # --------------------------------------------------------------------------------------------- launchers
@@ -186,11 +162,7 @@ def tiles(dtype: torch.dtype, matrix: Tensor, view: View) -> list[Config]:
     in a tile as hold x to few reads, and positions halved until the tiles occupy a large GPU. Unmeasured."""
     outputs, inputs = matrix.shape
     if dtype == torch.float32 and product_precision() == "ieee":
-        shapes = (
-            (64, 64, 16, 4),
-            (128, 64, 16, 8),
-            (64, 32, 32, 4),
-        )  # no tensor cores: operands in registers
+        shapes = ((128, 64, 16, 8), (64, 32, 32, 4))  # no tensor cores: operands come to registers
     else:
         line = 128 // dtype.itemsize
         shapes = ((64, 128, line, 4), (128, 128, line // 2, 8), (64, 64, line, 4))
@@ -268,29 +240,31 @@ def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x, matrix, bias)
 
 
-def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """`||matrix @ x + bias||^2` at every position, (B, *spatial) in float32; arguments as in `linear`."""
-    outputs, inputs = matrix.shape
-    matrix_arguments_, matrix_unit = matrix_arguments(matrix)
-    sizes = x.shape[0], x.shape[2:]
-    whole = View([x, x.new_empty((sizes[0], 1, *sizes[1]), dtype=torch.float32)])
+# ---------------------------------------------------------------------------------- work, compiled offline
 
-    def run(config: Config) -> Tensor:
-        # One run over all outputs where the positions occupy the GPU; several, summed afterwards, where not.
-        tiles_n = cdiv(outputs, config["BLOCK_N"])
-        tiles_p = whole.batch * cdiv(whole.positions, config["BLOCK_P"])
-        length = cdiv(tiles_n, min(tiles_n, cdiv(128, max(1, tiles_p)))) * config["BLOCK_N"]
-        runs = cdiv(outputs, length)
-        u = x.new_empty((sizes[0], runs, *sizes[1]), dtype=torch.float32)
-        view = View([whole.tensors[0], u])
-        programs = runs * view.batch * cdiv(view.positions, config["BLOCK_P"])
-        launch(
-            squared_norm_kernel, programs, *view.arguments(), *matrix_arguments_, bias, outputs, inputs,
-            view.positions, length, PRECISION=product_precision(), UNIT=view.unit(inputs, runs),
-            MATRIX_UNIT=matrix_unit, WIDE=view.is_wide(), device=x.device, **config,
-        )  # fmt: skip
-        return u[:, 0] if runs == 1 else u.sum(1)
 
-    candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, whole)
-    key = (x.dtype, matrix.dtype, *candidates[0].values())
-    return pick("linear_squared_norm", key, candidates, run, x.device)
+def linear_work(x: Tensor, matrix: Tensor, bias: Tensor | None, *epilogue: Tensor | None) -> Work:
+    """Of `linear` with these arguments, `epilogue` being the bias map and the residual."""
+    dtype = torch.promote_types(x.dtype, matrix.dtype)
+    y = torch.empty((x.shape[0], len(matrix), *x.shape[2:]), device="meta", dtype=dtype)
+    return Work.of(2 * x.numel() * len(matrix), x, matrix, bias, *epilogue, y)
+
+
+def _linear_cases(channels_last: bool) -> Iterator[Case]:
+    def whole(new: Callable[..., Tensor]) -> None:
+        linear(new(8, 256, 28, 28), new(256, 256), new(256))
+
+    def with_epilogue(new: Callable[..., Tensor]) -> None:
+        y = new(8, 256, 28, 28)
+        linear(new(8, 64, 28, 28), new(256, 64), new(256), y, y, "relu", -1)
+
+    def odd(new: Callable[..., Tensor]) -> None:
+        linear(new(8, 19, 28, 28), new(19, 19), new(19))
+
+    yield from product_cases("linear", "linear_kernel", whole, channels_last)
+    yield from product_cases("linear with epilogue", "linear_kernel", with_epilogue, channels_last)
+    if not channels_last:  # there no row of 19 channels is aligned
+        yield from product_cases("linear, 19 channels", "linear_kernel", odd, channels_last)
+
+
+COMPILE_CASES = [*_linear_cases(False), *_linear_cases(True)]

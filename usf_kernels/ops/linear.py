@@ -64,7 +64,7 @@ _outer_op = define("outer(Tensor a, Tensor x) -> Tensor", _outer_fake, "outer.ou
 _squared_norm_op = define(
     "linear_squared_norm(Tensor x, Tensor matrix, Tensor? bias) -> Tensor",
     _squared_norm_fake,
-    "products.linear_squared_norm",
+    "linear_norm.linear_squared_norm",
 )
 
 

@@ -1,0 +1,96 @@
+"""Squared norms of linear maps, without writing what the map gives."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from usf_kernels.kernels.accounting import Work, product_cases
+from usf_kernels.kernels.configs import Config, pick
+from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, runtime, walk
+from usf_kernels.kernels.layout import View
+from usf_kernels.kernels.products import (
+    contract,
+    matrix_arguments,
+    place,
+    product_precision,
+    tiles,
+)
+
+UNSPECIALIZED = [*runtime(*"xu"), "m_n", "m_k", "N", "K", "run"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def squared_norm_kernel(
+    x, x_b, x_c, x_p,  # (b, K, P) in
+    u, u_b, u_c, u_p,  # (b, S, P) out: the sums over each of S runs of outputs
+    matrix, m_n, m_k,  # (N, K)
+    bias,  # (N,), or None
+    N, K, P, run,  # outputs per run, a multiple of BLOCK_N
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    b, p, s = place(tl.cdiv(N, run), P, WIDE, BLOCK_P, 1)
+    inside = p < bound(P, u_p, UNIT)
+    x_at = x + b * aligned(x_b, UNIT) + walk(p, x_p, UNIT)[:, None]
+    first = tl.program_id(0) % tl.cdiv(N, run) * run
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    for start in range(first, tl.minimum(first + run, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        z = contract(
+            x_at, inside[:, None], x_c, matrix, m_n, m_k, n, N, K,
+            PRECISION, UNIT, MATRIX_UNIT, WIDE, BLOCK_P, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if bias is not None:
+            z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        total += tl.sum(z * z, axis=1)  # outputs past the last are zeros
+    at = u + b * aligned(u_b, UNIT) + walk(p, u_p, UNIT)[:, None] + walk(s, u_c, UNIT)[None, :]
+    tl.store(at, total[:, None], mask=inside[:, None])
+
+
+def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`||matrix @ x + bias||^2` at every position, (B, *spatial) in float32; arguments as in `linear`."""
+    outputs, inputs = matrix.shape
+    matrix_arguments_, matrix_unit = matrix_arguments(matrix)
+    sizes = x.shape[0], x.shape[2:]
+    whole = View([x, x.new_empty((sizes[0], 1, *sizes[1]), dtype=torch.float32)])
+
+    def run(config: Config) -> Tensor:
+        # One run over all outputs where the positions occupy the GPU; several, summed afterwards, where not.
+        tiles_n = cdiv(outputs, config["BLOCK_N"])
+        tiles_p = whole.batch * cdiv(whole.positions, config["BLOCK_P"])
+        length = cdiv(tiles_n, min(tiles_n, cdiv(128, max(1, tiles_p)))) * config["BLOCK_N"]
+        runs = cdiv(outputs, length)
+        u = x.new_empty((sizes[0], runs, *sizes[1]), dtype=torch.float32)
+        view = View([whole.tensors[0], u])
+        programs = runs * view.batch * cdiv(view.positions, config["BLOCK_P"])
+        launch(
+            squared_norm_kernel, programs, *view.arguments(), *matrix_arguments_, bias, outputs, inputs,
+            view.positions, length, PRECISION=product_precision(), UNIT=view.unit(inputs, runs),
+            MATRIX_UNIT=matrix_unit, WIDE=view.is_wide(), device=x.device, **config,
+        )  # fmt: skip
+        return u[:, 0] if runs == 1 else u.sum(1)
+
+    candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, whole)
+    key = (x.dtype, matrix.dtype, *candidates[0].values())
+    return pick("linear_squared_norm", key, candidates, run, x.device)
+
+
+def linear_squared_norm_work(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Work:
+    """Of `linear_squared_norm` with these arguments."""
+    u = torch.empty((x.shape[0], *x.shape[2:]), device="meta", dtype=torch.float32)
+    return Work.of(2 * x.numel() * len(matrix) + 2 * u.numel() * len(matrix), x, matrix, bias, u)
+
+
+COMPILE_CASES = [
+    case
+    for channels_last in (False, True)
+    for case in product_cases(
+        "linear_squared_norm",
+        "squared_norm_kernel",
+        lambda new: linear_squared_norm(new(8, 256, 28, 28), new(256, 256), new(256)),
+        channels_last,
+    )
+]
