@@ -72,7 +72,9 @@ class Shape:
     def input(self, device: torch.device) -> Tensor:
         """White, float32, contiguous; the first sample is the same in every batch size."""
         generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.sizes, generator=generator).to(device)
+        return torch.stack([torch.randn(self.sizes[1:], generator=generator) for _ in range(self.batch)]).to(
+            device
+        )
 
 
 @dataclass(frozen=True)
