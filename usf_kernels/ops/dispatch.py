@@ -87,7 +87,7 @@ def kernel(op: str) -> Callable[[F], F]:
     return register
 
 
-def define(schema: str, fake: Callable, launcher: str | Callable) -> Callable[..., Any]:
+def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
     """Define the torch op `usf_kernels::<schema>` and return it.
 
     It is opaque to compilers, not differentiable (an `autograd.Function` goes around it), and known without
@@ -96,8 +96,7 @@ def define(schema: str, fake: Callable, launcher: str | Callable) -> Callable[..
     Args:
         schema: name, arguments and results, in the language of `torch.library`.
         fake: the same arguments to empty results of the right shape, dtype and strides.
-        launcher: "module.function" in `usf_kernels.kernels`, imported at the first call; or a function that
-            needs no Triton.
+        launcher: "module.function" in `usf_kernels.kernels`, imported at the first call.
     """
     name = schema.partition("(")[0]
     # Compilers may not restride the inputs: the strides of a result follow from theirs.
@@ -105,7 +104,7 @@ def define(schema: str, fake: Callable, launcher: str | Callable) -> Callable[..
 
     def run(*arguments: Any) -> Any:
         with torch.no_grad():  # what a launcher does with torch must not be recorded
-            return (_load(launcher) if isinstance(launcher, str) else launcher)(*arguments)
+            return _load(launcher)(*arguments)
 
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)

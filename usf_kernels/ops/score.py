@@ -18,6 +18,7 @@ from usf_kernels.ops.dispatch import (
     implementation,
     kernel,
 )
+from usf_kernels.ops.map_gradients import anomaly_map_gradients
 
 
 def squared_norm(z: Tensor, *, impl: str | None = None) -> Tensor:
@@ -108,33 +109,6 @@ _map_op = define(
 )
 
 
-def _map_gradients(
-    grad: Tensor, latents: Sequence[Tensor], size: Sequence[int], latent: bool
-) -> tuple[Tensor, ...]:
-    """Through the reference: maps are for looking at, and losses use the squared norms."""
-
-    def plain(*latents: Tensor) -> Tensor:
-        return reference.anomaly_map(latents, tuple(size), "latent" if latent else "likelihood")
-
-    return gradients_through(plain, latents, (grad,))
-
-
-def _map_backward(grad: Tensor, latents: list[Tensor], size: list[int], latent: bool) -> list[Tensor]:
-    gradients = zip(latents, _map_gradients(grad, tuple(latents), size, latent), strict=True)
-    return [empty_output(z, z.dtype).copy_(g) for z, g in gradients]
-
-
-def _map_backward_fake(grad: Tensor, latents: list[Tensor], size: list[int], latent: bool) -> list[Tensor]:
-    return [empty_output(z, z.dtype) for z in latents]
-
-
-_map_backward_op = define(
-    "anomaly_map_backward(Tensor grad, Tensor[] latents, SymInt[] size, bool latent) -> Tensor[]",
-    _map_backward_fake,
-    _map_backward,
-)
-
-
 class _SquaredNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -168,8 +142,7 @@ class _AnomalyMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        gradients = _map_gradients if differentiates_again() else _map_backward_op
-        return None, None, *gradients(grad, ctx.saved_tensors, *ctx.options)
+        return None, None, *anomaly_map_gradients(grad, ctx.saved_tensors, *ctx.options)
 
 
 @kernel("squared_norm")
