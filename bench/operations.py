@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import usf_kernels as usf
+import usf_kernels.ops
 from bench.subject import OURS, PEER, Case, Provider, Subject, close_to
+from usf_kernels.ops.step import coupling_step
 
 # Squares of positions and channels, from the models named in `blocks` and `models`.
 SHAPES = ((8, 64, 64), (8, 128, 32), (8, 256, 16), (1, 384, 14), (8, 816, 28))  # batch, channels, side
@@ -35,6 +37,20 @@ def _eager_affine(x: Tensor, params: Tensor, split: int) -> tuple[Tensor, Tensor
     return y, log_scale.sum(dim=(1, 2, 3))
 
 
+def _eager_masked(x: Tensor, shift: Tensor, mask: Tensor) -> Tensor:
+    return x + (1 - mask) * shift
+
+
+def _eager_step(
+    coupling: Callable[..., object], x: Tensor, params: Tensor, index: Tensor, scale: Tensor, bias: Tensor
+) -> Tensor:
+    """A coupling, a permutation as the dense convolution that FrEIA and anomalib run, scale and bias."""
+    y = coupling(x, params)
+    matrix = torch.eye(len(index), device=x.device, dtype=x.dtype)[index]
+    y = F.conv2d(y[0] if isinstance(y, tuple) else y, matrix[:, :, None, None])
+    return y * scale[:, None, None] + bias[:, None, None]
+
+
 def _eager_lu(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
     """The matrix as a 1x1 convolution, as Glow's implementations do."""
     matrix = (torch.tril(lower, -1) + torch.eye(len(lower), device=x.device)) @ torch.triu(upper)
@@ -44,6 +60,14 @@ def _eager_lu(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
 def _eager_lu_inverse(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
     matrix = (torch.tril(lower, -1) + torch.eye(len(lower), device=x.device)) @ torch.triu(upper)
     return F.conv2d(x - bias[:, None, None], torch.linalg.inv(matrix)[:, :, None, None])
+
+
+def _eager_residual(x: Tensor, first: Tensor, b: Tensor, last: Tensor, c: Tensor) -> Tensor:
+    return x + F.conv2d(F.relu(F.conv2d(x, first[:, :, None, None], b)), last[:, :, None, None], c)
+
+
+def _eager_linear_norm(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, matrix[:, :, None, None], bias).pow(2).sum(dim=1)
 
 
 def _eager_squared_norm(z: Tensor) -> Tensor:
@@ -63,43 +87,57 @@ def _eager_latent_map(latents: list[Tensor]) -> Tensor:
     return 1 - torch.stack([torch.exp(-0.5 * z.pow(2).mean(dim=1, keepdim=True)) for z in sized]).mean(dim=0)
 
 
-def _double(inputs: tuple[object, ...]) -> tuple[object, ...]:
+def _first_in_double(inputs: tuple[object, ...]) -> tuple[object, ...]:
     """The first sample's inputs in float64 on the CPU, parameters whole."""
 
     def convert(value: object) -> object:
         if isinstance(value, list):
             return [convert(item) for item in value]
-        return (value[:1] if value.ndim == 4 else value).double().cpu()
+        value = (value[:1] if value.ndim == 4 else value).cpu()
+        return value.double() if value.is_floating_point() else value
 
     return tuple(map(convert, inputs))
 
 
-def _both(
+def _cast(value: object, dtype: torch.dtype) -> object:
+    if isinstance(value, list):
+        return [_cast(item, dtype) for item in value]
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _providers(
     ours: Callable[..., object],
     eager: Callable[..., object],
     inputs: Callable[[torch.device], tuple[object, ...]],
     direction: str,
-    moved: float,
+    elements: float,
     gigaflops: float,
     device: torch.device,
 ) -> Iterator[Provider]:
-    """Ours, eager and compiled; the truth is the reference in float64."""
-    values = inputs(device)
+    """Ours, eager and compiled; the truth is ours in float64. On a GPU in bfloat16 as well."""
+    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        values = tuple(_cast(value, dtype) for value in inputs(device))
 
-    def truth() -> Tensor:
-        result = ours(*_double(values))
-        return result[0] if isinstance(result, tuple) else result
+        def truth(values: tuple[object, ...] = values) -> Tensor:
+            result = ours(*_first_in_double(values))
+            return result[0] if isinstance(result, tuple) else result
 
-    def call(function: Callable[..., object]) -> object:
-        with torch.no_grad():
-            return function(*values)
+        def call(function: Callable[..., object], values: tuple[object, ...] = values) -> object:
+            with torch.no_grad():
+                return function(*values)
 
-    costs = {"direction": direction, "gigabytes": moved, "gigaflops": gigaflops}
-    check = close_to(truth, "float32")
-    yield Provider("usf_kernels", partial(call, ours), OURS, check=check, **costs)
-    yield Provider("eager PyTorch", partial(call, eager), PEER, check=check, **costs)
-    compiled = torch.compile(eager, dynamic=False)
-    yield Provider("torch.compile", partial(call, compiled), PEER, check=check, compiles=True, **costs)
+        word = str(dtype).removeprefix("torch.")
+        same = {
+            "dtype": word,
+            "direction": direction,
+            "check": close_to(truth, word),
+            "gigabytes": 1e-9 * dtype.itemsize * elements,
+            "gigaflops": gigaflops,
+        }
+        yield Provider("usf_kernels", partial(call, ours), OURS, **same)
+        yield Provider("eager PyTorch", partial(call, eager), PEER, **same)
+        compiled = torch.compile(eager, dynamic=False)
+        yield Provider("torch.compile", partial(call, compiled), PEER, compiles=True, **same)
 
 
 def _case(
@@ -113,31 +151,52 @@ def _case(
     elements: float,
     gigaflops: float = 0.0,
 ) -> Case:
-    providers = partial(_both, ours, eager, inputs, direction, 4e-9 * elements, gigaflops)
+    providers = partial(_providers, ours, eager, inputs, direction, elements, gigaflops)
     return Case(name, providers, shape, first=shape["batch"] == 8)
 
 
 def _coupling(batch: int, channels: int, side: int) -> Iterator[Case]:
     split, size = channels - channels // 2, batch * channels * side**2
-    shape = {"batch": batch, "channels": channels, "side": side}
+    active = channels // 2
 
-    for name, ours, eager, outputs in (
-        ("additive coupling", partial(usf.additive_coupling, split=split), _eager_additive, 1),
-        ("affine coupling", partial(usf.affine_coupling, split=split), _eager_affine, 2),
-    ):
+    def case(
+        name: str, ours: Callable[..., object], eager: Callable[..., object], outputs: int, *more: str
+    ) -> Case:
+        def inputs(device: torch.device) -> tuple[Tensor, ...]:
+            maps = [_random(device, batch, c, side, side) for c in (channels, outputs)]
+            index = torch.randperm(channels, generator=torch.Generator().manual_seed(0)).to(device)
+            extra = {
+                "mask": (torch.arange(channels, device=device) < split).float()[:, None, None],
+                "index": index,
+                "scale": 1 + 0.1 * _random(device, channels),
+                "bias": _random(device, channels),
+            }
+            return (*maps, *(extra[word] for word in more))
 
-        def inputs(device: torch.device, outputs: int = outputs) -> tuple[Tensor, Tensor]:
-            conditioned = _random(device, batch, outputs * (channels // 2), side, side)
-            return _random(device, batch, channels, side, side), conditioned
-
-        yield _case(
+        return _case(
             f"{name}, {channels} @ {side}^2, batch {batch}",
-            shape,
+            {"batch": batch, "channels": channels, "side": side},
             ours,
-            partial(eager, split=split),
+            eager,
             inputs,
-            elements=size * (2 + outputs / 2),
+            elements=size * (2 + outputs / channels),
         )
+
+    eager_additive, eager_affine = partial(_eager_additive, split=split), partial(_eager_affine, split=split)
+    yield case("additive coupling", partial(usf.additive_coupling, split=split), eager_additive, active)
+    yield case("affine coupling", partial(usf.affine_coupling, split=split), eager_affine, 2 * active)
+    masked = usf.masked_additive_coupling
+    yield case("masked additive coupling", masked, _eager_masked, channels, "mask")
+    for name, clamp, eager in (("additive", None, eager_additive), ("affine", 2.0, eager_affine)):
+
+        def ours(
+            x: Tensor, params: Tensor, index: Tensor, scale: Tensor, bias: Tensor, clamp: float | None = clamp
+        ) -> tuple[Tensor, Tensor]:
+            return coupling_step(x, params, split=split, clamp=clamp, index=index, scale=scale, bias=bias)
+
+        outputs = active if clamp is None else 2 * active
+        step = partial(_eager_step, eager)
+        yield case(f"{name} step with permutation", ours, step, outputs, "index", "scale", "bias")
 
 
 def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
@@ -162,6 +221,27 @@ def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
         )
 
 
+def _residual(batch: int, channels: int, side: int) -> Iterator[Case]:
+    """A conjugated block with a pointwise conditioner, folded into two layers."""
+    size, hidden = batch * channels * side**2, channels - channels // 2
+
+    def inputs(device: torch.device) -> tuple[Tensor, ...]:
+        x = _random(device, batch, channels, side, side)
+        first, last = _random(device, hidden, channels), _random(device, channels, hidden)
+        scale = channels**-0.5
+        return x, scale * first, _random(device, hidden), scale * last, _random(device, channels)
+
+    yield _case(
+        f"residual MLP, {channels} @ {side}^2, batch {batch}",
+        {"batch": batch, "channels": channels, "side": side},
+        usf.ops.residual_mlp,
+        _eager_residual,
+        inputs,
+        elements=2 * size + 2 * channels * hidden,
+        gigaflops=4e-9 * size * hidden,
+    )
+
+
 def _scores() -> Iterator[Case]:
     for batch, channels, side in SHAPES:
         yield _case(
@@ -171,6 +251,22 @@ def _scores() -> Iterator[Case]:
             _eager_squared_norm,
             lambda device, size=(batch, channels, side, side): (_random(device, *size),),
             elements=batch * (channels + 1) * side**2,
+        )
+
+        def inputs(
+            device: torch.device, size: tuple[int, ...] = (batch, channels, side, side)
+        ) -> tuple[Tensor, ...]:
+            matrix = _random(device, size[1], size[1]) * size[1] ** -0.5
+            return _random(device, *size), matrix, _random(device, size[1])
+
+        yield _case(
+            f"squared norm of a linear map, {channels} @ {side}^2, batch {batch}",
+            {"batch": batch, "channels": channels, "side": side},
+            usf.ops.linear_squared_norm,
+            _eager_linear_norm,
+            inputs,
+            elements=batch * (channels + 1) * side**2 + channels**2,
+            gigaflops=2e-9 * batch * channels**2 * side**2,
         )
     for batch in (1, 8):
         elements = batch * (sum(c * s * s for c, s in SCALES) + SIZE**2)
@@ -194,6 +290,11 @@ LU_CONV = Subject(
     name="lu_conv",
     about="LU 1x1 convolution, from its triangles",
     cases=tuple(case for shape in SHAPES for case in _lu(*shape)),
+)
+RESIDUAL = Subject(
+    name="residual",
+    about="conjugated blocks as residual networks of two layers",
+    cases=tuple(case for shape in SHAPES for case in _residual(*shape)),
 )
 SCORE = Subject(
     name="score",

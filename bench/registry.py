@@ -12,6 +12,7 @@ SUBJECTS: dict[str, Subject] = {
         models.SUBJECT,
         operations.COUPLING,
         operations.LU_CONV,
+        operations.RESIDUAL,
         operations.SCORE,
         tree.SUBJECT,
         nfa.SUBJECT,

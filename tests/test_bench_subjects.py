@@ -61,7 +61,7 @@ def test_reversal_saves_memory():
     assert saved[1] < saved[0] / 5
 
 
-@pytest.mark.parametrize("make", [operations._coupling, operations._lu])
+@pytest.mark.parametrize("make", [operations._coupling, operations._lu, operations._residual])
 def test_operations(make):
     for case in make(2, 6, 5):
         ours, eager, compiled = case.providers(CPU)
@@ -73,7 +73,7 @@ def test_scores(monkeypatch):
     monkeypatch.setattr(operations, "SHAPES", ((2, 6, 5),))
     monkeypatch.setattr(operations, "SCALES", ((6, 5), (4, 3)))
     cases = list(operations._scores())
-    assert len(cases) == 1 + 2 * 2
+    assert len(cases) == 2 + 2 * 2
     for case in cases:
         ours, eager, _ = case.providers(CPU)
         assert wrong([ours, eager]) == {}
