@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops.checks import check_features, check_int, compute_dtype, count_positions
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
 
 
-class ActNorm(nn.Module):
+class ActNorm(Fusible, nn.Module):
     """`y = exp(log_scale) * x + bias` per channel. Glow (arXiv:1807.03039), section 3.1.
 
     The first non-empty batch seen in training mode sets scale and bias so that every channel leaves with
@@ -53,9 +55,12 @@ class ActNorm(nn.Module):
         self._initialized = bool(self.initialized)
 
     @torch.no_grad()
-    def initialize_(self, x: Tensor) -> None:
-        """Set scale and bias from `x`, unless that has been done."""
-        if self._initialized or (x.numel() == 0 and not _distributed()):
+    def initialize_(self, make: Callable[[], Tensor]) -> None:
+        """Set scale and bias from the x that `make` returns, unless that has been done."""
+        if self._initialized:
+            return
+        x = make()
+        if x.numel() == 0 and not _distributed():
             return
         x = x.detach().to(compute_dtype(x))
         dims, shape = [d for d in range(x.ndim) if d != 1], (-1, *[1] * (x.ndim - 2))
@@ -79,7 +84,7 @@ class ActNorm(nn.Module):
         """Apply: (y, log_det). Initialises in training mode."""
         check_features("x", x, self.channels)
         if self.training:
-            self.initialize_(x)
+            self.initialize_(lambda: x)
         scale, bias = self._per_channel(x, self.log_scale.exp())
         return scale * x + bias, self.log_det(count_positions(x))
 

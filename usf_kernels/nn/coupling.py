@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
 from usf_kernels.ops.reference import affine_coupling_gradients
@@ -55,7 +56,7 @@ def _join(grad_first: Tensor, grad_all: Tensor, split: int) -> Tensor:
     return torch.cat([first + grad_first, rest], dim=1)
 
 
-class Conditioned(nn.Module):
+class Conditioned(Fusible, nn.Module):
     """A module with a conditioner: a subnet of `inputs` channels, and the condition's, to `outputs`."""
 
     def __init__(
@@ -110,6 +111,7 @@ class _Coupling(Conditioned):
     """What both couplings share: the split, and the order of things."""
 
     outputs_per_channel: int
+    clamp: float | None = None
 
     def __init__(
         self, channels: int, *, subnet: Subnet, cond_channels: int = 0, zero_init: bool = True
@@ -121,7 +123,7 @@ class _Coupling(Conditioned):
         )
         self.split = split
 
-    def _couple(self, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    def couple(self, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         """The operation, given the conditioner's output: (y, log_det)."""
         raise NotImplementedError
 
@@ -140,16 +142,21 @@ class _Coupling(Conditioned):
         return self._run(z, cond, "z", inverse=True)
 
     def _run(self, x: Tensor, cond: Tensor | None, name: str, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        x, params = self.conditioned(x, cond, name)
+        return self.couple(x, params, inverse=inverse)
+
+    def conditioned(self, x: Tensor, cond: Tensor | None, name: str = "x") -> tuple[Tensor, Tensor]:
+        """(x, the conditioner's output for its passive half); what follows has to use this x."""
         check_features(name, x, self.channels)
         passive, x = _Fork.apply(x, self.split)
-        return self._couple(x, self.condition(passive, cond), inverse=inverse)
+        return x, self.condition(passive, cond)
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
         passive = z[:, : self.split].detach().requires_grad_()  # the same in x: one evaluation serves both
         with tape.replay():
             params = self.condition(passive, tape.cond)
-        x, _ = self._couple(z, params.detach(), inverse=True)
+        x, _ = self.couple(z, params.detach(), inverse=True)
         grad_x, grad_params = self._gradients(x, params.detach(), grad_z, tape.grad_log_det)
         grad_passive = tape.pull(self, [params], [grad_params], passive)
         if grad_passive is not None:
@@ -180,7 +187,7 @@ class AdditiveCoupling(_Coupling):
 
     outputs_per_channel = 1
 
-    def _couple(self, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    def couple(self, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         y = additive_coupling(x, params, split=self.split, inverse=inverse)
         return y, y.new_zeros((), dtype=compute_dtype(y))
 
@@ -223,7 +230,7 @@ class AffineCoupling(_Coupling):
         check_clamp(clamp)
         self.clamp = clamp
 
-    def _couple(self, x: Tensor, params: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    def couple(self, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         return affine_coupling(x, params, split=self.split, clamp=self.clamp, inverse=inverse)
 
     def _gradients(

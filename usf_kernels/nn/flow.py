@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, Subnet
+from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1, Permutation
 from usf_kernels.nn.reversible import ReconstructionCheck, Tape, run_reversibly
-from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype
+from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, count_positions
+from usf_kernels.ops.step import coupling_lu, coupling_step
 
 AUTO_STEPS = 4
 
 
-class FlowStep(nn.Module):
+class FlowStep(Fusible, nn.Module):
     """A Glow-like step: coupling, then ActNorm, then a linear map that mixes the channels.
 
     The order is that of FrEIA's `AllInOneBlock`, the step of FastFlow (arXiv:2111.07677). With
@@ -72,17 +74,32 @@ class FlowStep(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (z, log_det)."""
-        z, log_det = self.coupling(x, cond)
+        x, params = self.coupling.conditioned(x, cond)
+        if self.training and self.act_norm is not None:
+            self.act_norm.initialize_(lambda: self.coupling.couple(x, params)[0])
+        split, clamp, positions = self.coupling.split, self.coupling.clamp, count_positions(x)
         if isinstance(self.linear, LUConv1x1):
-            if self.training and self.act_norm is not None:
-                self.act_norm.initialize_(z)
-            z, linear_log_det = self.linear.run(z, inverse=False, act_norm=self.act_norm)
-            return z, log_det + linear_log_det
+            factors = self.linear.factors(self.act_norm)
+            z, coupling_log_det = coupling_lu(x, params, *factors, split=split, clamp=clamp)
+        else:
+            z, coupling_log_det = coupling_step(
+                x, params, split=split, clamp=clamp, **self._channels_in_order()
+            )
+        log_det = z.new_zeros((), dtype=compute_dtype(z)) if clamp is None else coupling_log_det
         for layer in (self.act_norm, self.linear):
-            if layer is not None:
-                z, layer_log_det = layer(z)
-                log_det = log_det + layer_log_det
+            if isinstance(layer, (ActNorm, LUConv1x1)):
+                log_det = log_det + layer.log_det(positions)
         return z, log_det
+
+    def _channels_in_order(self) -> dict[str, Tensor | None]:
+        """The ActNorm, then the permutation, as `coupling_step` takes them."""
+        index = None if self.linear is None else self.linear.index
+        if self.act_norm is None:
+            return {"index": index}
+        scale, bias = self.act_norm.log_scale.exp(), self.act_norm.bias
+        if index is not None:
+            scale, bias = scale[index], bias[index]
+        return {"index": index, "scale": scale, "bias": bias}
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo: (x, log_det)."""
@@ -108,7 +125,7 @@ class FlowStep(nn.Module):
         return self.coupling.pull_back(z, grad_z, tape)
 
 
-class FlowSequence(nn.ModuleList):
+class FlowSequence(Fusible, nn.ModuleList):
     """Flow modules one after the other, as one flow.
 
     Args:

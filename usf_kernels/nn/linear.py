@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import lu_conv1x1
 from usf_kernels.ops.checks import (
     check_choice,
@@ -18,13 +19,13 @@ from usf_kernels.ops.checks import (
     compute_dtype,
     count_positions,
 )
-from usf_kernels.ops.reference import apply_matrix, full_precision, matrix_gradient
+from usf_kernels.ops.reference import apply_matrix, full_precision, lu_matrix, matrix_gradient
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
 
 
-class LUConv1x1(nn.Module):
+class LUConv1x1(Fusible, nn.Module):
     """Invertible 1x1 convolution `y = L U x + b`. Glow (arXiv:1807.03039), section 3.2, and the uniformly
     scaling flows of arXiv:2510.09452.
 
@@ -205,7 +206,7 @@ class LUConv1x1(nn.Module):
         with full_precision(z):
             with torch.enable_grad():
                 lower, upper, bias = (None if t is None else t.to(wide) for t in self.factors(act_norm))
-                matrix = torch.addmm(upper, torch.tril(lower, -1), upper)
+                matrix = lu_matrix(lower, upper)
                 log_det = self.log_det(count_positions(z))
                 if act_norm is not None:
                     log_det = log_det + act_norm.log_det(count_positions(z))
@@ -250,7 +251,7 @@ class _Gather(torch.autograd.Function):
         return _Gather.apply(grad, inverse_index, index), None, None
 
 
-class Permutation(nn.Module):
+class Permutation(Fusible, nn.Module):
     """A fixed random permutation of the channels, kept as an index; log-det 0.
 
     Args:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.coupling import AdditiveCoupling, Conditioned, Subnet
+from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1, accurate_inverse
 from usf_kernels.ops import masked_additive_coupling
 from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, promoted_dtype
-from usf_kernels.ops.reference import apply_matrix, full_precision, matrix_gradient
+from usf_kernels.ops.reference import apply_matrix, full_precision, lu_matrix, matrix_gradient
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
@@ -73,7 +74,7 @@ def checkerboard(x: Tensor) -> Tensor:
     return total % 2 == 0
 
 
-class USFBlock(nn.Module):
+class USFBlock(Fusible, nn.Module):
     """A coupling between a linear map and its inverse, `B = A^-1 . C . A`: log-det 0. The block of the
     uniformly scaling flows of arXiv:2510.09452.
 
@@ -147,7 +148,7 @@ class USFBlock(nn.Module):
         wide = compute_dtype(x, self.linear.upper)
         with full_precision(x):
             lower, upper, bias = (t.to(wide) for t in self.linear.factors())
-            matrix = torch.addmm(upper, torch.tril(lower, -1), upper)
+            matrix = lu_matrix(lower, upper)
             inverse = accurate_inverse(matrix)
         if self.mask == "checkerboard":
             return matrix, bias, inverse

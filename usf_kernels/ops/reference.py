@@ -116,6 +116,33 @@ def affine_coupling(
     return _AffineCoupling.apply(x, params, split, clamp, inverse)
 
 
+def coupling_step(
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    out, wide = promoted_dtype(x, params), compute_dtype(x, params, scale)
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    if inverse and scale is not None:
+        x = (x.to(wide) - bias.to(wide).view(per_channel)) / scale.to(wide).view(per_channel)
+    if inverse and index is not None:
+        x = x.index_select(1, torch.argsort(index))
+    if clamp is None:
+        y, log_det = additive_coupling(x, params, split, inverse), x.new_empty(0, dtype=wide)
+    else:
+        y, log_det = affine_coupling(x, params, split, clamp, inverse)
+    if not inverse and index is not None:
+        y = y.index_select(1, index)
+    if not inverse and scale is not None:
+        y = y.to(wide) * scale.to(wide).view(per_channel) + bias.to(wide).view(per_channel)
+    return y.to(out), log_det
+
+
 # ------------------------------------------------------------------------------------- LU 1x1 convolution
 
 
@@ -150,13 +177,20 @@ def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return torch.addbmm(total, grad, x.mT)
 
 
+def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:
+    """L U, (C, C). Both of one dtype, of which float32 is the narrowest."""
+    upper = torch.triu(upper)
+    with full_precision(upper):
+        return torch.addmm(upper, torch.tril(lower, -1), upper)
+
+
 def lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
     out, wide = promoted_dtype(x, lower, upper, bias), compute_dtype(x, lower, upper, bias)
-    x, lower, upper = x.to(wide), torch.tril(lower.to(wide), -1), torch.triu(upper.to(wide))
+    x, lower, upper = x.to(wide), lower.to(wide), upper.to(wide)
     bias = None if bias is None else bias.to(wide)
     with full_precision(x):
         if not inverse:
-            return apply_matrix(torch.addmm(upper, lower, upper), x, bias).to(out)
+            return apply_matrix(lu_matrix(lower, upper), x, bias).to(out)
         # Two triangular solves against the identity (C columns), then one product. Measured as accurate as
         # solving for the data and up to eight times faster on CPU; and a solve for B*P columns is wrong on
         # CUDA when they are very many.

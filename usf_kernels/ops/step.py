@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from usf_kernels.kernels.layout import empty_output
-from usf_kernels.ops import reference
+from usf_kernels.ops import eager, reference
 from usf_kernels.ops.checks import (
     check_clamp,
     check_features,
     check_int,
     check_shape,
-    compute_dtype,
     promoted_dtype,
 )
 from usf_kernels.ops.dispatch import (
@@ -24,6 +23,7 @@ from usf_kernels.ops.dispatch import (
     implementation,
     kernel,
 )
+from usf_kernels.ops.lu_conv import lu_conv1x1
 
 
 def coupling_step(
@@ -81,35 +81,34 @@ def coupling_step(
     if scale is not None:
         check_shape("scale", scale, (channels,), "(C,)")
         check_shape("bias", bias, (channels,), "(C,)")
-    run = implementation("coupling_step", impl, x, params, scale, bias, plain=_plain)
+    if impl is None and not inverse and eager.by_hand(x, params, scale, bias):
+        return eager.gather_step(x, params, index, scale, bias, split, clamp)
+    run = implementation("coupling_step", impl, x, params, scale, bias)
     return run(x, params, index, scale, bias, split, clamp, inverse)
 
 
-def _plain(
+def coupling_lu(
     x: Tensor,
     params: Tensor,
-    index: Tensor | None,
-    scale: Tensor | None,
+    lower: Tensor,
+    upper: Tensor,
     bias: Tensor | None,
+    *,
     split: int,
-    clamp: float | None,
-    inverse: bool,
+    clamp: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, wide = promoted_dtype(x, params), compute_dtype(x, params, scale)
-    per_channel = (-1, *[1] * (x.ndim - 2))
-    if inverse and scale is not None:
-        x = (x.to(wide) - bias.to(wide).view(per_channel)) / scale.to(wide).view(per_channel)
-    if inverse and index is not None:
-        x = x.index_select(1, torch.argsort(index))
-    if clamp is None:
-        y, log_det = reference.additive_coupling(x, params, split, inverse), x.new_empty(0, dtype=wide)
-    else:
-        y, log_det = reference.affine_coupling(x, params, split, clamp, inverse)
-    if not inverse and index is not None:
-        y = y.index_select(1, index)
-    if not inverse and scale is not None:
-        y = y.to(wide) * scale.to(wide).view(per_channel) + bias.to(wide).view(per_channel)
-    return y.to(out), log_det
+    """A coupling, then `lu_conv1x1` of its result: `coupling_step` with a matrix in place of a permutation.
+
+    Args:
+        x, params, split, clamp: as for `coupling_step`.
+        lower, upper, bias: as for `lu_conv1x1`.
+
+    Returns, raises: as `coupling_step` and `lu_conv1x1`.
+    """
+    if eager.by_hand(x, params, lower, upper, bias):
+        return eager.matrix_step(x, params, reference.lu_matrix(lower, upper), bias, split, clamp)
+    y, log_det = coupling_step(x, params, split=split, clamp=clamp)
+    return lu_conv1x1(y, lower, upper, bias), log_det
 
 
 # ------------------------------------------------------------------------------------------- as torch ops
@@ -161,7 +160,7 @@ class _Step(torch.autograd.Function):
         if differentiates_again():
 
             def plain(x: Tensor, params: Tensor, *per_channel: Tensor) -> tuple[Tensor, Tensor]:
-                return _plain(x, params, index, *(per_channel or (None, None)), *ctx.options)
+                return reference.coupling_step(x, params, index, *(per_channel or (None, None)), *ctx.options)
 
             inputs = (x, params) if scale is None else (x, params, scale, bias)
             grads = gradients_through(plain, inputs, (grad, grad_log_det))

@@ -1,0 +1,165 @@
+"""The steps with gradients by hand against the plain ones: values, gradients to the second order, strides."""
+
+import pytest
+import torch
+from helpers import SHAPES, assert_within_budget, layouts, max_error, shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+from usf_kernels.ops import eager, reference
+from usf_kernels.ops.step import coupling_lu, coupling_step
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+CLAMPS = (None, 1.5)
+
+
+def draw(shape, clamp, dtype=torch.float64):
+    """x and params that need gradients, split."""
+    split, outputs = shape[1] - shape[1] // 2, (1 if clamp is None else 2) * (shape[1] // 2)
+    x, params = (
+        torch.randn((shape[0], c, *shape[2:]), dtype=dtype, requires_grad=True) for c in (shape[1], outputs)
+    )
+    return x, params, split
+
+
+def draw_exits(channels, kind, dtype=torch.float64):
+    """index, scale and bias: all, some or none."""
+    index = torch.randperm(channels) if kind in ("all", "index") else None
+    if kind not in ("all", "scale"):
+        return index, None, None
+    scale = (0.5 + torch.rand(channels, dtype=dtype)).requires_grad_()
+    return index, scale, torch.randn(channels, dtype=dtype, requires_grad=True)
+
+
+def draw_matrix(channels, dtype=torch.float64):
+    lower, upper = (torch.randn(channels, channels, dtype=dtype) / channels**0.5 for _ in range(2))
+    upper += 2 * torch.eye(channels, dtype=dtype)
+    return [v.requires_grad_() for v in (lower, upper, torch.randn(channels, dtype=dtype))]
+
+
+def gradients(results, inputs):
+    results = [r for r in results if r.requires_grad]
+    weighted = [torch.linspace(0.3, 2, r.numel(), dtype=r.dtype).view_as(r) for r in results]
+    inputs = [v for v in inputs if v is not None and v.requires_grad]
+    return torch.autograd.grad(results, inputs, weighted)
+
+
+def plain_lu(x, params, lower, upper, bias, *, split, clamp):
+    y, log_det = reference.coupling_step(x, params, None, None, None, split, clamp, False)
+    return reference.lu_conv1x1(y, lower, upper, bias, False), log_det
+
+
+@given(shapes(), st.sampled_from(["all", "index", "scale", "none"]), st.sampled_from(CLAMPS))
+@settings(max_examples=60)
+def test_gather_step_is_the_plain_one(shape, kind, clamp):
+    x, params, split = draw(shape, clamp)
+    index, scale, bias = draw_exits(shape[1], kind)
+    inputs = x, params, scale, bias
+    expected = reference.coupling_step(x, params, index, scale, bias, split, clamp, False)
+    actual = coupling_step(x, params, split=split, clamp=clamp, index=index, scale=scale, bias=bias)
+    assert "GatherStep" in type(actual[0].grad_fn).__name__
+    for a, e in zip(actual, expected, strict=True):
+        assert max_error(a, e) < 1e-13
+    for a, e in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
+        assert max_error(a, e) < 1e-12 * (1 + (e.abs().max().item() if e.numel() else 0))
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrix_step_is_the_plain_one(shape, clamp):
+    x, params, split = draw(shape, clamp)
+    factors = draw_matrix(shape[1])
+    for bias in (factors[2], None):
+        inputs = x, params, *factors[:2], bias
+        options = {"split": split, "clamp": clamp}
+        actual = coupling_lu(*inputs, **options)
+        expected = plain_lu(*inputs, **options)
+        assert "MatrixStep" in type(actual[0].grad_fn).__name__
+        for a, e in zip(actual, expected, strict=True):
+            assert max_error(a, e) < 1e-12
+        for a, e in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
+            assert max_error(a, e) < 1e-11 * (1 + (e.abs().max().item() if e.numel() else 0))
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_gradients_match_numerical_ones_twice(clamp):
+    x, params, split = draw((2, 3, 2), clamp)
+    index, scale, bias = draw_exits(3, "all")
+
+    def gather(*inputs):
+        y, log_det = coupling_step(
+            *inputs[:2], split=split, clamp=clamp, index=index, scale=inputs[2], bias=inputs[3]
+        )
+        return y if clamp is None else (y, log_det)
+
+    def matrix(*inputs):
+        y, log_det = coupling_lu(*inputs, split=split, clamp=clamp)
+        return y if clamp is None else (y, log_det)
+
+    for function, inputs in ((gather, (x, params, scale, bias)), (matrix, (x, params, *draw_matrix(3)))):
+        assert gradcheck(function, inputs)
+        assert gradgradcheck(function, inputs)
+        assert gradcheck(function, inputs, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_any_strides(clamp):
+    shape = (2, 6, 4, 3)
+    x, params, split = (v.detach() if isinstance(v, torch.Tensor) else v for v in draw(shape, clamp))
+    index, scale, bias = draw_exits(6, "all")
+    factors = draw_matrix(6)
+    options = {"split": split, "clamp": clamp}
+    exits = {"index": index, "scale": scale, "bias": bias}
+    truths = coupling_step(x, params, **options, **exits)[0], coupling_lu(x, params, *factors, **options)[0]
+    before = x.clone(), params.clone()
+    for name, view in layouts(x):
+        for _, other in layouts(params):
+            view, other = view.detach().requires_grad_(), other.detach().requires_grad_()
+            results = (
+                coupling_step(view, other, **options, **exits)[0],
+                coupling_lu(view, other, *factors, **options)[0],
+            )
+            for result, truth in zip(results, truths, strict=True):
+                assert max_error(result, truth) < 1e-12, name
+                grads = torch.autograd.grad(result.square().sum(), (view, other))
+                assert all(g.isfinite().all() for g in grads), name
+    assert torch.equal(x, before[0])
+    assert torch.equal(params, before[1])
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+def test_float32_errs_as_the_plain_ones(clamp):
+    x, params, split = draw((3, 34, 7, 5), clamp, torch.float32)
+    index, scale, bias = draw_exits(34, "all", torch.float32)
+    inputs = x, params, scale, bias
+
+    def run(function, *inputs):
+        results = function(*inputs)
+        return [*results, *gradients(results, inputs)]
+
+    def by_hand(x, params, scale, bias):
+        return coupling_step(x, params, split=split, clamp=clamp, index=index, scale=scale, bias=bias)
+
+    def plain(x, params, scale, bias):
+        return reference.coupling_step(x, params, index, scale, bias, split, clamp, False)
+
+    truth = run(plain, *(v.detach().double().requires_grad_() for v in inputs))
+    for a, e, t in zip(run(by_hand, *inputs), run(plain, *inputs), truth, strict=True):
+        assert_within_budget(a, e, t, factor=4)  # the scale is computed from a sigmoid in the backward
+    huge = torch.full_like(params, 1e9).requires_grad_()
+    results = by_hand(x, huge, scale, bias)
+    assert all(v.isfinite().all() for v in (*results, *gradients(results, (x, huge, scale, bias))))
+
+
+def test_what_is_left_to_the_plain_ones():
+    x, params, _ = draw((2, 4, 3, 3), 2.0, torch.float32)
+    assert eager.by_hand(x, params, None)
+    assert not eager.by_hand(x, params.bfloat16())
+    assert not eager.by_hand(x.bfloat16(), params.bfloat16())
+    assert not eager.by_hand(x.to("meta"), params.to("meta"))
+    jacobian = torch.func.jacrev(lambda v: coupling_step(v, params, split=2, clamp=2.0)[0].sum(0))(x)
+    assert max_error(jacobian[:2, :, :, 0, :2].flatten(0, 2).flatten(1), torch.eye(18)) == 0
+    batched = torch.func.vmap(lambda v, p: coupling_step(v[None], p[None], split=2, clamp=2.0)[0][0])
+    assert max_error(batched(x, params), coupling_step(x, params, split=2, clamp=2.0)[0]) < 1e-6
