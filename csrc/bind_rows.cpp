@@ -1,0 +1,62 @@
+#include "bindings.hpp"
+#include "rows.hpp"
+
+namespace usf {
+
+// Shapes and index ranges are those of the fused modules, which make them.
+template <class T>
+using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Index = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+Half half_of(const Index& index, std::size_t channels) {
+    return Half(index.data(), static_cast<int>(index.shape(0)), static_cast<int>(channels));
+}
+
+// NumPy has no bfloat16: such tensors come as their bits.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, std::int16_t, float>;
+
+template <class T>
+T* data_of(const Rows<Bits<T>>& rows) {
+    return reinterpret_cast<T*>(rows.data());
+}
+
+template <class T>
+void bind_value_type(nb::module_& m) {
+    using namespace nb::literals;
+    using Array = Rows<Bits<T>>;
+    m.def(
+        "select_rows",
+        [](Array state, Index index, Array out, int threads) {
+            nb::gil_scoped_release unlocked;
+            select_rows(data_of<T>(state), state.shape(0), half_of(index, state.shape(1)), data_of<T>(out),
+                        threads);
+        },
+        "state"_a.noconvert(), "index"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
+    m.def(
+        "add_rows",
+        [](Array state, Index index, Array values, float factor, int threads) {
+            nb::gil_scoped_release unlocked;
+            add_rows(data_of<T>(state), state.shape(0), half_of(index, state.shape(1)), data_of<T>(values),
+                     factor, threads);
+        },
+        "state"_a.noconvert(), "index"_a.noconvert(), "values"_a.noconvert(), "factor"_a, "threads"_a);
+    m.def(
+        "affine_rows",
+        [](Array state, Index index, Array outputs, Floats shift, float clamp, bool inverse, Floats log_det,
+           int threads) {
+            nb::gil_scoped_release unlocked;
+            affine_rows(data_of<T>(state), state.shape(0), half_of(index, state.shape(1)),
+                        data_of<T>(outputs), shift.data(), clamp, inverse, log_det.data(), threads);
+        },
+        "state"_a.noconvert(), "index"_a.noconvert(), "outputs"_a.noconvert(), "shift"_a.noconvert(),
+        "clamp"_a, "inverse"_a, "log_det"_a.noconvert(), "threads"_a);
+}
+
+void bind_rows(nb::module_& m) {
+    bind_value_type<float>(m);
+    bind_value_type<BFloat16>(m);
+}
+
+}  // namespace usf

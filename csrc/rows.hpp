@@ -1,0 +1,126 @@
+// Couplings on some channels of rows [n, channels], in place and in one pass: what channels-last memory
+// needs, where the channels of a half lie scattered.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <vector>
+
+#include "half.hpp"
+#include "parallel.hpp"
+
+// The loops over a row are compiled for several instruction sets, and the loader picks one.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define USF_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define USF_CLONES
+#endif
+
+namespace usf {
+
+// e^x within 2 units in the last place for |x| <= 87, without branches, so that loops of it vectorise.
+inline float fast_exp(float x) {
+    x = std::min(std::max(x, -87.0f), 87.0f);
+    constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+    const float n = (x * 1.44269504f + to_integer) - to_integer;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    float p = 1.9875691500e-4f;                                   // minimax on [-ln 2 / 2, ln 2 / 2]
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * std::bit_cast<float>((static_cast<std::int32_t>(n) + 127) << 23);
+}
+
+// Within 2^-22 of tanh x, absolutely. NaN gives NaN.
+inline float fast_tanh(float x) {
+    const float power = fast_exp(std::min(std::max(2 * x, -30.0f), 30.0f));
+    return (power - 1) / (power + 1);
+}
+
+// s = clamp * tanh(raw), then values = (values + shift) * exp(s) + translation, or the inverse of that.
+USF_CLONES inline void affine(float* values, const float* raw, const float* translation, const float* shift,
+                              float* s, int n, float clamp, bool inverse) {
+    for (int j = 0; j < n; ++j) s[j] = clamp * fast_tanh(raw[j]);
+    if (inverse) {
+        for (int j = 0; j < n; ++j) values[j] = (values[j] - translation[j]) * fast_exp(-s[j]) - shift[j];
+    } else {
+        for (int j = 0; j < n; ++j) values[j] = (values[j] + shift[j]) * fast_exp(s[j]) + translation[j];
+    }
+}
+
+// In many short sums, which is both faster and more accurate than one long one.
+inline float sum(const float* values, int n) {
+    constexpr int lanes = 16;
+    float part[lanes] = {};
+    int j = 0;
+    for (; j + lanes <= n; j += lanes)
+        for (int lane = 0; lane < lanes; ++lane) part[lane] += values[j + lane];
+    for (; j < n; ++j) part[j % lanes] += values[j];
+    float total = 0;
+    for (const float p : part) total += p;
+    return total;
+}
+
+template <class Body>
+void for_rows(std::int64_t rows, std::int64_t stretch, int threads, Body&& body) {
+    parallel_for((rows + stretch - 1) / stretch, threads,
+                 [&](int, std::int64_t i) { body(i * stretch, std::min((i + 1) * stretch, rows)); });
+}
+constexpr std::int64_t rows_at_a_time = 512;  // what a thread takes
+
+// out[:, j] = state[:, index[j]]
+template <class T>
+void select_rows(const T* state, std::int64_t rows, const Half& half, T* out, int threads) {
+    for_rows(rows, rows_at_a_time, threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i)
+            half.take(state + i * half.channels(), out + i * half.size());
+    });
+}
+
+// state[:, index[j]] += factor * values[:, j]
+template <class T>
+void add_rows(T* state, std::int64_t rows, const Half& half, const T* values, float factor, int threads) {
+    for_rows(rows, rows_at_a_time, threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i)
+            half.add(values + i * half.size(), factor, state + i * half.channels());
+    });
+}
+
+// `affine` on the half; `outputs` [rows, 2 * size] holds raw log scales, then translations. Writes the
+// log-det of every row, the sum of its log scales or minus that, to log_det [rows].
+template <class T>
+void affine_rows(T* state, std::int64_t rows, const Half& half, const T* outputs, const float* shift,
+                 float clamp, bool inverse, float* log_det, int threads) {
+    const int n = half.size();
+    // Some rows together, so that the loop is long enough to hide the latency of its arithmetic.
+    const std::int64_t together = std::max(1, 512 / std::max(n, 1));
+    for_rows(rows, rows_at_a_time / together * together, threads, [&](std::int64_t begin, std::int64_t end) {
+        std::vector<float> scratch(5 * static_cast<std::size_t>(together * n));
+        float* const values = scratch.data();
+        float *raw = values + together * n, *translation = raw + together * n;
+        float *shifts = translation + together * n, *s = shifts + together * n;
+        for (std::int64_t r = 0; r < together; ++r) std::copy_n(shift, n, shifts + r * n);
+        for (std::int64_t first = begin; first < end; first += together) {
+            const std::int64_t count = std::min(together, end - first);
+            for (std::int64_t r = 0; r < count; ++r) {
+                const T* from = outputs + (first + r) * 2 * n;
+                half.take(state + (first + r) * half.channels(), values + r * n);
+                for (int j = 0; j < n; ++j) raw[r * n + j] = widen(from[j]);
+                for (int j = 0; j < n; ++j) translation[r * n + j] = widen(from[n + j]);
+            }
+            affine(values, raw, translation, shifts, s, static_cast<int>(count) * n, clamp, inverse);
+            for (std::int64_t r = 0; r < count; ++r) {
+                half.put(values + r * n, state + (first + r) * half.channels());
+                const float total = sum(s + r * n, n);
+                log_det[first + r] = inverse ? -total : total;
+            }
+        }
+    });
+}
+
+}  // namespace usf

@@ -1,0 +1,141 @@
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+
+#include "rows.hpp"
+
+using namespace usf;
+
+namespace {
+
+int failures = 0;
+
+void that(bool holds, const char* what, int line) {
+    if (holds) return;
+    std::printf("line %d: %s\n", line, what);
+    ++failures;
+}
+#define CHECK(condition) that(condition, #condition, __LINE__)
+
+constexpr std::int64_t rows = 1037;
+
+struct Example {
+    int channels;
+    std::vector<std::int64_t> index;
+};
+
+// Halves that are empty, whole, contiguous, scattered, and no multiple of 16, out of order.
+std::vector<Example> examples() {
+    std::mt19937 random(0);
+    std::vector<Example> found;
+    for (const int channels : {1, 2, 7, 16, 33, 64, 131}) {
+        Example all{channels, {}}, none{channels, {}}, some{channels, {}}, second{channels, {}};
+        for (int c = 0; c < channels; ++c) {
+            all.index.push_back(c);
+            if (random() % 2) some.index.push_back(c);
+            if (c >= channels / 2) second.index.push_back(c);
+        }
+        Example shuffled = some;
+        std::shuffle(shuffled.index.begin(), shuffled.index.end(), random);
+        for (const Example& e : {all, none, some, second, shuffled}) found.push_back(e);
+    }
+    return found;
+}
+
+template <class T>
+std::vector<T> noise(std::size_t size, float scale) {
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal(0, scale);
+    std::vector<T> values(size);
+    for (T& value : values) narrow(normal(random), value);
+    return values;
+}
+
+template <class T>
+void test_halves(float tolerance) {
+    for (const auto& [channels, index] : examples()) {
+        const Half half(index.data(), static_cast<int>(index.size()), channels);
+        const std::size_t n = index.size();
+        const std::vector<T> before = noise<T>(rows * channels, 1), values = noise<T>(rows * n, 1);
+        std::vector<T> taken(rows * n), state = before;
+        select_rows(before.data(), rows, half, taken.data(), 2);
+        add_rows(state.data(), rows, half, values.data(), -1.0f, 2);
+        std::vector<bool> changes(channels, false);
+        for (const std::int64_t i : index) changes[i] = true;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            for (std::size_t j = 0; j < n; ++j) {
+                const float old = widen(before[r * channels + index[j]]);
+                CHECK(widen(taken[r * n + j]) == old);
+                CHECK(std::abs(widen(state[r * channels + index[j]]) - (old - widen(values[r * n + j]))) <=
+                      tolerance);
+            }
+            for (int c = 0; c < channels; ++c)
+                if (!changes[c]) CHECK(widen(state[r * channels + c]) == widen(before[r * channels + c]));
+        }
+    }
+}
+
+template <class T>
+void test_affine(float tolerance) {
+    constexpr float clamp = 1.9f;
+    for (const auto& [channels, index] : examples()) {
+        const Half half(index.data(), static_cast<int>(index.size()), channels);
+        const std::size_t n = index.size();
+        const std::vector<T> before = noise<T>(rows * channels, 1), outputs = noise<T>(rows * 2 * n, 0.5f);
+        const std::vector<float> shift = noise<float>(n, 1);
+        std::vector<T> state = before;
+        std::vector<float> log_det(rows), back(rows);
+        affine_rows(state.data(), rows, half, outputs.data(), shift.data(), clamp, false, log_det.data(), 1);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            double total = 0;
+            for (std::size_t j = 0; j < n; ++j) {
+                const double s = clamp * std::tanh(double(widen(outputs[r * 2 * n + j])));
+                const double expected =
+                    (widen(before[r * channels + index[j]]) + double(shift[j])) * std::exp(s) +
+                    widen(outputs[r * 2 * n + n + j]);
+                CHECK(std::abs(widen(state[r * channels + index[j]]) - expected) <=
+                      tolerance * (1 + std::abs(expected)));
+                total += s;
+            }
+            CHECK(std::abs(log_det[r] - total) <= 2e-6 * (1 + n));
+        }
+        std::vector<T> again = before;
+        std::vector<float> log_det_again(rows);
+        affine_rows(again.data(), rows, half, outputs.data(), shift.data(), clamp, false,
+                    log_det_again.data(), 3);
+        for (std::size_t i = 0; i < state.size(); ++i) CHECK(widen(again[i]) == widen(state[i]));
+        affine_rows(state.data(), rows, half, outputs.data(), shift.data(), clamp, true, back.data(), 2);
+        for (std::size_t i = 0; i < state.size(); ++i)
+            CHECK(std::abs(widen(state[i]) - widen(before[i])) <=
+                  20 * tolerance * (1 + std::abs(widen(before[i]))));
+        for (std::int64_t r = 0; r < rows; ++r) CHECK(back[r] == -log_det[r]);
+    }
+}
+
+void test_functions() {
+    for (double x = -20; x <= 20; x += 1e-3) {
+        const float value = static_cast<float>(x);
+        CHECK(std::abs(fast_tanh(value) - std::tanh(double(value))) <= 3e-7);
+        CHECK(std::abs(fast_exp(value) / std::exp(double(value)) - 1) <= 3e-7);
+    }
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    CHECK(fast_tanh(infinity) == 1.0f && fast_tanh(-infinity) == -1.0f);
+    CHECK(std::isnan(fast_tanh(std::nanf(""))) && std::isnan(fast_exp(std::nanf(""))));
+    BFloat16 half_way;
+    narrow(1.00390625f, half_way);  // between 1 and 1.0078125: to the even one
+    CHECK(widen(half_way) == 1.0f);
+    narrow(std::nanf(""), half_way);
+    CHECK(std::isnan(widen(half_way)));
+}
+
+}  // namespace
+
+int main() {
+    test_functions();
+    test_halves<float>(1e-6f);
+    test_halves<BFloat16>(2e-2f);
+    test_affine<float>(2e-6f);
+    test_affine<BFloat16>(1e-2f);
+    return failures != 0;
+}

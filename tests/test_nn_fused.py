@@ -1,0 +1,240 @@
+import itertools
+
+import pytest
+import torch
+from helpers import conv_subnet, linear_subnet, randomise_
+from torch import nn
+
+from usf_kernels.nn import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    FlowSequence,
+    FlowStep,
+    LUConv1x1,
+    Permutation,
+    USFBlock,
+)
+from usf_kernels.nn.fused_blocks import PointwiseRun, Product, ProjectedBlock, Reorder
+
+
+def pointwise(c_in, c_out):
+    return nn.Sequential(nn.Conv2d(c_in, 3, 1), nn.GELU(), nn.Conv2d(3, c_out, 1))
+
+
+def wide(c_in, c_out):
+    return nn.Sequential(nn.Conv2d(c_in, c_in, 1), nn.ReLU(), nn.Conv2d(c_in, c_out, 1))
+
+
+def narrow(c_in, c_out):
+    return nn.Sequential(nn.Conv2d(c_in, 2, 1), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(2, c_out, 3, padding=1))
+
+
+def single(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def single_pointwise(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 1)
+
+
+def unknown(c_in, c_out):
+    """Neither its first nor its last layer can take a map in."""
+    return nn.Sequential(nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 1), nn.Tanh())
+
+
+SUBNETS = [conv_subnet, pointwise, narrow, single, single_pointwise, unknown]
+
+
+def flow_of(steps, first=()):
+    return randomise_(FlowSequence([*first, *steps])).eval()
+
+
+def step(channels=7, subnet=conv_subnet, **options):
+    return FlowStep(channels, subnet=subnet, zero_init=False, **options)
+
+
+def assert_same(flow, x, cond=None, dtype=torch.float64, tolerance=1e-9):
+    """All that the fused flow offers, against the flow, which is in float64."""
+    with torch.no_grad():
+        z, log_det = flow(x, cond)
+    fused, kept = flow.fuse(dtype), x.clone()
+    fused_z, fused_log_det = fused(x, cond)
+    back, inverse_log_det = fused.inverse(fused_z, cond)
+    norm = fused.squared_norm(x, cond)
+    assert torch.equal(x, kept)
+    assert fused_z.dtype == back.dtype == dtype
+    assert fused_log_det.shape == log_det.shape
+    close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
+    torch.testing.assert_close(fused_z, z, **close)
+    torch.testing.assert_close(fused_log_det, log_det, **close)
+    torch.testing.assert_close(norm, z.square().sum(1), **close)
+    torch.testing.assert_close(back, x, **{**close, "atol": 100 * tolerance})
+    torch.testing.assert_close(inverse_log_det, -log_det, **{**close, "atol": 100 * tolerance})
+    return fused
+
+
+@pytest.mark.parametrize("subnet", SUBNETS)
+@pytest.mark.parametrize("linear", ["lu", "permutation", "none"])
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_a_sequence_of_steps(coupling, linear, subnet):
+    for act_norm, cond_channels, first, length in itertools.product(
+        (True, False), (0, 3), ((), (LUConv1x1(7),), (ActNorm(7), Permutation(7))), (1, 3)
+    ):
+        options = {"coupling": coupling, "linear": linear, "act_norm": act_norm}
+        steps = [step(subnet=subnet, cond_channels=cond_channels, **options) for _ in range(length)]
+        flow = flow_of(steps, first).double()
+        x = torch.randn(2, 7, 4, 5, dtype=torch.float64)
+        assert_same(flow, x, torch.randn(1, 3, 4, 5, dtype=torch.float64) if cond_channels else None)
+
+
+@pytest.mark.parametrize("mask", ["half", "channel", "checkerboard"])
+@pytest.mark.parametrize("subnet", [conv_subnet, pointwise, unknown])
+def test_conjugated_blocks(subnet, mask):
+    for cond_channels in (0, 2):
+        options = {"mask": mask, "cond_channels": cond_channels, "zero_init": False}
+        blocks = [USFBlock(5, subnet=subnet, **options) for _ in range(3)]
+        x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+        cond = torch.randn(2, 2, 3, 4, dtype=torch.float64) if cond_channels else None
+        for flow, products in (
+            (flow_of(blocks).double(), 0),
+            (flow_of(blocks, [LUConv1x1(5)]).double(), 1),
+            (blocks[0], 0),
+        ):
+            fused = assert_same(flow, x, cond)
+            assert sum(isinstance(stage, Product) for stage in fused.stages) == products
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        ActNorm(5),
+        Permutation(5, seed=1),
+        LUConv1x1(5, init="orthogonal"),
+        AdditiveCoupling(5, subnet=conv_subnet, zero_init=False),
+        AffineCoupling(5, subnet=conv_subnet, zero_init=False, clamp=0.7),
+        step(5),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_every_module(module):
+    assert_same(randomise_(module).double().eval(), torch.randn(2, 5, 3, 4, dtype=torch.float64))
+
+
+def test_vectors_volumes_and_layouts():
+    vectors = flow_of([step(subnet=linear_subnet) for _ in range(2)]).double()
+    assert_same(vectors, torch.randn(6, 7, dtype=torch.float64))
+    volumes = flow_of([step(subnet=lambda i, o: nn.Conv3d(i, o, 3, padding=1)) for _ in range(2)]).double()
+    assert_same(volumes, torch.randn(2, 7, 3, 2, 4, dtype=torch.float64))
+    maps = flow_of([step(coupling="affine", linear="permutation") for _ in range(2)]).double()
+    x = torch.randn(2, 9, 4, 5, dtype=torch.float64)[:, 1:8]
+    for layout in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3)):
+        assert_same(maps, layout)
+    assert_same(maps, x[:0])
+    assert_same(vectors, torch.randn(0, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("linear", ["lu", "permutation"])
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_float32_errs_as_little_as_the_flow_itself(coupling, linear):
+    for subnet in (conv_subnet, pointwise):
+        options = {"coupling": coupling, "linear": linear}
+        flow = flow_of([step(20, subnet, **options) for _ in range(8)], [LUConv1x1(20)])
+        x = torch.randn(2, 20, 6, 6)
+        with torch.no_grad():
+            eager = flow(x)[0]
+            fused = flow.fuse()(x)[0]
+            truth = flow.double()(x.double())[0]
+        allowed = 4 * (eager - truth).abs().max() + 1e-6 * truth.abs().max()
+        assert (fused - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_half_precision(coupling, dtype):
+    options = {"coupling": coupling, "linear": "permutation"}
+    flow = FlowSequence([step(12, pointwise, **options) for _ in range(4)]).eval()
+    x = torch.randn(3, 12, 5, 4)
+    with torch.no_grad():
+        z, log_det = flow(x)
+    fused_z, fused_log_det = flow.fuse(dtype)(x)
+    assert fused_z.dtype == dtype
+    assert (fused_z - z).abs().max() < 0.05
+    assert fused_log_det.dtype == torch.float32
+    torch.testing.assert_close(fused_log_det, log_det, rtol=0.02, atol=0.3)
+
+
+def test_long_runs_of_pointwise_blocks_go_in_stretches(monkeypatch):
+    flow = flow_of([step(8, pointwise, coupling="affine", linear="permutation") for _ in range(3)])
+    fused, x = flow.fuse(), torch.randn(2, 8, 30, 20)
+    assert isinstance(fused.stages[0], PointwiseRun)
+    whole, log_det = fused(x)
+    monkeypatch.setattr("usf_kernels.nn.fused_blocks.CHUNK_BYTES", 1)
+    parts, part_log_det = fused(x)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(part_log_det, log_det)
+
+
+def test_maps_between_conditioners_are_one():
+    first = [LUConv1x1(20), ActNorm(20), Permutation(20)]
+    lu = flow_of([step(20, wide) for _ in range(3)], first).fuse()
+    assert [type(stage) for stage in lu.stages] == [Product, PointwiseRun]
+    assert [type(block) for block in lu.stages[1].blocks] == 3 * [ProjectedBlock]
+    orders = flow_of([step(20, linear="permutation") for _ in range(3)]).fuse()
+    assert sum(isinstance(stage, Reorder) for stage in orders.stages) == 1
+    assert not any(isinstance(stage, Product) for stage in orders.stages)
+
+
+def test_maps_that_cannot_be_undone_well_are_not_undone():
+    steps = [step(20, pointwise, act_norm=False) for _ in range(3)]
+    for one in steps:
+        one.linear.log_diagonal.data[:] = torch.linspace(-5, 5, 20)
+    flow = FlowSequence(steps).eval()
+    x = torch.randn(2, 20, 3, 3)
+    with torch.no_grad():
+        truth = flow.double()(x.double())[0]
+    error = (flow.float().fuse()(x)[0] - truth).abs().max() / truth.abs().max()
+    assert error < 1e-5
+    assert sum(isinstance(stage, Product) for stage in flow.fuse().stages) == 3
+
+
+def test_the_flow_stays_as_it_is():
+    flow = flow_of([step() for _ in range(2)]).train()
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    x = torch.randn(2, 7, 3, 3, requires_grad=True)
+    z, _ = flow.fuse()(x)
+    assert not z.requires_grad
+    assert flow.training
+    assert all(torch.equal(before[name], value) for name, value in flow.state_dict().items())
+    assert all(p.requires_grad for p in flow.parameters())
+
+
+def test_compiles_and_exports_to_what_it_gives():
+    flow = flow_of([step(8, coupling="affine", linear="permutation"), step(8, pointwise)], [LUConv1x1(8)])
+    fused, x = flow.fuse(), torch.randn(2, 8, 5, 6)
+    expected = fused(x)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(fused, (x,), dynamic_shapes=({0: batch},))
+    for ours, theirs in zip(program.module()(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert program.module()(torch.randn(5, 8, 5, 6))[0].shape == (5, 8, 5, 6)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_errors():
+    flow = FlowSequence([step(cond_channels=2)]).eval()
+    fused = flow.fuse()
+    with pytest.raises(ValueError, match="x: expected 7 channels"):
+        fused(torch.randn(2, 6, 3, 3))
+    with pytest.raises(ValueError, match="cond: expected a tensor with 2 channels, found None"):
+        fused(torch.randn(2, 7, 3, 3))
+    with pytest.raises(ValueError, match="cond: expected batch size 1 or 2"):
+        fused(torch.randn(2, 7, 3, 3), torch.randn(3, 2, 3, 3))
+    with pytest.raises(TypeError, match="dtype: expected float32"):
+        flow.fuse(torch.int32)
+    with pytest.raises(ValueError, match="at least one step"):
+        FlowSequence([]).fuse()
+    with pytest.raises(TypeError, match=r"fuse: expected a flow module of .*, found Linear"):
+        FlowSequence([nn.Linear(2, 2)]).fuse()

@@ -1,0 +1,148 @@
+"""What `fuse()` computes once, in float64: the linear maps between two conditioners as one.
+
+A flow is read as a list of parts: linear maps, and couplings. Consecutive linear maps are multiplied, so what
+remains is `map, coupling, map, coupling, ..., map`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
+from usf_kernels.nn.flow import FlowSequence, FlowStep
+from usf_kernels.nn.linear import LUConv1x1, Permutation
+from usf_kernels.nn.usf_block import CheckerboardCoupling, USFBlock
+
+WIDE = torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """`x -> matrix @ x + bias` at every position; float64, on the CPU.
+
+    Attributes:
+        matrix: (C_out, C_in).
+        bias: (C_out,).
+    """
+
+    matrix: Tensor
+    bias: Tensor
+
+    @classmethod
+    def identity(cls, channels: int) -> LinearMap:
+        """The map that changes nothing."""
+        return cls(torch.eye(channels, dtype=WIDE), torch.zeros(channels, dtype=WIDE))
+
+    def after(self, first: LinearMap) -> LinearMap:
+        """`first`, then this one."""
+        return LinearMap(self.matrix @ first.matrix, self.matrix @ first.bias + self.bias)
+
+    def inverse(self) -> LinearMap:
+        """The map that undoes this one."""
+        if self.selection is not None:
+            index, scale = self.selection
+            matrix = torch.zeros_like(self.matrix)
+            matrix[index, torch.arange(len(index))] = 1 / scale
+        else:
+            matrix = torch.linalg.inv(self.matrix)
+        return LinearMap(matrix, -(matrix @ self.bias))
+
+    def rows(self, index: Tensor) -> LinearMap:
+        """The map to these outputs alone."""
+        return LinearMap(self.matrix[index], self.bias[index])
+
+    @property
+    def selection(self) -> tuple[Tensor, Tensor] | None:
+        """(index, scale) where every output is one scaled input, `scale * x[index] + bias`; else None."""
+        if not bool(((self.matrix != 0).sum(1) == 1).all()):
+            return None
+        index = self.matrix.abs().argmax(1)
+        return index, self.matrix.gather(1, index[:, None])[:, 0]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return self.error_of_identity == 0
+
+    @property
+    def error_of_identity(self) -> float:
+        """How far it is from changing nothing: the largest difference of matrix and bias."""
+        eye = torch.eye(*self.matrix.shape, dtype=WIDE)
+        return max((self.matrix - eye).abs().max().item(), self.bias.abs().max().item())
+
+    @property
+    def log_det(self) -> float:
+        """log|det| at one position, in nats."""
+        return torch.linalg.slogdet(self.matrix)[1].item()
+
+
+Coupling = AdditiveCoupling | AffineCoupling | CheckerboardCoupling
+
+
+def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
+    """The maps and couplings of a flow module, first to last.
+
+    Raises:
+        TypeError: a module that is not one of this package's flow modules.
+    """
+    if isinstance(flow, Coupling):
+        yield flow
+    elif isinstance(flow, ActNorm):
+        yield LinearMap(torch.diag(_wide(flow.log_scale).exp()), _wide(flow.bias))
+    elif isinstance(flow, Permutation):
+        channels = len(flow.index)
+        yield LinearMap.identity(channels).rows(flow.index.cpu())
+    elif isinstance(flow, LUConv1x1):
+        yield _lu_map(flow)
+    elif isinstance(flow, FlowStep):
+        for layer in (flow.coupling, flow.act_norm, flow.linear):
+            if layer is not None:
+                yield from parts(layer)
+    elif isinstance(flow, USFBlock):
+        enter = _lu_map(flow.linear)
+        enter = enter if flow.order is None else enter.rows(flow.order.cpu())
+        yield from (enter, flow.coupling, enter.inverse())
+    elif isinstance(flow, FlowSequence):
+        for step in flow:
+            yield from parts(step)
+    else:
+        raise TypeError(f"fuse: expected a flow module of usf_kernels.nn, found {type(flow).__name__}")
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", WIDE)
+
+
+def _lu_map(layer: LUConv1x1) -> LinearMap:
+    lower, upper, bias = layer.factors()
+    lower, upper = _wide(lower).tril(-1), _wide(upper).triu()
+    channels = len(lower)
+    bias = torch.zeros(channels, dtype=WIDE) if bias is None else _wide(bias)
+    return LinearMap(lower @ upper + upper, bias)
+
+
+def alternate(flow: nn.Module) -> tuple[list[LinearMap], list[Coupling]]:
+    """(maps, couplings) with one map more than couplings: in front of each, and after the last.
+
+    Raises:
+        TypeError: see `parts`.
+        ValueError: a flow of nothing.
+    """
+    found = list(parts(flow))
+    if not found:
+        raise ValueError("flow: expected at least one step to fuse, found none")
+    first = found[0]
+    identity = LinearMap.identity(len(first.bias) if isinstance(first, LinearMap) else first.channels)
+    maps, couplings = [identity], []
+    for part in found:
+        if isinstance(part, LinearMap):
+            maps[-1] = part.after(maps[-1])
+        else:
+            couplings.append(part)
+            maps.append(identity)
+    return maps, couplings

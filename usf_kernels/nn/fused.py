@@ -1,0 +1,226 @@
+"""The inference form of a flow: what `fuse()` returns, and how it is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
+from usf_kernels.nn.folding import Coupling, LinearMap, alternate
+from usf_kernels.nn.fused_blocks import (
+    AdditiveBlock,
+    AffineBlock,
+    CheckerboardBlock,
+    PointwiseRun,
+    Product,
+    ProjectedBlock,
+    Reorder,
+    Shift,
+    add_log_dets,
+    squared_norm,
+)
+from usf_kernels.nn.fused_conditioner import to_maps
+from usf_kernels.nn.usf_block import CheckerboardCoupling
+from usf_kernels.ops.checks import FLOAT_DTYPES, check_features, compute_dtype, count_positions
+
+WORST_CONDITION = 1e4  # of a map that residual blocks undo; beyond it, rounding would show
+
+
+class FusedFlow(nn.Module):
+    """A flow for inference: the same results up to rounding, in fewer passes over memory.
+
+    `fuse()` of a flow module makes it. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) ->
+    (x, log_det)` are the flow's own; x is (B, C, *spatial) in any memory format and floating dtype, and what
+    comes out is in channels-last memory and in the dtype of the fused weights. `squared_norm(x, cond=None) ->
+    (B, *spatial)` is the score without z. No gradients are recorded.
+
+    Raises:
+        TypeError, ValueError: an x or cond of the wrong shape or dtype.
+    """
+
+    def __init__(
+        self, stages: Sequence[nn.Module], *, channels: int, cond_channels: int, log_det: float
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.channels, self.cond_channels = channels, cond_channels
+        self.log_det_per_position = (
+            log_det  # of the linear maps; a Python float keeps its digits in any dtype
+        )
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
+        self.eval().requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of what comes out."""
+        return self._like.dtype
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply: (z, log_det)."""
+        check_features("x", x, self.channels)
+        return self._transform(x, cond, inverse=False)
+
+    @torch.no_grad()
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Undo: (x, log_det)."""
+        check_features("z", z, self.channels)
+        return self._transform(z, cond, inverse=True)
+
+    @torch.no_grad()
+    def squared_norm(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Squared norm of z over channels, (B, *spatial), accumulated in float32 at least."""
+        check_features("x", x, self.channels)
+        last = self.stages[-1] if len(self.stages) else None
+        if isinstance(last, Reorder):
+            norm = last.squared_norm(self._run(x, cond, self.stages[:-1], inverse=False)[0])
+        else:
+            norm = squared_norm(self._run(x, cond, self.stages, inverse=False)[0])
+        return norm.view(x.shape[0], *x.shape[2:])
+
+    def _transform(self, x: Tensor, cond: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        stages = list(reversed(self.stages)) if inverse else self.stages
+        rows, row_log_det = self._run(x, cond, stages, inverse=inverse)
+        constant = self.log_det_per_position * count_positions(x)
+        log_det = torch.full(
+            (), -constant if inverse else constant, dtype=compute_dtype(rows), device=x.device
+        )
+        if row_log_det is not None:
+            log_det = log_det + row_log_det.view(x.shape[0], count_positions(x)).sum(1)
+        return to_maps(rows, (x.shape[0], *x.shape[2:])), log_det
+
+    def _run(
+        self, x: Tensor, cond: Tensor | None, stages: Sequence[nn.Module], *, inverse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        self._check_cond(x, cond)
+        sizes = (x.shape[0], *x.shape[2:])
+        copy = not len(stages) or stages[0].in_place  # x belongs to the caller
+        rows = x.movedim(1, -1).to(self.dtype, copy=copy, memory_format=torch.contiguous_format)
+        rows, total = rows.reshape(-1, self.channels), None
+        for stage in stages:
+            rows, log_det = stage(rows, sizes, cond, inverse=inverse)
+            total = add_log_dets(total, log_det)
+        return rows, total
+
+    def _check_cond(self, x: Tensor, cond: Tensor | None) -> None:
+        if self.cond_channels == 0:
+            if cond is not None:
+                raise ValueError("cond: expected None because cond_channels is 0, found a condition")
+            return
+        if cond is None:
+            raise ValueError(f"cond: expected a tensor with {self.cond_channels} channels, found None")
+        check_features("cond", cond, self.cond_channels)
+        if cond.shape[0] not in (1, x.shape[0]) or cond.shape[2:] != x.shape[2:]:
+            raise ValueError(
+                f"cond: expected batch size 1 or {x.shape[0]} and spatial size {tuple(x.shape[2:])} as x, "
+                f"found shape {tuple(cond.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """Channels and dtype, for print."""
+        return f"{self.channels}, {self.dtype}"
+
+
+def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
+    """The inference form of a flow module of this package: see `FusedFlow`.
+
+    All linear maps between two conditioners (LU, ActNorm, permutations) become one matrix, or one index where
+    they only reorder and scale. Additive couplings between matrices become residual blocks, as long as this
+    takes fewer multiplications: then only one product is left of all the maps.
+
+    Args:
+        flow: left as it is; later changes to it do not reach the fused one.
+        dtype: of the weights and the computation, None for the flow's own.
+
+    Raises:
+        TypeError: a dtype that is not floating, a module that is not one of `usf_kernels.nn`.
+        ValueError: a flow without any map or coupling.
+    """
+    parameter = next((t for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()), None)
+    own = torch.float32 if parameter is None else parameter.dtype
+    dtype = own if dtype is None else dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+    maps, couplings = alternate(flow)
+    stages = _moving(maps, couplings)
+    residual = _residual(maps, couplings)
+    if residual is not None and _multiplications(residual) <= _multiplications(stages):
+        stages = residual
+    device = next((t.device for t in (*flow.parameters(), *flow.buffers())), None)
+    return FusedFlow(
+        _pointwise_runs(stages),
+        channels=len(maps[0].bias),
+        cond_channels=max((c.cond_channels for c in couplings), default=0),
+        log_det=sum(m.log_det for m in maps),
+    ).to(device, dtype)
+
+
+def _moving(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module]:
+    """Stages whose state is every coupling's input, up to order and scale; each matrix is a product."""
+    stages: list[nn.Module] = []
+    behind = LinearMap.identity(len(maps[0].bias))  # from the state to the place in the flow that is reached
+    for linear_map, coupling in zip(maps, [*couplings, None], strict=True):
+        behind = linear_map.after(behind)
+        if behind.selection is None:
+            stages.append(Product(behind))
+            behind = LinearMap.identity(len(behind.bias))
+        if isinstance(coupling, CheckerboardCoupling):
+            stages.append(CheckerboardBlock(coupling, behind, behind.inverse()))
+        elif coupling is not None:
+            kind = AdditiveBlock if isinstance(coupling, AdditiveCoupling) else AffineBlock
+            stages.append(kind(coupling, behind))
+    return stages if behind.is_identity else [*stages, Reorder(behind)]
+
+
+def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module] | None:
+    """Stages whose state is where the maps alone would take the input: one product, then residual blocks.
+
+    None where a coupling is affine, where there is no matrix to save, or where a map is too ill-conditioned
+    to be undone.
+    """
+    additive = not any(isinstance(coupling, AffineCoupling) for coupling in couplings)
+    if not additive or all(linear_map.selection is not None for linear_map in maps):
+        return None
+    blocks: list[nn.Module] = []
+    after = maps[-1]  # from the input of a coupling to the end
+    offset = torch.zeros_like(after.bias)  # from the state to what it stands for, behind a block
+    for linear_map, coupling in zip(reversed(maps[:-1]), reversed(couplings), strict=True):
+        before = after.inverse()
+        # Frobenius norms over C: the condition number, but for an average direction.
+        if before.matrix.norm() * after.matrix.norm() / len(offset) > WORST_CONDITION:
+            return None
+        # The conditioner sees the same with the offset in front of the block, which differs along R only.
+        shifted = LinearMap(before.matrix, before.bias + before.matrix @ offset)
+        if isinstance(coupling, CheckerboardCoupling):
+            blocks.append(CheckerboardBlock(coupling, shifted, after))
+        elif before.selection is not None:
+            blocks.append(AdditiveBlock(coupling, shifted))
+        else:
+            blocks.append(ProjectedBlock(coupling, shifted, after))
+            offset = offset - blocks[-1].offset
+        after = after.after(linear_map)
+    entry = LinearMap(after.matrix, after.bias - offset)
+    # Conjugated blocks undo their maps: what is left of them is the identity, up to rounding.
+    is_shift = LinearMap(entry.matrix, torch.zeros_like(offset)).error_of_identity < 1e-12 * len(offset)
+    return [Shift(entry.bias) if is_shift else Product(entry), *reversed(blocks)]
+
+
+def _multiplications(stages: list[nn.Module]) -> int:
+    """Per position."""
+    tensors = (t for stage in stages for t in (*stage.parameters(), *stage.buffers()) if t.ndim > 1)
+    inverses = sum(stage.weight.numel() for stage in stages if isinstance(stage, Product))
+    return sum(t.numel() for t in tensors) - inverses
+
+
+def _pointwise_runs(stages: list[nn.Module]) -> list[nn.Module]:
+    """The stages, with PointwiseRun around neighbours that are pointwise blocks."""
+    grouped: list[nn.Module] = []
+    for pointwise, group in groupby(stages, lambda stage: stage.in_place and stage.conditioner.pointwise):
+        if pointwise:
+            grouped.append(PointwiseRun(list(group)))
+        else:
+            grouped.extend(group)
+    return grouped

@@ -1,0 +1,265 @@
+"""The stages of a fused flow.
+
+The state is rows (N, C), N = B * positions. A stage is called with (rows, sizes, cond, inverse=...), where
+`sizes` are (B, *spatial), and returns the new rows with their log-dets (N,), None where those are constant.
+Those with `in_place` write to the rows that they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from usf_kernels.nn.folding import Coupling, LinearMap
+from usf_kernels.nn.fused_conditioner import FusedConditioner, to_maps
+from usf_kernels.nn.rows import add_, affine_, select
+from usf_kernels.nn.usf_block import CheckerboardCoupling, checkerboard
+from usf_kernels.ops.checks import compute_dtype
+
+Result = tuple[Tensor, Tensor | None]
+Sizes = tuple[int, ...]
+CHUNK_BYTES = 1 << 20  # of rows that pass pointwise blocks together: a second-level cache holds them
+
+
+class Product(nn.Module):
+    """All channels times a matrix, plus a bias."""
+
+    in_place = False
+
+    def __init__(self, linear_map: LinearMap) -> None:
+        super().__init__()
+        inverse = linear_map.inverse()
+        self.register_buffer("weight", linear_map.matrix)
+        self.register_buffer("bias", linear_map.bias)
+        self.register_buffer("inverse_weight", inverse.matrix)
+        self.register_buffer("inverse_bias", inverse.bias)
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        if inverse:
+            return F.linear(rows, self.inverse_weight, self.inverse_bias), None
+        return F.linear(rows, self.weight, self.bias), None
+
+
+class Shift(nn.Module):
+    """A constant added to every channel."""
+
+    in_place = False
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bias", bias)
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        return torch.add(rows, self.bias, alpha=-1 if inverse else 1), None
+
+
+class Reorder(nn.Module):
+    """Channels in another order, scaled and shifted: `scale * rows[:, index] + bias`."""
+
+    in_place = False
+
+    def __init__(self, linear_map: LinearMap) -> None:
+        super().__init__()
+        index, scale = linear_map.selection
+        self.scales = bool((scale != 1).any() or linear_map.bias.any())
+        self.register_buffer("index", index)
+        self.register_buffer("inverse_index", torch.argsort(index))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", linear_map.bias)
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        if inverse:
+            rows = (rows - self.bias) / self.scale if self.scales else rows
+            return select(rows, self.inverse_index), None
+        rows = select(rows, self.index)
+        return (rows.mul_(self.scale).add_(self.bias) if self.scales else rows), None
+
+    def squared_norm(self, rows: Tensor) -> Tensor:
+        """Of every row of the result, (N,), without reordering it."""
+        if not self.scales:
+            return squared_norm(rows)
+        order = self.inverse_index
+        return squared_norm(rows * self.scale[order] + self.bias[order])
+
+
+class ProjectedBlock(nn.Module):
+    """An additive coupling behind any linear map, as the residual block `rows + R f(Q rows)`.
+
+    Where the conditioner begins or ends with a pointwise layer, Q or R is inside it. The inverse is the same
+    with a minus, since Q R = 0.
+
+    Args:
+        coupling: whose subnet is f.
+        before: the map from the state to the coupling's input; Q is its rows that feed the subnet.
+        after: its inverse; R is its columns for the other half.
+
+    Attributes:
+        offset: (C,) float64, a constant that `forward` leaves out of what it adds to the state.
+    """
+
+    in_place = True
+
+    def __init__(self, coupling: Coupling, before: LinearMap, after: LinearMap) -> None:
+        super().__init__()
+        leave = after.matrix[:, coupling.split :]
+        self.conditioner = FusedConditioner(
+            coupling.subnet,
+            before.rows(torch.arange(coupling.split)),
+            LinearMap(leave, leave.new_zeros(len(leave))),
+            cond_channels=coupling.cond_channels,
+            give_last=True,
+        )
+        last = self.conditioner.take_last()
+        self.offset = last.bias
+        self.register_buffer("weight", last.matrix.mT)
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        return rows.addmm_(self.conditioner(rows, sizes, cond), self.weight, alpha=-1 if inverse else 1), None
+
+
+class CheckerboardBlock(nn.Module):
+    """A `CheckerboardCoupling` behind any linear map: `rows + (1 - m) * R f(m * (Q rows + b))`.
+
+    The mask m treats the channels of a position alike, so it may come behind R. Arguments and offset as in
+    `ProjectedBlock`, but nothing is left out.
+    """
+
+    in_place = True
+
+    def __init__(self, coupling: CheckerboardCoupling, before: LinearMap, after: LinearMap) -> None:
+        super().__init__()
+        leave = LinearMap(after.matrix, torch.zeros_like(after.bias))
+        self.conditioner = FusedConditioner(
+            coupling.subnet,
+            LinearMap.identity(coupling.channels),
+            leave,
+            cond_channels=coupling.cond_channels,
+        )
+        self.conditioner.pointwise = False  # what happens to a row depends on where it is
+        self.offset = leave.bias
+        self.register_buffer("weight", before.matrix)
+        self.register_buffer("bias", before.bias)
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        mask = checkerboard(to_maps(rows, sizes)).view(-1, 1)
+        by_image = (sizes[0], mask.shape[0], rows.shape[1])
+        passive = F.linear(rows, self.weight, self.bias).view(by_image).mul_(mask)
+        update = self.conditioner(passive.view(rows.shape), sizes, cond).view(by_image).mul_(~mask)
+        return rows.add_(update.view(rows.shape), alpha=-1 if inverse else 1), None
+
+
+class _IndexedBlock(nn.Module):
+    """A coupling behind a map that only reorders, scales and shifts: halves of the state are indices.
+
+    Both index sets are in ascending order. The order that the conditioner expects, and the scales, are inside
+    its layers.
+    """
+
+    in_place = True
+
+    def __init__(self, coupling: Coupling, before: LinearMap) -> None:
+        super().__init__()
+        index, scale = before.selection
+        split = coupling.split
+        passive, order = index[:split].sort()
+        enter = torch.diag(scale[:split])[:, order]
+        active, order = index[split:].sort()
+        inverse_scale = 1 / scale[split:]
+        leave = torch.diag(inverse_scale)[order]
+        # In the units of the state, what the coupling sees of a channel is y + shift.
+        shift = (before.bias[split:] * inverse_scale)[order]
+        self.conditioner = FusedConditioner(
+            coupling.subnet,
+            LinearMap(enter, before.bias[:split]),
+            self._leave(leave, shift),
+            cond_channels=coupling.cond_channels,
+        )
+        self.register_buffer("passive", passive)
+        self.register_buffer("active", active)
+        self.register_buffer("shift", shift)
+
+    def _leave(self, leave: Tensor, shift: Tensor) -> LinearMap:
+        """From the conditioner's outputs to what `_update` takes; `leave` orders and scales the shifts."""
+        raise NotImplementedError
+
+    def _update(self, rows: Tensor, outputs: Tensor, inverse: bool) -> Tensor | None:
+        raise NotImplementedError
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        outputs = self.conditioner(select(rows, self.passive), sizes, cond)
+        return rows, self._update(rows, outputs, inverse)
+
+
+class AdditiveBlock(_IndexedBlock):
+    """`y[active] += f(y[passive])`."""
+
+    def _leave(self, leave: Tensor, shift: Tensor) -> LinearMap:
+        return LinearMap(leave, torch.zeros_like(shift))
+
+    def _update(self, rows: Tensor, outputs: Tensor, inverse: bool) -> None:
+        add_(rows, self.active, outputs, -1 if inverse else 1)
+
+
+class AffineBlock(_IndexedBlock):
+    """`y[active] = (y[active] + shift) * exp(s) + t`, with s and t from f(y[passive]); t holds -shift too."""
+
+    def __init__(self, coupling: Coupling, before: LinearMap) -> None:
+        super().__init__(coupling, before)
+        self.clamp = coupling.clamp
+
+    def _leave(self, leave: Tensor, shift: Tensor) -> LinearMap:
+        order = (leave != 0).to(leave.dtype)
+        return LinearMap(0.1 * torch.block_diag(order, leave), torch.cat([torch.zeros_like(shift), -shift]))
+
+    def _update(self, rows: Tensor, outputs: Tensor, inverse: bool) -> Tensor:
+        return affine_(rows, self.active, outputs, self.shift, self.clamp, inverse)
+
+
+class PointwiseRun(nn.Module):
+    """Blocks that treat every row alone, one after the other: on a stretch of rows at a time, so that the
+    state passes through memory once and not once per block."""
+
+    in_place = True
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        row_bytes = rows.shape[1] * rows.element_size()
+        stretch = max(256, CHUNK_BYTES // row_bytes)
+        # Graphs get no loop over a length that they must not depend on; bfloat16 products prefer many rows.
+        whole = torch.compiler.is_compiling() or rows.is_cuda or rows.element_size() < 4
+        if whole or rows.shape[0] <= 2 * stretch:
+            return rows, self._run(rows, sizes, cond, inverse)
+        log_dets = [self._run(part, (part.shape[0],), cond, inverse) for part in rows.split(stretch)]
+        return rows, None if log_dets[0] is None else torch.cat(log_dets)
+
+    def _run(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, inverse: bool) -> Tensor | None:
+        total = None
+        for block in reversed(self.blocks) if inverse else self.blocks:
+            _, log_det = block(rows, sizes, cond, inverse=inverse)
+            total = add_log_dets(total, log_det)
+        return total
+
+
+def add_log_dets(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Their sum, where None is 0."""
+    if total is None or more is None:
+        return more if total is None else total
+    return total + more
+
+
+def squared_norm(rows: Tensor) -> Tensor:
+    """(N, C) to (N,), accumulated in float32 at least."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=compute_dtype(rows)).square_()

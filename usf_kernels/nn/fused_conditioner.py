@@ -1,0 +1,268 @@
+"""Conditioners as `fuse()` runs them: on rows (N, C), with the maps around them folded into their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.nn.folding import WIDE, LinearMap
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ELEMENTWISE = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Hardswish,
+)
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
+
+
+def to_maps(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """(N, C) as (B, C, *spatial) in channels-last memory, without a copy; `sizes` are (B, *spatial)."""
+    return rows.view(*sizes, rows.shape[1]).movedim(-1, 1)
+
+
+def to_rows(maps: Tensor) -> Tensor:
+    """(B, C, *spatial) as (N, C): no copy where the memory is channels-last."""
+    return maps.movedim(1, -1).reshape(-1, maps.shape[1])
+
+
+class _OnMaps(nn.Module):
+    """Layers that look at neighbours, or that we do not know: they get (B, C, *spatial)."""
+
+    def __init__(self, layers: nn.Module, *, concatenates: bool = False) -> None:
+        super().__init__()
+        self.layers, self.concatenates = layers, concatenates
+
+    def forward(self, rows: Tensor, sizes: tuple[int, ...], cond: Tensor | None) -> Tensor:
+        maps = to_maps(rows, sizes)
+        if self.concatenates:
+            cond = cond.to(maps.dtype).expand(sizes[0], *cond.shape[1:])
+            maps = torch.cat([maps, cond], dim=1)
+        return to_rows(self.layers(maps))
+
+
+class _Conditioned(nn.Module):
+    """A linear layer of [x, cond] as two: cond's part is computed once per condition, not once per image."""
+
+    def __init__(self, layer: nn.Module, condition: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.condition = layer, condition
+
+    def forward(self, rows: Tensor, sizes: tuple[int, ...], cond: Tensor) -> Tensor:
+        bias = to_rows(self.condition(cond.to(rows.dtype)))
+        rows = (
+            self.layer(rows)
+            if isinstance(self.layer, nn.Linear)
+            else to_rows(self.layer(to_maps(rows, sizes)))
+        )
+        return rows.view(-1, *bias.shape).add_(bias).view(rows.shape)
+
+
+class _Shift(nn.Module):
+    """Adds a constant to every channel, in place."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows.add_(self.bias)
+
+
+ON_ROWS = (nn.Linear, _Shift, *ELEMENTWISE)
+
+
+class FusedConditioner(nn.Module):
+    """`leave(subnet(enter(rows)))` on rows, with as much of both maps inside its layers as fits there.
+
+    Args:
+        subnet: the conditioner. Convolutions, nn.Linear and activations inside nn.Sequential are understood;
+            whatever else it holds runs as it is, on maps.
+        enter: the map in front of it. Rows may be written to.
+        leave: the map behind it.
+        cond_channels: channels of the condition, which comes last among the subnet's inputs; 0 for none.
+        give_last: make the last layer a matrix and a bias, which the caller takes out with `take_last`.
+
+    Attributes:
+        pointwise: whether every row is treated alone, so that rows may come a few at a time.
+    """
+
+    def __init__(
+        self,
+        subnet: nn.Module,
+        enter: LinearMap,
+        leave: LinearMap,
+        *,
+        cond_channels: int = 0,
+        give_last: bool = False,
+    ) -> None:
+        super().__init__()
+        layers = list(_flat(deepcopy(subnet).to("cpu", WIDE).eval()))
+        condition, size = None, len(layers)
+        if cond_channels > 0 and layers and _is_linear(layers[0]):
+            condition = _split_condition(layers[0], cond_channels)
+        elif cond_channels > 0:
+            layers = [_OnMaps(layers[0] if layers else nn.Identity(), concatenates=True), *layers[1:]]
+        alone = give_last and size == 1  # something has to remain when the last layer is taken
+        layers = [_matrix_layer(enter), *layers] if alone else _prepend(enter, layers)
+        if condition is None:
+            layers = _append(layers, leave, as_matrix=give_last)
+        else:
+            first = len(layers) - size
+            # What came into the first layer from behind would have to go into the condition's as well.
+            layers = _append([*layers, nn.Identity()] if size == 1 else layers, leave, as_matrix=give_last)
+            layers[first] = _Conditioned(layers[first], condition)
+        self._last = layers.pop() if give_last else None
+        self.layers = nn.ModuleList(_grouped(layers))
+        self.pointwise = all(isinstance(layer, ON_ROWS) for layer in self.layers)
+        self.requires_grad_(False)
+
+    def take_last(self) -> LinearMap:
+        """What remains to be done after `forward`, in float64; the conditioner forgets it."""
+        last, self._last = self._last, None
+        return LinearMap(last.weight.detach(), last.bias.detach())
+
+    def forward(self, rows: Tensor, sizes: tuple[int, ...], cond: Tensor | None = None) -> Tensor:
+        """(N, C_in) to (N, C_out); `sizes` are (B, *spatial), with product N."""
+        for layer in self.layers:
+            rows = layer(rows) if isinstance(layer, ON_ROWS) else layer(rows, sizes, cond)
+        return rows
+
+
+def _flat(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of nested nn.Sequentials, pointwise convolutions as nn.Linear, without what does nothing."""
+    if type(module) is nn.Sequential and not _hooked(module):
+        for child in module:
+            yield from _flat(child)
+    elif isinstance(module, NOTHING):
+        return
+    elif _is_linear(module) and isinstance(module, CONVOLUTIONS) and _is_pointwise(module):
+        yield _linear(module.weight.flatten(1), module.bias)
+    else:
+        if isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish)):
+            module.inplace = True  # its input is a layer's output, which nobody else sees
+        yield module
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Weight normalisation and its like: what the weights are is decided when the module is called."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if type(module) is nn.Linear:
+        return not _hooked(module)
+    return (
+        type(module) in CONVOLUTIONS
+        and not _hooked(module)
+        and module.groups == 1
+        and (module.padding_mode == "zeros" or _is_pointwise(module))
+    )
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    once = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
+    return once and (isinstance(conv.padding, str) or not any(conv.padding))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(1, 1, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.detach())
+    layer.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach())
+    layer.out_features, layer.in_features = weight.shape
+    return layer
+
+
+def _matrix_layer(linear_map: LinearMap) -> nn.Linear:
+    return _linear(linear_map.matrix, linear_map.bias)
+
+
+def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
+    """`enter` in front, inside the first layer where that costs nothing."""
+    if enter.is_identity:
+        return layers
+    if not layers or not _is_linear(layers[0]):
+        return [_matrix_layer(enter), *layers]
+    first, rest = layers[0], layers[1:]
+    if isinstance(first, nn.Linear) and _pays(first.weight, enter.matrix):
+        bias = first.weight @ enter.bias
+        bias = bias if first.bias is None else bias + first.bias
+        return [_linear(first.weight @ enter.matrix, bias), *rest]
+    if isinstance(first, nn.Linear) or enter.selection is None:
+        return [_matrix_layer(enter), *layers]
+    # A convolution pads with zeros what is behind the map, so a bias stays in front of it.
+    first.weight = nn.Parameter(torch.einsum("oj...,ji->oi...", first.weight, enter.matrix))
+    if not enter.bias.any():
+        return layers
+    return [_Shift(torch.linalg.solve(enter.matrix, enter.bias)), *layers]
+
+
+def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> list[nn.Module]:
+    """`leave` behind, inside the last layer where that costs nothing, but as nn.Linear if `as_matrix`."""
+    last = layers[-1] if layers else None
+    if isinstance(last, nn.Linear) and _is_linear(last) and _pays(leave.matrix, last.weight):
+        bias = leave.bias if last.bias is None else leave.matrix @ last.bias + leave.bias
+        return [*layers[:-1], _linear(leave.matrix @ last.weight, bias)]
+    convolves = last is not None and not isinstance(last, nn.Linear) and _is_linear(last)
+    if convolves and leave.selection is not None and not as_matrix:
+        bias = leave.bias if last.bias is None else leave.matrix @ last.bias + leave.bias
+        last.weight = nn.Parameter(torch.einsum("jo,oi...->ji...", leave.matrix, last.weight))
+        last.bias = nn.Parameter(bias)
+        last.out_channels = len(bias)
+        return layers
+    if leave.is_identity and not as_matrix:
+        return layers
+    return [*layers, _matrix_layer(leave)]
+
+
+def _pays(second: Tensor, first: Tensor) -> bool:
+    """Whether the product of two matrices takes no more multiplications than one after the other."""
+    return len(second) * first.shape[1] <= second.numel() + first.numel()
+
+
+def _split_condition(first: nn.Module, cond_channels: int) -> nn.Module:
+    """Take the condition's columns out of the first layer: a layer on maps of their own, without a bias."""
+    own = first.weight.shape[1] - cond_channels
+    condition = deepcopy(first)
+    weights = first.weight.detach().split([own, cond_channels], dim=1)
+    first.weight, condition.weight = (nn.Parameter(weight) for weight in weights)
+    condition.bias = None
+    if not isinstance(first, nn.Linear):
+        return condition
+    return _PointwiseOnMaps(condition)
+
+
+class _PointwiseOnMaps(nn.Module):
+    """nn.Linear on the channels of (B, C, *spatial)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.layer(maps.movedim(1, -1)).movedim(-1, 1)
+
+
+def _grouped(layers: list[nn.Module]) -> Iterator[nn.Module]:
+    """The layers, those that need maps wrapped together with the activations among them."""
+    on_maps: list[nn.Module] = []
+    for layer in layers:
+        on_rows = isinstance(layer, (nn.Linear, _Shift, _Conditioned, _OnMaps))
+        if not on_rows and (on_maps or not isinstance(layer, ELEMENTWISE)):
+            on_maps.append(layer)
+            continue
+        if on_maps:
+            yield _OnMaps(nn.Sequential(*on_maps))
+            on_maps = []
+        yield layer
+    if on_maps:
+        yield _OnMaps(nn.Sequential(*on_maps))

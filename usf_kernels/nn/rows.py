@@ -1,0 +1,75 @@
+"""Couplings on some channels of rows (N, C): in the extension on a CPU, in torch operations elsewhere.
+
+Torch's own index operations on channels-last memory cost as much as the products around them. Graphs that are
+traced for a compiler or for export see the torch operations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from usf_kernels import _core
+from usf_kernels.ops.checks import compute_dtype
+
+WORTH_THREADS = 1 << 18  # elements; below, starting threads takes longer than they save
+
+
+def select(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[:, index]`."""
+    if not _in_extension(rows):
+        return torch.gather(rows, 1, index.expand(rows.shape[0], -1))
+    out = rows.new_empty(rows.shape[0], len(index))
+    _core.select_rows(_bits(rows), index, _bits(out), _threads(rows))
+    return out
+
+
+def add_(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
+    """`rows[:, index] += factor * values`."""
+    if not _in_extension(rows):
+        rows.index_add_(1, index, values, alpha=factor)
+    else:
+        _core.add_rows(_bits(rows), index, _bits(values), factor, _threads(rows))
+
+
+def affine_(
+    rows: Tensor, index: Tensor, outputs: Tensor, shift: Tensor, clamp: float, inverse: bool
+) -> Tensor:
+    """Affine coupling of the columns `index` of `rows`: `y = (y + shift) * exp(s) + t`, or its inverse.
+
+    `outputs` (N, 2 * len(index)) holds raw, then t; `s = clamp * tanh(raw)`. Returns the log-det of each row,
+    (N,), float32 at least.
+    """
+    if _in_extension(rows):
+        log_det = rows.new_empty(rows.shape[0], dtype=torch.float32)
+        arguments = (_bits(rows), index, _bits(outputs), shift.float(), clamp, inverse, log_det)
+        _core.affine_rows(*arguments, _threads(rows))
+        return log_det
+    raw, translation = outputs.chunk(2, dim=1)
+    log_scale = raw.tanh().mul_(clamp)
+    active = select(rows, index)
+    if inverse:
+        active = active.sub_(translation).mul_(log_scale.neg().exp()).sub_(shift)
+    else:
+        active = active.add_(shift).mul_(log_scale.exp()).add_(translation)
+    rows.index_copy_(1, index, active)
+    total = log_scale.sum(1, dtype=compute_dtype(rows))
+    return -total if inverse else total
+
+
+def _in_extension(rows: Tensor) -> bool:
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """NumPy's protocols know no bfloat16: its bits."""
+    rows = rows.contiguous()
+    return rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
+
+
+def _threads(rows: Tensor) -> int:
+    return torch.get_num_threads() if rows.numel() >= WORTH_THREADS else 1
