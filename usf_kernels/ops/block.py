@@ -94,8 +94,10 @@ class _ResidualMLP(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _residual_mlp_op(*arguments)
+    def forward(x: Tensor, first: Tensor, first_bias: Tensor | None, last: Tensor, last_bias: Tensor | None,
+                bias_map: Tensor | None, activation: str, inverse: bool) -> Tensor:  # fmt: skip
+        # Named one by one: Dynamo counts them to see whether there is a context among them.
+        return _residual_mlp_op(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

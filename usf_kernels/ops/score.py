@@ -153,8 +153,9 @@ def _squared_norm(z: Tensor) -> Tensor:
 @kernel("anomaly_map")
 def _anomaly_map(latents: Sequence[Tensor], size: tuple[int, int], interpolate: str) -> Tensor:
     latent = interpolate == "latent"
-    return (
-        _AnomalyMap.apply(size, latent, *latents)
-        if torch.is_grad_enabled()
-        else _map_op(latents, size, latent)
-    )
+    # Dynamo counts a Function's arguments to see whether it wants a context, and these vary: without a
+    # gradient to follow it must not see one. (Elsewhere requires_grad does not tell: not within vmap.)
+    compiled_away = torch.compiler.is_compiling() and not any(z.requires_grad for z in latents)
+    if compiled_away or not torch.is_grad_enabled():
+        return _map_op(latents, size, latent)
+    return _AnomalyMap.apply(size, latent, *latents)
