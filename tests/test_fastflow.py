@@ -198,6 +198,27 @@ def test_calibration_bounds_the_alarms_on_held_out_images(backbone):
     assert looser.dof == pytest.approx(null.dof)
 
 
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
+def test_the_inference_form_predicts_the_same(backbone, images, coupling, linear):
+    model = FastFlow(backbone, coupling=coupling, linear=linear, steps=4)
+    features = model.features(images)
+    model.initialize(features)
+    perturbed(model)
+    model.calibrate(features)
+    fused = model.train().fuse()
+    assert model.training
+    assert not fused.training
+    expected, found = model.predict(images), fused.predict(images)
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.log_nfa, expected.log_nfa, rtol=1e-3, atol=1e-2)
+    rough = model.fuse(torch.bfloat16)
+    assert rough.latents(features)[0][0].dtype == torch.bfloat16
+    assert (rough.predict(images).score - expected.score).abs().max() < 0.03
+    with pytest.raises(TypeError, match="loss: expected a model to train"):
+        fused.loss(images)
+
+
 def test_config_and_state_rebuild_the_model(images):
     options = {
         "coupling": "affine",

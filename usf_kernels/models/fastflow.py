@@ -7,6 +7,7 @@ arXiv:2111.07677; uniformly scaling flows for anomaly detection: arXiv:2510.0945
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -120,6 +121,20 @@ class FastFlow(nn.Module):
             return None
         return Null.from_list(self.null_parameters.tolist())
 
+    def fuse(self, dtype: torch.dtype | None = None) -> FastFlow:
+        """The same model for inference, faster and without a loss: its flows in their inference form.
+
+        Args:
+            dtype: of the flows' weights and latents, for example torch.bfloat16; None for their own.
+
+        Returns:
+            A copy in evaluation mode, null model included; this model stays as it is.
+        """
+        fused = deepcopy(self).eval().requires_grad_(False)
+        fused.flows = nn.ModuleList(flow.fuse(dtype) for flow in self.flows)
+        fused.backbone.to(memory_format=torch.channels_last)
+        return fused
+
     def features(self, images: Tensor) -> list[Tensor]:
         """What the flows model: the backbone's maps of images (B, 3, H, W) in [0, 1]."""
         return self.backbone(images)
@@ -144,6 +159,8 @@ class FastFlow(nn.Module):
         """
         features = self.features(batch) if isinstance(batch, Tensor) else batch
         self._check(features)
+        if not all(isinstance(flow, FlowSequence) for flow in self.flows):
+            raise TypeError("loss: expected a model to train, found its inference form (`fuse`)")
         total, dimensions = 0.0, 0
         for flow, maps in zip(self.flows, features, strict=True):
             z, log_det = flow[0](maps)
