@@ -6,7 +6,7 @@ from helpers import DEVICE, DTYPES, SHAPES, assert_within_budget, layouts, max_e
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usf_kernels.ops import linear_squared_norm, lu_conv1x1
+from usf_kernels.ops import linear_squared_norm, lu_conv1x1, lu_log_det
 
 pytest.importorskip("triton")
 from usf_kernels.kernels import lu_conv
@@ -171,6 +171,13 @@ def test_compiles_for_any_shape():
             assert max_error(y, arguments[0].flatten(2).double()) < 1e-4
             for grad in torch.autograd.grad(y.sum(), arguments[:2]):
                 assert not grad.isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_jacobian_under_functorch():
+    x, lower, upper, bias = draw((1, 4))
+    jacobian = torch.func.jacrev(lambda v: triton(v, lower, upper, bias))(x).reshape(4, 4)
+    assert max_error(torch.linalg.slogdet(jacobian)[1], lu_log_det(upper.double(), 1)) < 1e-5
 
 
 def test_empty_batches_have_zero_gradients():

@@ -65,10 +65,11 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
         runs = cdiv(outputs, length)
         u = x.new_empty((sizes[0], runs, *sizes[1]), dtype=torch.float32)
         view = View([whole.tensors[0], u])
+        unit = min(view.unit(inputs, operands=slice(1)), view.unit(runs, operands=slice(1, 2)))
         programs = runs * view.batch * cdiv(view.positions, config["BLOCK_P"])
         launch(
             squared_norm_kernel, programs, *view.arguments(), *matrix_arguments_, bias, outputs, inputs,
-            view.positions, length, PRECISION=product_precision(), UNIT=view.unit(inputs, runs),
+            view.positions, length, PRECISION=product_precision(), UNIT=unit,
             MATRIX_UNIT=matrix_unit, WIDE=view.is_wide(), device=x.device, **config,
         )  # fmt: skip
         return u[:, 0] if runs == 1 else u.sum(1)
@@ -92,5 +93,6 @@ COMPILE_CASES = [
         "squared_norm_kernel",
         lambda new: linear_squared_norm(new(8, 256, 28, 28), new(256, 256), new(256)),
         channels_last,
+        "vector loads",
     )
 ]
