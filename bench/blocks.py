@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.flows import FORMATS, FORMS, PEERS, SHARED, Form, Shape, best_layout, our_flow, peer_flow, truth
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
+from bench.table import FUSED
 
 # FastFlow on ResNet-18 at 256 x 256, then U-Flow on MS-CaiT: channels, side.
 SHAPES = ((64, 64), (128, 32), (256, 16), (384, 14), (816, 28))
@@ -38,7 +39,7 @@ def _ours(shape: Shape, x: Tensor) -> Iterator[Provider]:
     for form in FORMS.values():
         flow = our_flow(form.name, shape).to(x.device)
         yield _provider(form, form.name, flow, shape, x, "contiguous", "forward")
-        for dtype in (torch.float32, torch.bfloat16) if hasattr(flow, "fuse") else ():
+        for dtype in (torch.float32, torch.bfloat16):
             fused = flow.fuse(dtype=dtype)
 
             def run(
@@ -49,7 +50,7 @@ def _ours(shape: Shape, x: Tensor) -> Iterator[Provider]:
             layout = best_layout(run, x.device)
             inputs = x.to(dtype, memory_format=FORMATS[layout])
             for direction in ("forward", "inverse"):
-                yield _provider(form, f"{form.name}, fused", fused, shape, inputs, layout, direction)
+                yield _provider(form, form.name + FUSED, fused, shape, inputs, layout, direction)
 
 
 def _provider(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bench.flows import PEERS
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
+from bench.table import FUSED
 from usf_kernels.models import FastFlow, create_backbone
 from usf_kernels.ops import anomaly_map
 
@@ -47,12 +48,17 @@ def _score(model: FastFlow, images: Tensor) -> Tensor:
     return anomaly_map(model(images)[0], SIDE)
 
 
-def _check(double: nn.Module, images: Tensor, found: object) -> str | None:
+def _check(double: nn.Module, images: Tensor, dtype: str, found: object) -> str | None:
     """Against the model in float64, on the first image."""
     first = images[:1].double().cpu()
     expected = _map(partial(_score, double) if isinstance(double, FastFlow) else double, first)
     expected = getattr(expected, "anomaly_map", expected)
-    return close_to(lambda: expected, "float32")(getattr(found, "anomaly_map", found))
+    return close_to(lambda: expected, dtype)(getattr(found, "anomaly_map", found))
+
+
+def _autocast(model: nn.Module, images: Tensor) -> object:
+    with torch.autocast(images.device.type, torch.bfloat16):
+        return model(images)
 
 
 def _providers(batch: int, device: torch.device) -> Iterator[Provider]:
@@ -62,20 +68,31 @@ def _providers(batch: int, device: torch.device) -> Iterator[Provider]:
         check = partial(_check, deepcopy(model).double(), images)
         model = model.to(device)
         name = f"FastFlow, {coupling}, {linear.replace('lu', 'LU')}"
-        yield Provider(name, partial(_map, partial(_score, model), images), OURS, check=check)
+        yield Provider(
+            name, partial(_map, partial(_score, model), images), OURS, check=partial(check, "float32")
+        )
+        for dtype in ("float32", "bfloat16"):
+            fused = model.fuse(getattr(torch, dtype))
+            call = partial(_map, partial(_score, fused), images)
+            yield Provider(name + FUSED, call, OURS, dtype, check=partial(check, dtype))
     yield Provider("backbone alone", partial(_map, model.features, images), LIMIT)
     if find_spec("anomalib"):
-        theirs = _their_model()
-        check = partial(_check, deepcopy(theirs).double(), images)
-        theirs = theirs.to(device)
-        compiled = torch.compile(theirs, dynamic=False)
-        yield Provider("anomalib Fastflow", partial(_map, theirs, images), PEER, check=check)
+        yield from _their_providers(images)
+
+
+def _their_providers(images: Tensor) -> Iterator[Provider]:
+    model = _their_model()
+    check = partial(_check, deepcopy(model).double(), images)
+    model, last = model.to(images.device), images.to(memory_format=torch.channels_last)
+    narrow = partial(_autocast, deepcopy(model).to(memory_format=torch.channels_last))
+    compiled = torch.compile(model, dynamic=False)
+    for name, call, x, dtype in (
+        ("anomalib Fastflow", model, images, "float32"),
+        ("anomalib Fastflow, torch.compile", compiled, images, "float32"),
+        ("anomalib Fastflow, autocast, channels-last", narrow, last, "bfloat16"),
+    ):
         yield Provider(
-            "anomalib Fastflow, torch.compile",
-            partial(_map, compiled, images),
-            PEER,
-            check=check,
-            compiles=True,
+            name, partial(_map, call, x), PEER, dtype, check=partial(check, dtype), compiles=call is compiled
         )
 
 

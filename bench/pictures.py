@@ -38,8 +38,8 @@ KERNELS = {"1": ("1 x 1 kernels", OURS_COLOUR), "3": ("3 x 3 kernels", SECOND)}
 def overview(rows: Rows) -> Figure | None:
     """Of everything but blocks: how much longer the fastest peer takes."""
     groups: dict[str, list[tuple[float, str]]] = {}
-    for row in rows:
-        peer = table.best_peer(row, rows) if row["role"] == OURS else None
+    for row in table.ours_to_use(rows):
+        peer = table.best_peer(row, rows)
         if peer and row["subject"] not in ("blocks", "training_step"):
             ratio = table.milliseconds(peer) / table.milliseconds(row)
             groups.setdefault(table.operation(row), []).append((ratio, OURS_COLOUR))
@@ -61,7 +61,7 @@ def blocks(rows: Rows) -> Figure | None:
     """Speed-ups over anomalib: one dot per shape, a bar for their geometric mean."""
     rows = [r for r in rows if r["subject"] == "blocks" and r["direction"] == "forward"]
     names = list(dict.fromkeys(r["provider"] for r in rows if r["role"] == OURS))
-    names = [name for name in names if name.endswith(", fused")] or names
+    names = [name for name in names if name.endswith(table.FUSED)] or names
     ours = len(names)
     others = [r["provider"] for r in rows if r["role"] == PEER and r["dtype"] == "float32"]
     names += [name for name in dict.fromkeys(others) if name != "anomalib"]
@@ -92,7 +92,7 @@ def blocks(rows: Rows) -> Figure | None:
             groups.append([(ratio, KERNELS[kernels[case]][1]) for case, ratio in ratios.items()])
         strips(axis, groups)
         title_of(axis, title)
-    shown = [name.removesuffix(", fused") for name in names]
+    shown = [name.removesuffix(table.FUSED) for name in names]
     name_strips(axes[0], shown, [INK] * ours + [FAINT] * (len(names) - ours))
     return figure
 
@@ -185,8 +185,8 @@ SCALED = {  # provider and dtype: name, colour, line width
     ("anomalib", "float32"): ("anomalib", FAINT, 1.4),
     ("anomalib, torch.compile", "float32"): ("its torch.compile", "#4f7cac", 1.4),
     ("anomalib, autocast, channels-last", "bfloat16"): ("its autocast, bfloat16", "#b08d57", 1.4),
-    ("additive, LU, fused", "float32"): ("ours", OURS_COLOUR, 2.4),
-    ("additive, LU, fused", "bfloat16"): ("ours, bfloat16", SECOND, 2.4),
+    ("additive, LU" + table.FUSED, "float32"): ("ours", OURS_COLOUR, 2.4),
+    ("additive, LU" + table.FUSED, "bfloat16"): ("ours, bfloat16", SECOND, 2.4),
 }
 
 
@@ -200,7 +200,7 @@ def scaling(rows: Rows) -> Figure | None:
         ("GFLOP/s over the channels: k = 3, batch 8", "channels",
          {"batch": "8", "kernel": "3"}, lambda r: float(r["gflop_per_s"])),
     )  # fmt: skip
-    if not any(r["provider"].endswith(", fused") for r in rows):
+    if not any(r["provider"].endswith(table.FUSED) for r in rows):
         return None
     figure, axes = canvas(
         4.2,
@@ -234,8 +234,8 @@ def roofline(rows: Rows) -> Figure | None:
     limits = {r["provider"] + r["dtype"]: r for r in rows if r["subject"] == "machine"}
     dots = [r for r in rows if r["subject"] == "blocks" and r["role"] in (OURS, PEER)]
     dots = [r for r in dots if r["direction"] == "forward" and r["gb_per_s"] and r["gflop_per_s"]]
-    if any(r["provider"].endswith(", fused") for r in dots):
-        dots = [r for r in dots if r["role"] == PEER or r["provider"].endswith(", fused")]
+    if any(r["provider"].endswith(table.FUSED) for r in dots):
+        dots = [r for r in dots if r["role"] == PEER or r["provider"].endswith(table.FUSED)]
     if not limits or not dots:
         return None
     figure, axes = canvas(

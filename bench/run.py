@@ -208,7 +208,7 @@ def describe(row: table.Row, rows: Sequence[table.Row]) -> str:
     if row["noisy"] == "1":
         notes.append("noisy")
     return (
-        f"  {row['provider']:<34} {row['dtype']:<9} {row['direction']:<13} {float(row['p50_ms']):>10.4g} ms "
+        f"  {row['provider']:<42} {row['dtype']:<9} {row['direction']:<13} {float(row['p50_ms']):>10.4g} ms "
         f"{ratio:>8} {limit:>6}  {', '.join(notes)}"
     ).rstrip()
 

@@ -73,7 +73,7 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
     )
     if picture := _picture("speed_blocks.png", "Speed-up of blocks over anomalib, one dot per shape"):
         yield picture
-    names = _ours(rows, "fused") or _ours(rows, "")
+    names = _ours(rows, table.FUSED) or _ours(rows, "")
     lines = []
     for depth, title in (("1", ""), ("8", ", 8 in a row")):
         at_depth = [row for row in rows if row["depth"] == depth and row["direction"] == "forward"]
@@ -91,7 +91,7 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
             if any(cells):
                 bare = _mean(_over_convolutions(at_depth, name), worst=max)
                 back = _mean(_inverse_over_forward([r for r in rows if r["depth"] == depth], name), worst=max)
-                lines.append([name.removesuffix(", fused") + title, *cells, bare, back])
+                lines.append([name.removesuffix(table.FUSED) + title, *cells, bare, back])
     header = ["block", *(f"over {title}" for title in PEERS), "time / its convolutions", "inverse / forward"]
     yield _table([h.replace("over bfloat16: ", "bfloat16 over ") for h in header], lines)
 
@@ -155,10 +155,11 @@ def _models(rows: list[table.Row]) -> Iterator[str]:
     lines = []
     for row in rows:
         ratio = _ratio(row, rows)
-        lines.append([row["case"], row["provider"], _number(table.milliseconds(row)), ratio])
+        case = row["case"].replace("^2", "²")
+        lines.append([case, row["provider"], row["dtype"], _number(table.milliseconds(row)), ratio])
     yield "### Whole models"
     yield "Image to anomaly map, random weights, the backbone included."
-    yield _table(["model", "provider", "ms", "over the fastest peer"], lines)
+    yield _table(["model", "provider", "precision", "ms", "over the fastest peer"], lines)
 
 
 def _tree(rows: list[table.Row]) -> Iterator[str]:
@@ -232,13 +233,10 @@ def _operations(rows: list[table.Row]) -> Iterator[str]:
 
 def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
     """Where a peer is faster, in the same precision and direction."""
-    fused = {(row["subject"], row["provider"].removesuffix(", fused")) for row in rows if _is_fused(row)}
     lines = []
     for subject in dict.fromkeys(row["subject"] for row in rows):
         some = [row for row in rows if row["subject"] == subject]
-        # Where a block has an inference form, that is the one to use.
-        ours = [r for r in some if r["role"] == OURS and (subject, r["provider"]) not in fused]
-        pairs = [(row, peer) for row in ours if (peer := table.best_peer(row, some))]
+        pairs = [(row, peer) for row in table.ours_to_use(some) if (peer := table.best_peer(row, some))]
         lost = [(table.milliseconds(p) / table.milliseconds(row), row, p) for row, p in pairs]
         lost = sorted((entry for entry in lost if entry[0] < 1), key=lambda entry: entry[0])
         if lost:
@@ -255,10 +253,6 @@ def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
         if lines
         else "Nowhere in these rows."
     )
-
-
-def _is_fused(row: table.Row) -> bool:
-    return row["provider"].endswith(", fused")
 
 
 def _ours(rows: Iterable[table.Row], ending: str) -> list[str]:

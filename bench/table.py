@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bench.subject import LIMIT, OURS, PEER
+from bench.subject import OURS, PEER
 from usf_kernels.files import atomic_write
 
 Row = Mapping[str, str]
@@ -20,7 +20,7 @@ FIELDS = (
     *("mpixel_per_s", "gb_per_s", "gflop_per_s", "of_limit", "peak_mb", "saved_mb"),
     *("device", "threads", "versions", "commit", "date"),
 )
-ROLES = (OURS, PEER, LIMIT)
+FUSED = ", fused"
 
 
 def read(path: Path) -> list[Row]:
@@ -102,6 +102,13 @@ def identity(row: Row) -> tuple[str, ...]:
     )
 
 
+def ours_to_use(rows: Iterable[Row]) -> list[Row]:
+    """Our rows, without those of modules whose inference form is measured too: that is the one to use."""
+    ours = [row for row in rows if row["role"] == OURS]
+    fused = {(row["subject"], row["provider"]) for row in ours if row["provider"].endswith(FUSED)}
+    return [row for row in ours if (row["subject"], row["provider"] + FUSED) not in fused]
+
+
 def operation(row: Row) -> str:
     """What a row measures, whatever the shape."""
     if row["subject"] == "tree":
@@ -109,7 +116,7 @@ def operation(row: Row) -> str:
     if row["subject"] == "nfa":
         return "a-contrario test"
     if row["subject"] == "models":
-        return row["provider"]
+        return f"{row['provider']}, {row['dtype']}"
     parts = row["case"].split(", ")
     name = ", ".join(parts[: 2 if parts[0] == "anomaly map" else 1])
     return f"{name}, inverse" if row["direction"] == "inverse" else name
