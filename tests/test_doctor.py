@@ -7,6 +7,7 @@ import torch
 
 from usf_kernels import doctor
 from usf_kernels.cli import main
+from usf_kernels.ops import dispatch
 
 
 def test_report_is_complete_and_json():
@@ -14,9 +15,21 @@ def test_report_is_complete_and_json():
     assert report["torch"] == torch.__version__
     assert report["devices"][-1].startswith("cpu")
     assert set(report["operations"]) == {*doctor.OPERATIONS, *doctor.NATIVE_OPERATIONS}
+    on_gpu = torch.cuda.is_available() and dispatch.HAS_TRITON
+    code = "Triton kernel on cuda" if on_gpu else "PyTorch reference on "
     for name in doctor.OPERATIONS:
-        assert report["operations"][name] in {"PyTorch reference on cpu", "PyTorch reference on cuda",
-                                              "Triton kernel on cuda"}  # fmt: skip
+        assert report["operations"][name].startswith(code)
+
+
+def test_report_says_which_operations_run_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "runs_triton", lambda name, probe: name == "affine_coupling")
+    operations = doctor.diagnose()["operations"]
+    assert operations["affine_coupling"].startswith("Triton kernel on ")
+    assert operations["additive_coupling"].startswith("PyTorch reference on ")
+
+
+def test_every_operation_with_a_kernel_is_listed():
+    assert set(dispatch._kernels) <= set(doctor.OPERATIONS)
 
 
 def test_extras_follow_the_metadata(monkeypatch):

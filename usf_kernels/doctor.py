@@ -13,7 +13,10 @@ OPERATIONS = (
     "additive_coupling",
     "masked_additive_coupling",
     "affine_coupling",
+    "coupling_step",
     "lu_conv1x1",
+    "linear_squared_norm",
+    "residual_mlp",
     "squared_norm",
     "anomaly_map",
 )
@@ -137,19 +140,14 @@ def _extras() -> dict[str, Any]:
 
 def _operations(torch: Any) -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    operations = {}
     try:
-        from usf_kernels.ops.dispatch import implementation
+        from usf_kernels.ops import dispatch
     except ImportError as error:
         return {"all": f"absent: {error}"}
     probe = torch.empty(1, device=device)
+    operations = {}
     for name in OPERATIONS:
-        try:
-            module = implementation(name, None, probe).__module__
-        except (AttributeError, RuntimeError) as error:
-            operations[name] = f"absent: {error}"
-            continue
-        code = "Triton kernel" if ".kernels" in module else "PyTorch reference"
+        code = "Triton kernel" if dispatch.runs_triton(name, probe) else "PyTorch reference"
         operations[name] = f"{code} on {device}"
     native = "C++ on the CPU" if _extension()["available"] else "absent: needs the compiled extension"
     return operations | dict.fromkeys(NATIVE_OPERATIONS, native)
