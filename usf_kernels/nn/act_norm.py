@@ -96,14 +96,15 @@ class ActNorm(Fusible, nn.Module):
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
-        x, _ = self.inverse(z)
-        dims = [d for d in range(x.ndim) if d != 1]
+        wide, dims = compute_dtype(z), [d for d in range(z.ndim) if d != 1]
         with torch.enable_grad():
-            scale, log_det = self.log_scale.exp(), self.log_det(count_positions(x))
-            bias = self.bias.view_as(self.bias)
-        grads = ((grad_z * x).sum(dims), grad_z.sum(dims), tape.grad_log_det)
-        tape.pull(self, (scale, bias, log_det), grads)
-        return x, self._per_channel(x, scale.detach())[0] * grad_z
+            log_scale, bias = (v.view_as(v) for v in (self.log_scale, self.bias))
+            log_det = self.log_det(count_positions(z))
+        scale, offset = self._per_channel(z, self.log_scale.exp())
+        z.sub_(offset)
+        grads = (grad_z * z).sum(dims, dtype=wide), grad_z.sum(dims, dtype=wide), tape.grad_log_det
+        tape.pull(self, (log_scale, bias, log_det), grads)
+        return z.div_(scale), grad_z.mul_(scale)
 
     def _per_channel(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.ndim - 2))

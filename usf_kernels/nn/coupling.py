@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
-from usf_kernels.ops.reference import affine_coupling_gradients
+from usf_kernels.ops.eager import uncouple_
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
@@ -127,12 +127,6 @@ class _Coupling(Conditioned):
         """The operation, given the conditioner's output: (y, log_det)."""
         raise NotImplementedError
 
-    def _gradients(
-        self, x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Those of x and params, from those of the forward direction's y and log_det."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (y, log_det)."""
         return self._run(x, cond, "x", inverse=False)
@@ -153,15 +147,17 @@ class _Coupling(Conditioned):
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
-        passive = z[:, : self.split].detach().requires_grad_()  # the same in x: one evaluation serves both
+        out, passive = z.dtype, z[:, : self.split].clone(memory_format=torch.contiguous_format)
+        passive.requires_grad_()  # the same in x: one evaluation serves both
         with tape.replay():
             params = self.condition(passive, tape.cond)
-        x, _ = self.couple(z, params.detach(), inverse=True)
-        grad_x, grad_params = self._gradients(x, params.detach(), grad_z, tape.grad_log_det)
+        wide = compute_dtype(z, params)
+        z, grad_z, values = z.to(wide), grad_z.to(wide), params.detach().to(wide)
+        grad_params = uncouple_(z, grad_z, values, self.split, self.clamp, tape.grad_log_det)
         grad_passive = tape.pull(self, [params], [grad_params], passive)
         if grad_passive is not None:
-            grad_x = _join(grad_passive, grad_x, self.split)
-        return x, grad_x
+            grad_z[:, : self.split].add_(grad_passive)
+        return z.to(out), grad_z.to(out)
 
 
 class AdditiveCoupling(_Coupling):
@@ -190,11 +186,6 @@ class AdditiveCoupling(_Coupling):
     def couple(self, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         y = additive_coupling(x, params, split=self.split, inverse=inverse)
         return y, y.new_zeros((), dtype=compute_dtype(y))
-
-    def _gradients(
-        self, x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return grad, grad[:, self.split :]
 
 
 class AffineCoupling(_Coupling):
@@ -232,11 +223,6 @@ class AffineCoupling(_Coupling):
 
     def couple(self, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         return affine_coupling(x, params, split=self.split, clamp=self.clamp, inverse=inverse)
-
-    def _gradients(
-        self, x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return affine_coupling_gradients(x, params, self.split, self.clamp, False, grad, grad_log_det)
 
     def extra_repr(self) -> str:
         """Channels, the condition's channels and the clamp, for print."""

@@ -211,7 +211,7 @@ class LUConv1x1(Fusible, nn.Module):
                 if act_norm is not None:
                     log_det = log_det + act_norm.log_det(count_positions(z))
             if bias is not None:
-                z = z - bias.detach().view(-1, *[1] * (z.ndim - 2))
+                z.sub_(bias.detach().view(-1, *[1] * (z.ndim - 2)))
             x = apply_matrix(accurate_inverse(matrix.detach()), z, None).to(out)
             outputs, grads = [matrix, log_det], [matrix_gradient(grad_z, x.to(wide)), tape.grad_log_det]
             if bias is not None:

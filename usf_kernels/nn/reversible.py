@@ -5,8 +5,9 @@ of a sequence is kept. The backward pass walks the steps from last to first. Eac
 from its output, and gives that input's gradient; the conditioner of a coupling is evaluated once for both,
 because the half that it reads passes through unchanged.
 
-A module takes part through `pull_back(z, grad_z, tape) -> (x, grad_x)`, and hands the gradients of its
-parameters to the tape. One that has only `forward` and `inverse` costs a second forward pass.
+A module takes part through `pull_back(z, grad_z, tape) -> (x, grad_x)`. It may overwrite z and grad_z, and
+hands the gradients of its parameters to the tape. A module that has only `forward` and `inverse` costs a
+second forward pass.
 """
 
 from __future__ import annotations
@@ -227,6 +228,7 @@ class _Reversible(torch.autograd.Function):
         ]
         if cond is not None:
             cond = cond.detach().requires_grad_(ctx.needs_input_grad[4])
+        z, grad_z = z.clone(), grad_z.clone()  # the steps work in place on them
         gradients: list[Tensor | None] = [None] * len(leaves)
         grad_cond, norms = None, []
         for i in reversed(range(len(ctx.steps))):
@@ -259,11 +261,11 @@ class _PullBack(nn.Module):
             return self.step.pull_back(z, grad_z, tape)
         with tape.replay(), torch.no_grad():
             x = self.step.inverse(z, tape.cond)[0]
-        x = x.detach().requires_grad_()
+        x = x.detach().clone().requires_grad_()
         with tape.replay():
             outputs = self.step(x, tape.cond)
         grad_x = tape.pull(self.step, outputs, (grad_z, tape.grad_log_det), x)
-        return x.detach(), torch.zeros_like(x) if grad_x is None else grad_x
+        return x.detach(), torch.zeros_like(z) if grad_x is None else grad_x.clone()
 
 
 @torch.compiler.disable

@@ -182,14 +182,14 @@ class USFBlock(Fusible, nn.Module):
             shift = self.coupling.condition(inputs, tape.cond)
             shift = shift if active is None else shift * active
         grad_z, wide_shift = grad_z.to(leave.dtype), shift.detach().to(leave.dtype)
-        x = z - self._product(leave, wide_shift)
+        x = z.sub_(self._product(leave, wide_shift))
         grad_inputs = tape.pull(self.coupling, [shift], [self._product(leave.mT, grad_z)], inputs)
         grads = [None, None, matrix_gradient(grad_z, wide_shift)]
         if grad_inputs is not None:
             grad_inputs = (grad_inputs if passive is None else grad_inputs * passive).to(enter.dtype)
             grads[0] = matrix_gradient(grad_inputs, x.to(enter.dtype))
             grads[1] = grad_inputs.sum([d for d in range(z.ndim) if d != 1])
-            grad_z = grad_z + self._product(enter.mT, grad_inputs)
+            grad_z.add_(self._product(enter.mT, grad_inputs))
         pairs = [(value, grad) for value, grad in zip(maps, grads, strict=True) if grad is not None]
         tape.pull(self.linear, *zip(*pairs, strict=True))
         return x, grad_z

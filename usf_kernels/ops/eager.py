@@ -82,6 +82,31 @@ def uncouple_gradient_(
     return result
 
 
+def uncouple_(
+    y: Tensor, grad: Tensor, params: Tensor, split: int, clamp: float | None, grad_log_det: Tensor
+) -> Tensor:
+    """Turn the coupled y into x and `grad`, of y, into that of x, and return that of params. On any device,
+    all of one dtype. To rebuild what `couple` computed from takes what it computed with: a tanh, no sigmoid."""
+    active, grad_active = y[:, split:], grad[:, split:]
+    if clamp is None:
+        active.sub_(params)
+        return grad_active
+    active_channels = y.shape[1] - split
+    raw_scale, shift = params.split([active_channels, active_channels], dim=1)
+    result = torch.empty_like(params)
+    grad_scale, grad_shift = result.split([active_channels, active_channels], dim=1)
+    tanh = torch.mul(raw_scale, 0.1).tanh_()
+    scale = torch.mul(tanh, clamp).exp_()
+    active.sub_(shift, alpha=0.1)  # now x2 * scale, which the scale's gradient is made of
+    torch.mul(active, grad_active, out=grad_scale)
+    grad_scale.add_(grad_log_det.view(-1, *[1] * (y.ndim - 1)))
+    grad_scale.mul_(tanh.square_().neg_().add_(1)).mul_(0.1 * clamp)
+    torch.mul(grad_active, 0.1, out=grad_shift)
+    active.div_(scale)
+    grad_active.mul_(scale)
+    return result
+
+
 def _sums(value: Tensor) -> Tensor:
     return value.sum(dim=[d for d in range(value.ndim) if d != 1])
 
