@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.flows import FORMATS, FORMS, PEERS, SHARED, Form, Shape, best_layout, our_flow, peer_flow, truth
+from bench.flows import (
+    FORMATS,
+    FORMS,
+    PEERS,
+    SHARED,
+    Form,
+    Shape,
+    best_layout,
+    convolutions,
+    our_flow,
+    peer_flow,
+    truth,
+)
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 from bench.table import FUSED
 
@@ -23,6 +35,12 @@ WIDTH = {"float32": 4, "bfloat16": 2}
 def _no_grad(call: Callable[..., object], *inputs: object, **options: object) -> object:
     with torch.no_grad():
         return call(*inputs, **options)
+
+
+def _each(calls: Sequence[Callable[[], object]]) -> None:
+    """One after the other, none of the results kept: the next finds warm memory, as inside a flow."""
+    for call in calls:
+        call()
 
 
 def _autocast(call: Callable[..., object], x: Tensor, **options: object) -> object:
@@ -129,21 +147,20 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
         word = str(dtype).removeprefix("torch.")
         for name in ("additive, permutation", SHARED):
             form = FORMS[name]
-            steps = our_flow(name, shape).to(x.device, dtype)
-            subnets = nn.ModuleList(step.coupling.subnet for step in steps)
+            layers = convolutions(our_flow(name, shape)).to(x.device, dtype)
             passive = x[:, : shape.passive].to(dtype).contiguous()
 
-            def convolutions(
-                layout: str, subnets: nn.ModuleList = subnets, passive: Tensor = passive
+            def bare(
+                layout: str, layers: nn.ModuleList = layers, passive: Tensor = passive
             ) -> Callable[[], object]:
-                nets = deepcopy(subnets).to(memory_format=FORMATS[layout])
+                nets = deepcopy(layers).to(memory_format=FORMATS[layout])
                 inputs = passive.to(memory_format=FORMATS[layout])
-                return partial(_no_grad, lambda: [net(inputs) for net in nets])
+                return partial(_no_grad, _each, [partial(net, inputs) for net in nets])
 
-            layout = best_layout(convolutions, x.device)
+            layout = best_layout(bare, x.device)
             yield Provider(
                 f"convolutions of {form.coupling} blocks",
-                convolutions(layout),
+                bare(layout),
                 LIMIT,
                 word,
                 layout=layout,
@@ -155,9 +172,10 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
             matrix = torch.randn(shape.channels, shape.channels).to(x.device, dtype)
             inputs = x.to(dtype).to(memory_format=FORMATS[layout])
             if layout == "channels_last":
-                rows = inputs.permute(0, 2, 3, 1).flatten(0, 2)
-                return partial(_no_grad, lambda: [F.linear(rows, matrix) for _ in range(shape.depth)])
-            return partial(_no_grad, lambda: [matrix @ inputs.flatten(2) for _ in range(shape.depth)])
+                product = partial(F.linear, inputs.permute(0, 2, 3, 1).flatten(0, 2), matrix)
+            else:
+                product = partial(torch.matmul, matrix, inputs.flatten(2))
+            return partial(_no_grad, _each, [product] * shape.depth)
 
         layout = best_layout(products, x.device)
         yield Provider(

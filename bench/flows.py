@@ -140,6 +140,14 @@ def our_flow(form: str, shape: Shape, **options: object) -> flows.FlowSequence:
     return flows.FlowSequence(blocks, **options).eval()
 
 
+def convolutions(flow: flows.FlowSequence) -> nn.ModuleList:
+    """The convolutions of each block's conditioner, without what is between them."""
+    return nn.ModuleList(
+        nn.Sequential(*(layer for layer in block.coupling.subnet if isinstance(layer, nn.Conv2d)))
+        for block in flow
+    )
+
+
 def _scatter(act_norm: flows.ActNorm) -> None:
     """Scales and offsets as if the data had set them."""
     state = {name: 0.1 * torch.randn(act_norm.channels) for name in ("log_scale", "bias")}

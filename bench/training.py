@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.blocks import SHAPES
-from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, our_flow, peer_flow
+from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, convolutions, our_flow, peer_flow
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 
 DIRECTION = "training step"
@@ -98,12 +98,12 @@ def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
 
 def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
-    """Forward and backward of the conditioners by themselves, in their best memory format."""
+    """Forward and backward of the conditioners' convolutions by themselves, in their best memory format."""
     for form in ("additive, permutation", SHARED):
-        subnets = nn.ModuleList(block.coupling.subnet for block in our_flow(form, shape)).to(x.device)
+        layers = convolutions(our_flow(form, shape)).to(x.device)
 
-        def convolutions(layout: str, subnets: nn.ModuleList = subnets) -> Callable[[], object]:
-            nets = deepcopy(subnets).to(memory_format=FORMATS[layout])
+        def bare(layout: str, layers: nn.ModuleList = layers) -> Callable[[], object]:
+            nets = deepcopy(layers).to(memory_format=FORMATS[layout])
             # Inside a flow, what a conditioner sees needs a gradient; at its very beginning, it does not.
             inputs = x[:, : shape.passive].contiguous(memory_format=FORMATS[layout])
             inputs.requires_grad_(shape.depth > 1)
@@ -116,10 +116,10 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
             return run
 
-        layout = best_layout(convolutions, x.device)
+        layout = best_layout(bare, x.device)
         yield Provider(
             f"convolutions of {FORMS[form].coupling} blocks",
-            convolutions(layout),
+            bare(layout),
             LIMIT,
             direction=DIRECTION,
             layout=layout,
