@@ -227,6 +227,7 @@ def test_config_and_state_rebuild_the_model(images):
         "kernels": (3,),
         "clamp": 1.5,
         "noise": 0.1,
+        "memory": "standard",
     }
     first = FastFlow(create_backbone(out_indices=(1, 2)), **options)
     images = torch.rand(4, 3, 64, 64)
@@ -236,6 +237,7 @@ def test_config_and_state_rebuild_the_model(images):
     config = json.loads(json.dumps(first.config))
     again = FastFlow.from_config(config).eval()
     assert again.config == first.config
+    assert {flow.memory for flow in again.flows} == {"standard"}
     assert again.null is None
     again.load_state_dict(first.state_dict())
     assert again.null == first.null

@@ -40,6 +40,7 @@ class FastFlow(nn.Module):
         clamp: bound on the log scales of affine couplings.
         noise: standard deviation of the Gaussian noise put on whitened features in training mode. It keeps
             the flow from learning directions in which few training images happen not to vary.
+        memory: what training keeps for the backward pass, see `usf_kernels.nn.FlowSequence`.
 
     `model(images) -> (latents, log_det)`: a list of (B, C_l, H_l, W_l), and the log-determinant summed over
     scales: 0-d for the uniformly scaling form, (B,) for the affine one.
@@ -59,6 +60,7 @@ class FastFlow(nn.Module):
         kernels: Sequence[int] = (3, 1),
         clamp: float = 2.0,
         noise: float = 0.3,
+        memory: str = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
@@ -82,6 +84,7 @@ class FastFlow(nn.Module):
             "kernels": list(kernels),
             "clamp": clamp,
             "noise": noise,
+            "memory": memory,
         }
         self.flows = nn.ModuleList()
         for channels in backbone.channels:
@@ -97,7 +100,7 @@ class FastFlow(nn.Module):
                 )
                 for i in range(steps)
             ]
-            self.flows.append(FlowSequence([first, *rest]))
+            self.flows.append(FlowSequence([first, *rest], memory=memory))
         # One (scale, dof) per scale; NaN until `calibrate`. A buffer, so that checkpoints hold it.
         self.register_buffer(
             "null_parameters", torch.full((len(self.flows), 2), torch.nan, dtype=torch.float64)

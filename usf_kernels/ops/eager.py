@@ -85,8 +85,10 @@ def uncouple_gradient_(
 def uncouple_(
     y: Tensor, grad: Tensor, params: Tensor, split: int, clamp: float | None, grad_log_det: Tensor
 ) -> Tensor:
-    """Turn the coupled y into x and `grad`, of y, into that of x, and return that of params. On any device,
-    all of one dtype. To rebuild what `couple` computed from takes what it computed with: a tanh, no sigmoid."""
+    """Turn the coupled y into x and `grad`, of y, into that of x, and return that of params.
+
+    On any device, all of one dtype. Undoing what `couple` did takes what it did it with: a tanh, no sigmoid.
+    """
     active, grad_active = y[:, split:], grad[:, split:]
     if clamp is None:
         active.sub_(params)
