@@ -155,7 +155,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     size = read_checkpoint(options.checkpoint)["extra"].get("image_size", (256, 256))
     device = pick_device(options.device)
-    model = load_checkpoint(options.checkpoint, device=device)
+    model = load_checkpoint(options.checkpoint, device=device).fuse()
     data = FolderDataset(options.folder, "test", size=tuple(size))
     samples, predictions = [], []
     with progress(len(data), "predicting") as advance:

@@ -45,7 +45,7 @@ def predict(options: argparse.Namespace) -> int:
         read_image(path)
     size = options.image_size or read_checkpoint(options.checkpoint)["extra"].get("image_size")
     device = pick_device(options.device)
-    model = load_checkpoint(options.checkpoint, device=device)
+    model = load_checkpoint(options.checkpoint, device=device).fuse()
     options.output.mkdir(parents=True, exist_ok=True)
     results, rows = [], []
     with progress(len(files), "predicting") as advance:
