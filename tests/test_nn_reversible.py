@@ -236,6 +236,33 @@ def test_first_batch_initialises_and_hooks_run_once():
         assert max_error(a.grad, e.grad) < 1e-5 * (1 + e.grad.abs().max()), name
 
 
+def test_backward_twice_through_one_graph():
+    flow = FlowSequence([FlowStep(4, subnet=conv_subnet, zero_init=False) for _ in range(4)])
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    z, _ = flow(x)
+    inputs = [x, *flow.parameters()]
+    first, second = (torch.autograd.grad(z.sum(), inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    steps = [FlowStep(6, subnet=Noisy, coupling=c, zero_init=False) for c in COUPLINGS for _ in range(2)]
+    flow = FlowSequence(steps).to("cuda", torch.float64)
+    standard = FlowSequence(copy.deepcopy(steps), memory="standard").to("cuda", torch.float64)
+    x, results = torch.randn(4, 6, 5, 5, dtype=torch.float64, device="cuda"), []
+    for module in (flow, standard):
+        torch.manual_seed(3)
+        z, log_det = module(x)
+        results.append(
+            torch.autograd.grad(z.square().sum() - log_det.sum(), list(module.parameters()))
+            + (torch.rand((), device="cuda"),)
+        )
+    for a, e in zip(*results, strict=True):
+        assert max_error(a, e) < 1e-9 * (1 + e.abs().max())
+
+
 def test_functional_call_and_compiled_conditioner():
     def compiled(c_in, c_out):
         return torch.compile(conv_subnet(c_in, c_out), backend="eager")
