@@ -211,6 +211,9 @@ def test_relative_error():
     assert relative_error(torch.zeros(3), torch.zeros(3)) == 0
     assert relative_error(torch.ones(3), torch.zeros(3)) == float("inf")
     assert relative_error(torch.full((3,), 2.2), torch.full((3,), 2.0)) == pytest.approx(0.1)
+    off = torch.full((1, 3), 1.0005)
+    assert "relative error 0.0005" in close_to(lambda: torch.ones(1, 3), "float32")(off)
+    assert close_to(lambda: torch.ones(1, 3), "float32", slack=10)(off) is None
     assert "shape" in close_to(lambda: torch.ones(1, 3), "float32")(torch.ones(1, 2))
     assert "relative error 1" in close_to(lambda: torch.ones(1, 3), "float32")((torch.zeros(4, 3), 0))
 
