@@ -7,7 +7,7 @@
 # make bench-full  all inputs, torch.compile too: an hour or two; rows in bench/results
 # make bench-gpu   what fits into eight minutes on a CUDA device, with GPU_PYTHON's torch
 # make report    pictures and the README's section on speed, from the rows
-# make gpu       the tests that need a CUDA device, with GPU_PYTHON's torch
+# make gpu       the kernels' tests and those that need a CUDA device, then bench-gpu, with GPU_PYTHON's torch
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
@@ -64,7 +64,9 @@ report: install
 
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_segmentation.py
+	$(GPU_PYTHON) -m pytest tests/test_kernels_*.py
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_segmentation.py tests/test_nn_reversible.py tests/test_bench.py
+	$(MAKE) bench-gpu
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

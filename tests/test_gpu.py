@@ -1,11 +1,16 @@
-"""On a CUDA device: what the operations and modules give there, against float64 on the CPU."""
+"""On a CUDA device: what the operations and modules give there, against float64 on the CPU.
+
+The files test_kernels_*.py run their own checks of every kernel on the device as well, where there is one.
+"""
 
 import pytest
 import torch
-from helpers import assert_within_budget, conv_subnet
+from helpers import assert_within_budget, conv_subnet, max_error
 
 import usf_kernels as usf
 from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1
+from usf_kernels.ops import dispatch
+from usf_kernels.ops.step import coupling_step
 
 DEVICE = "cuda"
 pytestmark = [
@@ -28,33 +33,160 @@ def affine(x, params):
     return y + log_det[:, None, None, None]
 
 
-def operations():
-    x, shift, params = torch.randn(3, 7, 5, 6), torch.randn(3, 4, 5, 6), torch.randn(3, 8, 5, 6)
+def step(x, params, scale, bias, index):
+    y, log_det = coupling_step(x, params, split=3, clamp=2.0, index=index, scale=scale, bias=bias)
+    return y + log_det[:, None, None, None]
+
+
+def operations(batch=3, side=(5, 6)):
+    """Name, function, floating inputs: every operation with a kernel."""
+
+    def draw(channels):
+        return torch.randn(batch, channels, *side)
+
     lower, upper = torch.randn(7, 7) / 7, torch.randn(7, 7) / 7 + torch.eye(7)
-    latents = [torch.randn(3, 7, 5, 6), torch.randn(3, 5, 3, 2)]
-    yield "additive", lambda x, s: usf.additive_coupling(x, s, split=3), (x, shift)
-    yield "affine", affine, (x, params)
-    yield "lu", lambda x, low, up: usf.lu_conv1x1(x, low, up), (x, lower, upper)
-    yield "lu inverse", lambda x, low, up: usf.lu_conv1x1(x, low, up, inverse=True), (x, lower, upper)
-    yield "squared norm", usf.squared_norm, (x,)
+    scale, bias, index = torch.rand(7) + 0.5, torch.randn(7), torch.randperm(7)
+    first, last = torch.randn(11, 7) / 7, torch.randn(7, 11) / 11
+    latents = [draw(7), torch.randn(batch, 5, 3, 2)]
+    mask = torch.rand(side) < 0.5
+    yield "additive", lambda x, s: usf.additive_coupling(x, s, split=3), (draw(7), draw(4))
+    yield "masked", lambda x, s: usf.masked_additive_coupling(x, s, mask.to(x.device)), (draw(7), draw(7))
+    yield "affine", affine, (draw(7), draw(8))
+    yield "step", lambda *v: step(*v, index.to(v[0].device)), (draw(7), draw(8), scale, bias)
+    yield "lu", lambda x, low, up: usf.lu_conv1x1(x, low, up), (draw(7), lower, upper)
+    yield "lu inverse", lambda x, low, up: usf.lu_conv1x1(x, low, up, inverse=True), (draw(7), lower, upper)
+    yield "residual", lambda x, a, b: usf.ops.residual_mlp(x, a, None, b, None), (draw(7), first, last)
+    yield "linear norm", lambda x, a, b: usf.ops.linear_squared_norm(x, a, b), (draw(7), upper, bias)
+    yield "squared norm", usf.squared_norm, (draw(7),)
     for reading in ("likelihood", "latent"):
         yield reading, lambda a, b, r=reading: usf.anomaly_map([a, b], (11, 9), interpolate=r), latents
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in operations()])
-def test_operations_and_their_gradients(name):
-    call, inputs = next((call, inputs) for found, call, inputs in operations() if found == name)
+NAMES = [name for name, _, _ in operations()]
 
-    def run(device, dtype):
-        leaves = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
-        out = call(*leaves)
-        out.square().sum().backward()
-        return [v.detach().cpu() for v in (out, *(leaf.grad for leaf in leaves))]
 
-    for actual, eager, truth in zip(
-        run(DEVICE, torch.float32), run("cpu", torch.float32), run("cpu", torch.float64), strict=True
-    ):
+def find(name, **sizes):
+    return next((call, inputs) for found, call, inputs in operations(**sizes) if found == name)
+
+
+def run(call, inputs, device, dtype):
+    """The result and the gradients of its sum of squares, on the CPU."""
+    leaves = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
+    out = call(*leaves)
+    gradients = torch.autograd.grad(out.square().sum(), leaves)
+    return [v.detach().cpu() for v in (out, *gradients)]
+
+
+def test_operations_run_triton():
+    probe = torch.empty(1, device=DEVICE)
+    assert all(dispatch.runs_triton(name, probe) for name in dispatch._kernels)
+    assert not dispatch.runs_triton("additive_coupling", probe.double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("batch", "side"), [(3, (5, 6)), (2, (40, 64))])
+def test_operations_and_their_gradients(name, batch, side):
+    call, inputs = find(name, batch=batch, side=side)
+    results = (run(call, inputs, *where) for where in ((DEVICE, torch.float32), ("cpu", torch.float32),
+                                                       ("cpu", torch.float64)))  # fmt: skip
+    for actual, eager, truth in zip(*results, strict=True):
         assert_within_budget(actual, eager, truth, factor=4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_couplings_at_the_size_of_a_model(dtype, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x, params = (torch.randn(4, c, 28, 28, dtype=dtype).to(memory_format=memory_format) for c in (816, 816))
+    truth = usf.affine_coupling(x.double(), params.double(), split=408)
+    eager = usf.affine_coupling(x, params, split=408)
+    for actual, plain, exact in zip(
+        usf.affine_coupling(x.to(DEVICE), params.to(DEVICE), split=408), eager, truth, strict=True
+    ):
+        assert_within_budget(actual.cpu(), plain, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reruns_give_the_same_bits(name):
+    call, inputs = find(name, batch=4, side=(33, 47))
+    first, second = (run(call, inputs, DEVICE, torch.float32) for _ in range(2))
+    for actual, expected in zip(first, second, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_compile(name):
+    call, inputs = find(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    actual, expected = (run(fn, inputs, DEVICE, torch.float32) for fn in (compiled, call))
+    for found, truth in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_in_a_cuda_graph(name):
+    call, inputs = find(name)
+    leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
+
+    def everything():
+        out = call(*leaves)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles
+        everything()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = everything()
+    with torch.no_grad():
+        leaves[0].mul_(-0.5)
+    graph.replay()
+    for actual, expected in zip(outputs, everything(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_run_on_the_current_stream():
+    x = torch.randn(64, 256, 64, 64, device=DEVICE)
+    usf.additive_coupling(x, x[:, 128:], split=128)  # compiles
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)
+        shift = x[:, 128:] * 2  # not there before the sleep is over
+        y = usf.additive_coupling(x, shift, split=128)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y[:, 128:], 3 * x[:, 128:])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_where_their_tensors_are():
+    inputs = torch.randn(3, 8, 5, 6), torch.randn(3, 4, 5, 6)
+    x, shift = (v.to("cuda:1") for v in inputs)
+    with torch.cuda.device(0):
+        y = usf.additive_coupling(x, shift, split=4)
+        norms = usf.squared_norm(y)
+    assert y.device == norms.device == torch.device("cuda:1")
+    assert max_error(y.cpu(), usf.additive_coupling(*inputs, split=4)) == 0
+    with pytest.raises(ValueError, match="expected all tensors on one device"):
+        usf.additive_coupling(x, shift.to("cuda:0"), split=4)
+
+
+def test_offsets_past_two_to_the_31():
+    if torch.cuda.mem_get_info()[0] < 28 * 2**30:
+        pytest.skip("needs 28 GiB of device memory")
+    x = torch.zeros(1, 2, 2**30 + 8, dtype=torch.bfloat16, device=DEVICE)  # one image past 2^31 elements
+    x[..., -8:] = 3
+    y = usf.additive_coupling(x, x[:, 1:], split=1)
+    assert y[0, 0, -1] == 3
+    assert y[0, 1, -1] == 6
+    assert y[0, 1, :8].abs().max() == 0
+    del y
+    u = usf.squared_norm(x)
+    assert u[0, -1] == 18
+    assert u[0, 0] == 0
 
 
 @pytest.mark.parametrize("coupling", ["additive", "affine"])

@@ -171,6 +171,12 @@ def test_impl_never_falls_back(monkeypatch):
     x, shift, split = draw((2, 4))
     with pytest.raises(TypeError, match=r"additive_coupling: impl=.triton. is not available: .* float64"):
         additive(x.double(), shift, split)
+    monkeypatch.setattr(dispatch, "_check_triton", lambda op, tensors: None)
+    with pytest.raises(
+        ValueError, match=r"additive_coupling: expected all tensors on one device, found .* and meta"
+    ):
+        additive(x, shift.to("meta"), split)
+    monkeypatch.undo()
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="it needs CUDA or ROCm tensors, found one on cpu"):
         additive(x.cpu(), shift.cpu(), split)

@@ -36,7 +36,7 @@ def implementation(
     `plain` is the reference of an operation that is composed of others, which `reference` does not list.
 
     Raises:
-        ValueError: an `impl` that does not exist.
+        ValueError: an `impl` that does not exist; tensors on several devices.
         TypeError: `impl="triton"` for float64.
         RuntimeError: an `impl` that cannot run here.
     """
@@ -44,8 +44,8 @@ def implementation(
         check_choice("impl", impl, IMPLS)
     if impl == "triton":
         _check_triton(op, tensors)
-        return _kernels[op]
-    if impl is None and runs_triton(op, *tensors):
+    if impl == "triton" or (impl is None and runs_triton(op, *tensors)):
+        _check_one_device(op, tensors)
         return _kernels[op]
     return plain or getattr(reference, op)
 
@@ -75,6 +75,14 @@ def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
             raise TypeError(no("its kernels compute in float32, found float64"))
         if tensor.device.type != "cuda" and not (INTERPRETED and tensor.device.type == "cpu"):
             raise RuntimeError(no(f"it needs CUDA or ROCm tensors, found one on {tensor.device}"))
+
+
+def _check_one_device(op: str, tensors: tuple[Tensor | None, ...]) -> None:
+    """A kernel would read the wrong memory where PyTorch's own operations raise."""
+    devices = [t.device for t in tensors if t is not None]
+    for device in devices:
+        if device != devices[0]:
+            raise ValueError(f"{op}: expected all tensors on one device, found {devices[0]} and {device}")
 
 
 def kernel(op: str) -> Callable[[F], F]:
