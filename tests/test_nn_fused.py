@@ -232,6 +232,8 @@ def test_errors():
         fused(torch.randn(2, 7, 3, 3))
     with pytest.raises(ValueError, match="cond: expected batch size 1 or 2"):
         fused(torch.randn(2, 7, 3, 3), torch.randn(3, 2, 3, 3))
+    with pytest.raises(ValueError, match=r"inputs: expected tensors on one CUDA device, found \['cpu'\]"):
+        fused.capture(torch.randn(2, 7, 3, 3), torch.randn(1, 2, 3, 3))
     with pytest.raises(TypeError, match="dtype: expected float32"):
         flow.fuse(torch.int32)
     with pytest.raises(ValueError, match="at least one step"):

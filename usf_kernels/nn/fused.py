@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.nn.capture import CapturedCall
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.folding import Coupling, LinearMap, alternate
 from usf_kernels.nn.fused_blocks import (
@@ -80,6 +81,11 @@ class FusedFlow(nn.Module):
         else:
             norm = squared_norm(self._run(x, cond, self.stages, inverse=False)[0])
         return norm.view(x.shape[0], *x.shape[2:])
+
+    def capture(self, x: Tensor, cond: Tensor | None = None) -> CapturedCall:
+        """`forward` as a CUDA graph, for inputs of the shape and dtype of these: see `CapturedCall`."""
+        inputs = (x,) if cond is None else (x, cond)
+        return CapturedCall(self.forward, *inputs)
 
     def _transform(self, x: Tensor, cond: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         stages = list(reversed(self.stages)) if inverse else self.stages
