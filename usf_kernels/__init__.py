@@ -1,6 +1,7 @@
 """Fast uniformly scaling flows for image anomaly detection, with a threshold that can be trusted."""
 
 from usf_kernels import models, nn
+from usf_kernels.integrations import replace_blocks, restore_blocks
 from usf_kernels.max_tree import ComponentTree, component_tree, component_trees
 from usf_kernels.null import Null, calibrate
 from usf_kernels.number_of_tests import log_number_of_tests
@@ -35,6 +36,8 @@ __all__ = [
     "models",
     "nn",
     "regions",
+    "replace_blocks",
+    "restore_blocks",
     "segment",
     "squared_norm",
 ]

@@ -6,7 +6,7 @@ remains is `map, coupling, map, coupling, ..., map`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,20 +126,18 @@ def _lu_map(layer: LUConv1x1) -> LinearMap:
     return LinearMap(lower @ upper + upper, bias)
 
 
-def alternate(flow: nn.Module) -> tuple[list[LinearMap], list[Coupling]]:
+def alternate(flow: Sequence[LinearMap | Coupling]) -> tuple[list[LinearMap], list[Coupling]]:
     """(maps, couplings) with one map more than couplings: in front of each, and after the last.
 
     Raises:
-        TypeError: see `parts`.
         ValueError: a flow of nothing.
     """
-    found = list(parts(flow))
-    if not found:
+    if not flow:
         raise ValueError("flow: expected at least one step to fuse, found none")
-    first = found[0]
+    first = flow[0]
     identity = LinearMap.identity(len(first.bias) if isinstance(first, LinearMap) else first.channels)
     maps, couplings = [identity], []
-    for part in found:
+    for part in flow:
         if isinstance(part, LinearMap):
             maps[-1] = part.after(maps[-1])
         else:

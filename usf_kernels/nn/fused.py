@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from usf_kernels.nn.capture import CapturedCall
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
-from usf_kernels.nn.folding import Coupling, LinearMap, alternate
+from usf_kernels.nn.folding import Coupling, LinearMap, alternate, parts
 from usf_kernels.nn.fused_blocks import (
     AdditiveBlock,
     AffineBlock,
@@ -150,12 +150,19 @@ def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     dtype = own if dtype is None else dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+    device = next((t.device for t in (*flow.parameters(), *flow.buffers())), None)
+    return fuse_parts(list(parts(flow)), dtype, device)
+
+
+def fuse_parts(
+    flow: Sequence[LinearMap | Coupling], dtype: torch.dtype, device: torch.device | None
+) -> FusedFlow:
+    """The same for a flow that is given as its maps and couplings, first to last."""
     maps, couplings = alternate(flow)
     stages = _moving(maps, couplings)
     residual = _residual(maps, couplings)
     if residual is not None and _multiplications(residual) <= _multiplications(stages):
         stages = residual
-    device = next((t.device for t in (*flow.parameters(), *flow.buffers())), None)
     return FusedFlow(
         _pointwise_runs(stages),
         channels=len(maps[0].bias),

@@ -1,0 +1,159 @@
+"""FrEIA's and anomalib's modules with faster classes: the same numbers, and the way back."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import usf_kernels as usf
+
+pytest.importorskip("FrEIA")
+from FrEIA import framework, modules
+
+PACKAGES = ["FrEIA", "anomalib"]
+LAYERS = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
+
+
+def block_class(package):
+    if package == "FrEIA":
+        return modules.AllInOneBlock
+    return pytest.importorskip("anomalib.models.components.flow").AllInOneBlock
+
+
+def subnet_of(rank):
+    layer, options = LAYERS[rank], {} if rank == 0 else {"kernel_size": 3, "padding": 1}
+    return lambda c_in, c_out: nn.Sequential(layer(c_in, 6, **options), nn.ReLU(), layer(6, c_out, **options))
+
+
+def block(package, dims=(7, 4, 5), dims_c=(), **options):
+    options.setdefault("permute_soft", False)
+    made = block_class(package)(
+        [dims], [tuple(d) for d in dims_c], subnet_constructor=subnet_of(len(dims) - 1), **options
+    )
+    with torch.no_grad():
+        made.global_scale.add_(0.3 * torch.randn_like(made.global_scale))
+        made.global_offset.add_(0.3 * torch.randn_like(made.global_offset))
+    return made
+
+
+def outputs(model, x, c, rev):
+    (y,), log_det = model((x,), c, rev=rev)
+    return y, log_det
+
+
+def assert_close(found, expected, dtype):
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"permute_soft": True},
+        {"learned_householder_permutation": 3, "permute_soft": True},
+        {"reverse_permutation": True},
+        {"reverse_permutation": True, "permute_soft": True},
+        {"global_affine_type": "SIGMOID", "global_affine_init": 0.7},
+        {"global_affine_type": "EXP", "affine_clamping": 1.2},
+    ],
+    ids=str,
+)
+def test_every_option_in_both_directions_with_gradients(package, options):
+    for dtype, rank, conditions in itertools.product((torch.float32, torch.float64), (0, 2), (0, 2)):
+        space = (4, 5)[:rank]
+        original = block(package, (7, *space), [(3, *space)] * conditions, **options).to(dtype)
+        fast = copy.deepcopy(original)
+        assert usf.replace_blocks(fast).count == 1
+        c = [torch.randn(2, 3, *space, dtype=dtype) for _ in range(conditions)]
+        for rev in (False, True):
+            x = torch.randn(2, 7, *space, dtype=dtype)
+            results, weights = [], torch.randn_like(x)
+            for model in (fast, original):
+                leaf = x.clone().requires_grad_()
+                y, log_det = outputs(model, leaf, c, rev)
+                model.zero_grad()
+                ((y * weights).sum() + log_det.sum()).backward()
+                grads = [p.grad for p in model.parameters() if p.requires_grad]
+                results.append([y, log_det, leaf.grad, *grads])
+            assert_close(*results, dtype)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_rank(package):
+    for rank in range(4):
+        space = (3, 4, 2)[:rank]
+        original = block(package, (6, *space)).double()
+        fast = copy.deepcopy(original)
+        usf.replace_blocks(fast)
+        x = torch.randn(2, 6, *space, dtype=torch.float64)
+        for rev in (False, True):
+            assert_close(outputs(fast, x, None, rev), outputs(original, x, [], rev), torch.float64)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_sequence_runs_in_its_inference_form(package, conditional):
+    model = framework.SequenceINN(6, 5, 4)
+    options = {"cond": 0, "cond_shape": (3, 5, 4)} if conditional else {}
+    for _ in range(4):
+        model.append(block_class(package), subnet_constructor=subnet_of(2), permute_soft=False, **options)
+    model = model.double().eval()
+    fast = copy.deepcopy(model)
+    assert usf.replace_blocks(fast).count == 5
+    x, c = torch.randn(2, 6, 5, 4, dtype=torch.float64), [torch.randn(2, 3, 5, 4, dtype=torch.float64)]
+    for rev in (False, True):
+        assert_close(fast(x, c, rev=rev), model(x, c, rev=rev), torch.float64)
+        with torch.no_grad():
+            assert_close(fast(x, c, rev=rev), model(x, c, rev=rev), torch.float64)
+    assert fast._fused is not None
+    with torch.no_grad():
+        for one in (model, fast):  # a change is noticed
+            one.module_list[1].global_offset.add_(1.0)
+        assert_close(fast(x, c), model(x, c), torch.float64)
+        again = copy.deepcopy(fast)
+        if package == "anomalib":  # FrEIA's own blocks do not pickle
+            again = pickle.loads(pickle.dumps(again))
+        assert again._fused is None
+        assert_close(again(x, c), model(x, c), torch.float64)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_checkpoints_go_both_ways_and_restoring_leaves_nothing(package):
+    original, other = block(package), block(package)
+    fast = copy.deepcopy(original)
+    names, attributes = list(fast.state_dict()), set(fast.__dict__)
+    parameters = [id(p) for p in fast.parameters()]
+    usf.replace_blocks(fast)
+    assert list(fast.state_dict()) == names
+    assert [id(p) for p in fast.parameters()] == parameters
+    fast.load_state_dict(other.state_dict())  # with another permutation
+    x = torch.randn(2, 7, 4, 5)
+    assert_close(outputs(fast, x, None, False), outputs(other, x, [], False), torch.float32)
+    original.load_state_dict(fast.state_dict())
+    assert_close(outputs(original, x, [], False), outputs(other, x, [], False), torch.float32)
+    assert usf.restore_blocks(fast) == 1
+    assert type(fast) is type(original)
+    assert set(fast.__dict__) == attributes
+    assert list(fast.buffers()) == []
+    assert torch.equal(outputs(fast, x, [], False)[0], outputs(other, x, [], False)[0])
+    assert usf.restore_blocks(fast) == 0
+
+
+def test_what_is_left_and_what_is_wrong():
+    model = nn.ModuleList([block("FrEIA"), block("FrEIA", gin_block=True), nn.Conv2d(2, 2, 1)])
+    report = usf.replace_blocks(model)
+    assert report.replaced == ["0"]
+    assert list(report.left) == ["1"]
+    assert "left 1: a GIN block" in str(report)
+    with pytest.raises(ValueError, match=r"model: expected an AllInOneBlock or SequenceINN .*GIN"):
+        usf.replace_blocks(model)  # the one that could be replaced is already
+    with pytest.raises(ValueError, match=r"found none"):
+        usf.replace_blocks(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, found int"):
+        usf.replace_blocks(3)
