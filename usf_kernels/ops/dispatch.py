@@ -25,15 +25,12 @@ _kernels: dict[str, Callable] = {}
 F = TypeVar("F", bound=Callable)
 
 
-def implementation(
-    op: str, impl: str | None, *tensors: Tensor | None, plain: Callable | None = None
-) -> Callable:
+def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callable:
     """The function that runs `op` on these tensors.
 
     `impl=None` takes the Triton kernel on a CUDA or ROCm device and the PyTorch reference elsewhere and for
     float64; naming one forces it, and it never falls back to another. Both have the same positional
     signature. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors too, when forced.
-    `plain` is the reference of an operation that is composed of others, which `reference` does not list.
 
     Raises:
         ValueError: an `impl` that does not exist; tensors on several devices.
@@ -47,7 +44,7 @@ def implementation(
     if impl == "triton" or (impl is None and runs_triton(op, *tensors)):
         _check_one_device(op, tensors)
         return _kernels[op]
-    return plain or getattr(reference, op)
+    return getattr(reference, op)
 
 
 def runs_triton(op: str, *tensors: Tensor | None) -> bool:

@@ -146,8 +146,10 @@ class _Step(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _op(*inputs)
+    def forward(x: Tensor, params: Tensor, index: Tensor | None, scale: Tensor | None, bias: Tensor | None,
+                split: int, clamp: float | None, inverse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        # Named one by one: Dynamo counts them to see whether there is a context among them.
+        return _op(x, params, index, scale, bias, split, clamp, inverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
