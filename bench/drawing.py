@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bench import table
+from bench.markdown import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,4 +123,4 @@ def machine(rows: Sequence[table.Row]) -> str:
     """Where the rows were measured."""
     row = rows[0]
     torch = [v.replace("=", " ") for v in row["versions"].split() if v.startswith("torch=")]
-    return ", ".join([row["device"], f"{row['threads']} threads", *torch])
+    return ", ".join([row["device"], count(row["threads"], "thread"), *torch])

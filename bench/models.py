@@ -56,25 +56,33 @@ def _check(double: nn.Module, images: Tensor, dtype: str, found: object) -> str 
     return close_to(lambda: expected, dtype)(getattr(found, "anomaly_map", found))
 
 
-def _autocast(model: nn.Module, images: Tensor) -> object:
+def _autocast(model: Callable[[Tensor], object], images: Tensor) -> object:
+    """The backbone in bfloat16, and what of the flow autocast knows."""
     with torch.autocast(images.device.type, torch.bfloat16):
         return model(images)
 
 
 def _providers(batch: int, device: torch.device) -> Iterator[Provider]:
     images = torch.rand(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
+    last = images.to(memory_format=torch.channels_last)
     for coupling, linear in FORMS:
         model = _model(coupling, linear)
         check = partial(_check, deepcopy(model).double(), images)
         model = model.to(device)
-        name = f"FastFlow, {coupling}, {linear.replace('lu', 'LU')}"
+        name = f"{coupling}, {linear.replace('lu', 'LU')}"
         yield Provider(
             name, partial(_map, partial(_score, model), images), OURS, check=partial(check, "float32")
         )
-        for dtype in ("float32", "bfloat16"):
-            fused = model.fuse(getattr(torch, dtype))
-            call = partial(_map, partial(_score, fused), images)
-            yield Provider(name + FUSED, call, OURS, dtype, check=partial(check, dtype))
+        yield Provider(
+            name + FUSED,
+            partial(_map, partial(_score, model.fuse()), images),
+            OURS,
+            check=partial(check, "float32"),
+        )
+        narrow = partial(_autocast, partial(_score, model.fuse(torch.bfloat16)))
+        yield Provider(
+            name + FUSED, partial(_map, narrow, last), OURS, "bfloat16", check=partial(check, "bfloat16")
+        )
     yield Provider("backbone alone", partial(_map, model.features, images), LIMIT)
     if find_spec("anomalib"):
         yield from _their_providers(images)

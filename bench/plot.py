@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bench import table
 from bench.machine import RESULTS
+from bench.markdown import DOCS
 from bench.pictures import PICTURES
-from bench.sections import DOCS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

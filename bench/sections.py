@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
-from bench import table
+from bench import markdown, table
+from bench.markdown import count, mean, number, picture, prose, times
 from bench.subject import OURS
 
-DOCS = Path(__file__).parents[1] / "docs"
 PEERS = {  # of blocks: title to dtype of ours, provider and dtype
     "anomalib": ("float32", "anomalib", "float32"),
     "its torch.compile": ("float32", "anomalib, torch.compile", "float32"),
     "bfloat16: anomalib in float32": ("bfloat16", "anomalib", "float32"),
     "bfloat16: its autocast, channels-last": ("bfloat16", "anomalib, autocast, channels-last", "bfloat16"),
 }
-WIDTH = 120  # of the README's lines
 TREE = {"white": "white noise, float32", "smooth": "smooth, float32", "smooth_8bit": "smooth, uint8"}
 
 
@@ -26,8 +23,7 @@ def section(rows: Sequence[table.Row], *, where: str = "") -> str:
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
     parts = [_introduction(rows)]
-    if picture := _picture("speed.png", "How much longer the fastest peer takes, per operation"):
-        parts.append(picture)
+    parts += picture("speed.png", "How much longer the fastest peer takes, per operation")
     writers: dict[str, Callable[[list[table.Row]], Iterator[str]]] = {
         "blocks": _blocks,
         "training_step": _training,
@@ -51,11 +47,11 @@ def section(rows: Sequence[table.Row], *, where: str = "") -> str:
 
 
 def _introduction(rows: Sequence[table.Row]) -> str:
-    devices = sorted({f"{row['device']}, {row['threads']} threads" for row in rows})
+    devices = sorted({f"{row['device']}, {count(row['threads'], 'thread')}" for row in rows})
     versions = sorted({version for row in rows for version in row["versions"].split()})
     noisy = sum(row["noisy"] == "1" for row in rows)
     noise = f" ({noisy} of {len(rows)} are marked as noisy)" if noisy else ""
-    return _prose(
+    return prose(
         f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}). "
         "Medians; all of a case are timed in turn in one process, after each was checked against float64. "
         f"**2x** means that the peer takes twice as long. Rows: `bench/results`{noise}; again: `make bench` "
@@ -65,21 +61,20 @@ def _introduction(rows: Sequence[table.Row]) -> str:
 
 def _blocks(rows: list[table.Row]) -> Iterator[str]:
     yield "### Blocks, inference"
-    yield _prose(
+    yield prose(
         "Coupling blocks of FastFlow (ResNet-18, 256 x 256) and U-Flow (MS-CaiT), kernels of 1 and 3, "
         "several batch sizes, conditioners as wide as their input. *Affine, permutation* has the "
         "mathematics and the weights of anomalib's block. Geometric mean over the shapes, the worst in "
         "brackets."
     )
-    if picture := _picture("speed_blocks.png", "Speed-up of blocks over anomalib, one dot per shape"):
-        yield picture
+    yield from picture("speed_blocks.png", "Speed-up of blocks over anomalib, one dot per shape")
     names = _ours(rows, table.FUSED) or _ours(rows, "")
     lines = []
     for depth, title in (("1", ""), ("8", ", 8 in a row")):
         at_depth = [row for row in rows if row["depth"] == depth and row["direction"] == "forward"]
         for name in names:
             cells = [
-                _mean(
+                mean(
                     table.speedups(
                         at_depth,
                         {"provider": name, "dtype": dtype},
@@ -89,11 +84,11 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
                 for dtype, peer, peer_dtype in PEERS.values()
             ]
             if any(cells):
-                bare = _mean(_over_convolutions(at_depth, name), worst=max)
-                back = _mean(_inverse_over_forward([r for r in rows if r["depth"] == depth], name), worst=max)
+                bare = mean(_over_convolutions(at_depth, name), worst=max)
+                back = mean(_inverse_over_forward([r for r in rows if r["depth"] == depth], name), worst=max)
                 lines.append([name.removesuffix(table.FUSED) + title, *cells, bare, back])
     header = ["block", *(f"over {title}" for title in PEERS), "time / its convolutions", "inverse / forward"]
-    yield _table([h.replace("over bfloat16: ", "bfloat16 over ") for h in header], lines)
+    yield markdown.table([h.replace("over bfloat16: ", "bfloat16 over ") for h in header], lines)
 
 
 def _over_convolutions(rows: list[table.Row], name: str) -> dict[str, float]:
@@ -125,18 +120,17 @@ def _inverse_over_forward(rows: list[table.Row], name: str) -> dict[str, float]:
 
 def _training(rows: list[table.Row]) -> Iterator[str]:
     yield "### Blocks, training step"
-    yield _prose(
+    yield prose(
         "Forward and backward at the same shapes, over anomalib's; the memory is what is saved for the "
         "backward."
     )
-    if picture := _picture("speed_depth.png", "Memory and time of a training step over the number of blocks"):
-        yield picture
+    yield from picture("speed_depth.png", "Memory and time of a training step over the number of blocks")
     lines = []
-    for name in _ours(rows, ""):
+    for name in sorted(_ours(rows, ""), key=lambda name: name.removesuffix(", reversible")):
         cells = []
         for depths in (("1",), ("8",)):
             some = [row for row in rows if row["depth"] in depths]
-            cells.append(_mean(table.speedups(some, {"provider": name}, {"provider": "anomalib"})))
+            cells.append(mean(table.speedups(some, {"provider": name}, {"provider": "anomalib"})))
         saved = [
             float(row["saved_mb"]) / float(other["saved_mb"])
             for row in rows
@@ -148,28 +142,32 @@ def _training(rows: list[table.Row]) -> Iterator[str]:
         ]
         ratio = f"{table.geometric_mean(saved):.2f}" if saved else ""
         lines.append([name, *cells, ratio])
-    yield _table(["block", "1 block", "8 blocks", "memory of 8 blocks / anomalib's"], lines)
+    yield markdown.table(["block", "1 block", "8 blocks", "memory of 8 blocks / anomalib's"], lines)
 
 
 def _models(rows: list[table.Row]) -> Iterator[str]:
     lines = []
+    used = table.ours_to_use(rows)
     for row in rows:
+        if row["role"] == OURS and row not in used:
+            continue
         ratio = _ratio(row, rows)
         case = row["case"].replace("^2", "²")
-        lines.append([case, row["provider"], row["dtype"], _number(table.milliseconds(row)), ratio])
+        lines.append([case, row["provider"], row["dtype"], number(table.milliseconds(row)), ratio])
     yield "### Whole models"
-    yield "Image to anomaly map, random weights, the backbone included."
-    yield _table(["model", "provider", "precision", "ms", "over the fastest peer"], lines)
+    yield prose(
+        "Image to anomaly map, random weights, the backbone included; in bfloat16 under autocast, both."
+    )
+    yield markdown.table(["model", "provider", "precision", "ms", "over the fastest peer"], lines)
 
 
 def _tree(rows: list[table.Row]) -> Iterator[str]:
     yield "### Component tree"
-    yield _prose(
+    yield prose(
         "Milliseconds per map on one thread, ours / the fastest of Higra (implicit and "
         "explicit graph), scikit-image and maxtree (which takes the float maps rounded to 16 bits)."
     )
-    if picture := _picture("speed_tree.png", "Throughput of component trees over the side of the map"):
-        yield picture
+    yield from picture("speed_tree.png", "Throughput of component trees over the side of the map")
     ours = {row["case"]: row for row in rows if row["role"] == OURS}
     sides = sorted({int(row["side"]) for row in rows})
     lines = []
@@ -181,13 +179,13 @@ def _tree(rows: list[table.Row]) -> Iterator[str]:
             if peer:
                 mine, theirs = table.milliseconds(row), table.milliseconds(peer)
                 cells.append(
-                    f"{_number(mine)} / {_number(theirs)} ({_short(peer)}), **{theirs / mine:.1f}x**"
+                    f"{number(mine)} / {number(theirs)} ({_short(peer)}), **{times(theirs / mine)}**"
                 )
             else:
                 cells.append("")
         if any(cells):
             lines.append([f"{side}²", *cells])
-    yield _table(["map", *TREE.values()], lines)
+    yield markdown.table(["map", *TREE.values()], lines)
     threads = []
     for row in rows:
         if row["case"].startswith("two threads") and row["provider"] == "usf_kernels x2":
@@ -204,7 +202,7 @@ def _short(row: table.Row) -> str:
 
 def _nfa(rows: list[table.Row]) -> Iterator[str]:
     yield "### The test"
-    yield _prose(
+    yield prose(
         "Tree, probabilities, prune and merge on one thread; at U-Flow's two scales "
         "(28² + 14²) and on single maps. *Plain Python* is the authors' algorithm on scikit-image's max-tree."
     )
@@ -212,10 +210,10 @@ def _nfa(rows: list[table.Row]) -> Iterator[str]:
     for row in rows:
         if row["role"] == OURS and row["direction"] == "chernoff":
             peer = table.best_peer(row, rows)
-            theirs = _number(table.milliseconds(peer)) if peer else ""
+            theirs = number(table.milliseconds(peer)) if peer else ""
             case = row["case"].replace("^2", "²")
-            lines.append([case, _number(table.milliseconds(row)), theirs, _ratio(row, rows)])
-    yield _table(["maps", "ms", "plain Python, ms", "ratio"], lines)
+            lines.append([case, number(table.milliseconds(row)), theirs, _ratio(row, rows)])
+    yield markdown.table(["maps", "ms", "plain Python, ms", "ratio"], lines)
 
 
 def _operations(rows: list[table.Row]) -> Iterator[str]:
@@ -225,10 +223,10 @@ def _operations(rows: list[table.Row]) -> Iterator[str]:
         if peer:
             ratio = table.milliseconds(peer) / table.milliseconds(row)
             groups.setdefault(table.operation(row), []).append(ratio)
-    lines = [[name, _mean(dict(enumerate(ratios)))] for name, ratios in groups.items()]
+    lines = [[name, mean(dict(enumerate(ratios)))] for name, ratios in groups.items()]
     yield "### Operations"
     yield "Each by itself, over the faster of eager PyTorch and torch.compile."
-    yield _table(["operation", "ratio"], lines)
+    yield markdown.table(["operation", "ratio"], lines)
 
 
 def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
@@ -241,10 +239,11 @@ def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
         lost = sorted((entry for entry in lost if entry[0] < 1), key=lambda entry: entry[0])
         if lost:
             ratio, row, peer = lost[0]
+            way = f", {row['direction']}" if row["direction"] == "inverse" else ""
             noisy = ", on a noisy machine" if "1" in (row["noisy"], peer["noisy"]) else ""
             lines.append(
                 f"- `{subject}`: {len(lost)} of {len(pairs)} comparisons; worst {ratio:.2f}x: "
-                f"{row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}, {row['direction']}, "
+                f"{row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}{way}, "
                 f"against {peer['provider']}{noisy}"
             )
     yield "### Where we do not win"
@@ -264,35 +263,4 @@ def _ours(rows: Iterable[table.Row], ending: str) -> list[str]:
 
 def _ratio(row: table.Row, rows: Iterable[table.Row]) -> str:
     peer = table.best_peer(row, rows) if row["role"] == OURS else None
-    return f"**{table.milliseconds(peer) / table.milliseconds(row):.2g}x**" if peer else ""
-
-
-def _mean(ratios: dict[object, float], worst: Callable[[Iterable[float]], float] = min) -> str:
-    """Geometric mean, and the worst in brackets."""
-    if not ratios:
-        return ""
-    unit = "x" if worst is min else ""
-    mean = f"{table.geometric_mean(ratios.values()):.2f}{unit}"
-    return (
-        f"**{mean}** ({worst(ratios.values()):.2f}{unit})"
-        if unit
-        else f"{mean} ({worst(ratios.values()):.2f})"
-    )
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _picture(name: str, text: str) -> str | None:
-    return f"![{text}](docs/{name})" if (DOCS / name).exists() else None
-
-
-def _prose(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    filled = [i for i in range(len(header)) if any(line[i] for line in lines)]
-    rows = [[cells[i] for i in filled] for cells in (header, ["---"] * len(header), *lines)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return f"**{times(table.milliseconds(peer) / table.milliseconds(row))}**" if peer else ""

@@ -116,7 +116,7 @@ def operation(row: Row) -> str:
     if row["subject"] == "nfa":
         return "a-contrario test"
     if row["subject"] == "models":
-        return f"{row['provider']}, {row['dtype']}"
+        return f"FastFlow: {row['provider'].removesuffix(FUSED)}, {row['dtype']}"
     parts = row["case"].split(", ")
     name = ", ".join(parts[: 2 if parts[0] == "anomaly map" else 1])
     return f"{name}, inverse" if row["direction"] == "inverse" else name
