@@ -122,19 +122,22 @@ def operation(row: Row) -> str:
     return f"{name}, inverse" if row["direction"] == "inverse" else name
 
 
-def speedups(rows: Iterable[Row], ours: Mapping[str, str], peer: Mapping[str, str]) -> dict[str, float]:
+def speedups(
+    rows: Iterable[Row], ours: Mapping[str, str], peer: Mapping[str, str], *, column: str = "p50_ms"
+) -> dict[str, float]:
     """How much longer the rows that match `peer` take than those that match `ours`, by case.
 
     Args:
         rows: of one or several subjects.
         ours, peer: values that columns have to have.
+        column: what is compared, where it is not the time.
     """
 
     def times(wanted: Mapping[str, str]) -> dict[str, float]:
         return {
-            row["case"]: milliseconds(row)
+            row["case"]: float(row[column])
             for row in rows
-            if all(row[name] == value for name, value in wanted.items())
+            if row[column] and all(row[name] == value for name, value in wanted.items())
         }
 
     rows = list(rows)
