@@ -46,10 +46,9 @@ def couple(
         log_det = x.new_empty(0)
     else:
         raw_scale, shift = params.split([active_channels, active_channels], dim=1)
-        log_scale = torch.mul(raw_scale, 0.1).tanh_().mul_(clamp)
-        log_det = log_scale.sum(dim=tuple(range(1, x.ndim)))
-        torch.mul(x[:, split:], log_scale.exp_(), out=active)
-        active.add_(shift, alpha=0.1)
+        torch.mul(raw_scale, 0.1, out=active).tanh_().mul_(clamp)
+        log_det = active.sum(dim=tuple(range(1, x.ndim)))
+        active.exp_().mul_(x[:, split:]).add_(shift, alpha=0.1)
     if exit_scale is None:
         passive.copy_(x[:, :split])
     else:
@@ -73,11 +72,11 @@ def uncouple_gradient_(
     # tanh(u) = 2 s - 1 with s = sigmoid(2 u), which is six times faster and good to an absolute rounding;
     # 4 s (1 - s) is its slope.
     sigmoid = torch.mul(params[:, :active_channels], 0.2).sigmoid_()
-    scale = torch.mul(sigmoid, 2 * clamp * LOG2_E).sub_(clamp * LOG2_E).exp2_()
+    scale = torch.mul(sigmoid, 2 * clamp * LOG2_E, out=grad_scale).sub_(clamp * LOG2_E).exp2_()
     active.mul_(scale)
     torch.mul(active, x[:, split:], out=grad_scale)
     grad_scale.add_(grad_log_det.view(-1, *[1] * (x.ndim - 1)))
-    slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1, out=scale)
+    slope = sigmoid.addcmul_(sigmoid, sigmoid, value=-1)
     grad_scale.mul_(slope).mul_(0.4 * clamp)
     return result
 
@@ -146,13 +145,14 @@ class _GatherStep(torch.autograd.Function):
             inputs = (x, params) if scale is None else (x, params, scale, bias)
             grads = gradients_through(plain, inputs, (grad, grad_log_det))
             return *grads[:2], None, *(grads[2:] or (None, None)), None, None
-        grad_scale = grad_bias = None
+        grad_scale = grad_bias = spare = None
         if scale is not None:
-            scaled = torch.sub(y, _per_channel(bias, x))
-            grad_bias, grad_scale = _sums(grad), _sums(scaled.mul_(grad)) / scale
-        grad_x = (
-            grad.clone() if index is None else grad.index_select(1, _put(index, torch.arange(len(index))))
-        )
+            spare = torch.sub(y, _per_channel(bias, x))
+            grad_bias, grad_scale = _sums(grad), _sums(spare.mul_(grad)) / scale
+        if index is None:
+            grad_x = grad.clone()
+        else:
+            grad_x = torch.index_select(grad, 1, _put(index, torch.arange(len(index))), out=spare)
         if scale is not None:
             grad_x.mul_(_per_channel(_put(index, scale), x))
         grad_params = uncouple_gradient_(grad_x, grad_log_det, x, params, *ctx.options)
