@@ -56,8 +56,15 @@ def elementwise(
     Some eight loads of 16 bytes per thread in all, fewer where that leaves multiprocessors idle; in the tile
     that wastes the fewest lanes, then the longest along the contiguous axis. Unmeasured: to be confirmed on a
     device with USF_AUTOTUNE=1."""
+    return _elementwise(itemsize, operands, batch, channels, positions, channels_last, warp_size())
+
+
+@functools.lru_cache(4096)  # the search takes longer than a launch
+def _elementwise(
+    itemsize: int, operands: int, batch: int, channels: int, positions: int, channels_last: bool, warp: int
+) -> list[Config]:
     loads = 2 ** round(math.log2(8 / operands))
-    elements = 16 // itemsize * warp_size()  # of one load by one warp
+    elements = 16 // itemsize * warp  # of one load by one warp
     while loads > 1 and batch * channels * positions < 132 * 4 * loads * elements:
         loads //= 2
     configs = []

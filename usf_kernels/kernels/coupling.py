@@ -177,7 +177,7 @@ class _Tiles:
         return cdiv(self.channels, config["BLOCK_C"]), cdiv(self.view.positions, config["BLOCK_P"])
 
     def key(self, *flags: object) -> tuple:
-        dtypes = (str(tensor.dtype) for tensor in self.view.tensors)
+        dtypes = (tensor.dtype for tensor in self.view.tensors)
         return *dtypes, self.unit, self.channels_last, *self.candidates(2)[0].values(), *flags
 
 

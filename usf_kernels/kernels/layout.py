@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,16 +29,18 @@ def empty_output(x: Tensor, dtype: torch.dtype, channels: int | None = None) -> 
 
 def flat_strides(x: Tensor) -> Strides | None:
     """Strides of x with its spatial dimensions flattened; None where one stride cannot walk them."""
-    if x.numel() == 0:
-        return Strides(0, 0, 0)
-    batch, channel, *spatial = (
-        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
-    )
-    walked = [(size, stride) for size, stride in zip(x.shape[2:], spatial, strict=True) if size != 1]
-    for (_, outer), (size, inner) in itertools.pairwise(walked):
-        if outer != size * inner:
-            return None
-    return Strides(batch, channel, walked[-1][1] if walked else 0)
+    sizes, strides = x.shape, x.stride()
+    position = expected = None
+    for size, stride in zip(reversed(sizes[2:]), reversed(strides[2:]), strict=True):
+        if size == 1:
+            continue
+        if position is None:
+            position = stride
+        elif stride != expected:
+            # Of an empty tensor nothing is walked.
+            return Strides(0, 0, 0) if x.numel() == 0 else None
+        expected = stride * size
+    return Strides(strides[0] if sizes[0] > 1 else 0, strides[1] if sizes[1] > 1 else 0, position or 0)
 
 
 class View:
@@ -99,21 +100,24 @@ class View:
         """For each operand itself and its strides; None for a channel or position stride of 1, so that
         contiguity is known when the kernel is compiled."""
         arguments = []
-        for tensor, strides in zip(self.tensors, self.strides, strict=True):
-            arguments += [tensor, strides.batch, *(None if s == 1 else s for s in strides[1:])]
+        for tensor, (batch, channel, position) in zip(self.tensors, self.strides, strict=True):
+            arguments += (
+                tensor,
+                batch,
+                None if channel == 1 else channel,
+                None if position == 1 else position,
+            )
         return arguments
 
     def unit(self, *channels: int, operands: slice = slice(None)) -> int:
         """Largest of 8, 4, 2 and 1 that divides every stride but the contiguous one, and the lengths along
         that (`channels`: all channel counts and offsets): what a kernel must know of its offsets to load 16
         bytes at a time. `operands` selects those to look at."""
-        strides = self.strides[operands]
-        numbers = [s.batch for s in strides] + [n for s in strides for n in s[1:] if n != 1]
-        if any(s.channel == 1 for s in strides):
-            numbers += channels
-        if any(s.position == 1 for s in strides):
-            numbers.append(self.positions)
-        return math.gcd(8, *numbers)
+        unit = 8
+        for batch, channel, position in self.strides[operands]:
+            along_channels = channels if channel == 1 else (channel,)
+            unit = math.gcd(unit, batch, *along_channels, self.positions if position == 1 else position)
+        return unit
 
     def is_wide(self) -> bool:
         """Whether offsets within an image overflow 32 bits."""

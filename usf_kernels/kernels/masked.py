@@ -59,7 +59,7 @@ def masked_shift(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -
         return y
 
     candidates = elementwise(y.element_size(), 3, view.batch, channels, view.positions, channels_last)
-    key = (str(like.dtype), str(shift.dtype), str(mask.dtype), unit, channels_last, *candidates[0].values())
+    key = (like.dtype, shift.dtype, mask.dtype, unit, channels_last, *candidates[0].values())
     return pick("masked", key, candidates, run, y.device)
 
 

@@ -213,7 +213,7 @@ def squared_norm_backward(grad: Tensor, z: Tensor) -> Tensor:
         return grad_z
 
     candidates = elementwise(z.element_size(), 2, view.batch, channels, view.positions, channels_last)
-    key = (str(z.dtype), str(grad.dtype), unit, channels_last, *candidates[0].values())
+    key = (z.dtype, grad.dtype, unit, channels_last, *candidates[0].values())
     return pick("squared_norm_backward", key, candidates, run, z.device)
 
 
@@ -274,7 +274,7 @@ def _reduce(
     channels_last = views[largest].strides[0].channel == 1
     itemsize, operands = max(z.element_size() for z in latents), 4 if neighbours else 1
     candidates = reduction(itemsize, operands, channels[largest], batch * sum(positions), channels_last)
-    key = (str(latents[largest].dtype), neighbours, units[largest], channels_last, *candidates[0].values())
+    key = (latents[largest].dtype, neighbours, units[largest], channels_last, *candidates[0].values())
     return pick("reduce", key, candidates, run, maps.device)
 
 
