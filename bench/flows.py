@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -193,10 +193,14 @@ def best_layout(make: Callable[[str], Callable[[], object]], device: torch.devic
     return min(seconds, key=seconds.__getitem__)
 
 
-@cache
 def truth(form: str, shape: Shape, direction: str) -> Tensor:
     """What the first sample becomes, in float64, by the modules that are the definition of each form."""
+    return _truth(form, replace(shape, batch=1), direction)
+
+
+@cache
+def _truth(form: str, shape: Shape, direction: str) -> Tensor:
     flow = deepcopy(our_flow(form, shape)).double()
-    sample = shape.input(torch.device("cpu"))[:1].double()
+    sample = shape.input(torch.device("cpu")).double()
     with torch.no_grad():
         return (flow if direction == "forward" else flow.inverse)(sample)[0]

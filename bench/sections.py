@@ -90,6 +90,9 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
                 lines.append([name.removesuffix(table.FUSED) + title, *cells, bare, back])
     header = ["block", *(f"over {title}" for title in PEERS), "time / its convolutions", "inverse / forward"]
     yield markdown.table([h.replace("over bfloat16: ", "bfloat16 over ") for h in header], lines)
+    yield from picture("speed_scaling.png", "Eight blocks over the batch size and over the channels")
+    if roofline := picture("speed_roofline.png", "roofline"):
+        yield f"The same blocks under the limits of the machine: {roofline[0].removeprefix('!')}."
 
 
 def _over_convolutions(rows: list[table.Row], name: str) -> dict[str, float]:
