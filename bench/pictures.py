@@ -200,7 +200,10 @@ def scaling(rows: Rows) -> Figure | None:
         ("GFLOP/s over the channels: k = 3, batch 8", "channels",
          {"batch": "8", "kernel": "3"}, lambda r: float(r["gflop_per_s"])),
     )  # fmt: skip
-    if not any(r["provider"].endswith(table.FUSED) for r in rows):
+    chosen = [
+        [r for r in rows if all(r[name] == v for name, v in wanted.items())] for _, _, wanted, _ in panels
+    ]
+    if not all(any(r["provider"].endswith(table.FUSED) for r in some) for some in chosen):
         return None
     figure, axes = canvas(
         4.2,
@@ -208,10 +211,7 @@ def scaling(rows: Rows) -> Figure | None:
         "Eight coupling blocks: over the batch and over the channels",
         f"Additive couplings with LU maps, fused, beside anomalib's affine blocks. {machine(rows)}.",
     )
-    for axis, (title, over, wanted, value) in zip(axes, panels, strict=True):
-        some = [r for r in rows if all(r[name] == v for name, v in wanted.items())]
-        if not some:
-            continue
+    for axis, some, (title, over, _, value) in zip(axes, chosen, panels, strict=True):
         values = [value(r) for r in some]
         round_ticks(axis, 0.8 * min(values), 1.25 * max(values))
         ends = []
