@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +49,14 @@ class Code(NamedTuple):
     tensor_cores: int
 
 
-def compile_cases(only: str = "") -> Iterator[Case]:
-    """The cases of every file in `usf_kernels.kernels`; those whose "file: name" contains `only`."""
+def compile_cases(only: Sequence[str] = ("",)) -> Iterator[Case]:
+    """The cases of every file in `usf_kernels.kernels` whose "file: name" contains one of `only`."""
     for module in sorted(pkgutil.iter_modules(kernels.__path__), key=lambda m: m.name):
         loaded = importlib.import_module(f"usf_kernels.kernels.{module.name}")
         for case in getattr(loaded, "COMPILE_CASES", ()):
-            if only in f"{module.name}: {case.name}":
-                yield case._replace(name=f"{module.name}: {case.name}")
+            name = f"{module.name}: {case.name}"
+            if any(part in name for part in only):
+                yield case._replace(name=name)
 
 
 def launches_of(case: Case, target: GPUTarget) -> list[Launch]:
@@ -168,11 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.compile_check", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", action="append", help="cases whose name contains this; default: all")
     parser.add_argument("--output", type=Path, help="write the rows here as CSV")
     options = parser.parse_args(arguments)
     rows = []
-    for case in compile_cases(options.only):
+    for case in compile_cases(options.only or [""]):
         for target in options.target or TARGETS:
             for row in check(case, target):
                 rows.append(row)
