@@ -111,6 +111,14 @@ def test_map_gradients_at_any_shape(scales, height, width):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_map_gradients_are_not_rounded_by_autocast():
+    latents, grad = pyramid((3, 4, 5)), torch.randn(2, 1, 7, 6, device=DEVICE)
+    for latent in (False, True):
+        expected = anomaly_map_gradients(grad, latents, (7, 6), latent)[0]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert torch.equal(anomaly_map_gradients(grad, latents, (7, 6), latent)[0], expected)
+
+
 @pytest.mark.parametrize("interpolate", READINGS)
 def test_map_differentiates_twice(interpolate):
     grads = []

@@ -22,7 +22,8 @@ def anomaly_map_gradients(
     """Gradients of `latents`, given that of their anomaly map; `latent` for interpolate="latent"."""
     grad = grad[:, 0] / len(latents)
     gradients = _through_products if latent else _through_likelihood
-    return [gradients(grad, z.to(compute_dtype(z)), size).to(z.dtype) for z in latents]
+    with reference.full_precision(grad):
+        return [gradients(grad, z.to(compute_dtype(z)), size).to(z.dtype) for z in latents]
 
 
 def _weights(n_in: int, n_out: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
