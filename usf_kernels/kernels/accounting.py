@@ -25,16 +25,11 @@ class Work(NamedTuple):
 
 
 def product_cases(
-    name: str,
-    kernel: str,
-    call: Callable[[Callable[..., Tensor]], Any],
-    channels_last: bool,
-    float32: str = "vectors",
+    name: str, kernel: str, call: Callable[[Callable[..., Tensor]], Any], channels_last: bool
 ) -> Iterator[Case]:
     """`call` once for each kind of product, with a function that makes meta tensors of its dtype from sizes.
 
-    `kernel` needs tensor cores, except for float32 products, which must not be rounded: there it needs
-    `float32` (see `Case.needs`).
+    `kernel` needs tensor cores, except for float32 products, which must not be rounded.
     """
     kinds = {
         "bfloat16": (torch.bfloat16, False),
@@ -57,5 +52,5 @@ def product_cases(
 
     layout = "channels last" if channels_last else "contiguous"
     for kind, options in kinds.items():
-        need = float32 if kind == "float32" else "tensor cores"
+        need = "vector loads" if kind == "float32" else "tensor cores"
         yield Case(f"{name}, {kind}, {layout}", functools.partial(run, *options), {kernel: need})

@@ -93,6 +93,5 @@ COMPILE_CASES = [
         "squared_norm_kernel",
         lambda new: linear_squared_norm(new(8, 256, 28, 28), new(256, 256), new(256)),
         channels_last,
-        "vector loads",
     )
 ]

@@ -162,10 +162,10 @@ def tiles(dtype: torch.dtype, matrix: Tensor, view: View) -> list[Config]:
     in a tile as hold x to few reads, and positions halved until the tiles occupy a large GPU. Unmeasured."""
     outputs, inputs = matrix.shape
     if dtype == torch.float32 and product_precision() == "ieee":
-        shapes = ((128, 64, 16, 8), (64, 32, 32, 4))  # no tensor cores: operands come to registers
+        shapes = ((64, 64, 16, 8), (128, 32, 16, 8))  # no tensor cores: operands come to registers
     else:
         line = 128 // dtype.itemsize
-        shapes = ((64, 128, line, 4), (128, 128, line // 2, 8), (64, 64, line, 4))
+        shapes = ((64, 128, line, 4), (64, 64, line // 2, 4))
     configs = []
     for most_p, most_n, most_k, warps in shapes:
         block_n = power_of_2(outputs, 16, most_n)
@@ -173,6 +173,7 @@ def tiles(dtype: torch.dtype, matrix: Tensor, view: View) -> list[Config]:
         while block_p > 16 and view.batch * cdiv(view.positions, block_p) * cdiv(outputs, block_n) < 128:
             block_p //= 2
         config = {"BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": power_of_2(inputs, 16, most_k)}
+        warps = max(1, min(warps, block_p * block_n // 512))  # small tiles keep their accesses wide
         configs.append({**config, "num_warps": warps, "num_stages": 3})
     return configs
 
