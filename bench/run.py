@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +19,7 @@ from usf_kernels.cli import bench as options_of
 from usf_kernels.cli.options import pick_device, progress
 
 FIRST_CALL = 180  # seconds that a compilation may take
+GRAPH = "graph "
 GPU_SHARE = 0.15  # of a case's seconds on a GPU, where calls are short
 
 
@@ -108,60 +109,77 @@ def measure(
     limits: dict[str, float],
 ) -> Iterator[dict[str, str]]:
     """Check, then time, the providers of a case; one row for each that is right."""
-    providers, starts = [], []
-    for provider in case.providers(device):
-        if not any(part in provider.name for part in options.providers or [""]):
-            continue
-        if provider.compiles and (options.quick or (options.minutes and not case.first)):
-            continue
-        try:
-            result, seconds = first_call(provider.call, device, limit=FIRST_CALL if provider.compiles else 0)
-        except (RuntimeError, TimeoutError) as error:
-            print(f"  {provider.name}: not timed: {str(error).strip().splitlines()[0]}")
-            continue
-        wrong = provider.check(result) if provider.check else None
-        del result
-        if wrong:
-            print(f"  {provider.name}, {provider.dtype}, {provider.direction}: not timed, wrong: {wrong}")
-            continue
-        providers.append(provider)
-        starts.append(seconds)
-    calls = {str(i): provider.call for i, provider in enumerate(providers)}
-    share = GPU_SHARE if device.type == "cuda" else 1.0
+    started = list(_started(case, device, options))
+    calls = {str(i): provider.call for i, (provider, _) in enumerate(started)}
+    known = {str(i): seconds for i, (provider, seconds) in enumerate(started) if not provider.compiles}
+    share = 1.0
     if device.type == "cuda":
-        calls |= _graphs(providers)
+        calls |= _graphs([provider for provider, _ in started])
+        share = GPU_SHARE
     neighbours = Neighbours()
-    known = {str(i): seconds for i, seconds in enumerate(starts) if not providers[i].compiles}
     timings = alternate(calls, seconds=share * case.seconds, device=device, cold=options.cold, known=known)
     busy = device.type == "cpu" and neighbours.share() > BUSY
     if busy:
         print("  other processes took part of the cores meanwhile: these rows are marked as noisy")
     for key, timing in timings.items():
-        index = int(key.removeprefix("graph "))
-        provider, graph = providers[index], key.startswith("graph")
+        provider, seconds = started[int(key.removeprefix(GRAPH))]
         row = _row(subject, case, provider, timing, limits)
         row["cache"] = "cold" if options.cold else "warm"
         row["noisy"] = str(int(timing.noisy or busy))
-        if graph:
+        if key.startswith(GRAPH):
             row["provider"] += ", CUDA graph"
         else:
-            row["first_call_ms"] = f"{starts[index] * 1e3:.4g}"
-            if provider.peak and (peak := peak_bytes(provider.call, device)) is not None:
-                row["peak_mb"] = f"{peak / 1e6:.4g}"
-            if provider.saves:
-                row["saved_mb"] = f"{saved_bytes(provider.saves, ignore=provider.live) / 1e6:.4g}"
+            row["first_call_ms"] = f"{seconds * 1e3:.4g}"
+            row |= _memory(provider, device)
         yield row
 
 
-def _graphs(providers: Sequence[Provider]) -> dict[str, object]:
+def _started(
+    case: Case, device: torch.device, options: argparse.Namespace
+) -> Iterator[tuple[Provider, float]]:
+    """Those to time, each after a first call whose result was right, and that call's seconds."""
+    for provider in case.providers(device):
+        if not any(part in provider.name for part in options.providers or [""]):
+            continue
+        if provider.compiles and (options.quick or (options.minutes and not case.first)):
+            continue
+        name = f"  {provider.name}, {provider.dtype}, {provider.direction}"
+        try:
+            result, seconds = first_call(provider.call, device, limit=FIRST_CALL if provider.compiles else 0)
+        except (RuntimeError, TimeoutError) as error:
+            print(f"{name}: not timed: {_first_line(error)}")
+            continue
+        wrong = provider.check(result) if provider.check else None
+        del result
+        if wrong:
+            print(f"{name}: not timed, wrong: {wrong}")
+        else:
+            yield provider, seconds
+
+
+def _graphs(providers: Sequence[Provider]) -> dict[str, Callable[[], object]]:
+    """Those that can be captured, under `GRAPH` and their index."""
     graphs = {}
     for i, provider in enumerate(providers):
         if provider.capture:
             try:
-                graphs[f"graph {i}"] = captured(provider.call)
+                graphs[f"{GRAPH}{i}"] = captured(provider.call)
             except RuntimeError as error:
-                print(f"  {provider.name}: no CUDA graph: {str(error).strip().splitlines()[0]}")
+                print(f"  {provider.name}: no CUDA graph: {_first_line(error)}")
     return graphs
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _memory(provider: Provider, device: torch.device) -> dict[str, str]:
+    found = {}
+    if provider.peak and (peak := peak_bytes(provider.call, device)) is not None:
+        found["peak_mb"] = f"{peak / 1e6:.4g}"
+    if provider.saves:
+        found["saved_mb"] = f"{saved_bytes(provider.saves, ignore=provider.live) / 1e6:.4g}"
+    return found
 
 
 def _row(

@@ -110,7 +110,7 @@ def test_what_is_wrong_is_reported_and_not_timed(measured, capsys):
     assert float(rows[0]["first_call_ms"]) > 0
     printed = capsys.readouterr().out
     assert "peer, float32, forward: not timed, wrong: gives 3" in printed
-    assert "other peer: not timed: no such kernel\n" in printed
+    assert "other peer, float32, forward: not timed: no such kernel\n" in printed
 
 
 def test_a_case_replaces_its_rows_and_no_others(measured):
