@@ -125,7 +125,11 @@ def run_texture(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FastFlow(
-            backbone, steps=recipe.steps, hidden_ratio=recipe.hidden_ratio, noise=recipe.noise
+            backbone,
+            steps=recipe.steps,
+            hidden_ratio=recipe.hidden_ratio,
+            noise=recipe.noise,
+            memory="standard",  # maps of 16 x 16 take little of it, and nothing has to be computed twice
         ).initialize(train.features)
     history = fit(
         model,

@@ -108,10 +108,6 @@ def uncouple_(
     return result
 
 
-def _sums(value: Tensor) -> Tensor:
-    return value.sum(dim=[d for d in range(value.ndim) if d != 1])
-
-
 class _GatherStep(torch.autograd.Function):
     """The coupling, then a permutation, a scale and a shift. Keeps its input, params and output."""
 
