@@ -29,6 +29,7 @@ from usf_kernels.kernels.launch import (
     narrow,
     runtime,
     walk,
+    warp_size,
 )
 from usf_kernels.kernels.layout import View, empty_output
 
@@ -173,7 +174,8 @@ def tiles(dtype: torch.dtype, matrix: Tensor, view: View) -> list[Config]:
         while block_p > 16 and view.batch * cdiv(view.positions, block_p) * cdiv(outputs, block_n) < 128:
             block_p //= 2
         config = {"BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": power_of_2(inputs, 16, most_k)}
-        warps = max(1, min(warps, block_p * block_n // 512))  # small tiles keep their accesses wide
+        # Fewer where the tile is small, so that each thread still loads 16 bytes at a time.
+        warps = max(1, min(warps, block_p * block_n // (16 * warp_size())))
         configs.append({**config, "num_warps": warps, "num_stages": 3})
     return configs
 
