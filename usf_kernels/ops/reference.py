@@ -42,7 +42,8 @@ class _AdditiveCoupling(torch.autograd.Function):
 
 
 def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
-    return _AdditiveCoupling.apply(x, shift, split, inverse)
+    run = _AdditiveCoupling.apply if torch.is_grad_enabled() else _AdditiveCoupling.forward
+    return run(x, shift, split, inverse)
 
 
 def masked_additive_coupling(x: Tensor, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
@@ -113,7 +114,8 @@ def affine_coupling_gradients(
 def affine_coupling(
     x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return _AffineCoupling.apply(x, params, split, clamp, inverse)
+    run = _AffineCoupling.apply if torch.is_grad_enabled() else _AffineCoupling.forward
+    return run(x, params, split, clamp, inverse)
 
 
 def coupling_step(
