@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -177,3 +179,21 @@ def test_recording_launches_nothing():
         y = coupling.additive_coupling(x, x[:, 2:], 2, False)
     assert y.shape == x.shape
     assert {found.kernel.__name__ for found in launches} == {"coupling_kernel"}
+
+
+def test_operations_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # an import of it fails
+import torch
+from usf_kernels import ops
+x = torch.randn(2, 4, 3)
+y = ops.additive_coupling(x, x[:, 2:], split=2)
+assert torch.equal(y[:, 2:], 2 * x[:, 2:])
+try:
+    ops.squared_norm(x, impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "squared_norm: impl='triton' is not available: Triton is not installed" in done.stdout
