@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "half.hpp"
-#include "parallel.hpp"
+#include "team.hpp"
 
 // The loops over a row are compiled for several instruction sets, and the loader picks one.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
@@ -68,8 +68,8 @@ inline float sum(const float* values, int n) {
 
 template <class Body>
 void for_rows(std::int64_t rows, std::int64_t stretch, int threads, Body&& body) {
-    parallel_for((rows + stretch - 1) / stretch, threads,
-                 [&](int, std::int64_t i) { body(i * stretch, std::min((i + 1) * stretch, rows)); });
+    team_for((rows + stretch - 1) / stretch, threads,
+             [&](std::int64_t i) { body(i * stretch, std::min((i + 1) * stretch, rows)); });
 }
 constexpr std::int64_t rows_at_a_time = 512;  // what a thread takes
 

@@ -7,6 +7,7 @@ Those with `in_place` write to the rows that they are given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ from usf_kernels.ops.checks import compute_dtype
 
 Result = tuple[Tensor, Tensor | None]
 Sizes = tuple[int, ...]
-CHUNK_BYTES = 1 << 20  # of rows that pass pointwise blocks together: a second-level cache holds them
+CHUNK_BYTES = 4 << 20  # of rows that pass pointwise blocks together: a share of the last-level cache
 
 
 class Product(nn.Module):
@@ -236,13 +237,12 @@ class PointwiseRun(nn.Module):
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
         """Apply, or undo."""
-        row_bytes = rows.shape[1] * rows.element_size()
-        stretch = max(256, CHUNK_BYTES // row_bytes)
         # Graphs get no loop over a length that they must not depend on; bfloat16 products prefer many rows.
         whole = torch.compiler.is_compiling() or rows.is_cuda or rows.element_size() < 4
-        if whole or rows.shape[0] <= 2 * stretch:
+        parts = 1 if whole else math.ceil(rows.numel() * rows.element_size() / CHUNK_BYTES)
+        if parts <= 1:
             return rows, self._run(rows, sizes, cond, inverse)
-        log_dets = [self._run(part, (part.shape[0],), cond, inverse) for part in rows.split(stretch)]
+        log_dets = [self._run(part, (part.shape[0],), cond, inverse) for part in rows.chunk(parts)]
         return rows, None if log_dets[0] is None else torch.cat(log_dets)
 
     def _run(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, inverse: bool) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from usf_kernels import _core
 from usf_kernels.ops.checks import compute_dtype
 
-WORTH_THREADS = 1 << 18  # elements; below, starting threads takes longer than they save
+WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
 
 
 def select(rows: Tensor, index: Tensor) -> Tensor:
