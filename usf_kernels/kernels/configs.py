@@ -21,6 +21,9 @@ from usf_kernels.kernels.launch import cdiv, is_recording, warp_size
 
 Config = dict[str, int]
 Result = TypeVar("Result")
+# Products whose matrix has both sides at least this long are the vendor's. Unmeasured: below, applying a
+# matrix is limited by memory on a large GPU, or nearly so.
+VENDOR_CHANNELS = {"ieee": 128, "tf32": 512, "half": 512}
 AUTOTUNE = os.environ.get("USF_AUTOTUNE") == "1"
 
 

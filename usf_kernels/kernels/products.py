@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from usf_kernels.kernels.accounting import Work, product_cases
-from usf_kernels.kernels.configs import Config, pick
+from usf_kernels.kernels.configs import VENDOR_CHANNELS, Config, pick
 from usf_kernels.kernels.launch import (
     INTERPRETED,
     Case,
@@ -32,10 +32,6 @@ from usf_kernels.kernels.launch import (
     warp_size,
 )
 from usf_kernels.kernels.layout import View, empty_output
-
-# Products whose matrix has both sides at least this long are the vendor's. Unmeasured: below, applying a
-# matrix is limited by memory on a large GPU, or nearly so.
-VENDOR_CHANNELS = {"ieee": 128, "tf32": 512, "half": 512}
 
 
 def product_precision() -> str:
