@@ -105,6 +105,8 @@ def depth(rows: Rows) -> Figure | None:
         return None
     same = ("channels", "side", "kernel", "batch")
     curve = [r for r in rows if all(r[name] == deepest[name] for name in same)]
+    if len({r["depth"] for r in curve}) < 2:
+        return None
     lines = {
         "anomalib": ("anomalib", PEER_COLOUR),
         "additive, LU": ("ours", SECOND),
