@@ -14,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("lightning")
 
-from toy import NoisyImages, ToyFlow, train, train_rank
+from toy import NoisyImages, ToyFlow, train, train_rank, train_slowly
 
 from usf_kernels import files, sampling
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
@@ -99,7 +99,7 @@ def test_finished_run_resumes_to_its_result_without_training(tmp_path):
 def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path, reference, processes):
     moments, kills, child, steps = random.Random(0), 0, None, []
     for _ in range(40):
-        child = processes.Process(target=train, args=(tmp_path,), kwargs={"resume": True})
+        child = processes.Process(target=train_slowly, args=(tmp_path,))
         child.start()
         begun = time.monotonic()
         before = (tmp_path / "last.pt").stat().st_mtime_ns if (tmp_path / "last.pt").exists() else 0

@@ -1,6 +1,7 @@
 """A model and data with the contract of the real ones, small enough to train in milliseconds."""
 
 import os
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,6 +91,8 @@ class BrightRegion:
 class NoisyImages(Dataset):
     """Images with augmentation noise from the global generator, as torchvision's transforms have it."""
 
+    pause = 0.0  # seconds that an image takes
+
     def __init__(self, count, seed=0, noise=0.1):
         self.images = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
         self.noise = noise
@@ -98,6 +101,7 @@ class NoisyImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
+        time.sleep(self.pause)
         return self.images[index] + self.noise * torch.randn(3, 4, 4)
 
 
@@ -121,3 +125,9 @@ def train_rank(rank, port, run_dir, **options):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     train(run_dir, devices=2, **options)
+
+
+def train_slowly(run_dir):
+    """`train` with resume, in a process of its own and with time to be killed in."""
+    NoisyImages.pause = 0.005
+    train(run_dir, resume=True)
