@@ -11,6 +11,34 @@
 
 namespace usf {
 
+// The indices [0, count), handed out to whoever asks, and the first failure.
+class SharedWork {
+public:
+    explicit SharedWork(std::int64_t count) : count_(count) {}
+
+    // Calls task(i) for indices that nobody else has, until none is left. Does not throw.
+    template <class Task>
+    void help(Task&& task) {
+        try {
+            for (std::int64_t i; (i = next_.fetch_add(1)) < count_;) task(i);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            if (!failure_) failure_ = std::current_exception();
+            next_ = count_;
+        }
+    }
+    // Once everybody is back.
+    void rethrow() const {
+        if (failure_) std::rethrow_exception(failure_);
+    }
+
+private:
+    const std::int64_t count_;
+    std::atomic<std::int64_t> next_{0};
+    std::exception_ptr failure_;
+    std::mutex mutex_;
+};
+
 // Calls task(worker, i) once for every i in [0, count). `worker` in [0, threads) names the scratch space that
 // the call may use. Which worker runs which i is not fixed, so a task must not let it show in its result.
 template <class Task>
@@ -20,23 +48,13 @@ void parallel_for(std::int64_t count, int threads, Task&& task) {
         for (std::int64_t i = 0; i < count; ++i) task(0, i);
         return;
     }
-    std::atomic<std::int64_t> next{0};
-    std::exception_ptr failure;
-    std::mutex failure_mutex;
-    const auto run = [&](int worker) {
-        try {
-            for (std::int64_t i; (i = next.fetch_add(1)) < count;) task(worker, i);
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(failure_mutex);
-            if (!failure) failure = std::current_exception();
-            next = count;
-        }
-    };
+    SharedWork work(count);
+    const auto run = [&](int worker) { work.help([&](std::int64_t i) { task(worker, i); }); };
     std::vector<std::thread> pool;
     for (int worker = 1; worker < workers; ++worker) pool.emplace_back(run, worker);
     run(0);
     for (std::thread& thread : pool) thread.join();
-    if (failure) std::rethrow_exception(failure);
+    work.rethrow();
 }
 
 // Calls body(i) for every i in [0, count), a stretch of neighbours at a time.

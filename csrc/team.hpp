@@ -1,10 +1,9 @@
 // Short loops over threads that are there already.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
-#include <exception>
-#include <mutex>
+
+#include "parallel.hpp"
 
 #ifdef __linux__
 #include <dlfcn.h>
@@ -37,21 +36,11 @@ void team_for(std::int64_t count, int threads, Task&& task) {
         for (std::int64_t i = 0; i < count; ++i) task(i);
         return;
     }
-    std::atomic<std::int64_t> next{0};
-    std::exception_ptr failure;
-    std::mutex failure_mutex;
-    auto run = [&] {
-        try {
-            for (std::int64_t i; (i = next.fetch_add(1)) < count;) task(i);
-        } catch (...) {  // it must not leave the region
-            const std::lock_guard<std::mutex> lock(failure_mutex);
-            if (!failure) failure = std::current_exception();
-            next = count;
-        }
-    };
-    parallel([](void* work) { (*static_cast<decltype(run)*>(work))(); }, &run, static_cast<unsigned>(threads),
+    SharedWork work(count);
+    auto run = [&] { work.help(task); };  // what it throws must not leave the region
+    parallel([](void* help) { (*static_cast<decltype(run)*>(help))(); }, &run, static_cast<unsigned>(threads),
              0);
-    if (failure) std::rethrow_exception(failure);
+    work.rethrow();
 }
 
 }  // namespace usf

@@ -18,6 +18,8 @@ from usf_kernels.ops.checks import count_positions
 from usf_kernels.ops.reference import apply_matrix
 from usf_kernels.ops.step import coupling_step
 
+_ORDERS = ("_order", "_inverse_order")  # buffers that a replaced block has beside its own
+
 
 class AllInOneMixin:
     """In front of `AllInOneBlock` in a class's bases: the same function, parameters and checkpoints.
@@ -28,26 +30,28 @@ class AllInOneMixin:
 
     def begin_fast(self) -> None:
         """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
-        self.register_buffer("_order", None, persistent=False)
+        for name in _ORDERS:
+            self.register_buffer(name, None, persistent=False)
         self._find_order()
 
     def end_fast(self) -> None:
         """Leave nothing behind."""
-        del self._buffers["_order"]
-        self._non_persistent_buffers_set.discard("_order")
+        for name in _ORDERS:
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
 
     def _load_from_state_dict(self, *args: object, **options: object) -> None:
         super()._load_from_state_dict(*args, **options)
         self._find_order()
 
     def _find_order(self) -> None:
-        """`_order` is the permutation as an index, None where it is a general rotation."""
-        self._order = None
+        """The permutation as indices, both ways; None where it is a general rotation."""
+        self._order = self._inverse_order = None
         if not self.householder:
             weight = self.w_perm.detach().flatten(1)
             index = weight.argmax(1)
             if torch.equal(weight, torch.eye(len(weight), device=weight.device, dtype=weight.dtype)[index]):
-                self._order = index
+                self._order, self._inverse_order = index, torch.argsort(index)
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
@@ -68,13 +72,13 @@ class AllInOneMixin:
     ) -> tuple[Tensor, Tensor]:
         order, split = self._order, self.splits[0]
         if self.reverse_pre_permute and not rev:
-            x = x.index_select(1, torch.argsort(order))
+            x = x.index_select(1, self._inverse_order)
         passive = x[:, :split]
         if rev:
-            passive = x.index_select(1, torch.argsort(order)[:split])
+            passive = x.index_select(1, self._inverse_order[:split])
             shape = (-1, *[1] * self.input_rank)
             passive = (passive - offset[:split].view(shape)) / scale[:split].view(shape)
-        params = self.subnet(torch.cat([passive, *c], dim=1) if c else passive)
+        params = self._params(passive, c)
         y, log_det = coupling_step(
             x,
             params,
@@ -95,14 +99,16 @@ class AllInOneMixin:
             x = apply_matrix(rotation.mT / scale[:, None], x, -offset / scale)
         elif self.reverse_pre_permute:
             x = apply_matrix(rotation.mT, x, None)
-        passive = x[:, :split]
-        params = self.subnet(torch.cat([passive, *c], dim=1) if c else passive)
+        params = self._params(x[:, :split], c)
         y, log_det = affine_coupling(x, params, split=split, clamp=self.clamp, inverse=rev)
         if not rev:
             y = apply_matrix(rotation * scale, y, rotation @ offset)
         elif self.reverse_pre_permute:
             y = apply_matrix(rotation, y, None)
         return y, log_det
+
+    def _params(self, passive: Tensor, c: list[Tensor]) -> Tensor:
+        return self.subnet(torch.cat([passive, *c], dim=1) if c else passive)
 
     def _rotation(self) -> Tensor:
         """(C, C), orthogonal."""

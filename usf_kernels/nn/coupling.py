@@ -56,6 +56,22 @@ def _join(grad_first: Tensor, grad_all: Tensor, split: int) -> Tensor:
     return torch.cat([first + grad_first, rest], dim=1)
 
 
+def check_condition(x: Tensor, cond: Tensor | None, channels: int) -> None:
+    """Raise unless `cond` is a condition of so many channels for the input `x`; None where there are none."""
+    if channels == 0:
+        if cond is not None:
+            raise ValueError("cond: expected None because cond_channels is 0, found a condition")
+        return
+    if cond is None:
+        raise ValueError(f"cond: expected a tensor with {channels} channels, found None")
+    check_features("cond", cond, channels)
+    if cond.shape[0] not in (1, x.shape[0]) or cond.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"cond: expected batch size 1 or {x.shape[0]} and spatial size {tuple(x.shape[2:])} as x, "
+            f"found shape {tuple(cond.shape)}"
+        )
+
+
 class Conditioned(Fusible, nn.Module):
     """A module with a conditioner: a subnet of `inputs` channels, and the condition's, to `outputs`."""
 
@@ -80,27 +96,14 @@ class Conditioned(Fusible, nn.Module):
 
     def condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """The conditioner's output for its input x."""
-        if self.cond_channels > 0:
-            inputs = torch.cat([x, self._check_cond(x, cond).to(x.dtype)], dim=1)
-        elif cond is not None:
-            raise ValueError("cond: expected None because cond_channels is 0, found a condition")
-        else:
-            inputs = x
+        check_condition(x, cond, self.cond_channels)
+        inputs = x
+        if cond is not None:
+            inputs = torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:]).to(x.dtype)], dim=1)
         output = self.subnet(inputs)
         expected = (x.shape[0], self.outputs, *x.shape[2:])
         check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
         return output
-
-    def _check_cond(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        if cond is None:
-            raise ValueError(f"cond: expected a tensor with {self.cond_channels} channels, found None")
-        check_features("cond", cond, self.cond_channels)
-        if cond.shape[0] not in (1, x.shape[0]) or cond.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"cond: expected batch size 1 or {x.shape[0]} and spatial size {tuple(x.shape[2:])} as x, "
-                f"found shape {tuple(cond.shape)}"
-            )
-        return cond.expand(x.shape[0], *cond.shape[1:])
 
     def extra_repr(self) -> str:
         """Channels and the condition's channels, for print."""

@@ -17,6 +17,7 @@ from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.flow import FlowSequence, FlowStep
 from usf_kernels.nn.linear import LUConv1x1, Permutation
 from usf_kernels.nn.usf_block import CheckerboardCoupling, USFBlock
+from usf_kernels.ops.reference import lu_matrix
 
 WIDE = torch.float64
 
@@ -120,10 +121,8 @@ def _wide(values: Tensor) -> Tensor:
 
 def _lu_map(layer: LUConv1x1) -> LinearMap:
     lower, upper, bias = layer.factors()
-    lower, upper = _wide(lower).tril(-1), _wide(upper).triu()
-    channels = len(lower)
-    bias = torch.zeros(channels, dtype=WIDE) if bias is None else _wide(bias)
-    return LinearMap(lower @ upper + upper, bias)
+    bias = torch.zeros(layer.channels, dtype=WIDE) if bias is None else _wide(bias)
+    return LinearMap(lu_matrix(_wide(lower), _wide(upper)), bias)
 
 
 def alternate(flow: Sequence[LinearMap | Coupling]) -> tuple[list[LinearMap], list[Coupling]]:

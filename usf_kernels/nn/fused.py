@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.capture import CapturedCall
-from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
+from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, check_condition
 from usf_kernels.nn.folding import Coupling, LinearMap, alternate, parts
 from usf_kernels.nn.fused_blocks import (
     AdditiveBlock,
@@ -48,9 +48,8 @@ class FusedFlow(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.channels, self.cond_channels = channels, cond_channels
-        self.log_det_per_position = (
-            log_det  # of the linear maps; a Python float keeps its digits in any dtype
-        )
+        # Of the linear maps; a Python float keeps its digits in any dtype.
+        self.log_det_per_position = log_det
         self.register_buffer("_like", torch.zeros(()), persistent=False)
         self.eval().requires_grad_(False)
 
@@ -101,7 +100,7 @@ class FusedFlow(nn.Module):
     def _run(
         self, x: Tensor, cond: Tensor | None, stages: Sequence[nn.Module], *, inverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        self._check_cond(x, cond)
+        check_condition(x, cond, self.cond_channels)
         sizes = (x.shape[0], *x.shape[2:])
         copy = not len(stages) or stages[0].in_place  # x belongs to the caller
         rows = x.movedim(1, -1).to(self.dtype, copy=copy, memory_format=torch.contiguous_format)
@@ -110,20 +109,6 @@ class FusedFlow(nn.Module):
             rows, log_det = stage(rows, sizes, cond, inverse=inverse)
             total = add_log_dets(total, log_det)
         return rows, total
-
-    def _check_cond(self, x: Tensor, cond: Tensor | None) -> None:
-        if self.cond_channels == 0:
-            if cond is not None:
-                raise ValueError("cond: expected None because cond_channels is 0, found a condition")
-            return
-        if cond is None:
-            raise ValueError(f"cond: expected a tensor with {self.cond_channels} channels, found None")
-        check_features("cond", cond, self.cond_channels)
-        if cond.shape[0] not in (1, x.shape[0]) or cond.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"cond: expected batch size 1 or {x.shape[0]} and spatial size {tuple(x.shape[2:])} as x, "
-                f"found shape {tuple(cond.shape)}"
-            )
 
     def extra_repr(self) -> str:
         """Channels and dtype, for print."""
@@ -145,13 +130,12 @@ def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
         TypeError: a dtype that is not floating, a module that is not one of `usf_kernels.nn`.
         ValueError: a flow without any map or coupling.
     """
-    parameter = next((t for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()), None)
-    own = torch.float32 if parameter is None else parameter.dtype
-    dtype = own if dtype is None else dtype
+    tensors = (*flow.parameters(), *flow.buffers())
+    if dtype is None:
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
-    device = next((t.device for t in (*flow.parameters(), *flow.buffers())), None)
-    return fuse_parts(list(parts(flow)), dtype, device)
+    return fuse_parts(list(parts(flow)), dtype, next((t.device for t in tensors), None))
 
 
 def fuse_parts(

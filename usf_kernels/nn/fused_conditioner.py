@@ -208,13 +208,12 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
 
 def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> list[nn.Module]:
     """`leave` behind, inside the last layer where that costs nothing, but as nn.Linear if `as_matrix`."""
-    last = layers[-1] if layers else None
-    if isinstance(last, nn.Linear) and _is_linear(last) and _pays(leave.matrix, last.weight):
-        bias = leave.bias if last.bias is None else leave.matrix @ last.bias + leave.bias
+    last = layers[-1] if layers and _is_linear(layers[-1]) else None
+    bias = leave.bias if last is None or last.bias is None else leave.matrix @ last.bias + leave.bias
+    if isinstance(last, nn.Linear) and _pays(leave.matrix, last.weight):
         return [*layers[:-1], _linear(leave.matrix @ last.weight, bias)]
-    convolves = last is not None and not isinstance(last, nn.Linear) and _is_linear(last)
+    convolves = last is not None and not isinstance(last, nn.Linear)
     if convolves and leave.selection is not None and not as_matrix:
-        bias = leave.bias if last.bias is None else leave.matrix @ last.bias + leave.bias
         last.weight = nn.Parameter(torch.einsum("jo,oi...->ji...", leave.matrix, last.weight))
         last.bias = nn.Parameter(bias)
         last.out_channels = len(bias)
