@@ -1,0 +1,140 @@
+"""Rows of runs that take seconds to minutes each: kept as they come, so that a run cut short goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from bench.measure import usable_cores
+from usf_kernels.cli.options import progress
+from usf_kernels.files import atomic_write
+
+RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+
+Row = dict[str, str]
+Job = Mapping[str, str]
+Measure = Callable[[Job], Sequence[Mapping[str, object]]]  # values of one or several rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A CSV file with the rows of finished jobs.
+
+    A job is the columns that identify it and those of its settings. It is finished when the file has rows
+    that agree with all of them; rows of the same job with other settings give way to new ones.
+
+    Attributes:
+        path: of the file; it and its folder need not exist.
+        keys: columns that identify a job.
+        settings: columns of what decides its result besides; "quick" or the number of epochs, for example.
+        values: columns of the result.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    settings: tuple[str, ...]
+    values: tuple[str, ...]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All columns, in the order of the file."""
+        return self.keys + self.settings + self.values
+
+    def read(self) -> list[Row]:
+        """All rows; none if there is no such file.
+
+        Raises:
+            ValueError: when it has other columns.
+        """
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        if tuple(reader.fieldnames or ()) != self.fields:
+            raise ValueError(
+                f"{self.path}: expected the columns {', '.join(self.fields)}, found {reader.fieldnames}"
+            )
+        return rows
+
+    def finished(self, job: Job) -> bool:
+        """Whether the file has the rows of this job with these settings."""
+        return any(all(row[name] == value for name, value in job.items()) for row in self.read())
+
+    def put(self, job: Job, results: Sequence[Mapping[str, object]]) -> None:
+        """Write a job's rows in the place of those that the file has of it; the old file or the new survives.
+
+        Floats are written with six digits.
+        """
+        kept = [row for row in self.read() if any(row[key] != job[key] for key in self.keys)]
+        fresh = [{**job, **{name: _cell(value) for name, value in result.items()}} for result in results]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *fresh])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.path, durable=False) as file:
+            file.write(text.getvalue().encode())
+
+
+def complete(rows: Rows, jobs: Sequence[Job], measure: Measure, *, title: str, workers: int = 1) -> None:
+    """Measure the jobs that are not finished, write each one's rows at once, and show how far it is.
+
+    Args:
+        rows: where the results go.
+        jobs: all of them; finished ones are skipped.
+        measure: gives the rows of a job; with several workers a function of a module, to be pickled.
+        title: of the bar and of the lines that are printed.
+        workers: processes, each with its share of the cores; with one, everything happens in this process.
+
+    Raises:
+        whatever `measure` raises; jobs that had finished by then are kept.
+    """
+    left = [job for job in jobs if not rows.finished(job)]
+    if len(left) < len(jobs):
+        print(f"{title}: {len(jobs) - len(left)} of {len(jobs)} are in {rows.path} already")
+    with progress(len(left), title) as advance:
+        for done, (job, results) in enumerate(_results(left, measure, workers), 1):
+            rows.put(job, results)
+            print(f"[{done}/{len(left)}] {title}: {', '.join(job[key] for key in rows.keys)}", flush=True)
+            advance()
+
+
+def _results(
+    jobs: Sequence[Job], measure: Measure, workers: int
+) -> Iterator[tuple[Job, Sequence[Mapping[str, object]]]]:
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        for job in jobs:
+            yield job, measure(job)
+        return
+    threads = max(1, usable_cores() // workers)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited by the workers before they load PyTorch
+    try:
+        with ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        ) as pool:
+            running = {pool.submit(measure, job): job for job in jobs}
+            try:
+                for future in as_completed(running):
+                    yield running[future], future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after an error, start nothing more
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _cell(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
