@@ -1,8 +1,17 @@
 """Reference models: frozen backbones, normalizing flows on their features, and the baseline beside them."""
 
 from usf_kernels.models.backbones import Backbone, create_backbone
+from usf_kernels.models.cflow import CFlow
 from usf_kernels.models.fastflow import FastFlow
 from usf_kernels.models.mahalanobis import Mahalanobis
 from usf_kernels.models.scoring import Prediction, image_score
 
-__all__ = ["Backbone", "FastFlow", "Mahalanobis", "Prediction", "create_backbone", "image_score"]
+__all__ = [
+    "Backbone",
+    "CFlow",
+    "FastFlow",
+    "Mahalanobis",
+    "Prediction",
+    "create_backbone",
+    "image_score",
+]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.mahalanobis import moments
 from usf_kernels.models.scoring import Prediction, fit_null, predict
-from usf_kernels.nn import ActNorm, LUConv1x1
+from usf_kernels.nn import ActNorm, FlowStep, LUConv1x1
 from usf_kernels.ops import squared_norm
 from usf_kernels.segmentation import Null
 
@@ -30,26 +30,22 @@ class FeatureFlow(nn.Module):
     Args:
         backbone: from `create_backbone`.
         options: the other arguments of the subclass, as plain JSON values; `noise` must be among them.
-        latent_channels: of each latent map, one per scale; None for the backbone's.
+
+    Attributes:
+        latent_channels: of each latent map; the backbone's, where a subclass does not say otherwise.
 
     Raises:
         TypeError, ValueError: for a bad argument.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        options: Mapping[str, Any],
-        latent_channels: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, backbone: Backbone, *, options: Mapping[str, Any]) -> None:
         super().__init__()
         if not isinstance(backbone, Backbone):
             raise TypeError(f"backbone: expected one from create_backbone, found {type(backbone).__name__}")
         if not options["noise"] >= 0:
             raise ValueError(f"noise: expected 0 or more, found {options['noise']!r}")
         self.backbone = backbone
-        self.latent_channels = tuple(backbone.channels if latent_channels is None else latent_channels)
+        self.latent_channels = tuple(backbone.channels)
         self.options = dict(options)
         self.fused = False
         # One (scale, dof) per scale; NaN until `calibrate`. A buffer, so that checkpoints hold it.
@@ -64,6 +60,10 @@ class FeatureFlow(nn.Module):
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
         """Latents and log-determinant; noise of this standard deviation is put on whitened features."""
         raise NotImplementedError
+
+    def _training_transform(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """What the loss of a training step sees: with noise."""
+        return self._transform(features, self.options["noise"])
 
     def _fuse_flows(self, dtype: torch.dtype | None) -> None:
         """Replace the flows by their inference forms, in place."""
@@ -128,7 +128,10 @@ class FeatureFlow(nn.Module):
         self._check(features)
         if self.fused:
             raise TypeError("loss: expected a model to train, found its inference form (`fuse`)")
-        latents, log_det = self._transform(features, self.options["noise"] if self.training else 0.0)
+        if self.training:
+            latents, log_det = self._training_transform(features)
+        else:
+            latents, log_det = self._transform(features, 0.0)
         energy = sum(0.5 * z.square().flatten(1).sum(1) for z in latents)
         return ((energy - log_det) / sum(z[0].numel() for z in latents)).mean()
 
@@ -193,7 +196,7 @@ class FeatureFlow(nn.Module):
         training = self.training
         self.eval()
         try:
-            latents, _ = self.latents(self.features(batch) if features is None else features)
+            latents = self._scored_latents(self.features(batch) if features is None else features)
         finally:
             self.train(training)
         return predict(latents, tuple(batch.shape[-2:]), null=self.null, **options)
@@ -203,16 +206,22 @@ class FeatureFlow(nn.Module):
         self.eval()
         parts = []
         for start in range(0, len(features[0]), batch_size):
-            latents, _ = self.latents([maps[start : start + batch_size] for maps in features])
+            latents = self._scored_latents([maps[start : start + batch_size] for maps in features])
             parts.append([squared_norm(z) for z in latents])
         self.train(training)
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
-    def _check(self, features: Sequence[Tensor]) -> None:
+    def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The latents where there are features; a subclass may have extended its maps beyond them."""
+        latents, _ = self.latents(features)
+        sizes = [maps.shape[2:] for maps in features]
+        return [z[..., :height, :width] for z, (height, width) in zip(latents, sizes, strict=True)]
+
+    def _check(self, features: Sequence[Tensor], name: str = "features") -> None:
         found = [maps.shape[1] if maps.ndim == 4 else tuple(maps.shape) for maps in features]
         if found != list(self.backbone.channels):
             raise ValueError(
-                f"features: expected maps with {list(self.backbone.channels)} channels, found {found}"
+                f"{name}: expected maps with {list(self.backbone.channels)} channels, found {found}"
             )
 
 
@@ -220,6 +229,41 @@ def check_linear(linear: str) -> None:
     """Raise unless it names a linear map of these models."""
     if linear not in ("lu", "permutation"):
         raise ValueError(f"linear: expected 'lu' or 'permutation', found {linear!r}")
+
+
+def glow_steps(
+    channels: int,
+    *,
+    coupling: str,
+    linear: str,
+    steps: int,
+    hidden_ratio: float,
+    kernels: Sequence[int],
+    clamp: float,
+) -> list[FlowStep]:
+    """Steps with convolutional conditioners, whose kernels repeat: what FastFlow and U-Flow are made of.
+
+    Raises:
+        ValueError: for a bad argument.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps: expected a whole number, 0 or more, found {steps!r}")
+    check_linear(linear)
+    if not hidden_ratio > 0:
+        raise ValueError(f"hidden_ratio: expected a positive number, found {hidden_ratio!r}")
+    if not kernels or any(size < 1 or size % 2 == 0 for size in kernels):
+        raise ValueError(f"kernels: expected odd sizes, at least one, found {kernels!r}")
+    return [
+        FlowStep(
+            channels,
+            subnet=convolutional_subnet(kernels[i % len(kernels)], hidden_ratio),
+            coupling=coupling,
+            linear=linear,
+            clamp=clamp,
+            act_norm=linear == "permutation",  # an LU map has scales and a bias of its own
+        )
+        for i in range(steps)
+    ]
 
 
 def entry_map(channels: int, linear: str) -> LUConv1x1 | ActNorm:

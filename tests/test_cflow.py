@@ -1,0 +1,248 @@
+"""CFlow: likelihood, encoding, stretches of positions, sampling, inference form, checkpoint contract."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_fastflow import Pyramid, perturbed
+
+from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
+from usf_kernels.models import Backbone, CFlow, Mahalanobis, create_backbone
+from usf_kernels.models.cflow import in_stretches, positional_encoding
+
+VARIANTS = [("additive", "lu"), ("affine", "permutation"), ("affine", "lu"), ("additive", "permutation")]
+
+
+@pytest.fixture
+def backbone():
+    return Backbone(Pyramid(), {"name": "pyramid"}, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(6, 3, 16, 24)
+
+
+def cflow(backbone, images, **options):
+    """Small, initialised, and with couplings that do something; in evaluation mode."""
+    options = {"steps": 3, "encoding_channels": 8} | options
+    model = CFlow(backbone, **options)
+    model.initialize(model.features(images))
+    return perturbed(model)
+
+
+@given(st.integers(1, 8).map(lambda n: 4 * n), st.integers(0, 9), st.integers(0, 9))
+def test_positional_encoding_is_its_formula(channels, height, width):
+    found = positional_encoding(channels, height, width, like=torch.zeros((), dtype=torch.float64))
+    assert found.shape == (channels, height, width)
+    half = channels // 2
+    for channel in range(channels):
+        wave = math.cos if channel % 2 else math.sin
+        frequency = 10000 ** (-((channel % half) // 2 * 2) / half)
+        for row in range(height):
+            for column in range(width):
+                place = column if channel < half else row
+                assert found[channel, row, column].item() == pytest.approx(wave(place * frequency), abs=1e-12)
+
+
+def test_positional_encoding_takes_dtype_and_device():
+    assert positional_encoding(4, 2, 3).dtype == torch.float32
+    narrow = positional_encoding(128, 200, 2, like=torch.zeros(1, dtype=torch.bfloat16))
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, positional_encoding(128, 200, 2).bfloat16())  # rounded at the end only
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
+def test_log_det_is_that_of_the_jacobian(backbone, images, coupling, linear):
+    model = cflow(backbone, images, coupling=coupling, linear=linear).double()
+    features = [maps[:1, :, :2, :3].double() for maps in model.features(images.double())]
+    _, log_det = model.latents(features)
+    expected = 0.0
+    for i, maps in enumerate(features):
+        others = features[:i], features[i + 1 :]
+
+        def scale(x, i=i, others=others):
+            return model.latents([*others[0], x, *others[1]])[0][i].flatten()
+
+        jacobian = torch.func.jacrev(scale)(maps).reshape(maps.numel(), maps.numel())
+        expected += torch.linalg.slogdet(jacobian)[1]
+        # A latent depends on the features of its own position alone.
+        positions = jacobian.view(maps.shape[1], -1, maps.shape[1], maps.shape[2] * maps.shape[3])
+        assert not positions[:, 0, :, 1].any()
+        assert positions[:, 1, :, 1].any()
+    assert log_det.shape == (() if coupling == "additive" else (1,))
+    assert log_det.item() == pytest.approx(expected.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_inverse_undoes_forward(backbone, images, coupling, linear, fused):
+    model = cflow(backbone, images, coupling=coupling, linear=linear).double()
+    features = model.features(images.double())
+    model = model.fuse() if fused else model
+    latents, log_det = model.latents(features)
+    model.train(not fused)  # the mode changes nothing
+    back, inverse_log_det = model.inverse(latents)
+    for found, expected in zip(back, features, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+
+
+def test_the_place_matters(backbone, images):
+    model = cflow(backbone, images)
+    maps = [torch.ones_like(maps[:1]) for maps in model.features(images)]
+    first, second = model.latents(maps)[0]
+    for z in (first, second):
+        assert not torch.allclose(z[..., 0, 0], z[..., 0, 1])
+        assert not torch.allclose(z[..., 0, 0], z[..., 1, 0])
+
+
+def test_untrained_flow_scores_as_the_mahalanobis_distance(backbone):
+    images = torch.rand(24, 3, 16, 24)
+    features = backbone(images)
+    model = CFlow(backbone, steps=4).eval().initialize(features, shrinkage=1e-4)
+    baseline = Mahalanobis(backbone).fit(features, shrinkage=1e-4)
+    assert torch.allclose(model.predict(images).score, baseline.predict(images).score, atol=1e-5)
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS[:2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_results_do_not_depend_on_the_memory_budget(backbone, images, coupling, linear, fused):
+    def latents(budget):
+        torch.manual_seed(1)
+        model = cflow(backbone, images, coupling=coupling, linear=linear, memory_budget=budget)
+        features = model.features(images)
+        model = model.fuse() if fused else model
+        with torch.no_grad():
+            return model.latents(features)
+
+    whole, log_det = latents(1 << 30)
+    for budget in (1, 5000, 40_000):  # one position at a time, a few, whole images
+        parts, parts_log_det = latents(budget)
+        for found, expected in zip(parts, whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parts_log_det, log_det, rtol=1e-5, atol=1e-4)
+
+
+@given(st.integers(0, 4), st.integers(0, 4), st.integers(1, 4), st.integers(1, 30))
+def test_stretches_cover_everything_once_and_are_short(batch, height, width, positions):
+    maps, encoding = torch.randn(batch, 3, height, width), torch.randn(1, 3, height, width)
+    seen = []
+
+    def call(x, cond):
+        seen.append(x.shape[0] * x.shape[2] * x.shape[3])
+        return x + cond, (x * cond).flatten(1).sum(1)
+
+    with torch.no_grad():
+        z, log_det = in_stretches(call, maps, encoding, positions)
+    assert torch.equal(z, maps + encoding)
+    torch.testing.assert_close(log_det, (maps * encoding).flatten(1).sum(1))
+    assert sum(seen) == batch * height * width
+    assert max(seen) <= positions
+
+
+def test_a_sampled_loss_is_an_estimate_of_the_whole(backbone):
+    images = torch.rand(4, 3, 16, 24)
+    whole = cflow(backbone, images, noise=0.0).train()
+    sampled = cflow(backbone, images, noise=0.0, position_share=0.25).train()
+    sampled.load_state_dict(whole.state_dict())
+    features = whole.features(images)
+    expected = whole.loss(features).item()
+    losses = torch.tensor([sampled.loss(features).item() for _ in range(200)])
+    assert losses.std() > 0
+    assert abs(losses.mean() - expected) < 4 * losses.std() / 200**0.5
+    assert sampled.eval().loss(features).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS[:2])
+def test_everything_trainable_learns_and_the_likelihood_is_bounded(backbone, images, coupling, linear):
+    model = CFlow(backbone, coupling=coupling, linear=linear, steps=2, encoding_channels=8)
+    features = model.features(images)
+    model.initialize(features).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    first = model.loss(features).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model.loss(features)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first
+    assert all(0.5 < value < 1.2 for value in model.mean_square(features))
+    for name, parameter in model.named_parameters():
+        if not name.startswith("backbone."):
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_score_depends_on_its_own_image_only(backbone, images):
+    model = cflow(backbone, images)
+    model.calibrate(model.features(images))
+    together = model.predict(torch.cat([images[:3], 10 * images[3:6]]))
+    for i in range(3):
+        alone = model.predict(images[i : i + 1])
+        assert torch.allclose(alone.score, together.score[i : i + 1], atol=1e-6)
+        assert torch.allclose(alone.anomaly_map, together.anomaly_map[i : i + 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_the_inference_form_is_the_same(backbone, images, coupling, linear, dtype, tolerance):
+    model = cflow(backbone, images, coupling=coupling, linear=linear).to(dtype)
+    fused = model.fuse()
+    for batch in (images, images[:1], images[..., :8], images):  # the map's size changes, and comes back
+        features = model.features(batch.to(dtype))
+        (expected, log_det), (found, fused_log_det) = model.latents(features), fused.latents(features)
+        torch.testing.assert_close(fused_log_det, log_det, rtol=tolerance, atol=10 * tolerance)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_config_and_state_rebuild_the_model(tmp_path):
+    options = {"coupling": "affine", "steps": 2, "hidden_ratio": 0.5, "encoding_channels": 12, "clamp": 1.5}
+    options |= {"noise": 0.1, "position_share": 0.5, "memory": "standard", "memory_budget": 1 << 20}
+    images = torch.rand(4, 3, 64, 64)
+    first = cflow(create_backbone(out_indices=(1, 2)), images, **options)
+    first.calibrate(first.features(images))
+    assert json.loads(json.dumps(first.config)) == first.config
+    assert {key: first.config[key] for key in options} == options
+    save_checkpoint(tmp_path / "model.pt", first)
+    again = load_checkpoint(tmp_path / "model.pt")
+    assert isinstance(again, CFlow)
+    assert again.config == first.config
+    assert again.null == first.null
+    for ours, theirs in zip(again.predict(images)[:4], first.predict(images)[:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coupling": "rational"}, "coupling.*'rational'"),
+        ({"linear": "none"}, "linear.*'none'"),
+        ({"steps": -1}, "steps.*-1"),
+        ({"hidden_ratio": 0.0}, "hidden_ratio.*0"),
+        ({"encoding_channels": 6}, "encoding_channels.*multiple of 4.*6"),
+        ({"encoding_channels": 0}, "encoding_channels.*0"),
+        ({"position_share": 0.0}, "position_share.*0"),
+        ({"position_share": 1.5}, "position_share.*1.5"),
+        ({"memory_budget": 0}, "memory_budget.*0"),
+        ({"noise": float("nan")}, "noise.*nan"),
+    ],
+)
+def test_wrong_options_are_named(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        CFlow(backbone, **options)
+
+
+def test_wrong_inputs_are_named(backbone, images):
+    model = cflow(backbone, images)
+    with pytest.raises(TypeError, match=r"steps.*float"):
+        CFlow(backbone, steps=1.5)
+    with pytest.raises(ValueError, match=r"features.*\[5, 8\].*\[5\]"):
+        model.loss(model.features(images)[:1])
+    with pytest.raises(ValueError, match=r"latents.*\[5, 8\].*\[8, 5\]"):
+        model.inverse(model.features(images)[::-1])
+    with pytest.raises(TypeError, match="loss: expected a model to train"):
+        model.fuse().loss(images)

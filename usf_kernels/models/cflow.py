@@ -1,0 +1,245 @@
+"""CFlow, in its original affine form and as a uniformly scaling flow.
+
+D. Gudovskiy, S. Ishizaka, K. Kozuka, "CFLOW-AD: Real-Time Unsupervised Anomaly Detection with Localization
+via Conditional Normalizing Flows", arXiv:2107.12571; uniformly scaling flows: arXiv:2510.09452.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.models.backbones import Backbone
+from usf_kernels.models.feature_flow import (
+    FeatureFlow,
+    add_noise,
+    check_linear,
+    convolutional_subnet,
+    entry_map,
+)
+from usf_kernels.nn import ActNorm, FlowSequence, FlowStep, LUConv1x1
+from usf_kernels.ops.checks import check_int, compute_dtype
+
+Part = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class CFlow(FeatureFlow):
+    """One flow per scale that treats every position alone, given where it is.
+
+    A flow is a whitening map and then `steps` Glow-like steps, whose conditioners are MLPs on the channels of
+    one position and its encoding (`positional_encoding`). With the couplings starting as the identity, the
+    flow that `initialize` leaves behind scores exactly as a Mahalanobis distance. The paper's scales are
+    those of strides 8, 16 and 32: `create_backbone("resnet18", out_indices=(2, 3, 4))`.
+
+    Args:
+        backbone: from `create_backbone`.
+        coupling: "additive" (uniformly scaling) or "affine" (the paper's).
+        linear: "lu" or "permutation" (the paper's, with ActNorm).
+        steps: per scale.
+        hidden_ratio: hidden units of a conditioner per input of it, the encoding's channels included.
+        encoding_channels: of the positional encoding, a multiple of 4.
+        clamp: bound on the log scales of affine couplings.
+        noise: standard deviation of the Gaussian noise put on whitened features in training mode. It keeps
+            the flow from learning directions in which few training images happen not to vary.
+        position_share: share of the positions that a loss in training mode looks at, in (0, 1]: at random, at
+            every scale, the same ones in all images of a batch. Its mean is the loss of all positions.
+        memory: what training keeps for the backward pass, see `usf_kernels.nn.FlowSequence`.
+        memory_budget: bytes that a flow may take without gradients, about, besides its input and output: more
+            positions than fit are treated one stretch after the other, with the same results.
+
+    `model(images) -> (latents, log_det)`: a list of (B, C_l, H_l, W_l), and the log-determinant summed over
+    scales: 0-d for the uniformly scaling form, (B,) for the affine one.
+
+    Raises:
+        TypeError, ValueError: for a bad argument.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        coupling: str = "additive",
+        linear: str = "lu",
+        steps: int = 8,
+        hidden_ratio: float = 2.0,
+        encoding_channels: int = 128,
+        clamp: float = 1.9,
+        noise: float = 0.3,
+        position_share: float = 1.0,
+        memory: str = "auto",
+        memory_budget: int = 256 << 20,
+    ) -> None:
+        check_int("steps", steps, 0)
+        check_linear(linear)
+        if not hidden_ratio > 0:
+            raise ValueError(f"hidden_ratio: expected a positive number, found {hidden_ratio!r}")
+        _check_encoding_channels(encoding_channels)
+        if not 0 < position_share <= 1:
+            raise ValueError(f"position_share: expected a number in (0, 1], found {position_share!r}")
+        check_int("memory_budget", memory_budget, 1)
+        options = {
+            "coupling": coupling,
+            "linear": linear,
+            "steps": steps,
+            "hidden_ratio": hidden_ratio,
+            "encoding_channels": encoding_channels,
+            "clamp": clamp,
+            "noise": noise,
+            "position_share": position_share,
+            "memory": memory,
+            "memory_budget": memory_budget,
+        }
+        super().__init__(backbone, options=options)
+        self.flows = nn.ModuleList()
+        for channels in backbone.channels:
+            rest = [
+                FlowStep(
+                    channels,
+                    subnet=convolutional_subnet(1, hidden_ratio),
+                    coupling=coupling,
+                    linear=linear,
+                    clamp=clamp,
+                    act_norm=linear == "permutation",  # an LU map has scales and a bias of its own
+                    cond_channels=encoding_channels,
+                )
+                for _ in range(steps)
+            ]
+            self.flows.append(FlowSequence([entry_map(channels, linear), *rest], memory=memory))
+
+    def _entries(self) -> list[LUConv1x1 | ActNorm]:
+        return [flow[0] for flow in self.flows]
+
+    def _fuse_flows(self, dtype: torch.dtype | None) -> None:
+        self.flows = nn.ModuleList(flow.fuse(dtype) for flow in self.flows)
+
+    def inverse(self, latents: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Latents to features, and the log-determinant of that direction summed over scales.
+
+        Raises:
+            ValueError: latents of other channels than the features.
+        """
+        self._check(latents, "latents")
+        return self._run(latents, [self._encoding(maps) for maps in latents], inverse=True)
+
+    def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
+        return self._run(features, [self._encoding(maps) for maps in features], noise)
+
+    def _training_transform(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        share, some, encodings = self.options["position_share"], [], []
+        if share == 1:
+            return super()._training_transform(features)
+        for maps in features:
+            positions = maps.shape[2] * maps.shape[3]
+            chosen = torch.randperm(positions, device=maps.device)[: max(1, round(share * positions))]
+            some.append(maps.flatten(2)[:, :, chosen, None])
+            encodings.append(self._encoding(maps).flatten(2)[:, :, chosen, None])
+        return self._run(some, encodings, self.options["noise"])
+
+    def _encoding(self, maps: Tensor) -> Tensor:
+        """(1, channels, H, W)."""
+        channels, (height, width) = self.options["encoding_channels"], maps.shape[2:]
+        return positional_encoding(channels, height, width, like=maps)[None]
+
+    def _run(
+        self,
+        inputs: Sequence[Tensor],
+        encodings: Sequence[Tensor],
+        noise: float = 0.0,
+        *,
+        inverse: bool = False,
+    ) -> tuple[list[Tensor], Tensor]:
+        outputs, total = [], 0.0
+        for flow, maps, encoding in zip(self.flows, inputs, encodings, strict=True):
+            if noise > 0:
+                z, entry_log_det = flow[0](maps)
+                z, log_det = flow[1:](add_noise(z, noise), encoding)
+                log_det = log_det + entry_log_det
+            else:
+                call = flow.inverse if inverse else flow
+                # In training, an ActNorm takes its statistics from all positions.
+                positions = None if self.training else self._positions_at_a_time(maps)
+                z, log_det = in_stretches(call, maps, encoding, positions)
+            outputs.append(z)
+            total = total + log_det
+        return outputs, total
+
+    def _positions_at_a_time(self, maps: Tensor) -> int:
+        """That fit into the memory budget."""
+        channels, encoding_channels = maps.shape[1], self.options["encoding_channels"]
+        hidden = self.options["hidden_ratio"] * (channels / 2 + encoding_channels)
+        # The state, a copy of it and the conditioner's output; its input and hidden units, those in front of
+        # and behind the activation.
+        numbers = 4 * channels + encoding_channels + 2 * hidden
+        return max(1, int(self.options["memory_budget"] / (numbers * maps.element_size())))
+
+
+def in_stretches(call: Part, maps: Tensor, encoding: Tensor, positions: int | None) -> tuple[Tensor, Tensor]:
+    """`call(maps, encoding)` for a call that treats every position alone: so many positions at a time.
+
+    All at once where gradients are recorded, which keep everything anyway, and in traced graphs, which may
+    not depend on the number of positions.
+
+    Args:
+        call: of maps (B, C, H, W) and their encoding (1, D, H, W); returns maps and a log-determinant, which
+            is 0-d and proportional to the positions, or (B,).
+        maps, encoding: its arguments.
+        positions: at a time, at least 1: of several images where whole ones fit. None for all of them.
+    """
+    size = maps.shape[2] * maps.shape[3]
+    whole = positions is None or torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if whole or maps.shape[0] * size <= positions:
+        return call(maps, encoding)
+    outputs, log_dets = [], []
+    for images in maps.flatten(2).split(max(1, positions // size)):
+        places = range(0, size, positions)
+        parts = [
+            call(images[..., at : at + positions, None], encoding.flatten(2)[..., at : at + positions, None])
+            for at in places
+        ]
+        outputs.append(torch.cat([part for part, _ in parts], dim=2))
+        log_dets.append(sum(log_det for _, log_det in parts))
+    log_det = log_dets[0] if log_dets[0].ndim == 0 else torch.cat(log_dets)
+    return torch.cat(outputs).reshape(maps.shape), log_det
+
+
+def positional_encoding(channels: int, height: int, width: int, *, like: Tensor | None = None) -> Tensor:
+    """Where a position is, as sines and cosines of its column and row.
+
+    With D = channels / 2, channels 2i and 2i + 1 are sin and cos of `column / 10000^(2i / D)`, and those from
+    D on the same of the row. It is the 2D form of A. Vaswani et al., "Attention Is All You Need"
+    (arXiv:1706.03762), section 3.5, that CFlow conditions on (arXiv:2107.12571, section 4.3).
+
+    Args:
+        channels: a multiple of 4.
+        height, width: of the map.
+        like: takes its device and dtype from this tensor; None for float32 on the CPU.
+
+    Returns:
+        (channels, height, width), in [-1, 1].
+
+    Raises:
+        TypeError, ValueError: for other numbers of channels.
+    """
+    _check_encoding_channels(channels)
+    dtype, device = (torch.float32, None) if like is None else (like.dtype, like.device)
+    wide = torch.float32 if like is None else compute_dtype(like)
+    half = channels // 2
+    steps = torch.arange(0, half, 2, device=device, dtype=wide)
+    frequencies = torch.exp(steps * (-math.log(1e4) / half))
+
+    def waves(length: int) -> Tensor:
+        angles = torch.arange(length, device=device, dtype=wide) * frequencies[:, None]
+        return torch.stack([angles.sin(), angles.cos()], dim=1).flatten(0, 1).to(dtype)
+
+    columns = waves(width)[:, None, :].expand(half, height, width)
+    rows = waves(height)[:, :, None].expand(half, height, width)
+    return torch.cat([columns, rows])
+
+
+def _check_encoding_channels(channels: int) -> None:
+    check_int("encoding_channels", channels, 4)
+    if channels % 4:
+        raise ValueError(f"encoding_channels: expected a multiple of 4, found {channels}")
