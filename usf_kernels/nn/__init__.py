@@ -1,6 +1,7 @@
 """Modules: couplings, linear maps, flow steps and their sequences, all with exact inverses; scores."""
 
 from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.conjugation import AffineCheckerboard, Conjugated, Householder
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.flow import FlowSequence, FlowStep
 from usf_kernels.nn.linear import LUConv1x1, Permutation
@@ -10,10 +11,13 @@ from usf_kernels.nn.usf_block import USFBlock
 __all__ = [
     "ActNorm",
     "AdditiveCoupling",
+    "AffineCheckerboard",
     "AffineCoupling",
     "AnomalyMap",
+    "Conjugated",
     "FlowSequence",
     "FlowStep",
+    "Householder",
     "LUConv1x1",
     "Permutation",
     "SquaredNorm",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.conjugation import AffineCheckerboard, Conjugated, Householder
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.flow import FlowSequence, FlowStep
 from usf_kernels.nn.linear import LUConv1x1, Permutation
@@ -82,7 +83,7 @@ class LinearMap:
         return torch.linalg.slogdet(self.matrix)[1].item()
 
 
-Coupling = AdditiveCoupling | AffineCoupling | CheckerboardCoupling
+Coupling = AdditiveCoupling | AffineCoupling | CheckerboardCoupling | AffineCheckerboard
 
 
 def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
@@ -108,6 +109,11 @@ def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
         enter = _lu_map(flow.linear)
         enter = enter if flow.order is None else enter.rows(flow.order.cpu())
         yield from (enter, flow.coupling, enter.inverse())
+    elif isinstance(flow, Householder):
+        yield LinearMap(_wide(flow.matrix(WIDE)), torch.zeros(flow.channels, dtype=WIDE))
+    elif isinstance(flow, Conjugated):
+        (enter, *_), _ = alternate(list(parts(flow.linear)))
+        yield from (enter, *parts(flow.coupling), enter.inverse())
     elif isinstance(flow, FlowSequence):
         for step in flow:
             yield from parts(step)

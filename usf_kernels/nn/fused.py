@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.capture import CapturedCall
+from usf_kernels.nn.conjugation import AffineCheckerboard
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, check_condition
 from usf_kernels.nn.folding import Coupling, LinearMap, alternate, parts
 from usf_kernels.nn.fused_blocks import (
     AdditiveBlock,
     AffineBlock,
+    AffineCheckerboardBlock,
     CheckerboardBlock,
     PointwiseRun,
     Product,
@@ -166,6 +168,11 @@ def _moving(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module]
             behind = LinearMap.identity(len(behind.bias))
         if isinstance(coupling, CheckerboardCoupling):
             stages.append(CheckerboardBlock(coupling, behind, behind.inverse()))
+        elif isinstance(coupling, AffineCheckerboard):
+            if not behind.is_identity:
+                stages.append(Reorder(behind))
+                behind = LinearMap.identity(len(behind.bias))
+            stages.append(AffineCheckerboardBlock(coupling))
         elif coupling is not None:
             kind = AdditiveBlock if isinstance(coupling, AdditiveCoupling) else AffineBlock
             stages.append(kind(coupling, behind))
@@ -178,7 +185,7 @@ def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Modul
     None where a coupling is affine, where there is no matrix to save, or where a map is too ill-conditioned
     to be undone.
     """
-    additive = not any(isinstance(coupling, AffineCoupling) for coupling in couplings)
+    additive = not any(isinstance(coupling, AffineCoupling | AffineCheckerboard) for coupling in couplings)
     if not additive or all(linear_map.selection is not None for linear_map in maps):
         return None
     blocks: list[nn.Module] = []

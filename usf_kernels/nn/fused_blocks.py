@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usf_kernels.nn.conjugation import AffineCheckerboard
 from usf_kernels.nn.folding import Coupling, LinearMap
 from usf_kernels.nn.fused_conditioner import FusedConditioner, to_maps
 from usf_kernels.nn.rows import add_, affine_, select
@@ -144,17 +145,49 @@ class CheckerboardBlock(nn.Module):
             cond_channels=coupling.cond_channels,
         )
         self.conditioner.pointwise = False  # what happens to a row depends on where it is
-        self.offset = leave.bias
+        self.offset, self.odd = leave.bias, coupling.odd
         self.register_buffer("weight", before.matrix)
         self.register_buffer("bias", before.bias)
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
         """Apply, or undo."""
-        mask = checkerboard(to_maps(rows, sizes)).view(-1, 1)
+        mask = checkerboard(to_maps(rows, sizes), odd=self.odd).view(-1, 1)
         by_image = (sizes[0], mask.shape[0], rows.shape[1])
         passive = F.linear(rows, self.weight, self.bias).view(by_image).mul_(mask)
         update = self.conditioner(passive.view(rows.shape), sizes, cond).view(by_image).mul_(~mask)
         return rows.add_(update.view(rows.shape), alpha=-1 if inverse else 1), None
+
+
+class AffineCheckerboardBlock(nn.Module):
+    """An `AffineCheckerboard` on the state itself: `exp(s) * rows + t`, both masked."""
+
+    in_place = True
+
+    def __init__(self, coupling: AffineCheckerboard) -> None:
+        super().__init__()
+        identity = LinearMap.identity(2 * coupling.channels)
+        leave = LinearMap(0.1 * identity.matrix, identity.bias)
+        self.conditioner = FusedConditioner(
+            coupling.subnet,
+            LinearMap.identity(coupling.channels),
+            leave,
+            cond_channels=coupling.cond_channels,
+        )
+        self.conditioner.pointwise = False  # what happens to a row depends on where it is
+        self.odd, self.clamp = coupling.odd, coupling.clamp
+
+    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
+        """Apply, or undo."""
+        mask = checkerboard(to_maps(rows, sizes), odd=self.odd).view(-1, 1)
+        by_image = (sizes[0], mask.shape[0], rows.shape[1])
+        passive = (rows.view(by_image) * mask).view(rows.shape)
+        outputs = self.conditioner(passive, sizes, cond).view(*by_image[:2], 2 * rows.shape[1]) * ~mask
+        scale, shift = outputs.view(len(rows), 2 * rows.shape[1]).chunk(2, dim=1)
+        log_scale = self.clamp * torch.tanh(scale.to(compute_dtype(scale)))
+        log_det = log_scale.sum(1)
+        if inverse:
+            return rows.sub_(shift).mul_((-log_scale).exp().to(rows.dtype)), -log_det
+        return rows.mul_(log_scale.exp().to(rows.dtype)).add_(shift), log_det
 
 
 class _IndexedBlock(nn.Module):

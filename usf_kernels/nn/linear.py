@@ -40,8 +40,8 @@ class LUConv1x1(Fusible, nn.Module):
         init: "identity", or "orthogonal". The second draws a random rotation from torch's global generator,
             factorises it with pivoting, and drops the permutation: the rows of a rotation in another order
             are still a rotation, and pivoting keeps the triangles well conditioned. With a fixed diagonal no
-            rotation is within reach; there the triangles are drawn from N(0, 1 / (4 C)), which gives the
-            product a condition number of about 4 at any C.
+            rotation is within reach, and with a prior none is likely; there the triangles are drawn from
+            N(0, 1 / (4 C)), which gives the product a condition number of about 4 at any C.
         prior_scale: s of the log-normal prior on |u_ii|, see `log_prior`; None for no prior.
 
     `forward(x, cond=None) -> (y, log_det)` and `inverse(y, cond=None) -> (x, log_det)` take (B, C, *spatial);
@@ -79,7 +79,7 @@ class LUConv1x1(Fusible, nn.Module):
 
     @torch.no_grad()
     def _init_orthogonal(self) -> None:
-        if self.log_diagonal is None:
+        if self.log_diagonal is None or self.prior_scale is not None:
             self.lower.normal_(std=0.5 / math.sqrt(self.channels)).tril_(-1)
             self.upper.normal_(std=0.5 / math.sqrt(self.channels)).triu_(1)
             return

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 class CheckerboardCoupling(Conditioned):
     """Additive coupling `y = x + (1 - m) * subnet(m * x)`, m being 1 where the sum of the spatial indices is
-    even; log-det 0. RealNVP (arXiv:1605.08803), section 3.4.
+    even, or odd; log-det 0. RealNVP (arXiv:1605.08803), section 3.4.
 
     Args:
         channels: C, at least 1.
         subnet: called once as `subnet(C + cond_channels, C)`; see `AdditiveCoupling`.
+        odd: m is 1 where the sum is odd. Alternate it along a flow, so that every position is shifted.
         cond_channels, zero_init: see `AdditiveCoupling`.
 
     `forward(x, cond=None) -> (y, log_det)` and `inverse(y, cond=None) -> (x, log_det)` take (B, C, *spatial)
@@ -35,12 +36,19 @@ class CheckerboardCoupling(Conditioned):
     """
 
     def __init__(
-        self, channels: int, *, subnet: Subnet, cond_channels: int = 0, zero_init: bool = True
+        self,
+        channels: int,
+        *,
+        subnet: Subnet,
+        odd: bool = False,
+        cond_channels: int = 0,
+        zero_init: bool = True,
     ) -> None:
         check_int("channels", channels, 1)
         super().__init__(
             channels, channels, channels, subnet=subnet, cond_channels=cond_channels, zero_init=zero_init
         )
+        self.odd = odd
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (y, 0)."""
@@ -52,13 +60,13 @@ class CheckerboardCoupling(Conditioned):
 
     def _run(self, x: Tensor, cond: Tensor | None, name: str, *, inverse: bool) -> tuple[Tensor, Tensor]:
         check_features(name, x, self.channels)
-        mask = checkerboard(x)
+        mask = checkerboard(x, odd=self.odd)
         y = masked_additive_coupling(x, self.condition(x * mask, cond), mask, inverse=inverse)
         return y, y.new_zeros((), dtype=compute_dtype(y))
 
 
-def checkerboard(x: Tensor) -> Tensor:
-    """bool (*spatial), True where the sum of the indices is even.
+def checkerboard(x: Tensor, *, odd: bool = False) -> Tensor:
+    """bool (*spatial), True where the sum of the indices is even, or odd.
 
     Raises:
         ValueError: an x without spatial dimensions.
@@ -71,7 +79,7 @@ def checkerboard(x: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for size in x.shape[2:]:
         total = total[..., None] + torch.arange(size, device=x.device)
-    return total % 2 == 0
+    return total % 2 == int(odd)
 
 
 class USFBlock(Fusible, nn.Module):
@@ -84,13 +92,15 @@ class USFBlock(Fusible, nn.Module):
     off or written back, and the two products have the size of one C x C product, for a mask of channels.
 
     Args:
-        channels: C, at least 2.
+        channels: C, at least 2; for a checkerboard 1.
         subnet: makes the conditioner: `subnet(c_in, c_out) -> nn.Module` with c_in = C - C//2 +
             cond_channels and c_out = C//2; for a checkerboard C + cond_channels and C.
         mask: which values of A x condition the others: "half" the first C - C//2 channels, "channel" the
             even ones, "checkerboard" the positions whose indices have an even sum.
+        odd: of a checkerboard: the positions whose indices have an odd sum instead.
         cond_channels: channels of the condition, concatenated to the conditioner's input.
         zero_init: start as the identity (see `AdditiveCoupling`).
+        prior_scale: of the prior on A (see `LUConv1x1`).
 
     A is the `LUConv1x1` named `linear`, C the module `coupling`; for "channel" the buffer `order` brings its
     passive channels to the front. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x,
@@ -107,18 +117,24 @@ class USFBlock(Fusible, nn.Module):
         *,
         subnet: Subnet,
         mask: str = "half",
+        odd: bool = False,
         cond_channels: int = 0,
         zero_init: bool = True,
+        prior_scale: float | None = None,
     ) -> None:
         super().__init__()
         check_choice("mask", mask, ("half", "checkerboard", "channel"))
-        check_int("channels", channels, 2)
+        check_int("channels", channels, 1 if mask == "checkerboard" else 2)
+        if odd and mask != "checkerboard":
+            raise ValueError(f"odd: expected False for mask={mask!r}, found True")
         self.channels, self.mask = channels, mask
-        self.linear = LUConv1x1(channels, init="orthogonal")
-        kind = CheckerboardCoupling if mask == "checkerboard" else AdditiveCoupling
-        self.coupling: Conditioned = kind(
-            channels, subnet=subnet, cond_channels=cond_channels, zero_init=zero_init
-        )
+        self.linear = LUConv1x1(channels, init="orthogonal", prior_scale=prior_scale)
+        options = {"subnet": subnet, "cond_channels": cond_channels, "zero_init": zero_init}
+        self.coupling: Conditioned
+        if mask == "checkerboard":
+            self.coupling = CheckerboardCoupling(channels, odd=odd, **options)
+        else:
+            self.coupling = AdditiveCoupling(channels, **options)
         order = torch.arange(channels)
         self.register_buffer(
             "order", torch.cat([order[::2], order[1::2]]) if mask == "channel" else None, persistent=False
@@ -164,7 +180,7 @@ class USFBlock(Fusible, nn.Module):
         """1 where A x conditions, 1 where it is shifted; None for what the maps have selected already."""
         if self.mask != "checkerboard":
             return None, None
-        mask = checkerboard(x)
+        mask = checkerboard(x, odd=self.coupling.odd)
         return mask, ~mask
 
     def _product(self, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
