@@ -5,6 +5,7 @@ from usf_kernels.models.cflow import CFlow
 from usf_kernels.models.fastflow import FastFlow
 from usf_kernels.models.mahalanobis import Mahalanobis
 from usf_kernels.models.scoring import Prediction, image_score
+from usf_kernels.models.uflow import UFlow
 
 __all__ = [
     "Backbone",
@@ -12,6 +13,7 @@ __all__ = [
     "FastFlow",
     "Mahalanobis",
     "Prediction",
+    "UFlow",
     "create_backbone",
     "image_score",
 ]

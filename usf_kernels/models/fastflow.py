@@ -12,14 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
-from usf_kernels.models.feature_flow import (
-    FeatureFlow,
-    add_noise,
-    check_linear,
-    convolutional_subnet,
-    entry_map,
-)
-from usf_kernels.nn import ActNorm, FlowSequence, FlowStep, LUConv1x1
+from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
+from usf_kernels.nn import ActNorm, FlowSequence, LUConv1x1
 
 
 class FastFlow(FeatureFlow):
@@ -63,38 +57,19 @@ class FastFlow(FeatureFlow):
         noise: float = 0.3,
         memory: str = "auto",
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps: expected a whole number, 0 or more, found {steps!r}")
-        check_linear(linear)
-        if not hidden_ratio > 0:
-            raise ValueError(f"hidden_ratio: expected a positive number, found {hidden_ratio!r}")
-        if not kernels or any(size < 1 or size % 2 == 0 for size in kernels):
-            raise ValueError(f"kernels: expected odd sizes, at least one, found {kernels!r}")
-        options = {
+        flow = {
             "coupling": coupling,
             "linear": linear,
             "steps": steps,
             "hidden_ratio": hidden_ratio,
             "kernels": list(kernels),
             "clamp": clamp,
-            "noise": noise,
-            "memory": memory,
         }
-        super().__init__(backbone, options=options)
-        self.flows = nn.ModuleList()
-        for channels in backbone.channels:
-            rest = [
-                FlowStep(
-                    channels,
-                    subnet=convolutional_subnet(kernels[i % len(kernels)], hidden_ratio),
-                    coupling=coupling,
-                    linear=linear,
-                    clamp=clamp,
-                    act_norm=linear == "permutation",  # an LU map has scales and a bias of its own
-                )
-                for i in range(steps)
-            ]
-            self.flows.append(FlowSequence([entry_map(channels, linear), *rest], memory=memory))
+        super().__init__(backbone, options={**flow, "noise": noise, "memory": memory})
+        self.flows = nn.ModuleList(
+            FlowSequence([entry_map(channels, linear), *glow_steps(channels, **flow)], memory=memory)
+            for channels in backbone.channels
+        )
 
     def _entries(self) -> list[LUConv1x1 | ActNorm]:
         return [flow[0] for flow in self.flows]
