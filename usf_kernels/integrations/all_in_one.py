@@ -6,14 +6,16 @@ Instances keep their parameters, buffers, hooks and place; what changes is their
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from usf_kernels.integrations.faster import Faster
 from usf_kernels.nn import AffineCoupling
 from usf_kernels.nn.folding import WIDE, Coupling, LinearMap
 from usf_kernels.nn.fused import FusedFlow, fuse_parts
-from usf_kernels.ops import affine_coupling
+from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import count_positions
 from usf_kernels.ops.reference import apply_matrix
 from usf_kernels.ops.step import coupling_step
@@ -21,37 +23,64 @@ from usf_kernels.ops.step import coupling_step
 _ORDERS = ("_order", "_inverse_order")  # buffers that a replaced block has beside its own
 
 
-class AllInOneMixin:
-    """In front of `AllInOneBlock` in a class's bases: the same function, parameters and checkpoints.
+class AllInOneMixin(Faster):
+    """In front of `AllInOneBlock` in a class's bases.
 
     A hard permutation is an index, coupling and ActNorm and permutation are one operation, and scale and
     offset go into the matrix where the permutation is one.
+
+    Attributes:
+        compact: have a hard permutation in the state_dict as a (C,) int32 index `w_perm` in place of the two
+            dense matrices `w_perm` and `w_perm_inv`. Both forms load, whatever this is.
     """
 
+    compact = False
+    uniform = False
+    needs = (
+        *("in_channels", "splits", "input_rank", "sum_dims", "clamp", "GIN", "reverse_pre_permute"),
+        *("householder", "condition_channels", "global_scale", "global_offset", "global_scale_activation"),
+        *("w_perm", "w_perm_inv", "subnet"),
+    )
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)
+        self.begin_fast()
+
     def begin_fast(self) -> None:
-        """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
         for name in _ORDERS:
             self.register_buffer(name, None, persistent=False)
+        if self.householder:  # what the original's last forward has left there does not copy or pickle
+            self.w_perm = self.w_perm_inv = None
         self._find_order()
 
     def end_fast(self) -> None:
-        """Leave nothing behind."""
+        self.__dict__.pop("compact", None)
         for name in _ORDERS:
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
 
-    def _load_from_state_dict(self, *args: object, **options: object) -> None:
-        super()._load_from_state_dict(*args, **options)
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.compact and self._order is not None:
+            destination[prefix + "w_perm"] = self._order.to(torch.int32)
+            del destination[prefix + "w_perm_inv"]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: object, **options: object
+    ) -> None:
+        index = state_dict.get(prefix + "w_perm")
+        if index is not None and not index.is_floating_point() and index.ndim == 1:
+            shape = (self.in_channels, *[1] * self.input_rank)  # what is inserted below goes to a copy
+            matrix = torch.eye(len(index), device=index.device, dtype=self.global_scale.dtype)[index.long()]
+            state_dict[prefix + "w_perm"] = matrix.view(-1, *shape)
+            state_dict[prefix + "w_perm_inv"] = matrix.mT.contiguous().view(-1, *shape)
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
         self._find_order()
 
     def _find_order(self) -> None:
         """The permutation as indices, both ways; None where it is a general rotation."""
-        self._order = self._inverse_order = None
-        if not self.householder:
-            weight = self.w_perm.detach().flatten(1)
-            index = weight.argmax(1)
-            if torch.equal(weight, torch.eye(len(weight), device=weight.device, dtype=weight.dtype)[index]):
-                self._order, self._inverse_order = index, torch.argsort(index)
+        self._order = None if self.householder else index_of(self.w_perm.detach().flatten(1))
+        self._inverse_order = None if self._order is None else torch.argsort(self._order)
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
@@ -65,6 +94,8 @@ class AllInOneMixin:
         return (y,), log_det - constant if rev else log_det + constant
 
     def _scale(self) -> Tensor:
+        if self.GIN:
+            return torch.ones_like(self.global_offset).flatten()
         return self.global_scale_activation(self.global_scale).flatten()
 
     def _by_index(
@@ -78,17 +109,24 @@ class AllInOneMixin:
             passive = x.index_select(1, self._inverse_order[:split])
             shape = (-1, *[1] * self.input_rank)
             passive = (passive - offset[:split].view(shape)) / scale[:split].view(shape)
-        params = self._params(passive, c)
+        params, clamp = self._params(passive, c), self.clamp
+        if self.GIN:
+            active = x[:, split:]
+            if rev:
+                active = x.index_select(1, self._inverse_order[split:])
+                active = active - offset[split:].view(-1, *[1] * self.input_rank)
+            params, clamp = self._volume_preserving_shift(active, params, rev), None
         y, log_det = coupling_step(
             x,
             params,
             split=split,
-            clamp=self.clamp,
+            clamp=clamp,
             index=order,
             scale=scale[order],
             bias=offset[order],
             inverse=rev,
         )
+        log_det = log_det if clamp is not None else scale.new_zeros(len(x))
         return (y.index_select(1, order) if self.reverse_pre_permute and rev else y), log_det
 
     def _by_matrix(
@@ -100,19 +138,48 @@ class AllInOneMixin:
         elif self.reverse_pre_permute:
             x = apply_matrix(rotation.mT, x, None)
         params = self._params(x[:, :split], c)
-        y, log_det = affine_coupling(x, params, split=split, clamp=self.clamp, inverse=rev)
+        if self.GIN:
+            shift = self._volume_preserving_shift(x[:, split:], params, rev)
+            y = additive_coupling(x, shift, split=split, inverse=rev)
+            log_det = scale.new_zeros(len(x))
+        else:
+            y, log_det = affine_coupling(x, params, split=split, clamp=self.clamp, inverse=rev)
         if not rev:
             y = apply_matrix(rotation * scale, y, rotation @ offset)
         elif self.reverse_pre_permute:
             y = apply_matrix(rotation, y, None)
         return y, log_det
 
+    def _volume_preserving_shift(self, active: Tensor, params: Tensor, rev: bool) -> Tensor:
+        """What a GIN block adds to the active half, or what its inverse takes away from it.
+
+        Its log scales have mean 0 over channels and positions, so its log-determinant is 0: Sorrenson et al.
+        (arXiv:2001.04872), in FrEIA's form: the mean is taken off every log scale.
+        """
+        channels = active.shape[1]
+        log_scale = self.clamp * torch.tanh(0.1 * params[:, :channels])
+        log_scale = log_scale - log_scale.mean(dim=self.sum_dims, keepdim=True)
+        shift = 0.1 * params[:, channels:]
+        if rev:
+            return active - (active - shift) * torch.exp(-log_scale)
+        return torch.addcmul(shift, active, torch.expm1(log_scale))
+
     def _params(self, passive: Tensor, c: list[Tensor]) -> Tensor:
         return self.subnet(torch.cat([passive, *c], dim=1) if c else passive)
 
     def _rotation(self) -> Tensor:
         """(C, C), orthogonal."""
-        return (self._construct_householder_permutation() if self.householder else self.w_perm).flatten(1)
+        if not self.householder:
+            return self.w_perm.flatten(1)
+        rotation = self.w_0
+        for v in self.vk_householder:  # reflected as vectors: C^2 multiplications each, not C^3
+            rotation = rotation - torch.outer(rotation @ v, 2 * v / v.dot(v))
+        return rotation
+
+    @property
+    def folds(self) -> bool:
+        """Whether `flow_parts` can say what this block computes."""
+        return not self.GIN  # whose log scales depend on all positions
 
     def flow_parts(self) -> Iterator[LinearMap | Coupling]:
         """As `usf_kernels.nn.folding.parts`."""
@@ -132,10 +199,18 @@ class AllInOneMixin:
         yield LinearMap(rotation * scale, rotation @ offset)
 
 
-class SequenceMixin:
-    """In front of FrEIA's `SequenceINN`: where nothing is trained or recorded, it runs in its inference form.
+def index_of(matrix: Tensor) -> Tensor | None:
+    """The index of a permutation matrix, `(matrix @ x)[i] = x[index[i]]`; None for other matrices."""
+    index = matrix.argmax(1)
+    eye = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+    return index if torch.equal(matrix, eye[index]) else None
 
-    That form is made at the first call and again whenever a parameter has changed since.
+
+class SequenceMixin(Faster):
+    """In front of FrEIA's `SequenceINN` in a class's bases.
+
+    Where nothing is trained or recorded, it runs in its inference form, which is made at the first call and
+    again whenever a parameter has changed since.
     """
 
     _fused: tuple[tuple, FusedFlow] | None = None
@@ -149,15 +224,16 @@ class SequenceMixin:
         if self.training or recorded or not alone or not self._one_condition():
             return super().forward(x_or_z, c, rev, jac)
         cond = None if self.conditions[0] is None else c[self.conditions[0]]
-        fused = self._inference_form(x_or_z.dtype)
+        fused = self.inference_form(x_or_z.dtype)
         z, log_det = (fused.inverse if rev else fused)(x_or_z, cond)
         return z, log_det.expand(len(z))
 
     def _one_condition(self) -> bool:
         """Whether all blocks see the same one, or none."""
-        return len(set(self.conditions)) == 1 and all(hasattr(b, "flow_parts") for b in self.module_list)
+        return len(set(self.conditions)) == 1 and all(getattr(b, "folds", False) for b in self.module_list)
 
-    def _inference_form(self, dtype: torch.dtype) -> FusedFlow:
+    def inference_form(self, dtype: torch.dtype) -> FusedFlow:
+        """Of all blocks, which must fold, as they are now."""
         state = [*self.parameters(), *self.buffers()]
         key = (dtype, *((t.data_ptr(), t._version) for t in state))
         if self._fused is None or self._fused[0] != key:
@@ -165,13 +241,9 @@ class SequenceMixin:
             self._fused = (key, fuse_parts(parts, dtype, state[0].device))
         return self._fused[1]
 
-    def begin_fast(self) -> None:
-        """Nothing to prepare."""
-
     def end_fast(self) -> None:
-        """Leave nothing behind."""
         self.__dict__.pop("_fused", None)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Without the inference form, which is made again where it is needed."""
-        return {name: value for name, value in self.__dict__.items() if name != "_fused"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_fused"}

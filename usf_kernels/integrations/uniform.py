@@ -1,0 +1,145 @@
+"""An `AllInOneBlock` made uniformly scaling: what of it survives, and the way back.
+
+The affine coupling `x2 * exp(s) + t` becomes the additive one `x2 + t`: of the subnet all layers are kept,
+but for the half of the last that computes s. ActNorm and permutation R, as the matrix `R diag(scale)`, are
+factorised once with pivoting into P L U: L and U are trained, P stays an index. So the map, its
+log-determinant and t are what they were, and the log scales are gone.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from FrEIA.modules import InvertibleModule
+from torch import Tensor, nn
+
+from usf_kernels.integrations.all_in_one import AllInOneMixin, index_of
+from usf_kernels.integrations.faster import Faster
+from usf_kernels.integrations.flow_modules import FlowModule
+from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1, Permutation
+
+NOTE = (
+    "additive coupling and LU map. Kept: the subnet but for its log scales, the shifts, the scales and the "
+    "permutation (as P L U, P fixed). Fresh: what L and U add to them, which starts at zero. The log scales "
+    "are gone, so train again; to a checkpoint the keys are new"
+)
+_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class CannotConvert(Exception):
+    """Says why a block has no uniformly scaling form that keeps its weights."""
+
+
+class UniformBlock(Faster, FlowModule):
+    """What an `AllInOneBlock` is after `replace_blocks(to="usf")`; the same object, with other contents.
+
+    Attributes:
+        flow: the `FlowSequence` that it runs.
+    """
+
+    _original: tuple[type, dict[str, Any]]
+
+    def become(self, original: type, flow: FlowSequence) -> None:
+        """Put `flow` in the place of all contents, which are kept aside, unregistered."""
+        self.__dict__["_original"] = (original, {name: self.__dict__[name] for name in _STATE})
+        for name in _STATE:
+            self.__dict__[name] = type(self.__dict__[name])()
+        self.flow = flow
+
+    def end_fast(self) -> None:
+        """The contents are what they were, on the device and in the mode that the block has now."""
+        device = next(self.parameters()).device
+        self.__class__, contents = self.__dict__.pop("_original")
+        self.__dict__.update(contents)
+        self.to(device).train(self.training)
+
+
+def uniform_flow(block: InvertibleModule) -> FlowSequence:
+    """What an `AllInOneBlock` of either package, replaced or not, becomes; it is left as it is.
+
+    Raises:
+        CannotConvert: where the half of its subnet that computes the shifts cannot be told apart.
+    """
+    if block.in_channels < 2:
+        raise CannotConvert("one channel, so there is nothing to couple")
+    scale = block.global_scale_activation(block.global_scale).detach().flatten()
+    rotation = AllInOneMixin._rotation(block).detach()
+    subnet = _shifts_of(block)
+    step = FlowStep(
+        block.in_channels,
+        subnet=lambda c_in, c_out: subnet,
+        linear="none",
+        act_norm=False,
+        cond_channels=block.condition_channels,
+        zero_init=False,
+    )
+    step.linear, permutation = _factorised(
+        rotation * scale, rotation @ block.global_offset.detach().flatten()
+    )
+    steps = [step, permutation]
+    if block.reverse_pre_permute:
+        enter = _factorised(rotation.mT, torch.zeros_like(scale))
+        steps = [*(enter if index_of(rotation) is None else enter[1:]), *steps]
+    return FlowSequence(steps, memory="standard").train(block.training)
+
+
+@torch.no_grad()
+def _factorised(matrix: Tensor, bias: Tensor) -> tuple[LUConv1x1, Permutation]:
+    """`matrix @ x + bias` as a map with L and U, then a fixed permutation."""
+    pivots, lower, upper = torch.linalg.lu(matrix.to("cpu", torch.float64))
+    index = pivots.argmax(dim=1)
+    linear, permutation = LUConv1x1(len(matrix)), Permutation(len(matrix))
+    linear.to(matrix)._set_triangles(lower.to(matrix), upper.to(matrix))
+    linear.bias[index] = bias
+    permutation.index.copy_(index)
+    permutation.inverse_index.copy_(torch.argsort(index))
+    return linear, permutation.to(matrix.device)
+
+
+def _shifts_of(block: InvertibleModule) -> nn.Module:
+    """A copy of the block's subnet that computes 0.1 times the shifts alone.
+
+    Raises:
+        CannotConvert: its last layer is not one that can be halved.
+    """
+    channels = block.splits[1]
+    subnet = _halved(deepcopy(block.subnet), channels)
+    # The layer that was registered last need not be the one that runs last: look at what comes out, with
+    # weights that would show it.
+    whole = deepcopy(block.subnet).eval()
+    last = list(whole.modules())[-1]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        half = _halved(deepcopy(whole), channels)
+        like, spatial = next(whole.parameters()), block.dims_in[0][1:]
+        x = torch.randn(1, block.splits[0] + block.condition_channels, *spatial, generator=generator).to(like)
+        expected = 0.1 * whole(x)[:, channels:]
+        try:
+            found = half(x)
+        except RuntimeError as error:  # shapes that no longer fit
+            raise CannotConvert(f"its subnet does not run with half of its last layer: {error}") from error
+    tolerance = 0.01 * expected.abs().max().item()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=tolerance):
+        raise CannotConvert("its subnet changes the outputs of its last layer")
+    return subnet
+
+
+def _halved(subnet: nn.Module, channels: int) -> nn.Module:
+    """`subnet` without the first `channels` outputs of its last layer, the others times 0.1; in place."""
+    last = list(subnet.modules())[-1]
+    if type(last) not in _LAYERS or last._parameters.get("weight") is None or getattr(last, "groups", 1) != 1:
+        raise CannotConvert(f"its subnet ends with {last}, expected a plain linear layer or convolution")
+    name = "out_features" if isinstance(last, nn.Linear) else "out_channels"
+    if getattr(last, name) != 2 * channels:
+        raise CannotConvert(f"its subnet ends with {last}, expected {2 * channels} outputs")
+    for key, parameter in list(last._parameters.items()):
+        if parameter is not None:
+            half = 0.1 * parameter.detach()[channels:]
+            setattr(last, key, nn.Parameter(half, requires_grad=parameter.requires_grad))
+    setattr(last, name, channels)
+    return subnet
