@@ -15,7 +15,8 @@ from usf_kernels.nn import (
     Permutation,
     USFBlock,
 )
-from usf_kernels.nn.fused_blocks import PointwiseRun, Product, ProjectedBlock, Reorder
+from usf_kernels.nn.fused_blocks import Product, ProjectedBlock, Reorder
+from usf_kernels.nn.pointwise_run import PointwiseRun
 
 
 def pointwise(c_in, c_out):
@@ -164,15 +165,49 @@ def test_half_precision(coupling, dtype):
     torch.testing.assert_close(fused_log_det, log_det, rtol=0.02, atol=0.3)
 
 
-def test_long_runs_of_pointwise_blocks_go_in_stretches(monkeypatch):
-    flow = flow_of([step(8, pointwise, coupling="affine", linear="permutation") for _ in range(3)])
-    fused, x = flow.fuse(), torch.randn(2, 8, 30, 20)
-    assert isinstance(fused.stages[0], PointwiseRun)
-    whole, log_det = fused(x)
-    monkeypatch.setattr("usf_kernels.nn.fused_blocks.CHUNK_BYTES", 1000)
-    parts, part_log_det = fused(x)
-    torch.testing.assert_close(parts, whole)
-    torch.testing.assert_close(part_log_det, log_det)
+@pytest.mark.parametrize("images", [0, 1, 5])  # of the condition; 0 for none
+@pytest.mark.parametrize("linear", ["lu", "permutation"])
+def test_long_runs_of_pointwise_blocks_go_in_stretches(monkeypatch, linear, images):
+    coupling = "affine" if linear == "permutation" else "additive"
+    options = {"coupling": coupling, "linear": linear, "cond_channels": 3 if images else 0}
+    flow = flow_of([step(8, wide, **options) for _ in range(3)])
+    fused, x = flow.fuse(), torch.randn(5, 8, 6, 7)
+    cond = torch.randn(images, 3, 6, 7) if images else None
+    run = next(stage for stage in fused.stages if isinstance(stage, PointwiseRun))
+    whole, log_det = fused(x, cond)
+    lengths = []
+    run.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
+    for size in (1, 5, 84, 130):  # rows: one, a few of an image, two images, three and a bit
+        monkeypatch.setattr("usf_kernels.nn.pointwise_run.CHUNK_BYTES", size * 32)
+        lengths.clear()
+        parts, part_log_det = fused(x, cond)
+        assert max(lengths) <= size
+        assert sum(lengths) == 5 * 6 * 7
+        torch.testing.assert_close(parts, whole)
+        torch.testing.assert_close(part_log_det, log_det)
+        torch.testing.assert_close(fused.inverse(parts, cond)[0], x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("subnet", [conv_subnet, wide, unknown])
+def test_a_condition_is_projected_once_for_many_inputs(subnet):
+    flow = flow_of([step(subnet=subnet, cond_channels=2, coupling="affine") for _ in range(2)])
+    fused, cond = flow.fuse(), torch.randn(1, 2, 3, 4)
+    projected = fused.project(cond)
+    assert [p.shape[:2] for p in projected] == 2 * [(1, 12)]
+    for batch in (0, 1, 3):
+        x = torch.randn(batch, 7, 3, 4)
+        for found, expected in zip(fused(x, projected), fused(x, cond), strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(fused.inverse(x, projected)[0], fused.inverse(x, cond)[0])
+        assert torch.equal(fused.squared_norm(x, projected), fused.squared_norm(x, cond))
+    with pytest.raises(
+        ValueError, match=r"cond: expected what `project` returns, 2 tensors for 15 positions"
+    ):
+        fused(torch.randn(1, 7, 3, 5), projected)
+    with pytest.raises(ValueError, match=r"cond: expected what `project` returns, 2 tensors"):
+        fused(x, projected[:1])
+    with pytest.raises(ValueError, match=r"cond: expected 2 channels"):
+        fused.project(torch.randn(1, 3, 3, 4))
 
 
 def test_maps_between_conditioners_are_one():

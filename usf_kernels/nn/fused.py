@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from usf_kernels.nn.fused_blocks import (
     AffineBlock,
     AffineCheckerboardBlock,
     CheckerboardBlock,
-    PointwiseRun,
     Product,
     ProjectedBlock,
     Reorder,
@@ -26,9 +25,11 @@ from usf_kernels.nn.fused_blocks import (
     squared_norm,
 )
 from usf_kernels.nn.fused_conditioner import to_maps
+from usf_kernels.nn.pointwise_run import PointwiseRun
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import FLOAT_DTYPES, check_features, compute_dtype, count_positions
 
+Condition = Tensor | Sequence[Tensor] | None
 WORST_CONDITION = 1e4  # of a map that residual blocks undo; beyond it, rounding would show
 
 
@@ -38,7 +39,8 @@ class FusedFlow(nn.Module):
     `fuse()` of a flow module makes it. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) ->
     (x, log_det)` are the flow's own; x is (B, C, *spatial) in any memory format and floating dtype, and what
     comes out is in channels-last memory and in the dtype of the fused weights. `squared_norm(x, cond=None) ->
-    (B, *spatial)` is the score without z. No gradients are recorded.
+    (B, *spatial)` is the score without z. A cond may also be what `project` made of it. No gradients are
+    recorded.
 
     Raises:
         TypeError, ValueError: an x or cond of the wrong shape or dtype.
@@ -61,19 +63,19 @@ class FusedFlow(nn.Module):
         return self._like.dtype
 
     @torch.no_grad()
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, cond: Condition = None) -> tuple[Tensor, Tensor]:
         """Apply: (z, log_det)."""
         check_features("x", x, self.channels)
         return self._transform(x, cond, inverse=False)
 
     @torch.no_grad()
-    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, cond: Condition = None) -> tuple[Tensor, Tensor]:
         """Undo: (x, log_det)."""
         check_features("z", z, self.channels)
         return self._transform(z, cond, inverse=True)
 
     @torch.no_grad()
-    def squared_norm(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    def squared_norm(self, x: Tensor, cond: Condition = None) -> Tensor:
         """Squared norm of z over channels, (B, *spatial), accumulated in float32 at least."""
         check_features("x", x, self.channels)
         last = self.stages[-1] if len(self.stages) else None
@@ -88,9 +90,19 @@ class FusedFlow(nn.Module):
         inputs = (x,) if cond is None else (x, cond)
         return CapturedCall(self.forward, *inputs)
 
-    def _transform(self, x: Tensor, cond: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        stages = list(reversed(self.stages)) if inverse else self.stages
-        rows, row_log_det = self._run(x, cond, stages, inverse=inverse)
+    @torch.no_grad()
+    def project(self, cond: Tensor) -> tuple[Tensor, ...]:
+        """What the blocks take of a condition (B or 1, cond_channels, *spatial), to be given in its place.
+
+        Returns:
+            One tensor per block, (B or 1, positions, D).
+        """
+        check_features("cond", cond, self.cond_channels)
+        cond = cond.to(self.dtype)
+        return tuple(block.conditioner.project(cond) for stage in self.stages for block in _blocks(stage))
+
+    def _transform(self, x: Tensor, cond: Condition, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        rows, row_log_det = self._run(x, cond, self.stages, inverse=inverse)
         constant = self.log_det_per_position * count_positions(x)
         log_det = torch.full(
             (), -constant if inverse else constant, dtype=compute_dtype(rows), device=x.device
@@ -100,21 +112,51 @@ class FusedFlow(nn.Module):
         return to_maps(rows, (x.shape[0], *x.shape[2:])), log_det
 
     def _run(
-        self, x: Tensor, cond: Tensor | None, stages: Sequence[nn.Module], *, inverse: bool
+        self, x: Tensor, cond: Condition, stages: Sequence[nn.Module], *, inverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        check_condition(x, cond, self.cond_channels)
+        """The rows that the stages, given first to last, make of x (or x of them), and their log-dets."""
+        steps = list(zip(stages, self._shares(x, cond), strict=False))
+        steps = steps[::-1] if inverse else steps
         sizes = (x.shape[0], *x.shape[2:])
-        copy = not len(stages) or stages[0].in_place  # x belongs to the caller
+        copy = not steps or steps[0][0].in_place  # x belongs to the caller
         rows = x.movedim(1, -1).to(self.dtype, copy=copy, memory_format=torch.contiguous_format)
         rows, total = rows.reshape(-1, self.channels), None
-        for stage in stages:
-            rows, log_det = stage(rows, sizes, cond, inverse=inverse)
+        for stage, share in steps:
+            rows, log_det = stage(rows, sizes, share, inverse=inverse)
             total = add_log_dets(total, log_det)
         return rows, total
+
+    def _shares(self, x: Tensor, cond: Condition) -> Iterator[Tensor | Sequence[Tensor] | None]:
+        """What each stage takes of the condition."""
+        if cond is None or isinstance(cond, Tensor):
+            check_condition(x, cond, self.cond_channels)
+            cond = () if cond is None else self.project(cond)
+        else:
+            self._check_projected(x, cond)
+        rest = iter(cond)
+        for stage in self.stages:
+            share = list(islice(rest, len(_blocks(stage))))
+            yield share if isinstance(stage, PointwiseRun) else next(iter(share), None)
+
+    def _check_projected(self, x: Tensor, cond: Sequence[Tensor]) -> None:
+        blocks = sum(len(_blocks(stage)) for stage in self.stages) if self.cond_channels > 0 else 0
+        batches, positions = {1, x.shape[0]}, count_positions(x)
+        if len(cond) != blocks or any(c.shape[0] not in batches or c.shape[1] != positions for c in cond):
+            raise ValueError(
+                f"cond: expected what `project` returns, {blocks} tensors for {positions} positions, "
+                f"found shapes {[tuple(c.shape) for c in cond]}"
+            )
 
     def extra_repr(self) -> str:
         """Channels and dtype, for print."""
         return f"{self.channels}, {self.dtype}"
+
+
+def _blocks(stage: nn.Module) -> Sequence[nn.Module]:
+    """Those with a conditioner."""
+    if isinstance(stage, PointwiseRun):
+        return stage.blocks
+    return [stage] if hasattr(stage, "conditioner") else []
 
 
 def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:

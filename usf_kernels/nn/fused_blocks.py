@@ -2,13 +2,11 @@
 
 The state is rows (N, C), N = B * positions. A stage is called with (rows, sizes, cond, inverse=...), where
 `sizes` are (B, *spatial), and returns the new rows with their log-dets (N,), None where those are constant.
+`cond` is what its conditioner's `project` made of the condition: of a run of blocks, one for each.
 Those with `in_place` write to the rows that they are given.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +21,6 @@ from usf_kernels.ops.checks import compute_dtype
 
 Result = tuple[Tensor, Tensor | None]
 Sizes = tuple[int, ...]
-CHUNK_BYTES = 4 << 20  # of rows that pass pointwise blocks together: a share of the last-level cache
 
 
 class Product(nn.Module):
@@ -256,34 +253,6 @@ class AffineBlock(_IndexedBlock):
 
     def _update(self, rows: Tensor, outputs: Tensor, inverse: bool) -> Tensor:
         return affine_(rows, self.active, outputs, self.shift, self.clamp, inverse)
-
-
-class PointwiseRun(nn.Module):
-    """Blocks that treat every row alone, one after the other: on a stretch of rows at a time, so that the
-    state passes through memory once and not once per block."""
-
-    in_place = True
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
-        """Apply, or undo."""
-        # Graphs get no loop over a length that they must not depend on; bfloat16 products prefer many rows.
-        whole = torch.compiler.is_compiling() or rows.is_cuda or rows.element_size() < 4
-        parts = 1 if whole else math.ceil(rows.numel() * rows.element_size() / CHUNK_BYTES)
-        if parts <= 1:
-            return rows, self._run(rows, sizes, cond, inverse)
-        log_dets = [self._run(part, (part.shape[0],), cond, inverse) for part in rows.chunk(parts)]
-        return rows, None if log_dets[0] is None else torch.cat(log_dets)
-
-    def _run(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, inverse: bool) -> Tensor | None:
-        total = None
-        for block in reversed(self.blocks) if inverse else self.blocks:
-            _, log_det = block(rows, sizes, cond, inverse=inverse)
-            total = add_log_dets(total, log_det)
-        return total
 
 
 def add_log_dets(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -38,15 +38,17 @@ def to_rows(maps: Tensor) -> Tensor:
 class _OnMaps(nn.Module):
     """Layers that look at neighbours, or that we do not know: they get (B, C, *spatial)."""
 
+    pointwise = False
+
     def __init__(self, layers: nn.Module, *, concatenates: bool = False) -> None:
         super().__init__()
         self.layers, self.concatenates = layers, concatenates
 
-    def forward(self, rows: Tensor, sizes: tuple[int, ...], cond: Tensor | None) -> Tensor:
+    def forward(self, rows: Tensor, sizes: tuple[int, ...], projected: Tensor | None) -> Tensor:
         maps = to_maps(rows, sizes)
         if self.concatenates:
-            cond = cond.to(maps.dtype).expand(sizes[0], *cond.shape[1:])
-            maps = torch.cat([maps, cond], dim=1)
+            projected = projected.expand(sizes[0], -1, -1)
+            maps = torch.cat([maps, to_maps(projected.flatten(0, 1), sizes)], dim=1)
         return to_rows(self.layers(maps))
 
 
@@ -56,15 +58,11 @@ class _Conditioned(nn.Module):
     def __init__(self, layer: nn.Module, condition: nn.Module) -> None:
         super().__init__()
         self.layer, self.condition = layer, condition
+        self.pointwise = isinstance(layer, nn.Linear)
 
-    def forward(self, rows: Tensor, sizes: tuple[int, ...], cond: Tensor) -> Tensor:
-        bias = to_rows(self.condition(cond.to(rows.dtype)))
-        rows = (
-            self.layer(rows)
-            if isinstance(self.layer, nn.Linear)
-            else to_rows(self.layer(to_maps(rows, sizes)))
-        )
-        return rows.view(-1, *bias.shape).add_(bias).view(rows.shape)
+    def forward(self, rows: Tensor, sizes: tuple[int, ...], projected: Tensor) -> Tensor:
+        rows = self.layer(rows) if self.pointwise else to_rows(self.layer(to_maps(rows, sizes)))
+        return rows.view(sizes[0], *projected.shape[1:]).add_(projected).view(rows.shape)
 
 
 class _Shift(nn.Module):
@@ -94,6 +92,7 @@ class FusedConditioner(nn.Module):
 
     Attributes:
         pointwise: whether every row is treated alone, so that rows may come a few at a time.
+        conditioned: whether it takes a condition, as `project` returns it.
     """
 
     def __init__(
@@ -123,7 +122,8 @@ class FusedConditioner(nn.Module):
             layers[first] = _Conditioned(layers[first], condition)
         self._last = layers.pop() if give_last else None
         self.layers = nn.ModuleList(_grouped(layers))
-        self.pointwise = all(isinstance(layer, ON_ROWS) for layer in self.layers)
+        self.pointwise = all(isinstance(layer, ON_ROWS) or layer.pointwise for layer in self.layers)
+        self.conditioned = cond_channels > 0
         self.requires_grad_(False)
 
     def take_last(self) -> LinearMap:
@@ -131,10 +131,20 @@ class FusedConditioner(nn.Module):
         last, self._last = self._last, None
         return LinearMap(last.weight.detach(), last.bias.detach())
 
-    def forward(self, rows: Tensor, sizes: tuple[int, ...], cond: Tensor | None = None) -> Tensor:
-        """(N, C_in) to (N, C_out); `sizes` are (B, *spatial), with product N."""
+    def project(self, cond: Tensor) -> Tensor:
+        """What `forward` takes of a condition (B or 1, channels, *spatial): (B or 1, positions, D).
+
+        That is the condition's share of the first layer's output where that layer is linear.
+        """
+        first = next((layer for layer in self.layers if isinstance(layer, _Conditioned)), None)
+        maps = cond if first is None else first.condition(cond)
+        return maps.flatten(2).mT.contiguous()
+
+    def forward(self, rows: Tensor, sizes: tuple[int, ...], projected: Tensor | None = None) -> Tensor:
+        """(N, C_in) to (N, C_out); `sizes` are (B, *spatial), with product N; `projected` is what
+        `project` made of the condition."""
         for layer in self.layers:
-            rows = layer(rows) if isinstance(layer, ON_ROWS) else layer(rows, sizes, cond)
+            rows = layer(rows) if isinstance(layer, ON_ROWS) else layer(rows, sizes, projected)
         return rows
 
 
