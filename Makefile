@@ -7,7 +7,8 @@
 # make bench-full  all inputs, torch.compile too: an hour or two; rows in bench/results
 # make bench-gpu   what fits into eight minutes on a CUDA device, with GPU_PYTHON's torch
 # make report    pictures and the README's section on speed, from the rows
-# make gpu       the kernels' tests and those that need a CUDA device, then bench-gpu, with GPU_PYTHON's torch
+# make gpu       test-gpu, then bench-gpu; `make -k gpu` measures even where a test fails (what is wrong is not timed)
+# make test-gpu  the kernels' tests and those that need a CUDA device, with GPU_PYTHON's torch
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 EXTRAS := demo,anomalib,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cpp lint bench bench-full bench-gpu report gpu clean
+.PHONY: install demo test test-cpp test-gpu lint bench bench-full bench-gpu report gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/extension
@@ -63,11 +64,12 @@ report: install
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.report
 
-gpu:
+gpu: test-gpu bench-gpu
+
+test-gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) -m pytest tests/test_kernels_*.py
 	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_segmentation.py tests/test_nn_reversible.py tests/test_bench.py
-	$(MAKE) bench-gpu
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
