@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from usf_kernels import metrics
 from usf_kernels.data import Sample, TextureDataset
@@ -111,7 +112,7 @@ def run_texture(
     recipe = recipe or (QUICK if quick else Recipe())
     backbone = create_backbone(out_indices=recipe.stages)
     train, validation, test = (
-        _split(
+        extract(
             backbone, TextureDataset(name, split, count=count, crop=recipe.side, size=recipe.side, seed=seed)
         )
         for split, count in (
@@ -166,7 +167,8 @@ def run_texture(
     )
 
 
-def _split(backbone: Backbone, data: TextureDataset, batch_size: int = 16) -> Split:
+def extract(backbone: Backbone, data: Dataset[Sample], batch_size: int = 16) -> Split:
+    """All samples of a dataset, and what the backbone makes of them."""
     backbone = backbone.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     samples: list[Sample] = [data[i] for i in range(len(data))]
     images = torch.stack([sample.image for sample in samples])

@@ -1,0 +1,178 @@
+"""What comparisons of models share: forms, one training budget, features computed once, metrics."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bench import machine
+from usf_kernels import metrics
+from usf_kernels.data import Sample, TextureDataset
+from usf_kernels.demo import Recipe, Split, extract
+from usf_kernels.models import CFlow, FastFlow, create_backbone
+from usf_kernels.models.feature_flow import FeatureFlow
+from usf_kernels.models.uflow import UFlow
+from usf_kernels.training import CachedFeatures, fit
+
+BASELINE, ADDITIVE, USF = "affine", "additive", "additive + LU"
+FORMS = {
+    BASELINE: {"coupling": "affine", "linear": "permutation"},
+    ADDITIVE: {"coupling": "additive", "linear": "permutation"},
+    USF: {"coupling": "additive", "linear": "lu"},
+}
+# Depths of the papers, FastFlow's as in the demonstration. CFlow looks at a quarter of the positions in each
+# step, so that a step costs about what it costs the others.
+MODELS: dict[str, tuple[type[FeatureFlow], dict[str, Any]]] = {
+    "FastFlow": (FastFlow, {"steps": 4, "hidden_ratio": 2.0}),
+    "CFlow": (CFlow, {"steps": 8, "position_share": 0.25}),
+    "UFlow": (UFlow, {"steps": 4}),
+}
+METRICS = (
+    *("image_auroc", "pixel_auroc", "aupro", "miou_automatic", "miou_oracle"),
+    "false_alarms_per_clean_image",
+)
+MACHINE = ("device", "threads", "versions", "commit", "date")
+VALUES = (*METRICS, "z2", "seconds", *MACHINE)
+
+
+class Data(NamedTuple):
+    """The crops of a texture, or the images of a category, with their features."""
+
+    train: list[Tensor]  # features
+    validation: list[Tensor]
+    test: Split
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data computed once and shared by all runs and worker processes, as files that they map into memory.
+
+    Attributes:
+        folder: of the files.
+        recipe: what they were made with.
+    """
+
+    folder: Path
+    recipe: Recipe
+
+    def data(self, name: str) -> Data:
+        """What was prepared under this name."""
+        return _load(self.folder / f"{name}.pt")
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path) -> Data:
+    train, validation, test = torch.load(path, mmap=True, weights_only=True)
+    return Data(train, validation, Split(*test))
+
+
+def textures(name: str, recipe: Recipe) -> tuple[Dataset[Sample], ...]:
+    """Training, held-out and test crops of a texture: the same for all seeds of the training."""
+    counts = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
+    return tuple(
+        TextureDataset(name, split, count=count, crop=recipe.side, size=recipe.side)
+        for split, count in counts.items()
+    )
+
+
+@contextmanager
+def prepared(
+    names: list[str],
+    recipe: Recipe,
+    datasets: Callable[[str, Recipe], tuple[Dataset[Sample], ...]] = textures,
+) -> Iterator[Prepared]:
+    """Compute the features of each named texture or category; they last as long as the block.
+
+    Args:
+        names: of what `datasets` knows.
+        recipe: decides stages and sizes.
+        datasets: gives the training, held-out and test sets of a name.
+    """
+    with tempfile.TemporaryDirectory(prefix="usf-accuracy-") as folder:
+        backbone = create_backbone(out_indices=recipe.stages) if names else None
+        for name in names:
+            print(f"features of {name}", flush=True)
+            train, validation, test = (extract(backbone, data) for data in datasets(name, recipe))
+            torch.save((train.features, validation.features, tuple(test)), Path(folder) / f"{name}.pt")
+        yield Prepared(Path(folder), recipe)
+
+
+def train(model: str, form: str, data: Data, recipe: Recipe, *, seed: int) -> FeatureFlow:
+    """A trained and calibrated model, in evaluation mode.
+
+    Args:
+        model: of `MODELS`.
+        form: of `FORMS`.
+        data: of which the test part is not looked at.
+        recipe: the budget, the same for all models and forms.
+        seed: of the initial weights, the permutations, the order of the images and the noise.
+    """
+    kind, options = MODELS[model]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        flow = kind(
+            create_backbone(
+                out_indices=recipe.stages, weights=None
+            ),  # for its shapes: the features are there
+            **FORMS[form],
+            **options,
+            noise=recipe.noise,
+            memory="standard",
+        ).initialize(data.train)
+    fit(
+        flow,
+        CachedFeatures(data.train),
+        CachedFeatures(data.validation),
+        max_epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        seed=seed,
+        accelerator="cpu",
+        progress=False,
+    )
+    flow.calibrate(data.validation)
+    return flow
+
+
+def measure(job: Mapping[str, str], prepared: Prepared, column: str) -> list[dict[str, object]]:
+    """Train and test what a row names: its model, form, seed, and what `column` holds.
+
+    Returns:
+        One row of `VALUES`; `z2` is the mean of z^2 on held-out images, averaged over the scales, `seconds`
+        is the training's.
+    """
+    data = prepared.data(job[column])
+    started = time.perf_counter()
+    flow = train(job["model"], job["form"], data, prepared.recipe, seed=int(job["seed"]))
+    seconds = time.perf_counter() - started
+    z2 = flow.mean_square(data.validation)
+    found = metrics.evaluate(flow.predict(data.test.images, data.test.features), data.test.targets)
+    return [
+        found
+        | {"z2": sum(z2) / len(z2), "seconds": seconds}
+        | machine.environment(torch.device("cpu"))
+    ]
+
+
+def measuring(prepared: Prepared, column: str) -> Callable[[Mapping[str, str]], list[dict[str, object]]]:
+    """`measure` for `bench.accuracy.rows.complete`: it can be sent to worker processes."""
+    return partial(measure, prepared=prepared, column=column)
+
+
+def describe(recipe: Recipe) -> str:
+    """What decides a result besides the columns that name a run."""
+    return (
+        f"{recipe.train}+{recipe.validation}+{recipe.test} images of {recipe.side}, {recipe.epochs} epochs "
+        f"of batches of {recipe.batch_size}, lr {recipe.lr:g}, noise {recipe.noise:g}"
+    )
