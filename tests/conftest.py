@@ -1,6 +1,7 @@
 """Fixtures for all tests: fixed seeds, and fresh memory that is full of NaN for those who ask for it."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import torch
 if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; read when Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from importlib.metadata import PackageNotFoundError, version
 
 from hypothesis import settings
 
