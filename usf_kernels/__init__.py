@@ -2,6 +2,7 @@
 
 from usf_kernels import models, nn
 from usf_kernels.integrations import replace_blocks, restore_blocks
+from usf_kernels.integrations.accelerate import accelerate
 from usf_kernels.max_tree import ComponentTree, component_tree, component_trees
 from usf_kernels.null import Null, calibrate
 from usf_kernels.number_of_tests import log_number_of_tests
@@ -22,6 +23,7 @@ __all__ = [
     "ComponentTree",
     "Null",
     "Region",
+    "accelerate",
     "additive_coupling",
     "affine_coupling",
     "anomaly_map",

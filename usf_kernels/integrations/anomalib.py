@@ -1,10 +1,13 @@
-"""Faster classes for anomalib's modules."""
+"""anomalib: faster classes for its modules, and this package's models under its engine."""
 
 from __future__ import annotations
 
 from anomalib.models.components.flow import AllInOneBlock
 
+from usf_kernels.integrations.accelerate import accelerate
 from usf_kernels.integrations.all_in_one import AllInOneMixin
+
+__all__ = ["CLASSES", "FastAllInOneBlock", "accelerate"]
 
 
 class FastAllInOneBlock(AllInOneMixin, AllInOneBlock):

@@ -1,0 +1,89 @@
+"""FrEIA's `GraphINN`, which U-Flow is built with: runs of blocks in their inference form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from FrEIA.framework import GraphINN
+from torch import Tensor
+
+from usf_kernels.integrations.faster import Faster
+from usf_kernels.nn.fused import FusedFlow, fuse_parts
+
+
+class FastGraphINN(Faster, GraphINN):
+    """The same graph; where nothing is trained or recorded, each run of replaced blocks is one fused flow.
+
+    The fused flows are made at the first call and again whenever a parameter has changed since.
+    """
+
+    _fused: dict[str, tuple[tuple, FusedFlow]] | None = None
+
+    def begin_fast(self, **options: Any) -> None:
+        """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
+        self._fused = {}
+
+    def end_fast(self) -> None:
+        """Leave nothing behind."""
+        self.__dict__.pop("_fused", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the fused flows, which are made again where they are needed."""
+        return {**super().__getstate__(), "_fused": {}}
+
+    def forward(
+        self,
+        x_or_z: Tensor | Iterable[Tensor],
+        c: Iterable[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+        intermediate_outputs: bool = False,
+        x: Any = None,
+    ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+        """As the original."""
+        recorded = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if recorded or rev or intermediate_outputs or x is not None or self.condition_nodes:
+            return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
+        inputs = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
+        if len(inputs) != len(self.in_nodes):
+            raise ValueError(f"x_or_z: expected {len(self.in_nodes)} tensors, found {len(inputs)}")
+        values = {(node, 0): tensor for node, tensor in zip(self.in_nodes, inputs, strict=True)}
+        log_det = inputs[0].new_zeros(len(inputs[0]))
+        runs = self._runs()
+        inside = {node for run in runs.values() for node in run[1:]}
+        for node in self.node_list:
+            if node.module is None or node in inside:
+                continue
+            found = tuple(values[source] for source in node.inputs)
+            if node in runs:
+                z, more = self._inference_form(runs[node], found[0].dtype)(found[0])
+                values[runs[node][-1], 0] = z
+            else:
+                outputs, more = node.module(found, rev=False, jac=True)
+                values |= {(node, i): value for i, value in enumerate(outputs)}
+            log_det = log_det + more
+        results = tuple(values[node.inputs[0]] for node in self.out_nodes)
+        return results if len(results) > 1 or self.force_tuple_output else results[0], log_det
+
+    def _runs(self) -> dict[Any, list[Any]]:
+        """Replaced blocks that follow each other, by the first of them."""
+        runs: dict[Any, list[Any]] = {}
+        heads: dict[Any, Any] = {}  # the last node of a run so far, to its first
+        for node in self.node_list:
+            if not getattr(node.module, "folds", False) or node.conditions:
+                continue
+            head = heads.pop(node.inputs[0][0], node)
+            runs.setdefault(head, []).append(node)
+            heads[node] = head
+        return runs
+
+    def _inference_form(self, run: list[Any], dtype: torch.dtype) -> FusedFlow:
+        state = [tensor for node in run for tensor in (*node.module.parameters(), *node.module.buffers())]
+        key = (dtype, *((t.data_ptr(), t._version) for t in state))
+        known = self._fused.get(run[0].name)
+        if known is None or known[0] != key:
+            parts = [part for node in run for part in node.module.flow_parts()]
+            known = self._fused[run[0].name] = (key, fuse_parts(parts, dtype, state[0].device))
+        return known[1]

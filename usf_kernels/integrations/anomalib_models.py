@@ -1,0 +1,272 @@
+"""Faster classes for anomalib's Fastflow, Cflow and Uflow, from torch model to loss; see `accelerate`.
+
+Instances keep their parameters, buffers, hooks and place; what changes is their class, so their `forward`.
+Graphs that are traced, for a compiler or for export, are the original's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.image.cflow.lightning_model import Cflow
+from anomalib.models.image.cflow.torch_model import CflowModel
+from anomalib.models.image.cflow.utils import positional_encoding_2d
+from anomalib.models.image.fastflow.torch_model import FastflowModel
+from anomalib.models.image.uflow.anomaly_map import AnomalyMapGenerator
+from anomalib.models.image.uflow.feature_extraction import LayerNormFeatureExtractor
+from anomalib.models.image.uflow.loss import UFlowLoss
+from anomalib.models.image.uflow.torch_model import UflowModel
+from FrEIA.framework import GraphINN
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from usf_kernels.integrations.anomalib_graph import FastGraphINN
+from usf_kernels.integrations.faster import Faster
+from usf_kernels.models.scoring import TAIL, TESTS
+from usf_kernels.nn.fused import FusedFlow
+from usf_kernels.nn.fused_conditioner import to_rows
+from usf_kernels.ops import anomaly_map, squared_norm
+from usf_kernels.segmentation import Null, segment
+
+LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+class Accelerated(Faster):
+    """In front of a class of anomalib in a class's bases.
+
+    Attributes:
+        exact: keep the original's values where `accelerate` would correct them.
+        one_step: train Cflow with one optimiser step per batch of images.
+    """
+
+    exact = False
+    one_step = False
+
+    def begin_fast(self, *, exact: bool, one_step: bool) -> None:
+        """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
+        self.exact, self.one_step = exact, one_step
+
+    def end_fast(self) -> None:
+        """Leave nothing behind."""
+        for name in ("exact", "one_step"):
+            self.__dict__.pop(name, None)
+
+
+class FastFastflowModel(Accelerated, FastflowModel):
+    """`anomalib.models.image.fastflow.torch_model.FastflowModel`, for images of any size."""
+
+    def forward(self, input_tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | InferenceBatch:
+        """As the original; the map has the size of the images."""
+        if self.training or torch.compiler.is_compiling() or not hasattr(self, "norms"):
+            return super().forward(input_tensor)
+        features = self._get_cnn_features(input_tensor)
+        latents = [flow(maps)[0] for flow, maps in zip(self.fast_flow_blocks, features, strict=True)]
+        return _prediction(anomaly_map(latents, tuple(input_tensor.shape[-2:])) - 1)
+
+    def _get_cnn_features(self, input_tensor: Tensor) -> list[Tensor]:
+        features = self.feature_extractor.eval()(input_tensor)
+        return [_layer_norm(norm, maps) for norm, maps in zip(self.norms, features, strict=True)]
+
+
+class FastLayerNormFeatureExtractor(Accelerated, LayerNormFeatureExtractor):
+    """The U-Flow feature extractor for images of any size.
+
+    Every map must have exactly twice the height and width of the next coarser one. Where the sizes of images
+    are no multiples of the largest stride, maps are resized to that, bilinearly.
+    """
+
+    def normalize_features(self, features: Iterable[Tensor]) -> list[Tensor]:
+        """As the original."""
+        features = list(features)
+        height, width = features[-1].shape[-2:]
+        normalized = []
+        for norm, maps, stride in zip(self.feature_normalizations, features, self.scale_factors, strict=True):
+            times = self.scale_factors[-1] // stride
+            normalized.append(_layer_norm(norm, _resized(maps, (times * height, times * width))))
+        return normalized
+
+
+class FastUflowModel(Accelerated, UflowModel):
+    """`anomalib.models.image.uflow.torch_model.UflowModel` with the automatic segmentation of the paper.
+
+    Attributes:
+        null: what the squared norms of normal images follow, from `usf_kernels.calibrate(model.latents(...))`
+            on held-out ones; None for the chi-square of white latents. It is no part of the state_dict.
+    """
+
+    null: Null | None = None
+
+    def end_fast(self) -> None:
+        super().end_fast()
+        self.__dict__.pop("null", None)
+
+    def latents(self, images: Tensor) -> list[Tensor]:
+        """Of a batch of images, (B, C_l, H_l, W_l) per scale."""
+        return list(self.encode(self.feature_extractor(images))[0])
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor] | InferenceBatch:
+        """As the original, with the component tree's mask unless `exact`; of the size of the images."""
+        if self.training or torch.compiler.is_compiling():
+            return super().forward(image)
+        latents, size = self.latents(image), tuple(image.shape[-2:])
+        mask = None if self.exact else _segment(latents, size, self.null)
+        return _prediction(anomaly_map(latents, size), mask)
+
+
+class FastAnomalyMapGenerator(Accelerated, AnomalyMapGenerator):
+    """`anomalib.models.image.uflow.anomaly_map.AnomalyMapGenerator` with a mask of what is anomalous."""
+
+    def compute_anomaly_mask(self, z: Sequence[Tensor], *args: Any, **options: Any) -> Tensor:
+        """The component tree's mask, (B, 1, H, W) bool.
+
+        Where the original returns the complement of a test of blocks, and takes options for that test. With
+        `exact` this is the original.
+        """
+        if self.exact:
+            return super().compute_anomaly_mask(z, *args, **options)
+        if args or options:
+            raise TypeError("compute_anomaly_mask: options of the test of blocks need accelerate(exact=True)")
+        return _segment(z, tuple(self.input_size), None)
+
+
+class FastUFlowLoss(Accelerated, UFlowLoss):
+    """The mean over the batch of the negative log-likelihood, up to its constant.
+
+    The original sums one term over the batch, so that the variance of the latents settles at 1 / batch size.
+    """
+
+    def forward(self, hidden_variables: Sequence[Tensor], jacobians: Tensor) -> Tensor:
+        """0-d; latents (B, C_l, H_l, W_l) and log-determinants (B,)."""
+        if self.exact:
+            return super().forward(hidden_variables, jacobians)
+        energy = sum(0.5 * z.square().flatten(1).sum(1) for z in hidden_variables)
+        return (energy - jacobians).mean()
+
+
+class FastCflowModel(Accelerated, CflowModel):
+    """`anomalib.models.image.cflow.torch_model.CflowModel` on all positions at once.
+
+    What positions contribute to the conditioners is computed once per size of the maps. Unless `exact`, the
+    score of an image is its own: `sigmoid(-log p)`, p the likelihood per dimension, whose log-sigmoid is what
+    training maximises; the mean over scales. The original divides by the largest likelihood of the batch.
+    """
+
+    def begin_fast(self, **options: bool) -> None:
+        super().begin_fast(**options)
+        self._projections: dict[str, tuple[FusedFlow, torch.Size, tuple[Tensor, ...]]] = {}
+
+    def end_fast(self) -> None:
+        super().end_fast()
+        del self._projections
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made again where it is needed."""
+        return {**super().__getstate__(), "_projections": {}}
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """As the original: maps (B, H, W) of the size of the images."""
+        if torch.compiler.is_compiling():
+            return super().forward(images)
+        with torch.no_grad():
+            likelihoods = list(self.log_likelihoods(images))
+            size = tuple(images.shape[-2:])
+            if self.exact:
+                return _prediction(
+                    self.anomaly_map_generator(
+                        distribution=[scale.flatten() for scale in likelihoods],
+                        height=[scale.shape[1] for scale in likelihoods],
+                        width=[scale.shape[2] for scale in likelihoods],
+                        image_size=size,
+                    )
+                )
+            maps = [
+                F.interpolate(torch.sigmoid(-scale)[:, None], size, mode="bilinear", align_corners=True)
+                for scale in likelihoods
+            ]
+            return _prediction((sum(maps) / len(maps)).squeeze(1))
+
+    def log_likelihoods(self, images: Tensor) -> Iterator[Tensor]:
+        """Of each scale's positions per dimension, (B, H_l, W_l)."""
+        features = self.encoder.eval()(images)
+        for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
+            maps = features[layer]
+            flow = decoder.inference_form(maps.dtype)
+            rows, log_det = flow._run(maps, self._projection(layer, flow, maps), flow.stages, inverse=False)
+            log_det = flow.log_det_per_position + (0 if log_det is None else log_det)
+            likelihood = (log_det - 0.5 * squared_norm(rows)) / maps.shape[1] - LOG_ROOT_TWO_PI
+            yield likelihood.view(len(maps), *maps.shape[2:])
+
+    def _projection(self, layer: str, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
+        """What the flow takes of the encoding of maps of this size."""
+        size, known = maps.shape[2:], self._projections.get(layer)
+        if known is None or known[0] is not flow or known[1] != size:
+            known = (flow, size, flow.project(_encoding(self.condition_vector, maps)))
+            self._projections[layer] = known
+        return known[2]
+
+
+class FastCflow(Accelerated, Cflow):
+    """`anomalib.models.Cflow`, whose training may take all positions of a batch in one optimiser step."""
+
+    def training_step(self, batch: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """As the original, or with `one_step` one optimiser step for all positions and scales."""
+        if not self.one_step:
+            return super().training_step(batch, *args, **options)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        features = self.model.encoder(batch.image)
+        losses = []
+        for layer, decoder in zip(self.model.pool_layers, self.model.decoders, strict=True):
+            maps = features[layer].detach()
+            encoding = _encoding(self.model.condition_vector, maps).expand(len(maps), -1, -1, -1)
+            z, log_det = decoder(to_rows(maps), [to_rows(encoding)])
+            likelihood = (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - LOG_ROOT_TWO_PI
+            losses.append(-F.logsigmoid(likelihood))
+        self.manual_backward(sum(loss.mean() for loss in losses))
+        optimizer.step()
+        total = sum(loss.detach().sum() for loss in losses)
+        self.log("train_loss", total.item(), on_epoch=True, prog_bar=True, logger=True)
+        return {"loss": total}
+
+
+def _prediction(maps: Tensor, mask: Tensor | None = None) -> InferenceBatch:
+    return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps, pred_mask=mask)
+
+
+def _segment(latents: Sequence[Tensor], size: tuple[int, int], null: Null | None) -> Tensor:
+    return segment(list(latents), size, tail=TAIL, tests=TESTS, null=null, upsample="nearest")
+
+
+def _layer_norm(norm: nn.LayerNorm, maps: Tensor) -> Tensor:
+    """`norm` of maps of another size than the one it was made for: its weights are resized."""
+    if tuple(maps.shape[1:]) == tuple(norm.normalized_shape):
+        return norm(maps)
+    weight, bias = (_resized(p[None], tuple(maps.shape[-2:]))[0] for p in (norm.weight, norm.bias))
+    return F.layer_norm(maps, maps.shape[1:], weight, bias, norm.eps)
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _encoding(channels: int, maps: Tensor) -> Tensor:
+    """The condition of every position of such maps, (1, channels, H, W)."""
+    return positional_encoding_2d(channels, *maps.shape[2:])[None].to(maps)
+
+
+MODELS: dict[type, type] = {
+    AnomalyMapGenerator: FastAnomalyMapGenerator,
+    Cflow: FastCflow,
+    CflowModel: FastCflowModel,
+    FastflowModel: FastFastflowModel,
+    GraphINN: FastGraphINN,
+    LayerNormFeatureExtractor: FastLayerNormFeatureExtractor,
+    UFlowLoss: FastUFlowLoss,
+    UflowModel: FastUflowModel,
+}
