@@ -16,7 +16,7 @@ from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
 from usf_kernels.integrations.all_in_one import AllInOneMixin, index_of
-from usf_kernels.integrations.faster import Faster
+from usf_kernels.integrations.faster import Faster, named
 from usf_kernels.integrations.flow_modules import FlowModule
 from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1, Permutation
 
@@ -44,6 +44,10 @@ class UniformBlock(Faster, FlowModule):
 
     def become(self, original: type, flow: FlowSequence) -> None:
         """Put `flow` in the place of all contents, which are kept aside, unregistered."""
+        if self.householder:  # what its last forward has left there does not copy or pickle
+            self.w_perm = self.w_perm_inv = None
+        # FrEIA's lambda functions do not pickle either, and look for a submodule that will be gone.
+        self.global_scale_activation = named(self.global_scale_activation)
         self.__dict__["_original"] = (original, {name: self.__dict__[name] for name in _STATE})
         for name in _STATE:
             self.__dict__[name] = type(self.__dict__[name])()
