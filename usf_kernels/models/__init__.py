@@ -6,14 +6,17 @@ from usf_kernels.models.fastflow import FastFlow
 from usf_kernels.models.mahalanobis import Mahalanobis
 from usf_kernels.models.scoring import Prediction, image_score
 from usf_kernels.models.uflow import UFlow
+from usf_kernels.models.usflow import NonUSFlow, USFlow
 
 __all__ = [
     "Backbone",
     "CFlow",
     "FastFlow",
     "Mahalanobis",
+    "NonUSFlow",
     "Prediction",
     "UFlow",
+    "USFlow",
     "create_backbone",
     "image_score",
 ]

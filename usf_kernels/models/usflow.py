@@ -1,0 +1,290 @@
+"""USFlow, a uniformly scaling density model of vectors, images and volumes, and its affine counterpart.
+
+F. Abu Zaid et al., "On Uniformly Scaling Flows: A Density-Aligned Approach to Deep One-Class
+Classification", arXiv:2510.09452.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.models.conditioners import CONVOLUTIONS, convolutional_conditioner, dense_conditioner
+from usf_kernels.models.distributions import create_base
+from usf_kernels.models.mahalanobis import moments
+from usf_kernels.nn import (
+    AdditiveCoupling,
+    AffineCheckerboard,
+    AffineCoupling,
+    Conjugated,
+    FlowSequence,
+    Householder,
+    LUConv1x1,
+    Permutation,
+    USFBlock,
+)
+from usf_kernels.nn.coupling import Subnet
+from usf_kernels.nn.usf_block import CheckerboardCoupling
+from usf_kernels.ops.checks import check_choice, check_float, check_int
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class DensityFlow(nn.Module):
+    """`A_{n+1} . B_n ... B_1`: conjugated blocks `B = A^-1 . C . A`, a linear map, and a base distribution.
+
+    `USFlow` has additive couplings C, `NonUSFlow` affine ones; all else is the same. A block starts as the
+    identity, and A_{n+1}, an `LUConv1x1` at any choice of `linear`, holds all scales: after `initialize` the
+    untrained flow whitens its data.
+
+    Args:
+        shape: of one sample: (D,) or D for vectors, (C, H, W) for images, (C, D, H, W) for volumes.
+        blocks: n.
+        mask: "half", "channel" (every other one) or "checkerboard" (every other position; the colours
+            alternate from block to block): see `usf_kernels.nn.USFBlock`.
+        linear: the maps A inside blocks: "lu", "householder" or "permutation".
+        base: a name or a mapping, see `create_base`.
+        hidden: width of a conditioner.
+        layers: hidden layers of a dense conditioner (for vectors), gated blocks of a convolutional one.
+        kernel: size of the kernels, odd.
+        reflections: of every Householder map.
+        clamp: bound on the log scales of affine couplings.
+        prior_scale: s of the log-normal prior on every LU map: independently ln|u_ii| ~ N(0, s0^2), with
+            s0 = s / (C * H * W). None for no prior.
+        prior_weight: of the log prior in `loss`, against the mean log-likelihood: 1 / N makes training on N
+            samples a maximum a posteriori estimate, and 1 is what the authors' code does.
+        memory: what training keeps for the backward pass, see `usf_kernels.nn.FlowSequence`.
+
+    `model(x) -> (z, log_det)` takes (B, *shape) of any floating dtype; log_det is 0-d for a USFlow and (B,)
+    for a NonUSFlow.
+
+    Raises:
+        TypeError, ValueError: a bad argument; an x of another shape or not floating.
+    """
+
+    coupling: str
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        *,
+        blocks: int = 8,
+        mask: str = "half",
+        linear: str = "lu",
+        base: str | Mapping[str, Any] = "normal",
+        hidden: int = 64,
+        layers: int = 2,
+        kernel: int = 3,
+        reflections: int = 4,
+        clamp: float = 2.0,
+        prior_scale: float | None = None,
+        prior_weight: float = 1.0,
+        memory: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.shape = check_sample_shape(shape)
+        dims = len(self.shape) - 1
+        check_int("blocks", blocks, 0)
+        check_choice("mask", mask, ("half", "channel", "checkerboard"))
+        check_choice("linear", linear, ("lu", "householder", "permutation"))
+        check_int("hidden", hidden, 1)
+        check_int("layers", layers, 0)
+        check_int("kernel", kernel, 1)
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd size, found {kernel}")
+        if mask == "checkerboard" and dims == 0:
+            raise ValueError(f"mask: a checkerboard needs spatial dimensions, found shape {self.shape}")
+        if not 0 <= prior_weight < math.inf:
+            raise ValueError(f"prior_weight: expected a finite number, 0 or more, found {prior_weight!r}")
+        self.options = {
+            "shape": list(self.shape),
+            "blocks": blocks,
+            "mask": mask,
+            "linear": linear,
+            "base": base if isinstance(base, str) else dict(base),
+            "hidden": hidden,
+            "layers": layers,
+            "kernel": kernel,
+            "reflections": reflections,
+            "clamp": clamp,
+            "prior_scale": prior_scale,
+            "prior_weight": prior_weight,
+            "memory": memory,
+        }
+        if dims == 0:
+            subnet = dense_conditioner(hidden, layers)
+        else:
+            subnet = convolutional_conditioner(hidden, layers, kernel, dims)
+        steps = [self._block(subnet, odd=bool(i % 2)) for i in range(blocks)]
+        last = LUConv1x1(self.shape[0], prior_scale=prior_scale)
+        self.flow: nn.Module = FlowSequence([*steps, last], memory=memory)
+        self.base = create_base(base, self.shape)
+        self.fused = False
+
+    def _block(self, subnet: Subnet, *, odd: bool) -> nn.Module:
+        options, channels = self.options, self.shape[0]
+        mask, linear, prior_scale = options["mask"], options["linear"], options["prior_scale"]
+        board = mask == "checkerboard"
+        if self.coupling == "additive" and linear == "lu":
+            return USFBlock(channels, subnet=subnet, mask=mask, odd=odd and board, prior_scale=prior_scale)
+        if self.coupling == "additive":
+            settings, kinds = {}, (AdditiveCoupling, CheckerboardCoupling)
+        else:
+            settings, kinds = {"clamp": options["clamp"]}, (AffineCoupling, AffineCheckerboard)
+        if board:
+            settings["odd"] = odd
+        coupling = kinds[board](channels, subnet=subnet, **settings)
+        if linear == "lu":
+            matrix: nn.Module = LUConv1x1(channels, init="orthogonal", prior_scale=prior_scale)
+        elif linear == "householder":
+            matrix = Householder(channels, reflections=options["reflections"])
+        else:
+            matrix = Permutation(channels)
+        if mask == "channel":
+            matrix = FlowSequence([matrix, _every_other_first(channels)], memory="standard")
+        return Conjugated(matrix, coupling)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs: plain JSON values."""
+        return dict(self.options)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The model that a `config` describes, untrained; raises as the class does."""
+        return cls(**config)
+
+    @property
+    def dimensions(self) -> int:
+        """Of one sample."""
+        return math.prod(self.shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples to latents of the same shape, and the log-determinant."""
+        check_samples("x", x, self.shape)
+        return self.flow(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents to samples, and the log-determinant of this direction."""
+        check_samples("z", z, self.shape)
+        return self.flow.inverse(z)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density of every sample in nats, (B,)."""
+        z, log_det = self(x)
+        return self.base.log_prob(z) + log_det
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """Draw n samples, (n, *shape), from torch's global generator."""
+        return self.inverse(self.base.sample(n))[0]
+
+    def log_prior(self) -> Tensor:
+        """Log density of the prior on the diagonals of all LU maps, in nats: 0-d; 0 without a prior.
+
+        Raises:
+            TypeError: on the inference form, whose maps are folded.
+        """
+        self._require_trainable("log_prior")
+        positions = math.prod(self.shape[1:])
+        maps = [m for m in self.flow.modules() if isinstance(m, LUConv1x1)]
+        return torch.stack([m.log_prior(positions) for m in maps]).sum()
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """`-(mean log p(x) + prior_weight * log_prior) / D`, in nats per dimension: 0-d.
+
+        Args:
+            batch: (B, *shape).
+
+        Raises:
+            TypeError: on the inference form.
+        """
+        self._require_trainable("loss")
+        total = self.log_prob(batch).mean()
+        if self.options["prior_scale"] is not None:
+            total = total + self.options["prior_weight"] * self.log_prior()
+        return -total / self.dimensions
+
+    @torch.no_grad()
+    def initialize(self, samples: Tensor, *, shrinkage: float = 0.01) -> Self:
+        """Set the last map so that the latents of these samples have mean 0 and unit covariance per position.
+
+        Args:
+            samples: (N, *shape), training data; with N times the positions well above C.
+            shrinkage: ridge on the covariance, in units of the mean variance.
+
+        Returns:
+            self.
+        """
+        self._require_trainable("initialize")
+        check_samples("samples", samples, self.shape)
+        h, _ = self.flow[:-1](samples)
+        self.flow[-1].whiten_(*moments(h), eps=shrinkage)
+        return self
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Anomaly scores, (B,): the negative log-likelihood in nats, which depends on its own sample only."""
+        return -self.log_prob(x)
+
+    def fuse(self, dtype: torch.dtype | None = None) -> Self:
+        """The same model for inference: its flow in its inference form, see `usf_kernels.nn.fused`.
+
+        Args:
+            dtype: of the flow's weights and the latents, for example torch.bfloat16; None for its own.
+
+        Returns:
+            A copy in evaluation mode, without a loss and a prior; this model stays as it is.
+        """
+        fused = deepcopy(self).eval().requires_grad_(False)
+        if not fused.fused:
+            fused.flow, fused.fused = fused.flow.fuse(dtype), True
+        return fused
+
+    def _require_trainable(self, method: str) -> None:
+        if self.fused:
+            raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
+
+
+class USFlow(DensityFlow):
+    """A `DensityFlow` with additive couplings: uniformly scaling, so its log-determinant depends on no data
+    and, with a base whose density falls with a norm, that norm of the latents ranks as the likelihood."""
+
+    coupling = "additive"
+
+
+class NonUSFlow(DensityFlow):
+    """A `DensityFlow` with affine couplings, the counterpart that is not uniformly scaling."""
+
+    coupling = "affine"
+
+
+def check_sample_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """A sample's shape (C, *spatial) as a tuple; raises TypeError or ValueError for anything else."""
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if len(sizes) - 1 not in (0, *CONVOLUTIONS):
+        raise ValueError(f"shape: expected (C, *spatial) with at most 3 spatial sizes, found {sizes}")
+    for i, size in enumerate(sizes):
+        check_int(f"shape[{i}]", size, 1)
+    return sizes
+
+
+def check_samples(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless x is floating and of shape (B, *shape)."""
+    check_float(name, x)
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name}: expected shape (B, {', '.join(map(str, shape))}), found {tuple(x.shape)}")
+
+
+def _every_other_first(channels: int) -> Permutation:
+    """The even channels, then the odd ones."""
+    permutation, order = Permutation(channels), torch.arange(channels)
+    permutation.index.copy_(torch.cat([order[::2], order[1::2]]))
+    permutation.inverse_index.copy_(torch.argsort(permutation.index))
+    return permutation
