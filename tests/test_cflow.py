@@ -1,5 +1,7 @@
 """CFlow: likelihood, encoding, stretches of positions, sampling, inference form, checkpoint contract."""
 
+import copy
+import io
 import json
 import math
 
@@ -11,7 +13,8 @@ from test_fastflow import Pyramid, perturbed
 
 from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
 from usf_kernels.models import Backbone, CFlow, Mahalanobis, create_backbone
-from usf_kernels.models.cflow import in_stretches, positional_encoding
+from usf_kernels.models.cflow import in_stretches
+from usf_kernels.models.encoding import SIZES_KEPT, positional_encoding
 
 VARIANTS = [("additive", "lu"), ("affine", "permutation"), ("affine", "lu"), ("additive", "permutation")]
 
@@ -36,7 +39,7 @@ def cflow(backbone, images, **options):
 
 @given(st.integers(1, 8).map(lambda n: 4 * n), st.integers(0, 9), st.integers(0, 9))
 def test_positional_encoding_is_its_formula(channels, height, width):
-    found = positional_encoding(channels, height, width, like=torch.zeros((), dtype=torch.float64))
+    found = positional_encoding(channels, height, width, dtype=torch.float64)
     assert found.shape == (channels, height, width)
     half = channels // 2
     for channel in range(channels):
@@ -48,9 +51,9 @@ def test_positional_encoding_is_its_formula(channels, height, width):
                 assert found[channel, row, column].item() == pytest.approx(wave(place * frequency), abs=1e-12)
 
 
-def test_positional_encoding_takes_dtype_and_device():
+def test_positional_encoding_takes_a_dtype():
     assert positional_encoding(4, 2, 3).dtype == torch.float32
-    narrow = positional_encoding(128, 200, 2, like=torch.zeros(1, dtype=torch.bfloat16))
+    narrow = positional_encoding(128, 200, 2, dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(narrow, positional_encoding(128, 200, 2).bfloat16())  # rounded at the end only
 
@@ -197,6 +200,75 @@ def test_the_inference_form_is_the_same(backbone, images, coupling, linear, dtyp
         torch.testing.assert_close(fused_log_det, log_det, rtol=tolerance, atol=10 * tolerance)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_projections_of_the_encoding_are_kept_and_never_stale(backbone, images, monkeypatch):
+    model = cflow(backbone, images).fuse()
+    features = model.features(images)
+    counts = []
+    for flow in model.flows:
+        project = flow.project
+        monkeypatch.setattr(flow, "project", lambda cond, f=project: counts.append(1) or f(cond))
+
+    def computed(features=features):
+        counts.clear()
+        model.latents(features)
+        return len(counts)
+
+    assert [computed(), computed()] == [2, 0]
+    smaller = [maps[:1, :, :2, :2] for maps in features]
+    assert [computed(smaller), computed(smaller), computed()] == [2, 0, 0]
+    for size in range(3, 3 + SIZES_KEPT):
+        computed([maps[..., :size] for maps in features])
+    assert computed(smaller) == 2  # the least recently used one has made room
+    (expected, *_), _ = model.latents(features)
+    state = {key: value + 0.1 for key, value in model.state_dict().items() if value.is_floating_point()}
+    model.load_state_dict(state, strict=False)
+    (changed, *_), _ = model.latents(features)
+    again, _ = copy.deepcopy(model).latents(features)
+    assert not torch.allclose(changed, expected)
+    assert torch.equal(again[0], changed)
+    model.double()
+    (wide, *_), _ = model.latents([maps.double() for maps in features])
+    torch.testing.assert_close(wide.float(), changed, rtol=1e-3, atol=1e-3)
+
+
+def test_projections_of_the_encoding_are_not_copied_or_stored(backbone, images):
+    model = cflow(backbone, images).fuse()
+    features = model.features(images)
+    expected, _ = model.latents(features)
+    assert all(encodings._kept for encodings in model._encodings)
+    del model.backbone.network.feature_info  # its lambdas cannot be pickled
+    memory = io.BytesIO()
+    torch.save(model, memory)
+    memory.seek(0)
+    loaded = torch.load(memory, weights_only=False)
+    for other in (copy.deepcopy(model), loaded):
+        assert not any(encodings._kept for encodings in other._encodings)
+        for found, z in zip(other.latents(features)[0], expected, strict=True):
+            assert torch.equal(found, z)
+    with torch.inference_mode():
+        for found, z in zip(model.latents(features)[0], expected, strict=True):
+            assert torch.equal(found, z)
+
+
+def test_the_inference_form_compiles_and_exports(backbone, images):
+    class Latents(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return self.model(images)[0]
+
+    model = Latents(cflow(backbone, images, coupling="affine", steps=1).fuse())
+    expected = model(images)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, (images[:3],), dynamic_shapes={"images": {0: batch}})
+    compiled = torch.compile(model, backend="aot_eager")
+    for found in (program.module()(images), compiled(images)):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_config_and_state_rebuild_the_model(tmp_path):

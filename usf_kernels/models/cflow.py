@@ -6,13 +6,13 @@ via Conditional Normalizing Flows", arXiv:2107.12571; uniformly scaling flows: a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
+from usf_kernels.models.encoding import Encodings, check_encoding_channels
 from usf_kernels.models.feature_flow import (
     FeatureFlow,
     add_noise,
@@ -21,16 +21,16 @@ from usf_kernels.models.feature_flow import (
     entry_map,
 )
 from usf_kernels.nn import ActNorm, FlowSequence, FlowStep, LUConv1x1
-from usf_kernels.ops.checks import check_int, compute_dtype
+from usf_kernels.ops.checks import check_int
 
-Part = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Condition = Tensor | Sequence[Tensor]  # (1, D, H, W), or what `FusedFlow.project` made of it
 
 
 class CFlow(FeatureFlow):
     """One flow per scale that treats every position alone, given where it is.
 
     A flow is a whitening map and then `steps` Glow-like steps, whose conditioners are MLPs on the channels of
-    one position and its encoding (`positional_encoding`). With the couplings starting as the identity, the
+    one position and its encoding (`models.encoding`). With the couplings starting as the identity, the
     flow that `initialize` leaves behind scores exactly as a Mahalanobis distance. The paper's scales are
     those of strides 8, 16 and 32: `create_backbone("resnet18", out_indices=(2, 3, 4))`.
 
@@ -76,7 +76,7 @@ class CFlow(FeatureFlow):
         check_linear(linear)
         if not hidden_ratio > 0:
             raise ValueError(f"hidden_ratio: expected a positive number, found {hidden_ratio!r}")
-        _check_encoding_channels(encoding_channels)
+        check_encoding_channels(encoding_channels)
         if not 0 < position_share <= 1:
             raise ValueError(f"position_share: expected a number in (0, 1], found {position_share!r}")
         check_int("memory_budget", memory_budget, 1)
@@ -108,6 +108,7 @@ class CFlow(FeatureFlow):
                 for _ in range(steps)
             ]
             self.flows.append(FlowSequence([entry_map(channels, linear), *rest], memory=memory))
+        self._encodings = [Encodings(encoding_channels) for _ in self.flows]
 
     def _entries(self) -> list[LUConv1x1 | ActNorm]:
         return [flow[0] for flow in self.flows]
@@ -122,46 +123,47 @@ class CFlow(FeatureFlow):
             ValueError: latents of other channels than the features.
         """
         self._check(latents, "latents")
-        return self._run(latents, [self._encoding(maps) for maps in latents], inverse=True)
+        return self._run(latents, self._conditions(latents), inverse=True)
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
-        return self._run(features, [self._encoding(maps) for maps in features], noise)
+        return self._run(features, self._conditions(features), noise)
 
     def _training_transform(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        share, some, encodings = self.options["position_share"], [], []
+        share, some, conditions = self.options["position_share"], [], []
         if share == 1:
             return super()._training_transform(features)
-        for maps in features:
+        for maps, encoding in zip(features, self._conditions(features), strict=True):
             positions = maps.shape[2] * maps.shape[3]
             chosen = torch.randperm(positions, device=maps.device)[: max(1, round(share * positions))]
             some.append(maps.flatten(2)[:, :, chosen, None])
-            encodings.append(self._encoding(maps).flatten(2)[:, :, chosen, None])
-        return self._run(some, encodings, self.options["noise"])
+            conditions.append(encoding.flatten(2)[:, :, chosen, None])
+        return self._run(some, conditions, self.options["noise"])
 
-    def _encoding(self, maps: Tensor) -> Tensor:
-        """(1, channels, H, W)."""
-        channels, (height, width) = self.options["encoding_channels"], maps.shape[2:]
-        return positional_encoding(channels, height, width, like=maps)[None]
+    def _conditions(self, inputs: Sequence[Tensor]) -> list[Condition]:
+        if self.fused:
+            three = zip(self._encodings, self.flows, inputs, strict=True)
+            return [encodings.projected(flow, maps) for encodings, flow, maps in three]
+        return [encodings.of(maps) for encodings, maps in zip(self._encodings, inputs, strict=True)]
 
     def _run(
         self,
         inputs: Sequence[Tensor],
-        encodings: Sequence[Tensor],
+        conditions: Sequence[Condition],
         noise: float = 0.0,
         *,
         inverse: bool = False,
     ) -> tuple[list[Tensor], Tensor]:
         outputs, total = [], 0.0
-        for flow, maps, encoding in zip(self.flows, inputs, encodings, strict=True):
+        for flow, maps, cond in zip(self.flows, inputs, conditions, strict=True):
             if noise > 0:
                 z, entry_log_det = flow[0](maps)
-                z, log_det = flow[1:](add_noise(z, noise), encoding)
+                z, log_det = flow[1:](add_noise(z, noise), cond)
                 log_det = log_det + entry_log_det
             else:
                 call = flow.inverse if inverse else flow
                 # In training, an ActNorm takes its statistics from all positions.
                 positions = None if self.training else self._positions_at_a_time(maps)
-                z, log_det = in_stretches(call, maps, encoding, positions)
+                z, log_det = in_stretches(call, maps, cond, positions)
             outputs.append(z)
             total = total + log_det
         return outputs, total
@@ -176,28 +178,32 @@ class CFlow(FeatureFlow):
         return max(1, int(self.options["memory_budget"] / (numbers * maps.element_size())))
 
 
-def in_stretches(call: Part, maps: Tensor, encoding: Tensor, positions: int | None) -> tuple[Tensor, Tensor]:
-    """`call(maps, encoding)` for a call that treats every position alone: so many positions at a time.
+def in_stretches(
+    call: Callable[[Tensor, Condition], tuple[Tensor, Tensor]],
+    maps: Tensor,
+    cond: Condition,
+    positions: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`call(maps, cond)` for a call that treats every position alone: so many positions at a time.
 
     All at once where gradients are recorded, which keep everything anyway, and in traced graphs, which may
     not depend on the number of positions.
 
     Args:
-        call: of maps (B, C, H, W) and their encoding (1, D, H, W); returns maps and a log-determinant, which
-            is 0-d and proportional to the positions, or (B,).
-        maps, encoding: its arguments.
+        call: of maps (B, C, H, W) and their condition; returns maps and a log-determinant, which is 0-d and
+            proportional to the positions, or (B,).
+        maps, cond: its arguments.
         positions: at a time, at least 1: of several images where whole ones fit. None for all of them.
     """
     size = maps.shape[2] * maps.shape[3]
     whole = positions is None or torch.compiler.is_compiling() or torch.is_grad_enabled()
     if whole or maps.shape[0] * size <= positions:
-        return call(maps, encoding)
+        return call(maps, cond)
     outputs, log_dets = [], []
     for images in maps.flatten(2).split(max(1, positions // size)):
-        places = range(0, size, positions)
         parts = [
-            call(images[..., at : at + positions, None], encoding.flatten(2)[..., at : at + positions, None])
-            for at in places
+            call(images[..., start : start + positions, None], _cut(cond, start, start + positions))
+            for start in range(0, size, positions)
         ]
         outputs.append(torch.cat([part for part, _ in parts], dim=2))
         log_dets.append(sum(log_det for _, log_det in parts))
@@ -205,41 +211,8 @@ def in_stretches(call: Part, maps: Tensor, encoding: Tensor, positions: int | No
     return torch.cat(outputs).reshape(maps.shape), log_det
 
 
-def positional_encoding(channels: int, height: int, width: int, *, like: Tensor | None = None) -> Tensor:
-    """Where a position is, as sines and cosines of its column and row.
-
-    With D = channels / 2, channels 2i and 2i + 1 are sin and cos of `column / 10000^(2i / D)`, and those from
-    D on the same of the row. It is the 2D form of A. Vaswani et al., "Attention Is All You Need"
-    (arXiv:1706.03762), section 3.5, that CFlow conditions on (arXiv:2107.12571, section 4.3).
-
-    Args:
-        channels: a multiple of 4.
-        height, width: of the map.
-        like: takes its device and dtype from this tensor; None for float32 on the CPU.
-
-    Returns:
-        (channels, height, width), in [-1, 1].
-
-    Raises:
-        TypeError, ValueError: for other numbers of channels.
-    """
-    _check_encoding_channels(channels)
-    dtype, device = (torch.float32, None) if like is None else (like.dtype, like.device)
-    wide = torch.float32 if like is None else compute_dtype(like)
-    half = channels // 2
-    steps = torch.arange(0, half, 2, device=device, dtype=wide)
-    frequencies = torch.exp(steps * (-math.log(1e4) / half))
-
-    def waves(length: int) -> Tensor:
-        angles = torch.arange(length, device=device, dtype=wide) * frequencies[:, None]
-        return torch.stack([angles.sin(), angles.cos()], dim=1).flatten(0, 1).to(dtype)
-
-    columns = waves(width)[:, None, :].expand(half, height, width)
-    rows = waves(height)[:, :, None].expand(half, height, width)
-    return torch.cat([columns, rows])
-
-
-def _check_encoding_channels(channels: int) -> None:
-    check_int("encoding_channels", channels, 4)
-    if channels % 4:
-        raise ValueError(f"encoding_channels: expected a multiple of 4, found {channels}")
+def _cut(cond: Condition, start: int, stop: int) -> Condition:
+    """Of the positions in this range."""
+    if isinstance(cond, Tensor):
+        return cond.flatten(2)[..., start:stop, None]
+    return [part[:, start:stop] for part in cond]

@@ -140,7 +140,7 @@ class FusedFlow(nn.Module):
 
     def _check_projected(self, x: Tensor, cond: Sequence[Tensor]) -> None:
         blocks = sum(len(_blocks(stage)) for stage in self.stages) if self.cond_channels > 0 else 0
-        batches, positions = {1, x.shape[0]}, count_positions(x)
+        batches, positions = (1, x.shape[0]), count_positions(x)
         if len(cond) != blocks or any(c.shape[0] not in batches or c.shape[1] != positions for c in cond):
             raise ValueError(
                 f"cond: expected what `project` returns, {blocks} tensors for {positions} positions, "

@@ -1,0 +1,110 @@
+"""Positional encodings, and how fused flows take them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from usf_kernels.nn.fused import FusedFlow
+from usf_kernels.ops.checks import check_int
+
+SIZES_KEPT = 4  # of maps
+
+
+def check_encoding_channels(channels: int) -> None:
+    """Raise unless a positional encoding can have so many channels."""
+    check_int("encoding_channels", channels, 4)
+    if channels % 4:
+        raise ValueError(f"encoding_channels: expected a multiple of 4, found {channels}")
+
+
+def positional_encoding(
+    channels: int,
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Where a position is, as sines and cosines of its column and row.
+
+    With D = channels / 2, channels 2i and 2i + 1 are sin and cos of `column / 10000^(2i / D)`, and those from
+    D on the same of the row. It is the 2D form of A. Vaswani et al., "Attention Is All You Need"
+    (arXiv:1706.03762), section 3.5, on which CFlow conditions (arXiv:2107.12571).
+
+    Args:
+        channels: a multiple of 4.
+        height, width: of the map.
+        dtype: of the result; it is computed in float32 at least.
+        device: of the result.
+
+    Returns:
+        (channels, height, width), in [-1, 1].
+
+    Raises:
+        TypeError, ValueError: for another number of channels.
+    """
+    check_encoding_channels(channels)
+    half, wide = channels // 2, torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, half, 2, dtype=wide, device=device) / half
+    frequencies = torch.exp(-math.log(1e4) * exponents)
+
+    def waves(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=wide, device=device) * frequencies[:, None]
+        return torch.stack([angles.sin(), angles.cos()], dim=1).flatten(0, 1).to(dtype)
+
+    columns = waves(width)[:, None, :].expand(half, height, width)
+    rows = waves(height)[:, :, None].expand(half, height, width)
+    return torch.cat([columns, rows])
+
+
+class Encodings:
+    """The positional encodings of one scale: as maps, or as its fused flow takes them.
+
+    The latter are kept, for a few sizes of map, until a weight of the flow changes or moves. They are neither
+    copied nor pickled with the model, and traced graphs compute them.
+
+    Args:
+        channels: of the encoding.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self._kept: dict[tuple[int, ...], _Kept] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return Encodings, (self.channels,)
+
+    def of(self, maps: Tensor) -> Tensor:
+        """(1, channels, H, W) for maps (B, C, H, W)."""
+        size = maps.shape[2:]
+        return positional_encoding(self.channels, *size, dtype=maps.dtype, device=maps.device)[None]
+
+    def projected(self, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
+        """`flow.project` of the encoding."""
+        size = tuple(maps.shape[2:])
+        if torch.compiler.is_compiling() or any(p.is_inference() for p in flow.parameters()):
+            return self._project(flow, size)
+        # Views: what they were computed from cannot be freed, and its address not be given to other weights.
+        weights = [p.detach() for p in flow.parameters()]
+        state = [(w.data_ptr(), w.dtype, w._version) for w in weights]
+        kept = self._kept.pop(size, None)
+        if kept is None or kept.state != state:
+            kept = _Kept(weights, state, self._project(flow, size))
+        self._kept[size] = kept  # what was used last comes last
+        if len(self._kept) > SIZES_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return kept.projected
+
+    def _project(self, flow: FusedFlow, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+        device = next(flow.parameters()).device
+        return flow.project(positional_encoding(self.channels, *size, dtype=flow.dtype, device=device)[None])
+
+
+class _Kept(NamedTuple):
+    weights: list[Tensor]
+    state: list[tuple[int, torch.dtype, int]]
+    projected: tuple[Tensor, ...]
