@@ -84,7 +84,7 @@ def test_the_density_integrates_to_one_and_samples_follow_it(kind):
         area = (line[1] - line[0]) ** 2
         assert (log_prob.exp().sum() * area).item() == pytest.approx(1, abs=5e-3)
         entropy = -(log_prob.exp() * log_prob).sum() * area
-        assert -model.log_prob(model.sample(20_000)).mean() == pytest.approx(entropy.item(), abs=0.04)
+        assert -model.log_prob(model.sample(20_000)).mean().item() == pytest.approx(entropy.item(), abs=0.04)
 
 
 def test_the_latent_norm_of_a_uniformly_scaling_flow_ranks_as_its_likelihood():
@@ -165,7 +165,7 @@ def test_training_reaches_the_likelihood_of_correlated_data():
         model.loss(bent).backward()
         optimizer.step()
     assert model.loss(bent).item() < before - 0.4
-    assert model.log_prob(bent).mean() == pytest.approx(truth.item(), abs=0.1)
+    assert model.log_prob(bent).mean().item() == pytest.approx(truth.item(), abs=0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

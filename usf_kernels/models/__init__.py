@@ -2,6 +2,7 @@
 
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.cflow import CFlow
+from usf_kernels.models.deep_svdd import DeepSVDD
 from usf_kernels.models.fastflow import FastFlow
 from usf_kernels.models.mahalanobis import Mahalanobis
 from usf_kernels.models.scoring import Prediction, image_score
@@ -11,6 +12,7 @@ from usf_kernels.models.usflow import NonUSFlow, USFlow
 __all__ = [
     "Backbone",
     "CFlow",
+    "DeepSVDD",
     "FastFlow",
     "Mahalanobis",
     "NonUSFlow",
