@@ -147,6 +147,34 @@ def test_couplings_are_the_originals(original, fast):
         assert set(replaced.__dict__) == attributes
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_under_autocast_and_with_a_subnet_in_another_dtype(recorded):
+    def wide(c_in, c_out):
+        return nn.Sequential(ToDouble(), nn.Conv2d(c_in, c_out, 1).double())
+
+    cases = list(itertools.product(COUPLINGS, (subnet_of(2), wide)))
+    cases.append(((modules.AllInOneBlock, freia.FastAllInOneBlock), subnet_of(2)))
+    for (original, fast), subnet in cases:
+        options = {"gin_block": True} if original is modules.AllInOneBlock else {}
+        theirs = original([(6, 3, 3)], subnet_constructor=subnet, **options)
+        ours = fast([(6, 3, 3)], subnet_constructor=subnet, **options)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(2, 6, 3, 3)
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=subnet is not wide)
+        for rev in (False, True):
+            with torch.set_grad_enabled(recorded), mixed:
+                found, expected = ours((x,), rev=rev)[0][0], theirs((x,), rev=rev)[0][0]
+            tolerance = 1e-6 if subnet is wide else 0.05
+            assert found.dtype == torch.promote_types(expected.dtype, torch.float32)
+            atol = tolerance * expected.abs().max().item()
+            torch.testing.assert_close(found, expected, rtol=0, atol=atol, check_dtype=False)
+
+
+class ToDouble(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
 def test_a_subnet_may_return_its_input():
     """Nothing that a subnet returns is written to."""
     for original, fast in COUPLINGS:

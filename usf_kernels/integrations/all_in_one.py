@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usf_kernels.integrations.couplings import may_overwrite, scale_and_shift
 from usf_kernels.integrations.faster import Faster
 from usf_kernels.nn import AffineCoupling
 from usf_kernels.nn.folding import WIDE, Coupling, LinearMap
 from usf_kernels.nn.fused import FusedFlow, fuse_parts
-from usf_kernels.ops import additive_coupling, affine_coupling
+from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import count_positions
 from usf_kernels.ops.reference import apply_matrix
 from usf_kernels.ops.step import coupling_step
@@ -88,14 +89,15 @@ class AllInOneMixin(Faster):
         """As the original: ((y,), log_det (B,))."""
         (x,) = x
         scale, offset = self._scale(), self.global_offset.flatten()
+        c = list(c or ())
+        if self.GIN:
+            return (self._volume_preserving(x, c, offset, rev),), x.new_zeros(len(x), dtype=scale.dtype)
         couple = self._by_matrix if self._order is None else self._by_index
-        y, log_det = couple(x, list(c or ()), scale, offset, rev)
+        y, log_det = couple(x, c, scale, offset, rev)
         constant = count_positions(x) * scale.log().sum()
         return (y,), log_det - constant if rev else log_det + constant
 
     def _scale(self) -> Tensor:
-        if self.GIN:
-            return torch.ones_like(self.global_offset).flatten()
         return self.global_scale_activation(self.global_scale).flatten()
 
     def _by_index(
@@ -109,24 +111,17 @@ class AllInOneMixin(Faster):
             passive = x.index_select(1, self._inverse_order[:split])
             shape = (-1, *[1] * self.input_rank)
             passive = (passive - offset[:split].view(shape)) / scale[:split].view(shape)
-        params, clamp = self._params(passive, c), self.clamp
-        if self.GIN:
-            active = x[:, split:]
-            if rev:
-                active = x.index_select(1, self._inverse_order[split:])
-                active = active - offset[split:].view(-1, *[1] * self.input_rank)
-            params, clamp = self._volume_preserving_shift(active, params, rev), None
+        params = self._params(passive, c)
         y, log_det = coupling_step(
             x,
             params,
             split=split,
-            clamp=clamp,
+            clamp=self.clamp,
             index=order,
             scale=scale[order],
             bias=offset[order],
             inverse=rev,
         )
-        log_det = log_det if clamp is not None else scale.new_zeros(len(x))
         return (y.index_select(1, order) if self.reverse_pre_permute and rev else y), log_det
 
     def _by_matrix(
@@ -138,31 +133,41 @@ class AllInOneMixin(Faster):
         elif self.reverse_pre_permute:
             x = apply_matrix(rotation.mT, x, None)
         params = self._params(x[:, :split], c)
-        if self.GIN:
-            shift = self._volume_preserving_shift(x[:, split:], params, rev)
-            y = additive_coupling(x, shift, split=split, inverse=rev)
-            log_det = scale.new_zeros(len(x))
-        else:
-            y, log_det = affine_coupling(x, params, split=split, clamp=self.clamp, inverse=rev)
+        y, log_det = affine_coupling(x, params, split=split, clamp=self.clamp, inverse=rev)
         if not rev:
             y = apply_matrix(rotation * scale, y, rotation @ offset)
         elif self.reverse_pre_permute:
             y = apply_matrix(rotation, y, None)
         return y, log_det
 
-    def _volume_preserving_shift(self, active: Tensor, params: Tensor, rev: bool) -> Tensor:
-        """What a GIN block adds to the active half, or what its inverse takes away from it.
+    def _volume_preserving(self, x: Tensor, c: list[Tensor], offset: Tensor, rev: bool) -> Tensor:
+        """A GIN block: its log scales have mean 0 over channels and positions, so its log-determinant is 0.
 
-        Its log scales have mean 0 over channels and positions, so its log-determinant is 0: Sorrenson et al.
-        (arXiv:2001.04872), in FrEIA's form: the mean is taken off every log scale.
+        Sorrenson et al. (arXiv:2001.04872), in FrEIA's form: the mean is taken off every log scale, and there
+        is no global scale.
         """
-        channels = active.shape[1]
-        log_scale = self.clamp * torch.tanh(0.1 * params[:, :channels])
-        log_scale = log_scale - log_scale.mean(dim=self.sum_dims, keepdim=True)
-        shift = 0.1 * params[:, channels:]
+        offset = offset.view(-1, *[1] * self.input_rank)
+        if rev or self.reverse_pre_permute:
+            x = self._permuted(x, inverse=True)
         if rev:
-            return active - (active - shift) * torch.exp(-log_scale)
-        return torch.addcmul(shift, active, torch.expm1(log_scale))
+            x = _moved(x, offset, -1)  # the permuted x is a copy
+        passive, active = x.split(self.splits, dim=1)
+        raw, shift = self._params(passive, c).split(self.splits[1], dim=1)
+        overwrite, bounded = may_overwrite(raw, active, shift), torch.mul(raw, 0.1).tanh_()
+        log_scale = bounded.mul_(self.clamp) if overwrite else bounded * self.clamp
+        log_scale -= log_scale.mean(dim=self.sum_dims, keepdim=True)
+        active = scale_and_shift(active, log_scale, shift, 0.1, inverse=rev, overwrite=overwrite)
+        y = torch.cat([passive, active], dim=1)
+        if not rev:
+            y = _moved(y, offset, 1)
+        return self._permuted(y, inverse=False) if not rev or self.reverse_pre_permute else y
+
+    def _permuted(self, x: Tensor, *, inverse: bool) -> Tensor:
+        if self._order is None:
+            rotation = self._rotation()
+            rotation = rotation.mT if inverse else rotation
+            return self.permute_function(x, rotation.reshape(*rotation.shape, *[1] * self.input_rank))
+        return x.index_select(1, self._inverse_order if inverse else self._order)
 
     def _params(self, passive: Tensor, c: list[Tensor]) -> Tensor:
         return self.subnet(torch.cat([passive, *c], dim=1) if c else passive)
@@ -197,6 +202,12 @@ class AllInOneMixin(Faster):
         )
         scale, offset = self._scale().detach().to(**wide), self.global_offset.detach().flatten().to(**wide)
         yield LinearMap(rotation * scale, rotation @ offset)
+
+
+def _moved(fresh: Tensor, offset: Tensor, sign: int) -> Tensor:
+    if may_overwrite(fresh, offset):
+        return fresh.add_(offset, alpha=sign)
+    return torch.add(fresh, offset, alpha=sign)
 
 
 def index_of(matrix: Tensor) -> Tensor | None:

@@ -15,6 +15,33 @@ from usf_kernels.integrations.faster import Faster, clamp_atan, named
 _BASE = ("split_len1", "split_len2", "clamp", "f_clamp")
 
 
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether what is computed from these may be written over: no gradients, and all of one dtype."""
+    first = tensors[0]
+    return (
+        not torch.is_grad_enabled()
+        and all(t.dtype == first.dtype for t in tensors)
+        and not torch.is_autocast_enabled(first.device.type)
+    )
+
+
+def scale_and_shift(
+    x: Tensor, log_scale: Tensor, shift: Tensor, alpha: float, *, inverse: bool, overwrite: bool
+) -> Tensor:
+    """`x * exp(log_scale) + alpha * shift`, or its inverse; with `overwrite` in the memory of `log_scale`.
+
+    On a CPU, fresh memory costs more than arithmetic.
+    """
+    if inverse:
+        difference = torch.sub(x, shift, alpha=alpha)
+        if overwrite:
+            return difference.mul_(log_scale.neg_().exp_())
+        return difference * torch.exp(-log_scale)
+    if overwrite:
+        return log_scale.exp_().mul_(x).add_(shift, alpha=alpha)
+    return torch.add(log_scale.exp() * x, shift, alpha=alpha)
+
+
 class TwoSidedMixin(Faster):
     """In front of a coupling block of FrEIA in a class's bases."""
 
@@ -33,10 +60,12 @@ class TwoSidedMixin(Faster):
             inputs = torch.cat([passive, *c], dim=1) if c else passive
             halves[active], log_det = self._transform(halves[active], inputs, active, rev)
             log_dets.append(log_det)
-        return (torch.cat(halves, dim=1),), log_dets[0] + log_dets[1]
+        first, second = log_dets
+        log_det = x.new_zeros(len(x)) if first is None else first + second
+        return (torch.cat(halves, dim=1),), log_det
 
-    def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor]:
-        """One half (the first where `active` is 0) transformed, and the log-determinant (B,)."""
+    def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor | None]:
+        """One half (the first where `active` is 0) transformed, and the log-determinant (B,); None for 0."""
         raise NotImplementedError
 
 
@@ -48,9 +77,9 @@ class NICEMixin(TwoSidedMixin):
 
     needs = (*_BASE, "F", "G")
 
-    def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor]:
+    def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, None]:
         shift = (self.G if active else self.F)(inputs)
-        return torch.add(x, shift, alpha=-1 if rev else 1), x.new_zeros(len(x))
+        return (x - shift if rev else x + shift), None
 
 
 class _AffineMixin(TwoSidedMixin):
@@ -58,7 +87,7 @@ class _AffineMixin(TwoSidedMixin):
 
     uniform = False
     _bound: Callable[[Tensor], Tensor]
-    _factor: float  # beside the clamp
+    _factor: float
 
     def _coefficients(self, inputs: Tensor, active: int) -> tuple[Tensor, Tensor]:
         """(raw, t) of one half."""
@@ -66,17 +95,20 @@ class _AffineMixin(TwoSidedMixin):
 
     def begin_fast(self) -> None:
         is_atan = named(self.f_clamp) is clamp_atan
-        self._bound, self._factor = (torch.atan, 0.636) if is_atan else (self.f_clamp, 1.0)
+        self._bound = torch.atan if is_atan else self.f_clamp
+        self._factor = 0.636 * self.clamp if is_atan else self.clamp
 
     def end_fast(self) -> None:
         del self._bound, self._factor
 
     def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor]:
         raw, shift = self._coefficients(inputs, active)
-        log_scale = self._bound(raw) * (-self._factor * self.clamp if rev else self._factor * self.clamp)
+        overwrite, bounded = may_overwrite(raw, x, shift), self._bound(raw)
+        fresh = overwrite and bounded is not raw
+        log_scale = bounded.mul_(self._factor) if fresh else bounded * self._factor
         log_det = log_scale.sum(dim=tuple(range(1, log_scale.ndim)))
-        scale = log_scale.exp() if torch.is_grad_enabled() else log_scale.exp_()
-        return (x - shift) * scale if rev else torch.addcmul(shift, x, scale), log_det
+        y = scale_and_shift(x, log_scale, shift, 1.0, inverse=rev, overwrite=overwrite)
+        return y, -log_det if rev else log_det
 
 
 class RNVPMixin(_AffineMixin):
