@@ -1,0 +1,195 @@
+"""Models as ONNX files, for runtimes without PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.files import atomic_write
+from usf_kernels.models.feature_flow import FeatureFlow
+from usf_kernels.models.mahalanobis import Mahalanobis
+from usf_kernels.ops import anomaly_map, squared_norm
+from usf_kernels.ops.checks import check_int
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+TOLERANCE = 1e-4  # of outputs, relative to the largest one
+LARGEST_FILE = 2**31 - 1  # bytes of a protocol buffer
+BATCH = 2  # of the example: a size of 1 would be taken for a constant
+
+
+class ExportedScores(nn.Module):
+    """What an exported model computes: images (B, 3, H, W) to an anomaly map (B, 1, H, W) and one map of
+    squared norms (B, H_l, W_l) per scale, finest first."""
+
+    def __init__(self, model: FeatureFlow | Mahalanobis) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Score images in [0, 1]."""
+        model, features = self.model, self.model.backbone(images)
+        latents = (model._scored_latents if isinstance(model, FeatureFlow) else model.latents)(features)
+        return anomaly_map(latents, tuple(images.shape[2:])), *(squared_norm(z) for z in latents)
+
+
+def export_onnx(
+    model: FeatureFlow | Mahalanobis,
+    path: str | Path,
+    *,
+    image_size: tuple[int, int],
+    dynamic_size: bool = True,
+) -> None:
+    """Write a model as an ONNX file that takes images and gives an anomaly map and squared norms.
+
+    The input is `images`, float32 (batch, 3, height, width) in [0, 1]; the outputs are `anomaly_map` (batch,
+    1, height, width) and, per scale, `squared_norm_0`, `squared_norm_1`, ... (batch, H_l, W_l), finest first.
+    The graph holds operators of the standard ONNX set only. The number of false alarms is not in it: it is
+    computed from the squared norms (`usf_kernels.log_nfa`, which takes NumPy arrays). What that needs is in
+    the file's metadata, as JSON: `usf_kernels.channels`, the latents' channels per scale, and
+    `usf_kernels.null`, the arguments of `Null.from_list`, null for a model that is not calibrated.
+
+    Args:
+        model: a FastFlow, UFlow, CFlow or Mahalanobis with float32 weights, on any device; or the inference
+            form of one (`fuse`), which is slower where a runtime has convolutions of its own memory format,
+            as ONNX Runtime does. It stays as it is.
+        path: the file, written whole or not at all.
+        image_size: (H, W) of the images to trace the model with, and the only one with dynamic_size=False.
+        dynamic_size: leave the images' height and width open; the batch size is open always.
+
+    Raises:
+        ImportError: without onnx or onnxscript.
+        TypeError: another model; weights that are not float32.
+        ValueError: an image size that the model does not take; a file beyond 2 GiB, which ONNX does not have.
+        RuntimeError: a backbone that cannot be exported, or not for any size; a file with which ONNX Runtime,
+            where that is installed, does not give the model's results.
+        OSError: naming the file, when it cannot be written.
+    """
+    _check_packages()
+    scores = _scores(model)
+    images = _example(scores, image_size)
+    program = _program(scores, images, dynamic_size)
+    _describe(program, scores.model)
+    content = _serialized(program)
+    _check_results(content, scores, images)
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"export needs {' and '.join(missing)}: pip install 'usf-kernels[export]'")
+
+
+def _scores(model: nn.Module) -> ExportedScores:
+    """A copy on the CPU, in evaluation mode."""
+    if not isinstance(model, (FeatureFlow, Mahalanobis)):
+        raise TypeError(
+            f"model: expected a FastFlow, UFlow, CFlow or Mahalanobis, found {type(model).__name__}"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32 and name != "null_parameters":
+            raise TypeError(f"model: expected float32 weights, found {tensor.dtype} in {name}")
+    return ExportedScores(deepcopy(model).cpu()).eval().requires_grad_(False)
+
+
+def _example(scores: ExportedScores, image_size: tuple[int, int]) -> Tensor:
+    """Images of this size, which the model takes."""
+    if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
+        raise TypeError(f"image_size: expected a pair (height, width), found {image_size!r}")
+    for i, side in enumerate(image_size):
+        check_int(f"image_size[{i}]", side, 1)
+    images = torch.rand(BATCH, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            scores(images)
+    except Exception as error:  # a backbone says what it does not take with an exception of any type
+        size = "x".join(map(str, image_size))
+        raise ValueError(f"image_size: the model does not take {size} images: {_reason(error)}") from error
+    return images
+
+
+def _program(scores: ExportedScores, images: Tensor, dynamic_size: bool) -> ONNXProgram:
+    any_size = torch.export.Dim.DYNAMIC
+    dims = {0: any_size, 2: any_size, 3: any_size} if dynamic_size else {0: any_size}
+    names = ["anomaly_map", *(f"squared_norm_{i}" for i in range(len(scores.model.backbone.channels)))]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's and the backbone's own code
+            traced = torch.export.export(scores, (images,), dynamic_shapes=(dims,))
+            program = torch.onnx.export(
+                traced, dynamo=True, verbose=False, input_names=["images"], output_names=names
+            )
+    except Exception as error:  # what the tracer and the translator do not know, they say in many ways
+        hint = "; dynamic_size=False exports it for image_size alone" if dynamic_size else ""
+        raise RuntimeError(f"the model cannot be exported{hint}: {_reason(error)}") from error
+    _name_dimensions(program, dynamic_size)
+    return program
+
+
+def _name_dimensions(program: ONNXProgram, dynamic_size: bool) -> None:
+    """Instead of the symbols of the tracer and the terms that it has for the sizes of the outputs."""
+    for value in (*program.model.graph.inputs, *program.model.graph.outputs):
+        dims = list(value.shape)
+        dims[0] = "batch"
+        if dynamic_size:
+            scale = value.name.removeprefix("squared_norm")
+            suffix = "" if scale == value.name else scale
+            dims[-2:] = f"height{suffix}", f"width{suffix}"
+        value.shape = type(value.shape)(dims)
+
+
+def _describe(program: ONNXProgram, model: FeatureFlow | Mahalanobis) -> None:
+    """Put into the metadata what the a-contrario test needs."""
+    channels = getattr(model, "latent_channels", model.backbone.channels)
+    null = None if model.null is None else model.null.to_list()
+    program.model.metadata_props["usf_kernels.channels"] = json.dumps(list(channels))
+    program.model.metadata_props["usf_kernels.null"] = json.dumps(null)
+
+
+def _serialized(program: ONNXProgram) -> bytes:
+    from onnxscript import optimizer
+
+    # Products of weights are computed here; by default, only those of small ones are.
+    optimizer.optimize(program.model, input_size_limit=LARGEST_FILE, output_size_limit=LARGEST_FILE)
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    if size > LARGEST_FILE:
+        raise ValueError(f"model: its weights take {size} bytes, more than the 2 GiB of an ONNX file")
+    return program.model_proto.SerializeToString()
+
+
+def _check_results(content: bytes, scores: ExportedScores, images: Tensor) -> None:
+    """Raise unless ONNX Runtime, where that is installed, computes what the model does."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = scores(images)
+    for output, ours, truth in zip(session.get_outputs(), found, expected, strict=True):
+        error = (torch.from_numpy(ours) - truth).abs().max().item()
+        if not error <= TOLERANCE * max(1.0, truth.abs().max().item()):
+            raise RuntimeError(
+                f"ONNX Runtime computes another {output.name} than the model: they differ by {error:.3g}"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error came from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
