@@ -1,0 +1,232 @@
+"""Affine against uniformly scaling: tables, sentences and a picture from rows of `protocol.measure`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.accuracy.protocol import ADDITIVE, BASELINE, FORMS, MODELS, USF
+from bench.accuracy.rows import Row
+from bench.drawing import FAINT, INK, OURS_COLOUR, PALE, PEER_COLOUR, SECOND, title_of
+from bench.markdown import count, prose, table
+from usf_kernels.cli.options import METRICS as NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIRST = ("image_auroc", "pixel_auroc")  # of the paper's table
+COMPARED = (*FIRST, "aupro")
+REST = ("aupro", "miou_automatic", "miou_oracle", "false_alarms_per_clean_image", "z2", "seconds")
+HEADINGS = NAMES | {"z2": "mean z²", "seconds": "seconds"}
+COLOURS = {BASELINE: PEER_COLOUR, ADDITIVE: SECOND, USF: OURS_COLOUR}
+
+
+class Results:
+    """The rows of one comparison, only runs of a model that all of its forms have.
+
+    Args:
+        rows: with the columns model, form, seed, and `column`.
+        column: what was trained on, "texture" or "category".
+    """
+
+    def __init__(self, rows: Iterable[Row], column: str) -> None:
+        self.rows: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
+        for row in rows:
+            self.rows.setdefault((row["model"], row["form"]), {})[row[column], row["seed"]] = row
+        self.models = [
+            model
+            for model in MODELS
+            if all((model, form) in self.rows for form in FORMS) and self.runs(model)
+        ]
+
+    def runs(self, model: str) -> list[tuple[str, str]]:
+        """(texture, seed) of what was run in all forms, in order."""
+        return sorted(set.intersection(*(set(self.rows[model, form]) for form in FORMS)))
+
+    def values(self, model: str, form: str, metric: str) -> np.ndarray:
+        """One number per run."""
+        found = self.rows[model, form]
+        return np.array([float(found[run][metric]) for run in self.runs(model)])
+
+    def spread(self, model: str, form: str, metric: str) -> tuple[float, int]:
+        """Standard deviation over seeds and its degrees of freedom.
+
+        The variance is estimated within each texture, and averaged over textures: how much textures differ is
+        no part of it. NaN and 0 with one seed.
+        """
+        values = self.values(model, form, metric)
+        squares, degrees = 0.0, 0
+        trained_on = np.array([name for name, _ in self.runs(model)])
+        for name in set(trained_on):
+            of_one = values[trained_on == name]
+            squares += ((of_one - of_one.mean()) ** 2).sum()
+            degrees += len(of_one) - 1
+        return (math.sqrt(squares / degrees) if degrees else math.nan), degrees
+
+
+def section(rows: Sequence[Row], column: str) -> str:
+    """Tables and what they say, as markdown; raises ValueError where no model was run in all forms."""
+    results = Results(rows, column)
+    if not results.models:
+        raise ValueError(f"rows: expected a model in all of the forms {', '.join(FORMS)}, found none")
+    runs = {model: results.runs(model) for model in results.models}
+    names = list(dict.fromkeys(name for found in runs.values() for name, _ in found))
+    seeds = {seed for found in runs.values() for _, seed in found}
+    plural = {"texture": "textures", "category": "categories"}[column]
+    what = f"{len(names)} {plural if len(names) > 1 else column} ({', '.join(names)})"
+    recipes = sorted({row["recipe"] for row in rows})
+    intro = (
+        f"Mean over {what} and {count(str(len(seeds)), 'seed')}, ± the standard deviation over "
+        f"seeds within a {column}. A seed decides initial weights, permutations, the order of the images and "
+        f"the noise; the images are the same. All forms have one budget: {'; '.join(recipes)}. In bold: the "
+        "best of a model."
+    )
+    parts = [prose(intro), _first_table(results), _second_table(results), _answers(results, column)]
+    partial = [model for model in results.models if len(runs[model]) < len(names) * len(seeds)]
+    if partial:
+        parts.append(prose(f"Not all runs are there yet of {', '.join(partial)}."))
+    return "\n\n".join(parts)
+
+
+def _number(results: Results, model: str, form: str, metric: str) -> str:
+    mean = results.values(model, form, metric).mean()
+    spread, _ = results.spread(model, form, metric)
+    digits = 0 if metric == "seconds" else 2 if metric in ("z2", "false_alarms_per_clean_image") else 3
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+def _first_table(results: Results) -> str:
+    header = ["model", *(f"{HEADINGS[metric]}, {form}" for metric, form in product(FIRST, FORMS))]
+    lines = []
+    for model in results.models:
+        cells = [model]
+        for metric in FIRST:
+            means = {form: results.values(model, form, metric).mean() for form in FORMS}
+            for form, mean in means.items():
+                cell = _number(results, model, form, metric)
+                cells.append(f"**{cell}**" if mean == max(means.values()) else cell)
+        lines.append(cells)
+    return table(header, lines)
+
+
+def _second_table(results: Results) -> str:
+    lines = [
+        [model, form, *(_number(results, model, form, metric) for metric in REST)]
+        for model, form in product(results.models, FORMS)
+    ]
+    return table(["model", "form", *(HEADINGS[metric] for metric in REST)], lines)
+
+
+def _answers(results: Results, column: str) -> str:
+    lines, better, narrower, compared, decided, worse = [], 0, 0, 0, 0, []
+    low, high = 0.0, math.inf
+    for model, form in product(results.models, (ADDITIVE, USF)):
+        cells = [model, form]
+        for metric in COMPARED:
+            difference = results.values(model, form, metric) - results.values(model, BASELINE, metric)
+            before, degrees = results.spread(model, BASELINE, metric)
+            spread, _ = results.spread(model, form, metric)
+            cell = f"{difference.mean():+.3f}, {(difference > 0).sum()} of {len(difference)}"
+            compared += 1
+            better += difference.mean() >= 0
+            if difference.mean() < 0:
+                worse.append(f"{model} {form}, {HEADINGS[metric]} ({difference.mean():+.3f})")
+            if degrees and before > 0:
+                ratio = spread / before
+                low, high = _chance(degrees)
+                narrower += ratio < 1
+                decided += not low <= ratio <= high
+                cell += f"; spread {ratio:.2f}x"
+            cells.append(cell)
+        lines.append(cells)
+    text = (
+        "Is the mean no worse? The uniformly scaling forms have at least the mean of the affine one in "
+        f"{better} of {compared} comparisons"
+    )
+    text += f"; not in these: {'; '.join(worse)}. " if worse else ". "
+    if degrees:
+        text += (
+            f"Is the spread smaller? In {narrower} of {compared}. With {count(str(degrees), 'degree')} of "
+            f"freedom, ratios between {low:.2f} and {high:.2f} are what chance alone gives (F test, 5 %); {decided} of the ratios lie outside."
+        )
+    else:
+        text += "One seed says nothing on the spread."
+    header = ["model", "form", *(HEADINGS[metric] for metric in COMPARED)]
+    caption = (
+        f"Difference from the affine form, in how many runs (one {column}, one seed) the form is better than "
+        "it, and the ratio of the spreads:"
+    )
+    return "\n\n".join([prose(caption), table(header, lines), prose(text)])
+
+
+def _chance(degrees: int) -> tuple[float, float]:
+    """Between which ratios of two equally wide distributions' standard deviations 95 % lie."""
+    from scipy.stats import f
+
+    low, high = f.ppf([0.025, 0.975], degrees, degrees)
+    return math.sqrt(low), math.sqrt(high)
+
+
+def figure(rows: Sequence[Row], column: str, title: str) -> Figure:
+    """A dot for each seed; a line for the mean, and a bar for the standard deviation around it."""
+    from matplotlib.figure import Figure
+
+    results = Results(rows, column)
+    names = list(dict.fromkeys(name for model in results.models for name, _ in results.runs(model)))
+    labels = list(product(results.models, FORMS))
+    picture = Figure(
+        figsize=(max(8.0, 1.9 + 2.9 * len(names)), 1.5 + len(FIRST) * (0.7 + 0.24 * len(labels))),
+        dpi=150,
+        facecolor="white",
+    )
+    height = picture.get_figheight()
+    grid = picture.subplots(len(FIRST), len(names), squeeze=False)
+    picture.subplots_adjust(
+        left=1.6 / picture.get_figwidth(),
+        right=0.985,
+        top=1 - 1.0 / height,
+        bottom=0.4 / height,
+        hspace=0.28,
+        wspace=0.08,
+    )
+    picture.text(0.012, 1 - 0.3 / height, title, fontsize=13, weight="bold", color=INK, va="center")
+    about = "Higher is better. A dot is one seed; the line is their mean, the bar ± one standard deviation."
+    picture.text(0.012, 1 - 0.56 / height, about, fontsize=9, color=FAINT, va="center")
+    for (metric, name), axis in zip(product(FIRST, names), grid.flat, strict=True):
+        for y, (model, form) in enumerate(labels):
+            found = results.rows[model, form]
+            values = [float(found[run][metric]) for run in results.runs(model) if run[0] == name]
+            if values:
+                _strip(axis, y, values, COLOURS[form])
+        for y in range(len(FORMS), len(labels), len(FORMS)):
+            axis.axhline(y - 0.5, color=PALE, linewidth=0.8)
+        first = name == names[0]
+        axis.set_yticks(
+            range(len(labels)),
+            [f"{model}, {form}" for model, form in labels] if first else [""] * len(labels),
+        )
+        for label, (_, form) in zip(axis.get_yticklabels(), labels, strict=True):
+            label.set(color=COLOURS[form], fontsize=8)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.spines["bottom"].set_color(FAINT)
+        axis.tick_params(axis="x", colors=FAINT, labelsize=7.5, length=0)
+        axis.tick_params(axis="y", length=0)
+        axis.locator_params(axis="x", nbins=5)
+        axis.grid(axis="x", color=PALE, linewidth=0.8)
+        axis.set_axisbelow(True)
+        title_of(axis, f"{name}, {HEADINGS[metric]}")
+    return picture
+
+
+def _strip(axis: object, y: int, values: Sequence[float], colour: str) -> None:
+    mean = float(np.mean(values))
+    if len(values) > 1:
+        spread = float(np.std(values, ddof=1))
+        axis.barh(y, 2 * spread, left=mean - spread, height=0.62, color=colour, alpha=0.25, linewidth=0)
+    axis.plot([mean, mean], [y - 0.31, y + 0.31], color=colour, linewidth=1.6)
+    axis.plot(values, [y] * len(values), "o", color=colour, markersize=3.6, markeredgewidth=0)

@@ -1,0 +1,103 @@
+"""`python -m bench.accuracy.substitution`: affine against uniformly scaling flows on the embedded textures.
+
+Every model in every form, with one training budget, several seeds: does the substitution cost accuracy, and
+does it narrow the spread? The question and the layout of the table are those of "On Uniformly Scaling Flows"
+(arXiv:2510.09452), Table 1; the data, backbone and budgets are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from bench.accuracy import comparison
+from bench.accuracy.page import write_section
+from bench.accuracy.protocol import FORMS, MODELS, VALUES, describe, measuring, prepared
+from bench.accuracy.rows import RESULTS, Rows, complete
+from bench.markdown import DOCS
+from usf_kernels.cli.options import positive
+from usf_kernels.data import TEXTURES
+from usf_kernels.demo import QUICK as QUICK_DEMO
+from usf_kernels.demo import Recipe
+from usf_kernels.plotting import save_figure
+
+NAME = "substitution"
+FULL = Recipe(epochs=10)
+QUICK = replace(QUICK_DEMO, epochs=2)
+QUICK_OUTPUT = Path("runs") / "accuracy"
+KEYS = ("texture", "model", "form", "seed")
+
+
+def rows_in(folder: Path) -> Rows:
+    """The file of rows in a folder."""
+    return Rows(folder / f"{NAME}.csv", KEYS, ("recipe",), VALUES)
+
+
+def jobs(
+    models: Sequence[str], textures: Sequence[str], seeds: Sequence[int], recipe: Recipe
+) -> list[dict[str, str]]:
+    """All runs, a seed of everything before the next."""
+    return [
+        {"texture": texture, "model": model, "form": form, "seed": str(seed), "recipe": describe(recipe)}
+        for seed, texture, model, form in product(seeds, textures, models, FORMS)
+    ]
+
+
+def text(folder: Path = RESULTS) -> str:
+    """The page's section, from the rows in a folder."""
+    rows = rows_in(folder).read()
+    if not rows:
+        return "No rows yet: `make accuracy` measures them, in about an hour."
+    picture = "![Image and pixel AUROC of each model in each form, a dot per seed](substitution.png)"
+    return f"{picture}\n\n{comparison.section(rows, 'texture')}"
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """The figure of these rows."""
+    title = "Affine couplings against uniformly scaling ones, on three textures"
+    save_figure(comparison.figure(rows.read(), "texture", title), path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What this comparison shares with the one on datasets."""
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 1 2; quick: 0")
+    parser.add_argument("--quick", action="store_true", help="one seed, few images and epochs")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of the rows, the table and the figure")
+    parser.add_argument(
+        "--workers", type=positive, default=2, help="processes that share the cores (default: %(default)s)"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.accuracy.{NAME}", description=(__doc__ or "").partition(":")[2]
+    )
+    parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    recipe = QUICK if options.quick else FULL
+    folder = options.output or (QUICK_OUTPUT if options.quick else RESULTS)
+    rows = rows_in(folder)
+    work = jobs(options.models, textures, seeds, recipe)
+    names = list(dict.fromkeys(job["texture"] for job in work if not rows.finished(job)))
+    with prepared(names, recipe) as data:
+        complete(rows, work, measuring(data, "texture"), title=NAME, workers=options.workers)
+    if folder == RESULTS:
+        draw(rows, DOCS / f"{NAME}.png")
+        write_section(NAME, text())
+    else:
+        draw(rows, folder / f"{NAME}.png")
+        (folder / f"{NAME}.md").write_text(text(folder) + "\n", encoding="utf-8")
+    print(f"{text(folder)}\n\nrows in {rows.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
