@@ -245,6 +245,18 @@ def test_config_and_state_rebuild_the_model(images):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernels", "millions"),
+    [((64, 128, 256), (3,), 4.9), ((256, 512, 1024), (3, 1), 41.3)],
+)
+def test_sizes_are_those_of_the_paper(channels, kernels, millions):
+    """What the flows on ResNet-18 and Wide-ResNet-50-2 add in parameters."""
+    backbone = Backbone(Pyramid(channels, (1, 1, 1)), {}, mean=(0.5,) * 3, std=(0.5,) * 3)
+    model = FastFlow(backbone, coupling="affine", linear="permutation", kernels=kernels)
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found / 1e6 == pytest.approx(millions, rel=0.06)
+
+
 def test_image_score_is_the_mean_of_the_largest():
     maps = torch.zeros(2, 1, 10, 10)
     maps[0, 0, 3, 3], maps[0, 0, 7, 1], maps[1] = 1.0, 0.4, 0.2

@@ -24,14 +24,24 @@ class FastFlow(FeatureFlow):
     flow that `initialize` leaves behind scores exactly as a Mahalanobis distance, and training improves on
     that. Everything trainable is counted in the log-determinant, so the likelihood is bounded.
 
+    The paper's flows are affine with permutations: `coupling="affine", linear="permutation"`. It leaves some
+    of its settings out; public reimplementations have these, and the numbers of parameters that the paper
+    gives for the ResNets agree. Transformers are made with `final_norm=True`.
+
+    | `create_backbone` | steps | kernels | hidden_ratio |
+    |---|---|---|---|
+    | `"resnet18"` | 8 | (3,) | 1 |
+    | `"wide_resnet50_2"` | 8 | (3, 1) | 1 |
+    | `"cait_m48_448", out_indices=(40,), input_size=448` | 20 | (3, 1) | 0.16 |
+    | `"deit_base_distilled_patch16_384", out_indices=(7,), input_size=384` | 20 | (3, 1) | 0.16 |
+
     Args:
         backbone: from `create_backbone`.
         coupling: "additive" (uniformly scaling) or "affine" (the paper's).
         linear: "lu" or "permutation" (the paper's, with ActNorm).
         steps: per scale.
         hidden_ratio: hidden channels of a conditioner per input channel of it.
-        kernels: sizes of the kernels, repeated over the steps: (3, 1) alternates as in the paper, (3,) is its
-            form for large backbones.
+        kernels: sizes of the kernels, repeated over the steps.
         clamp: bound on the log scales of affine couplings.
         noise: standard deviation of the Gaussian noise put on whitened features in training mode. It keeps
             the flow from learning directions in which few training images happen not to vary.

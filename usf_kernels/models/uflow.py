@@ -7,6 +7,7 @@ Threshold", arXiv:2211.12353; uniformly scaling flows for anomaly detection: arX
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -174,7 +175,10 @@ def _extended(features: Sequence[Tensor], ratios: Sequence[int]) -> list[Tensor]
     for ratio in reversed(ratios):
         factors.insert(0, ratio * factors[0])
     height, width = (
-        max(-(-maps.shape[dim] // factor) for maps, factor in zip(features, factors, strict=True))
+        reduce(
+            torch.sym_max,  # of sizes that are symbols too, where a program is exported
+            ((maps.shape[dim] + f - 1) // f for maps, f in zip(features, factors, strict=True)),
+        )
         for dim in (2, 3)
     )
     return [
@@ -184,11 +188,11 @@ def _extended(features: Sequence[Tensor], ratios: Sequence[int]) -> list[Tensor]
 
 
 def _extend(maps: Tensor, dim: int, size: int) -> Tensor:
-    missing = size - maps.shape[dim]
-    if missing == 0:
+    # A program that is exported is for any size: there, nothing may depend on it.
+    if not torch.compiler.is_exporting() and size == maps.shape[dim]:
         return maps
-    last = maps.narrow(dim, maps.shape[dim] - 1, 1)
-    return torch.cat([maps, *[last] * missing], dim)
+    positions = torch.arange(size, device=maps.device).clamp(max=maps.shape[dim] - 1)
+    return maps.index_select(dim, positions)
 
 
 def _gathered(maps: Tensor, ratio: int) -> Tensor:
