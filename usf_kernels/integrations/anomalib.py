@@ -6,8 +6,9 @@ from anomalib.models.components.flow import AllInOneBlock
 
 from usf_kernels.integrations.accelerate import accelerate
 from usf_kernels.integrations.all_in_one import AllInOneMixin
+from usf_kernels.integrations.anomalib_usf import UsfCflow, UsfFastflow, UsfUflow
 
-__all__ = ["CLASSES", "FastAllInOneBlock", "accelerate"]
+__all__ = ["CLASSES", "FastAllInOneBlock", "UsfCflow", "UsfFastflow", "UsfUflow", "accelerate"]
 
 
 class FastAllInOneBlock(AllInOneMixin, AllInOneBlock):

@@ -1,0 +1,198 @@
+"""This package's models under anomalib's engine: fit, validate, test, predict, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from anomalib.data import Batch, InferenceBatch
+from anomalib.metrics import Evaluator
+from anomalib.models import Cflow, Fastflow, Uflow
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Resize
+
+from usf_kernels.models import CFlow, FastFlow, UFlow, create_backbone, image_score
+from usf_kernels.models.backbones import EMBEDDED
+from usf_kernels.models.feature_flow import FeatureFlow
+from usf_kernels.ops import anomaly_map
+from usf_kernels.optimization import parameter_groups
+
+HELD_OUT = 256  # normal images of a validation epoch that the null model is fitted to, at most
+
+
+class Detector(nn.Module):
+    """A `FeatureFlow` with the results that anomalib's models have.
+
+    Args:
+        flow: a model of `usf_kernels.models`.
+    """
+
+    def __init__(self, flow: FeatureFlow) -> None:
+        super().__init__()
+        self.flow = flow
+        self.register_buffer("initialized", torch.tensor(False))
+        self._fused: tuple[FeatureFlow, ...] = ()  # in a tuple, so that it is no submodule
+
+    def forward(self, images: Tensor) -> InferenceBatch:
+        """Images (B, 3, H, W) in [0, 1]; a graph that is exported has the score and the anomaly map only."""
+        if torch.compiler.is_compiling():
+            maps = anomaly_map(self.flow(images)[0], tuple(images.shape[-2:]))
+            return InferenceBatch(pred_score=image_score(maps), anomaly_map=maps)
+        return self.predict(images)
+
+    def predict(self, images: Tensor, features: Sequence[Tensor] | None = None) -> InferenceBatch:
+        """Scores, maps and the automatic segmentation; an image is anomalous where that finds a region."""
+        (flow,) = self._fused or (self.flow,)
+        found = flow.predict(images, features)
+        return InferenceBatch(
+            pred_score=found.score,
+            pred_label=found.mask.flatten(1).any(1),
+            anomaly_map=found.anomaly_map,
+            pred_mask=found.mask,
+        )
+
+    def fuse(self) -> None:
+        """Predict with the inference form of the flow as it is now, until `unfuse`."""
+        self._fused = (self.flow.fuse(),)
+
+    def unfuse(self) -> None:
+        """Predict with the flow itself."""
+        self._fused = ()
+
+
+class UsfModule(AnomalibModule):
+    """What the three models below share.
+
+    The first batch of normal images initialises the flow (`FeatureFlow.initialize`), the normal images of
+    each validation epoch calibrate the threshold (`FeatureFlow.calibrate`), and tests and predictions run in
+    the inference form. `pred_mask` and `pred_label` are the automatic segmentation, no thresholds fitted to
+    defects; `pred_score` and `anomaly_map` are normalised and thresholded as anomalib does it.
+
+    Args:
+        backbone, weights, out_indices: of `usf_kernels.models.create_backbone`.
+        coupling: "additive" (uniformly scaling) or "affine".
+        linear: "lu" or "permutation".
+        lr: largest learning rate of AdamW; linear warm-up, then half a cosine.
+        pre_processor, post_processor, evaluator, visualizer: of anomalib. The pre-processor must leave images
+            in [0, 1]: the backbone normalises them. True resizes to 256 x 256.
+        options: the other arguments of the model, such as `steps`.
+
+    Raises:
+        ImportError, TypeError, ValueError: as `create_backbone` and the model.
+    """
+
+    flow_class: type[FeatureFlow]
+
+    def __init__(
+        self,
+        backbone: str = EMBEDDED,
+        weights: str | None = "auto",
+        out_indices: Sequence[int] | None = None,
+        coupling: str = "additive",
+        linear: str = "lu",
+        lr: float = 1e-3,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+        **options: Any,
+    ) -> None:
+        # Not the initialisers between: those make anomalib's own networks.
+        super(self.original, self).__init__(
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        pyramid = create_backbone(backbone, out_indices=out_indices, weights=weights)
+        self.model = Detector(self.flow_class(pyramid, coupling=coupling, linear=linear, **options))
+        self.lr = lr
+        self._held_out: list[list[Tensor]] = []
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize, to 256 x 256 unless told otherwise."""
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Of Lightning's trainer."""
+        return {"gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW without weight decay, and its schedule where the number of steps is known."""
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.0), lr=self.lr)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            return {"optimizer": optimizer}
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=int(steps), pct_start=0.05, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """The loss of a batch of normal images."""
+        flow = self.model.flow
+        features = flow.features(batch.image)
+        if not self.model.initialized:
+            flow.initialize(features)
+            self.model.initialized.fill_(True)
+            if self.trainer.world_size > 1:
+                self.model.load_state_dict(self.trainer.strategy.broadcast(self.model.state_dict()))
+        loss = flow.loss(features)
+        self.log("train_loss", loss.item(), on_epoch=True, prog_bar=True, logger=True)
+        return {"loss": loss}
+
+    def validation_step(self, batch: Batch, *args: Any, **options: Any) -> Batch:
+        """Scores and maps; the features of normal images are kept for `on_validation_epoch_end`."""
+        features = self.model.flow.features(batch.image)
+        kept = sum(len(maps[0]) for maps in self._held_out)
+        if batch.gt_label is not None and kept < HELD_OUT:
+            self._held_out.append([maps[batch.gt_label == 0] for maps in features])
+        return batch.update(**self.model.predict(batch.image, features)._asdict())
+
+    def on_validation_epoch_end(self) -> None:
+        """Fit the null model to the normal images, where there were any."""
+        features = [torch.cat(maps) for maps in zip(*self._held_out, strict=True)]
+        self._held_out = []
+        if features and len(features[0]):
+            self.model.flow.calibrate(features)
+
+    def on_test_start(self) -> None:
+        """Test in the inference form."""
+        self.model.fuse()
+
+    def on_test_end(self) -> None:
+        """Leave it."""
+        self.model.unfuse()
+
+    def on_predict_start(self) -> None:
+        """Predict in the inference form."""
+        self.model.fuse()
+
+    def on_predict_end(self) -> None:
+        """Leave it."""
+        self.model.unfuse()
+
+
+class UsfFastflow(UsfModule, Fastflow):
+    """`usf_kernels.models.FastFlow`; see `UsfModule`."""
+
+    flow_class, original = FastFlow, Fastflow
+
+
+class UsfCflow(UsfModule, Cflow):
+    """`usf_kernels.models.CFlow`; see `UsfModule`."""
+
+    flow_class, original = CFlow, Cflow
+
+
+class UsfUflow(UsfModule, Uflow):
+    """`usf_kernels.models.UFlow`; see `UsfModule`."""
+
+    flow_class, original = UFlow, Uflow
