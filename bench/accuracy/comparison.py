@@ -150,8 +150,9 @@ def _answers(results: Results, column: str) -> str:
     text += f"; not in these: {'; '.join(worse)}. " if worse else ". "
     if degrees:
         text += (
-            f"Is the spread smaller? In {narrower} of {compared}. With {count(str(degrees), 'degree')} of "
-            f"freedom, ratios between {low:.2f} and {high:.2f} are what chance alone gives (F test, 5 %); {decided} of the ratios lie outside."
+            f"Is the spread smaller? In {narrower} of {compared}. With "
+            f"{count(str(degrees), 'degree')} of freedom, ratios between {low:.2f} and {high:.2f} are what "
+            f"chance alone gives (F test, 5 %); {decided} of the ratios lie outside."
         )
     else:
         text += "One seed says nothing on the spread."

@@ -40,7 +40,10 @@ FULL = Recipe(train=480, validation=64, test=120, epochs=6)
 QUICK = replace(FULL, train=96, validation=32, test=40, epochs=2)
 QUICK_OUTPUT = Path("runs") / "accuracy"
 FLOWS = ("FastFlow", "UFlow")
-THRESHOLDS = (*(-100, -50, -30, -20, -10, -7, -5, -4, -3, -2, -1, 0), *(1, 2, 3, 5, 7, 10, 20, 50, 100, 150))
+THRESHOLDS = (
+    *(-100, -50, -30, -20, -10, -7, -5, -4, -3, -2, -1, 0),
+    *(1, 2, 3, 5, 7, 10, 20, 50, 70, 90, 110, 130, 150),
+)
 WHITE, FITTED = "white", "calibrated"
 TESTED = tuple(product(("total", "per_size"), (WHITE, FITTED)))
 STYLES = {"total": PEER_COLOUR, "per_size": OURS_COLOUR}
@@ -133,8 +136,8 @@ def section(rows: Sequence[Row]) -> str:
     models = " and ".join(dict.fromkeys(row["model"] for row in rows))
     intro = (
         f"{models}, {USF}, on {textures} ({'; '.join(sorted({row['recipe'] for row in rows}))}; one seed). "
-        "The table is for log10 NFA <= 0, which promises at most one false alarm per clean image; mIoU is the "
-        "mean over images with a defect."
+        "The table is for log10 NFA <= 0, which promises at most one false alarm per clean image; mIoU is "
+        "the mean over images with a defect."
     )
     return "\n\n".join([prose(intro), table(header, lines), prose(_advice(rows))])
 
@@ -204,7 +207,15 @@ def figure(rows: Sequence[Row]) -> Figure:
             axis.tick_params(which="both", colors=FAINT, labelsize=8, length=0)
             axis.grid(color=PALE, linewidth=0.8)
             axis.set_axisbelow(True)
-    grid[0, 0].legend(fontsize=8, frameon=False, labelcolor="linecolor", loc="upper left")
+    picture.legend(
+        *grid[0, 0].get_legend_handles_labels(),
+        ncols=2,
+        loc="upper right",
+        bbox_to_anchor=(0.985, 0.99),
+        fontsize=8.5,
+        frameon=False,
+        labelcolor="linecolor",
+    )
     return picture
 
 

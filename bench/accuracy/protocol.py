@@ -158,11 +158,7 @@ def measure(job: Mapping[str, str], prepared: Prepared, column: str) -> list[dic
     seconds = time.perf_counter() - started
     z2 = flow.mean_square(data.validation)
     found = metrics.evaluate(flow.predict(data.test.images, data.test.features), data.test.targets)
-    return [
-        found
-        | {"z2": sum(z2) / len(z2), "seconds": seconds}
-        | machine.environment(torch.device("cpu"))
-    ]
+    return [found | {"z2": sum(z2) / len(z2), "seconds": seconds} | machine.environment(torch.device("cpu"))]
 
 
 def measuring(prepared: Prepared, column: str) -> Callable[[Mapping[str, str]], list[dict[str, object]]]:
