@@ -1,7 +1,5 @@
 """FrEIA's contract for invertible modules: inverses, log-determinants, tuples, graphs; and its own blocks."""
 
-import copy
-import itertools
 import pickle
 
 import pytest
@@ -9,50 +7,13 @@ import torch
 from helpers import jacobian_log_det
 from torch import nn
 
-import usf_kernels as usf
-
 pytest.importorskip("FrEIA")
 from FrEIA import framework, modules
+from freia_toys import ALL_IN_ONE, CLAMPS, COUPLINGS, subnet_of, trained
 
 from usf_kernels.integrations import freia
 
-LAYERS = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
 FLOWS = {"LU": freia.LUConv1x1, "conjugated": freia.USFBlock, "step": freia.FlowStep}
-COUPLINGS = [
-    (modules.GLOWCouplingBlock, freia.FastGLOWCouplingBlock),
-    (modules.RNVPCouplingBlock, freia.FastRNVPCouplingBlock),
-    (modules.NICECouplingBlock, freia.FastNICECouplingBlock),
-]
-ALL_IN_ONE = [
-    {},
-    {"gin_block": True, "permute_soft": True},
-    {"learned_householder_permutation": 2},
-    {"learned_householder_permutation": 2, "permute_soft": True, "reverse_permutation": True},
-    {"global_affine_type": "SIGMOID", "global_affine_init": 0.8, "reverse_permutation": True},
-    {"global_affine_type": "EXP", "affine_clamping": 1.0, "gin_block": True},
-]
-CLAMPS = ["ATAN", "TANH", "SIGMOID", lambda raw: raw / (1 + raw.abs())]
-
-
-def subnet_of(rank):
-    layer, options = LAYERS[rank], {} if rank == 0 else {"kernel_size": 3, "padding": 1}
-    return lambda c_in, c_out: nn.Sequential(layer(c_in, 5, **options), nn.Tanh(), layer(5, c_out, **options))
-
-
-def trained(module):
-    """In float64, parameters off their initial values, rotations more orthogonal than float32 has them."""
-    module = module.double()
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-            elif name.endswith(("w_perm", "w_0")):
-                u, _, v = torch.linalg.svd(parameter.flatten(1))
-                parameter.copy_((u @ v).view_as(parameter))
-        for block in module.modules():
-            if getattr(block, "w_perm_inv", None) is not None:
-                block.w_perm_inv.copy_(block.w_perm.transpose(0, 1))
-    return module
 
 
 def check(module, dims, conditions=()):
@@ -111,89 +72,16 @@ def test_options_of_flow_modules():
     check(freia.FlowStep([dims], subnet_constructor=subnet, zero_init=False, **affine), dims)
 
 
-@pytest.mark.parametrize(("original", "fast"), COUPLINGS)
-def test_couplings_are_the_originals(original, fast):
-    clamps = [{}] if original is modules.NICECouplingBlock else [{"clamp_activation": f} for f in CLAMPS]
-    for options, dtype in itertools.product(clamps, (torch.float32, torch.float64)):
-        dims, dims_c = (7, 4, 3), [(2, 4, 3)]
-        theirs = original([dims], dims_c, subnet_constructor=subnet_of(2), **options).to(dtype)
-        ours = fast([dims], dims_c, subnet_constructor=subnet_of(2), **options).to(dtype)
-        ours.load_state_dict(theirs.state_dict())
-        replaced = copy.deepcopy(theirs)
-        assert usf.replace_blocks(replaced).count == 1
-        assert type(replaced) is fast
-        c = [torch.randn(2, 2, 4, 3, dtype=dtype)]
-        tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-        for rev, recorded in itertools.product((False, True), (True, False)):
-            x = torch.randn(2, *dims, dtype=dtype)
-            results = []
-            for module in (theirs, ours, replaced):
-                leaf = x.clone().requires_grad_(recorded)
-                with torch.set_grad_enabled(recorded):
-                    (y,), log_det = module((leaf,), c, rev=rev)
-                log_det = log_det + torch.zeros(2, dtype=dtype)  # NICE's is a float in FrEIA
-                results.append([y, log_det])
-                if recorded:
-                    module.zero_grad()
-                    (y.square().sum() + log_det.sum()).backward()
-                    results[-1] += [leaf.grad, *(p.grad for p in module.parameters())]
-            for result in results[1:]:
-                for found, expected in zip(result, results[0], strict=True):
-                    atol = tolerance * max(expected.abs().max().item(), 0.01)
-                    torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
-        attributes = set(theirs.__dict__)
-        assert usf.restore_blocks(replaced) == 1
-        assert type(replaced) is original
-        assert set(replaced.__dict__) == attributes
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-def test_under_autocast_and_with_a_subnet_in_another_dtype(recorded):
-    def wide(c_in, c_out):
-        return nn.Sequential(ToDouble(), nn.Conv2d(c_in, c_out, 1).double())
-
-    cases = list(itertools.product(COUPLINGS, (subnet_of(2), wide)))
-    cases.append(((modules.AllInOneBlock, freia.FastAllInOneBlock), subnet_of(2)))
-    for (original, fast), subnet in cases:
-        options = {"gin_block": True} if original is modules.AllInOneBlock else {}
-        theirs = original([(6, 3, 3)], subnet_constructor=subnet, **options)
-        ours = fast([(6, 3, 3)], subnet_constructor=subnet, **options)
-        ours.load_state_dict(theirs.state_dict())
-        x = torch.randn(2, 6, 3, 3)
-        mixed = torch.autocast("cpu", torch.bfloat16, enabled=subnet is not wide)
-        for rev in (False, True):
-            with torch.set_grad_enabled(recorded), mixed:
-                found, expected = ours((x,), rev=rev)[0][0], theirs((x,), rev=rev)[0][0]
-            tolerance = 1e-6 if subnet is wide else 0.05
-            assert found.dtype == torch.promote_types(expected.dtype, torch.float32)
-            atol = tolerance * expected.abs().max().item()
-            torch.testing.assert_close(found, expected, rtol=0, atol=atol, check_dtype=False)
-
-
-class ToDouble(nn.Module):
-    def forward(self, x):
-        return x.double()
-
-
-def test_a_subnet_may_return_its_input():
-    """Nothing that a subnet returns is written to."""
-    for original, fast in COUPLINGS:
-        theirs = original([(4, 3)], subnet_constructor=lambda i, o: Repeat(o // i))
-        ours = fast([(4, 3)], subnet_constructor=lambda i, o: Repeat(o // i))
-        x = torch.randn(2, 4, 3)
-        with torch.no_grad():
-            expected = theirs((x.clone(),))[0][0]
-            torch.testing.assert_close(ours((x,))[0][0], expected)
-            torch.testing.assert_close(theirs((x,))[0][0], expected)
-
-
-class Repeat(nn.Module):
-    def __init__(self, times):
-        super().__init__()
-        self.times = times
-
-    def forward(self, x):
-        return x if self.times == 1 else torch.cat([x] * self.times, dim=1)
+@pytest.mark.parametrize("kind", ["GLOW", "NICE", "AllInOne", "GIN", "LU", "conjugated", "step"])
+def test_empty_batches(kind):
+    subnet = {"subnet_constructor": subnet_of(2)}
+    makers = {"GLOW": freia.FastGLOWCouplingBlock, "NICE": freia.FastNICECouplingBlock, **FLOWS}
+    options = {"LU": {}, "GIN": {"gin_block": True, **subnet}}.get(kind, subnet)
+    module = makers.get(kind, freia.FastAllInOneBlock)([(4, 3, 2)], **options)
+    for rev in (False, True):
+        (y,), log_det = module((torch.randn(0, 4, 3, 2),), rev=rev)
+        assert y.shape == (0, 4, 3, 2)
+        assert log_det.shape == (0,)
 
 
 def in_a_row(sequence):

@@ -11,12 +11,12 @@ from torch import nn
 import usf_kernels as usf
 
 pytest.importorskip("FrEIA")
+from freia_toys import LAYERS, trained
 from FrEIA import framework, modules
 
 from usf_kernels.integrations import freia
 from usf_kernels.integrations.uniform import NOTE, UniformBlock
 
-LAYERS = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
 OPTIONS = [
     {},
     {"permute_soft": True, "global_affine_type": "SIGMOID"},
@@ -42,15 +42,7 @@ def block_class(package):
 def block(package="FrEIA", dims=(7, 4, 3), dims_c=(), subnet=None, **options):
     """In evaluation mode and float64, with parameters off their initial values."""
     options["subnet_constructor"] = subnet or subnet_of(len(dims) - 1)
-    made = block_class(package)([dims], list(dims_c), **options).double().eval()
-    with torch.no_grad():
-        for parameter in (p for p in made.parameters() if p.requires_grad):
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        for name in ("w_perm", "w_perm_inv", "w_0"):  # drawn in float32, so not quite orthogonal here
-            if getattr(made, name, None) is not None:
-                u, _, v = torch.linalg.svd(getattr(made, name).flatten(1))
-                getattr(made, name).copy_((u @ v).view_as(getattr(made, name)))
-    return made
+    return trained(block_class(package)([dims], list(dims_c), **options)).eval()
 
 
 def without_log_scales(made):

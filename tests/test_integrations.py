@@ -13,20 +13,15 @@ from usf_kernels.integrations import replacement
 
 pytest.importorskip("FrEIA")
 from FrEIA import framework, modules
+from freia_toys import subnet_of
 
 PACKAGES = ["FrEIA", "anomalib"]
-LAYERS = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
 
 
 def block_class(package):
     if package == "FrEIA":
         return modules.AllInOneBlock
     return pytest.importorskip("anomalib.models.components.flow").AllInOneBlock
-
-
-def subnet_of(rank):
-    layer, options = LAYERS[rank], {} if rank == 0 else {"kernel_size": 3, "padding": 1}
-    return lambda c_in, c_out: nn.Sequential(layer(c_in, 6, **options), nn.ReLU(), layer(6, c_out, **options))
 
 
 def block(package, dims=(7, 4, 5), dims_c=(), **options):
