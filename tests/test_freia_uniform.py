@@ -11,8 +11,8 @@ from torch import nn
 import usf_kernels as usf
 
 pytest.importorskip("FrEIA")
-from freia_toys import LAYERS, trained
 from FrEIA import framework, modules
+from freia_toys import LAYERS, trained
 
 from usf_kernels.integrations import freia
 from usf_kernels.integrations.uniform import NOTE, UniformBlock
