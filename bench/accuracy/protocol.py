@@ -166,9 +166,15 @@ def measuring(prepared: Prepared, column: str) -> Callable[[Mapping[str, str]], 
     return partial(measure, prepared=prepared, column=column)
 
 
-def describe(recipe: Recipe) -> str:
-    """What decides a result besides the columns that name a run."""
+def describe(recipe: Recipe, images: str | None = None) -> str:
+    """What decides a result besides the columns that name a run.
+
+    Args:
+        recipe: the budget.
+        images: how many there are, where the recipe does not say.
+    """
+    images = images or f"{recipe.train}+{recipe.validation}+{recipe.test} images"
     return (
-        f"{recipe.train}+{recipe.validation}+{recipe.test} images of {recipe.side}, {recipe.epochs} epochs "
-        f"of batches of {recipe.batch_size}, lr {recipe.lr:g}, noise {recipe.noise:g}"
+        f"{images} of {recipe.side}, {recipe.epochs} epochs of batches of {recipe.batch_size}, "
+        f"lr {recipe.lr:g}, noise {recipe.noise:g}"
     )
