@@ -104,7 +104,7 @@ class _AffineMixin(TwoSidedMixin):
     def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor]:
         raw, shift = self._coefficients(inputs, active)
         overwrite, bounded = may_overwrite(raw, x, shift), self._bound(raw)
-        fresh = overwrite and bounded is not raw
+        fresh = overwrite and self._bound in (torch.atan, torch.tanh)  # others may return a view
         log_scale = bounded.mul_(self._factor) if fresh else bounded * self._factor
         log_det = log_scale.sum(dim=tuple(range(1, log_scale.ndim)))
         y = scale_and_shift(x, log_scale, shift, 1.0, inverse=rev, overwrite=overwrite)
