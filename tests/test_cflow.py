@@ -86,12 +86,10 @@ def test_inverse_undoes_forward(backbone, images, coupling, linear, fused):
     model = cflow(backbone, images, coupling=coupling, linear=linear).double()
     features = model.features(images.double())
     model = model.fuse() if fused else model
-    latents, log_det = model.latents(features)
+    latents, _ = model.latents(features)
     model.train(not fused)  # the mode changes nothing
-    back, inverse_log_det = model.inverse(latents)
-    for found, expected in zip(back, features, strict=True):
+    for found, expected in zip(model.inverse(latents), features, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(inverse_log_det, -log_det)
 
 
 def test_the_place_matters(backbone, images):
@@ -310,8 +308,6 @@ def test_wrong_options_are_named(backbone, options, message):
 
 def test_wrong_inputs_are_named(backbone, images):
     model = cflow(backbone, images)
-    with pytest.raises(TypeError, match=r"steps.*float"):
-        CFlow(backbone, steps=1.5)
     with pytest.raises(ValueError, match=r"features.*\[5, 8\].*\[5\]"):
         model.loss(model.features(images)[:1])
     with pytest.raises(ValueError, match=r"latents.*\[5, 8\].*\[8, 5\]"):

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.encoding import Encodings, check_encoding_channels
-from usf_kernels.models.feature_flow import (
-    FeatureFlow,
-    add_noise,
-    check_linear,
-    convolutional_subnet,
-    entry_map,
-)
-from usf_kernels.nn import ActNorm, FlowSequence, FlowStep, LUConv1x1
+from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
+from usf_kernels.nn import ActNorm, FlowSequence, LUConv1x1
 from usf_kernels.ops.checks import check_int
 
 Condition = Tensor | Sequence[Tensor]  # (1, D, H, W), or what `FusedFlow.project` made of it
@@ -72,42 +66,29 @@ class CFlow(FeatureFlow):
         memory: str = "auto",
         memory_budget: int = 256 << 20,
     ) -> None:
-        check_int("steps", steps, 0)
-        check_linear(linear)
-        if not hidden_ratio > 0:
-            raise ValueError(f"hidden_ratio: expected a positive number, found {hidden_ratio!r}")
         check_encoding_channels(encoding_channels)
         if not 0 < position_share <= 1:
             raise ValueError(f"position_share: expected a number in (0, 1], found {position_share!r}")
         check_int("memory_budget", memory_budget, 1)
-        options = {
+        flow = {
             "coupling": coupling,
             "linear": linear,
             "steps": steps,
             "hidden_ratio": hidden_ratio,
-            "encoding_channels": encoding_channels,
             "clamp": clamp,
+        }
+        rest = {
+            "encoding_channels": encoding_channels,
             "noise": noise,
             "position_share": position_share,
             "memory": memory,
             "memory_budget": memory_budget,
         }
-        super().__init__(backbone, options=options)
+        super().__init__(backbone, options=flow | rest)
         self.flows = nn.ModuleList()
         for channels in backbone.channels:
-            rest = [
-                FlowStep(
-                    channels,
-                    subnet=convolutional_subnet(1, hidden_ratio),
-                    coupling=coupling,
-                    linear=linear,
-                    clamp=clamp,
-                    act_norm=linear == "permutation",  # an LU map has scales and a bias of its own
-                    cond_channels=encoding_channels,
-                )
-                for _ in range(steps)
-            ]
-            self.flows.append(FlowSequence([entry_map(channels, linear), *rest], memory=memory))
+            glow = glow_steps(channels, kernels=(1,), cond_channels=encoding_channels, **flow)
+            self.flows.append(FlowSequence([entry_map(channels, linear), *glow], memory=memory))
         self._encodings = [Encodings(encoding_channels) for _ in self.flows]
 
     def _entries(self) -> list[LUConv1x1 | ActNorm]:
@@ -116,14 +97,15 @@ class CFlow(FeatureFlow):
     def _fuse_flows(self, dtype: torch.dtype | None) -> None:
         self.flows = nn.ModuleList(flow.fuse(dtype) for flow in self.flows)
 
-    def inverse(self, latents: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Latents to features, and the log-determinant of that direction summed over scales.
+    @torch.no_grad()
+    def inverse(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """Latents (B, C_l, H_l, W_l) to the features that have them, on the inference form too.
 
         Raises:
             ValueError: latents of other channels than the features.
         """
         self._check(latents, "latents")
-        return self._run(latents, self._conditions(latents), inverse=True)
+        return self._run(latents, self._conditions(latents), inverse=True)[0]
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
         return self._run(features, self._conditions(features), noise)

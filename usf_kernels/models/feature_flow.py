@@ -240,8 +240,9 @@ def glow_steps(
     hidden_ratio: float,
     kernels: Sequence[int],
     clamp: float,
+    cond_channels: int = 0,
 ) -> list[FlowStep]:
-    """Steps with convolutional conditioners, whose kernels repeat: what FastFlow and U-Flow are made of.
+    """Steps with convolutional conditioners, whose kernels repeat: what these models are made of.
 
     Raises:
         ValueError: for a bad argument.
@@ -261,6 +262,7 @@ def glow_steps(
             linear=linear,
             clamp=clamp,
             act_norm=linear == "permutation",  # an LU map has scales and a bias of its own
+            cond_channels=cond_channels,
         )
         for i in range(steps)
     ]
