@@ -1,124 +1,258 @@
-"""Whole models, image to anomaly map, with random weights."""
+"""Whole models with random weights: image to anomaly map, their flows alone, and training steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from bench import model_peers
 from bench.flows import PEERS
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 from bench.table import FUSED
-from usf_kernels.models import FastFlow, create_backbone
+from usf_kernels import models
+from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.ops import anomaly_map
 
-BACKBONE, SIDE = "resnet18", 256
 FORMS = (("affine", "permutation"), ("additive", "permutation"), ("additive", "lu"))
+TRAINING = "training step"
 
 
-def _model(coupling: str, linear: str) -> FastFlow:
-    """Ours, in evaluation mode, with couplings that are not the identity."""
-    torch.manual_seed(0)
-    backbone = create_backbone(BACKBONE, weights=None, out_indices=(1, 2, 3))
-    model = FastFlow(backbone, coupling=coupling, linear=linear).eval()
-    with torch.no_grad():
-        for parameter in model.flows.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
+@dataclass(frozen=True)
+class Spec:
+    """A model on a backbone.
+
+    Attributes:
+        model: its class in `usf_kernels.models`.
+        backbone: a timm name, or what the features are called that are given.
+        stages: of the backbone.
+        side: of the images.
+        given: (channels, strides) where there is no backbone, and only the flow is timed.
+    """
+
+    model: str
+    backbone: str
+    stages: tuple[int, ...] = ()
+    side: int = 256
+    given: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.model} {self.backbone} {self.side}^2"
+
+    def ours(self, coupling: str, linear: str) -> FeatureFlow:
+        """Ours, in evaluation mode, with couplings that are not the identity; the same at every call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            options = {"coupling": coupling, "linear": linear, "noise": 0.0, "memory": "standard"}
+            model = getattr(models, self.model)(self._backbone, **options).eval()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.add_(torch.randn_like(p), alpha=0.3 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.02)
+        return model
+
+    @cached_property
+    def _backbone(self) -> models.Backbone:
+        if self.given is None:
+            return models.create_backbone(self.backbone, weights=None, out_indices=self.stages)
+        network = nn.Module()
+        channels, strides = self.given
+        network.feature_info = SimpleNamespace(channels=lambda: channels, reduction=lambda: strides)
+        return models.Backbone(network, {"name": self.backbone}, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    def images(self, batch: int) -> Tensor:
+        """(B, 3, H, W)."""
+        return torch.rand(batch, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))
+
+    def features(self, batch: int) -> list[Tensor]:
+        """White, of the shapes that the backbone makes."""
+        generator = torch.Generator().manual_seed(0)
+        scales = zip(self._backbone.channels, self._backbone.strides, strict=True)
+        sizes = [(batch, channels, self.side // stride, self.side // stride) for channels, stride in scales]
+        return [torch.randn(size, generator=generator) for size in sizes]
 
 
-def _their_model() -> nn.Module:
-    from anomalib.models.image.fastflow.torch_model import FastflowModel
+SPECS = (
+    Spec("FastFlow", "resnet18", (1, 2, 3)),
+    Spec("UFlow", "resnet18", (1, 2, 3)),
+    Spec("UFlow", "wide_resnet50_2", (1, 2, 3)),
+    Spec("UFlow", "MS-CaiT", side=448, given=((768, 384), (16, 32))),
+    Spec("CFlow", "resnet18", (2, 3, 4)),
+    Spec("CFlow", "wide_resnet50_2", (2, 3, 4)),
+)
 
-    torch.manual_seed(0)
-    return FastflowModel((SIDE, SIDE), BACKBONE, pre_trained=False).eval()
-
-
-def _map(call: Callable[[Tensor], object], images: Tensor) -> object:
-    with torch.no_grad():
-        return call(images)
-
-
-def _score(model: FastFlow, images: Tensor) -> Tensor:
-    """Image to anomaly map, which is what anomalib's model returns too."""
-    return anomaly_map(model(images)[0], SIDE)
+Inputs = list[Tensor]  # one batch of images, or features
 
 
-def _check(double: nn.Module, images: Tensor, dtype: str, found: object) -> str | None:
-    """Against the model in float64, on the first image."""
-    first = images[:1].double().cpu()
-    expected = _map(partial(_score, double) if isinstance(double, FastFlow) else double, first)
-    expected = getattr(expected, "anomaly_map", expected)
-    return close_to(lambda: expected, dtype)(getattr(found, "anomaly_map", found))
+def _map(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Image to anomaly map, which is what anomalib's models return."""
+    (images,) = inputs
+    found = model(images)
+    return [found if isinstance(found, Tensor) else anomaly_map(found[0], tuple(images.shape[-2:]))]
 
 
-def _autocast(model: Callable[[Tensor], object], images: Tensor) -> object:
-    """The backbone in bfloat16, and what of the flow autocast knows."""
-    with torch.autocast(images.device.type, torch.bfloat16):
-        return model(images)
+def _latents(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    found = model.latents(inputs)
+    return found[0] if isinstance(model, FeatureFlow) else found
 
 
-def _providers(batch: int, device: torch.device) -> Iterator[Provider]:
+def _step(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Forward and backward; the gradient of the first parameter. Gradients are made anew."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = None
+    if isinstance(model, FeatureFlow):
+        model.loss(inputs[0]).backward()
+    else:
+        model.step(inputs[0])
+    return [trained[0].grad[None].clone()]
+
+
+Run = Callable[[nn.Module, Inputs], list[Tensor]]
+
+
+@torch.no_grad()
+def _without_gradients(run: Run, model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    return run(model, inputs)
+
+
+@torch.no_grad()
+def _autocast(run: Run, model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Backbones in bfloat16, and what of a flow autocast knows."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        return run(model, inputs)
+
+
+def _flat(results: Sequence[Tensor]) -> Tensor:
+    return torch.cat([result.flatten(1).double().cpu() for result in results], 1)
+
+
+def _right(run: Run, model: nn.Module, inputs: Inputs, dtype: str, result: Sequence[Tensor]) -> str | None:
+    """Against the model in float64, on these inputs."""
+    wide = deepcopy(model).double().cpu()
+    expected = _flat(_without_gradients(run, wide, [x.double().cpu() for x in inputs]))
+    return close_to(lambda: expected, dtype)(_flat(result))
+
+
+def _right_gradient(model: nn.Module, inputs: Inputs, _: object) -> str | None:
+    """Of the first image."""
+    first = [x[:1] for x in inputs]
+    wide = deepcopy(model).double().cpu()
+    expected = _flat(_step(wide, [x.double().cpu() for x in first]))
+    # Most of a gradient may cancel; its rounding errors do not.
+    return close_to(lambda: expected, "float32", slack=10)(_flat(_step(model, first)))
+
+
+def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
+    """Everybody who takes these inputs to a result without gradients."""
+    device = inputs[0].device
+    narrow = [x.to(memory_format=torch.channels_last) for x in inputs]
+    first = [x[:1] for x in inputs]
+    for coupling, linear in FORMS:
+        model = spec.ours(coupling, linear)
+        check = partial(_right, run, deepcopy(model), first)
+        model, name = model.to(device), f"{coupling}, {linear.replace('lu', 'LU')}"
+        for suffix, made in (("", model), (FUSED, model.fuse())):
+            call = partial(_without_gradients, run, made, inputs)
+            yield Provider(name + suffix, call, OURS, check=partial(check, "float32"))
+        call = partial(_autocast, run, model.fuse(torch.bfloat16), narrow)
+        yield Provider(name + FUSED, call, OURS, "bfloat16", check=partial(check, "bfloat16"))
+    if run is _map:
+        call = partial(_without_gradients, _features, model, inputs)
+        yield Provider("backbone alone", call, LIMIT)
+    for name, make in _peers(spec).items():
+        model = make().to(device).eval()
+        # CFlow scales its anomaly map by the maximum over the batch.
+        check = partial(_right, run, deepcopy(model), inputs if spec.model == "CFlow" else first)
+        compiled = torch.compile(partial(run, model), dynamic=False)
+        for suffix, call, dtype in (
+            ("", partial(_without_gradients, run, model, inputs), "float32"),
+            (", torch.compile", partial(_compiled, compiled, inputs), "float32"),
+            (", autocast, channels-last", partial(_autocast, run, _last(model), narrow), "bfloat16"),
+        ):
+            compiles = suffix == ", torch.compile"
+            yield Provider(name + suffix, call, PEER, dtype, check=partial(check, dtype), compiles=compiles)
+
+
+def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
+    """Everybody's forward and backward from images on; without the optimiser."""
+    options = {"direction": TRAINING, "capture": False}
+    for coupling, linear in FORMS:
+        model = spec.ours(coupling, linear).to(inputs[0].device).train()
+        name, check = f"{coupling}, {linear.replace('lu', 'LU')}", partial(_right_gradient, model, inputs)
+        yield Provider(name, partial(_step, model, inputs), OURS, check=check, **options)
+    for name, make in _peers(spec).items():
+        model = make().to(inputs[0].device).train()
+        check = partial(_right_gradient, model, inputs)
+        yield Provider(name, partial(_step, model, inputs), PEER, check=check, **options)
+
+
+def _features(model: FeatureFlow, inputs: Inputs) -> list[Tensor]:
+    return model.features(inputs[0])
+
+
+@torch.no_grad()
+def _compiled(call: Callable[[Inputs], list[Tensor]], inputs: Inputs) -> list[Tensor]:
+    return call(inputs)
+
+
+def _last(model: nn.Module) -> nn.Module:
+    return deepcopy(model).to(memory_format=torch.channels_last)
+
+
+def _peers(spec: Spec) -> dict[str, Callable[[], nn.Module]]:
+    if not find_spec("anomalib"):
+        return {}
+    return {
+        name: partial(_seeded, partial(make, spec.backbone, spec.side))
+        for name, make in model_peers.PEERS[spec.model].items()
+    }
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def _providers(spec: Spec, part: str, batch: int, device: torch.device) -> Iterator[Provider]:
     if not find_spec("timm"):  # neither side has a backbone without it
         return
-    images = torch.rand(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(device)
-    last = images.to(memory_format=torch.channels_last)
-    for coupling, linear in FORMS:
-        model = _model(coupling, linear)
-        check = partial(_check, deepcopy(model).double(), images)
-        model = model.to(device)
-        name = f"{coupling}, {linear.replace('lu', 'LU')}"
-        yield Provider(
-            name, partial(_map, partial(_score, model), images), OURS, check=partial(check, "float32")
-        )
-        yield Provider(
-            name + FUSED,
-            partial(_map, partial(_score, model.fuse()), images),
-            OURS,
-            check=partial(check, "float32"),
-        )
-        narrow = partial(_autocast, partial(_score, model.fuse(torch.bfloat16)))
-        yield Provider(
-            name + FUSED, partial(_map, narrow, last), OURS, "bfloat16", check=partial(check, "bfloat16")
-        )
-    yield Provider("backbone alone", partial(_map, model.features, images), LIMIT)
-    if find_spec("anomalib"):
-        yield from _their_providers(images)
+    inputs = spec.features(batch) if part == "flow part" else [spec.images(batch)]
+    inputs = [x.to(device) for x in inputs]
+    if part == TRAINING:
+        yield from _training(spec, inputs)
+    else:
+        yield from _inference(_latents if part == "flow part" else _map, spec, inputs)
 
 
-def _their_providers(images: Tensor) -> Iterator[Provider]:
-    model = _their_model()
-    check = partial(_check, deepcopy(model).double(), images)
-    model, last = model.to(images.device), images.to(memory_format=torch.channels_last)
-    narrow = partial(_autocast, deepcopy(model).to(memory_format=torch.channels_last))
-    compiled = torch.compile(model, dynamic=False)
-    for name, call, x, dtype in (
-        ("anomalib Fastflow", model, images, "float32"),
-        ("anomalib Fastflow, torch.compile", compiled, images, "float32"),
-        ("anomalib Fastflow, autocast, channels-last", narrow, last, "bfloat16"),
-    ):
-        yield Provider(
-            name, partial(_map, call, x), PEER, dtype, check=partial(check, dtype), compiles=call is compiled
-        )
+def _cases() -> Iterator[Case]:
+    for spec in SPECS:
+        for part in ("", "flow part", TRAINING):
+            if spec.given is not None and part != "flow part":
+                continue
+            for batch in (1, 8):
+                yield Case(
+                    f"{spec.title}, batch {batch}" + (f", {part}" if part else ""),
+                    partial(_providers, spec, part, batch),
+                    {"batch": batch, "side": spec.side},
+                    seconds=8.0,
+                    quick=batch == 1 and spec.backbone == "resnet18",
+                    first=not part,
+                )
 
 
 SUBJECT = Subject(
     name="models",
-    about=f"FastFlow on {BACKBONE} at {SIDE}^2, image to anomaly map",
-    cases=tuple(
-        Case(
-            f"FastFlow {BACKBONE} {SIDE}^2, batch {batch}",
-            partial(_providers, batch),
-            {"batch": batch, "side": SIDE},
-            seconds=8.0,
-            quick=batch == 1,
-            first=True,
-        )
-        for batch in (1, 8)
-    ),
+    about="FastFlow, U-Flow and CFlow: image to anomaly map, the flow alone, a training step",
+    cases=tuple(_cases()),
     peers={"timm": "pip install 'usf-kernels[models]'", **PEERS},
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import blocks, flows, operations, training
+from bench import blocks, flows, models, operations, table, training
 from bench.flows import FORMS, Shape
 from bench.measure import CPU
 from bench.memory import saved_bytes
@@ -18,7 +18,8 @@ SMALL = Shape(6, 5, 3, 2, depth=2)
 def _without_anomalib(monkeypatch):
     """It takes ten seconds to import; FrEIA's block stands in for it here."""
     found = flows.find_spec
-    monkeypatch.setattr(flows, "find_spec", lambda name: None if name == "anomalib" else found(name))
+    for module in (flows, models):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == "anomalib" else found(name))
 
 
 def wrong(providers):
@@ -77,3 +78,43 @@ def test_scores(monkeypatch):
     for case in cases:
         ours, eager, _ = case.providers(CPU)
         assert wrong([ours, eager]) == {}
+
+
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        (models.Spec("CFlow", "resnet10t", (0, 1), side=32), ""),
+        (models.Spec("FastFlow", "resnet10t", (0, 1), side=32), models.TRAINING),
+        (models.Spec("CFlow", "small", side=16, given=((6, 8), (2, 4))), "flow part"),
+        (models.Spec("UFlow", "small", side=16, given=((8, 12), (2, 4))), "flow part"),
+    ],
+)
+def test_models(spec, part):
+    pytest.importorskip("timm")
+    providers = list(models._providers(spec, part, 2, CPU))
+    assert wrong(providers) == {}
+    names = {f"{coupling}, {linear.replace('lu', 'LU')}" for coupling, linear in models.FORMS}
+    fused = set() if part == models.TRAINING else {name + table.FUSED for name in names}
+    assert {p.name for p in providers if p.role == OURS} == names | fused
+    assert {p.direction for p in providers} == {models.TRAINING if part == models.TRAINING else "forward"}
+    assert [p.name for p in providers if p.role == LIMIT] == ([] if part else ["backbone alone"])
+
+
+def test_a_wrong_model_is_noticed():
+    spec = models.Spec("CFlow", "small", side=16, given=((6,), (2,)))
+    provider = next(models._providers(spec, "flow part", 1, CPU))
+    (z,) = provider.call()
+    assert provider.check([z]) is None
+    assert "relative error" in provider.check([1.01 * z])
+
+
+def test_cases_of_models_are_operations_of_their_own():
+    names = {case.name for case in models.SUBJECT.cases}
+    assert len(names) == len(models.SUBJECT.cases) == 2 * (3 * 5 + 1)
+    row = {"subject": "models", "provider": "additive, LU, fused", "dtype": "float32"}
+    found = {table.operation(row | {"case": name}) for name in names}
+    parts = ("", ", flow part", ", training step")
+    expected = {
+        f"{model}{part}: additive, LU, float32" for model in ("FastFlow", "UFlow", "CFlow") for part in parts
+    }
+    assert found == expected

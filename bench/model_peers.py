@@ -1,0 +1,138 @@
+"""anomalib's models with random weights, in the parts that are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 64  # of CFlow, as anomalib has it: per call and optimiser step
+
+
+class Peer(nn.Module):
+    """One of anomalib's models: `forward` takes images to the anomaly map.
+
+    Args:
+        model: anomalib's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).anomaly_map
+
+    def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Of given features: the flows alone."""
+        raise NotImplementedError
+
+    def step(self, images: Tensor) -> None:
+        """Forward and backward, in training mode."""
+        raise NotImplementedError
+
+
+class Fastflow(Peer):
+    """FastFlow."""
+
+    def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [flow(x)[0] for flow, x in zip(self.model.fast_flow_blocks, features, strict=True)]
+
+    def step(self, images: Tensor) -> None:
+        from anomalib.models.image.fastflow.loss import FastflowLoss
+
+        FastflowLoss()(*self.model(images)).backward()
+
+
+class Uflow(Peer):
+    """U-Flow."""
+
+    def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.model.flow(features, rev=False)[0])
+
+    def step(self, images: Tensor) -> None:
+        from anomalib.models.image.uflow.loss import UFlowLoss
+
+        UFlowLoss()(*self.model(images)).backward()
+
+
+class Cflow(Peer):
+    """CFlow, as it is: 64 rows at a time."""
+
+    def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            torch.cat([decoder(rows, [cond])[0] for rows, cond in zip(*parts, strict=True)])
+            .view(len(maps), *maps.shape[2:], -1)
+            .movedim(-1, 1)
+            for decoder, maps, parts in self._parts(features)
+        ]
+
+    def step(self, images: Tensor) -> None:
+        from anomalib.models.image.cflow.utils import get_logp
+
+        with torch.no_grad():
+            features = list(self.model.encoder(images).values())
+        for decoder, maps, parts in self._parts(features):
+            channels = maps.shape[1]
+            for rows, cond in zip(*parts, strict=True):
+                z, log_det = decoder(rows, [cond])
+                (-F.logsigmoid(get_logp(channels, z, log_det) / channels)).mean().backward()
+
+    def _parts(self, features: Sequence[Tensor]) -> list[tuple[nn.Module, Tensor, list[Sequence[Tensor]]]]:
+        from anomalib.models.image.cflow.utils import positional_encoding_2d
+
+        found = []
+        for decoder, maps in zip(self.model.decoders, features, strict=True):
+            cond = positional_encoding_2d(self.model.condition_vector, *maps.shape[2:]).to(maps)
+            both = (maps, cond.expand(len(maps), *cond.shape))
+            rows = [x.movedim(1, -1).flatten(0, 2).split(self.model.fiber_batch_size) for x in both]
+            found.append((decoder, maps, rows))
+        return found
+
+
+def fastflow(backbone: str, side: int) -> Peer:
+    """FastFlow on a backbone of anomalib's list."""
+    from anomalib.models.image.fastflow.torch_model import FastflowModel
+
+    return Fastflow(FastflowModel((side, side), backbone, pre_trained=False))
+
+
+def uflow(backbone: str, side: int) -> Peer:
+    """U-Flow; of MS-CaiT only the flow, whose features are to be given."""
+    import timm
+    from anomalib.models.image.uflow import torch_model
+
+    if backbone == "MS-CaiT":
+        scales = SimpleNamespace(channels=[768, 384], scale_factors=[16, 32], scales=range(2))
+        with patch.object(torch_model, "get_feature_extractor", lambda *_: scales):
+            return Uflow(torch_model.UflowModel((side, side)))
+    create = timm.create_model
+
+    def without_weights(*arguments: object, **options: object) -> nn.Module:
+        return create(*arguments, **{**options, "pretrained": False})
+
+    with patch.object(timm, "create_model", without_weights):  # it asks for trained ones, whatever one says
+        return Uflow(torch_model.UflowModel((side, side), backbone=backbone))
+
+
+def cflow(backbone: str, side: int, rows: int = ROWS) -> Peer:
+    """CFlow at the paper's scales, `rows` at a time."""
+    from anomalib.models.image.cflow.torch_model import CflowModel
+
+    layers = ("layer2", "layer3", "layer4")
+    return Cflow(CflowModel(backbone, layers, pre_trained=False, fiber_batch_size=rows))
+
+
+ALL_ROWS = 1 << 30
+PEERS: dict[str, dict[str, Callable[[str, int], Peer]]] = {  # by the name of our class, and by theirs
+    "FastFlow": {"anomalib Fastflow": fastflow},
+    "UFlow": {"anomalib Uflow": uflow},
+    "CFlow": {
+        "anomalib Cflow": cflow,
+        "anomalib Cflow, all rows at once": lambda backbone, side: cflow(backbone, side, ALL_ROWS),
+    },
+}
