@@ -1,6 +1,8 @@
 """UFlow: shape of the U, likelihood, inverse, sizes that do not fit, inference form, checkpoint contract."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +132,45 @@ def test_inverse_undoes_any_sizes(variant, size, deeper):
             rows = torch.arange(maps.shape[2]).clamp(max=expected.shape[2] - 1)
             columns = torch.arange(maps.shape[3]).clamp(max=expected.shape[3] - 1)
             torch.testing.assert_close(maps, expected[:, :, rows][:, :, :, columns], rtol=0, atol=1e-9)
+
+
+def anomalib_flow(channels, strides, side):
+    """The flow of anomalib's UflowModel on such a pyramid, with random weights, without its backbone."""
+    torch_model = pytest.importorskip("anomalib.models.image.uflow.torch_model")
+    settings = SimpleNamespace(
+        input_size=(side, side),
+        feature_extractor=SimpleNamespace(channels=channels, scale_factors=strides),
+        affine_clamp=2.0,
+        affine_subnet_channels_ratio=1.0,
+        permute_soft=False,
+    )
+    settings.build_flow_stage = partial(torch_model.UflowModel.build_flow_stage, settings)
+    flow = torch_model.UflowModel.build_flow(settings, 4)
+    for parameter in flow.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return flow.eval(), [m for m in flow.modules() if isinstance(m, torch_model.AllInOneBlock)]
+
+
+@torch.no_grad()
+def test_anomalib_with_the_same_weights_agrees():
+    channels, strides, side = (6, 9, 17), (2, 4, 8), 16
+    flow, blocks = anomalib_flow(channels, strides, side)
+    model = UFlow(pyramid(channels, strides), coupling="affine", linear="permutation").eval()
+    steps = [step for stage in reversed(model.stages) for step in stage]
+    for step, block in zip(steps, blocks, strict=True):
+        step.coupling.subnet.load_state_dict(block.subnet.state_dict())
+        step.act_norm.log_scale.copy_(block.global_scale_activation(block.global_scale).log().flatten())
+        step.act_norm.bias.copy_(block.global_offset.flatten())
+        step.linear.index.copy_(block.w_perm[:, :, 0, 0].argmax(1))
+        step.linear.inverse_index.copy_(step.linear.index.argsort())
+    features = [torch.randn(3, c, side // s, side // s) for c, s in zip(channels, strides, strict=True)]
+    expected, expected_log_det = flow(features, rev=False)
+    for form in (model, model.fuse()):
+        found, log_det = form.latents(features)
+        torch.testing.assert_close(log_det, expected_log_det, rtol=1e-4, atol=1e-2)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_images_whose_maps_do_not_fit(images):

@@ -31,7 +31,8 @@ class UFlow(FeatureFlow):
     In front of every scale's features stands a map that `initialize` makes a whitening. With the couplings
     starting as the identity, the sum of all scales' squared norms is then a Mahalanobis distance, and
     training improves on that. Everything trainable is counted in the log-determinant, so the likelihood is
-    bounded.
+    bounded; the trainable LayerNorm that the authors put between a CNN and the flow is not, and has no place
+    here. Behind it, the affine form has the mathematics of theirs and of anomalib's, channel by channel.
 
     Args:
         backbone: from `create_backbone`, of two scales or more. Every stride is a multiple of the one before.
