@@ -13,7 +13,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := demo,anomalib,bench,dev
+EXTRAS := demo,anomalib,export,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: install demo test test-cpp test-gpu lint bench bench-full bench-gpu report gpu clean

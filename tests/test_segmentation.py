@@ -278,8 +278,8 @@ def poisoned(value):
         (torch.ones(2, 3, 0, 4), ValueError, r"latents\[0\]: .*\(2, 3, 0, 4\)"),
         (torch.ones(2, 4, 4), ValueError, r"latents\[0\]: .*channels"),
         (torch.ones(2, 3, 4, 4, dtype=torch.int32), TypeError, r"latents\[0\]: .*int32"),
-        (np.ones((2, 3, 4, 4)), TypeError, "latents: .*ndarray"),
-        ([np.ones((2, 3, 4, 4))], TypeError, r"latents\[0\]: .*ndarray"),
+        (np.ones((2, 3, 4, 4), dtype=np.int32), TypeError, r"latents\[0\]: .*int32"),
+        ("latents", TypeError, "latents: .*str"),
         ([], ValueError, "latents: .*empty"),
         ([torch.ones(2, 3, 4, 4), torch.ones(1, 3, 4, 4)], ValueError, r"latents\[1\]: .*batch size 2"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +14,16 @@ from usf_kernels.ops.score import squared_norm
 LARGEST_MAP = 2**30  # positions; the component tree has 32-bit indices
 
 
-def read_energies(latents: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], list[int | None]]:
+Array = Tensor | np.ndarray
+
+
+def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[int | None]]:
     """The squared norms of each scale and how many channels each was summed over.
 
     Args:
         latents: one tensor or a list or tuple of them, one per scale, float32, float64, float16 or bfloat16,
-            on one device. (B, C, H, W) are latents; (B, H, W) are squared norms already. B may be 0.
+            on one device; or NumPy arrays. (B, C, H, W) are latents; (B, H, W) are squared norms already. B
+            may be 0.
 
     Returns:
         Squared norms (B, H, W), detached, on the CPU, C-contiguous, finite and not negative, float32 (float64
@@ -27,13 +32,14 @@ def read_energies(latents: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], lis
     Raises:
         TypeError, ValueError: anything else, with the name of the argument and what was found.
     """
-    scales = [latents] if isinstance(latents, Tensor) else latents
+    scales = [latents] if isinstance(latents, Array) else latents
     if not isinstance(scales, (list, tuple)):
         raise TypeError(
             f"latents: expected a tensor or a list or tuple of them, found {type(latents).__name__}"
         )
     if not scales:
         raise ValueError("latents: expected at least one tensor, found an empty sequence")
+    scales = [torch.from_numpy(z) if isinstance(z, np.ndarray) else z for z in scales]
     energies, channels = [], []
     for i, z in enumerate(scales):
         name = f"latents[{i}]"

@@ -109,8 +109,8 @@ def log_nfa(
 
     Args:
         latents: one tensor, or a list or tuple of them, one per scale: latents (B, C, H, W) or their squared
-            norms (B, H, W), float32, float64, float16 or bfloat16, on one device. B may be 0. Gradients do
-            not flow.
+            norms (B, H, W), float32, float64, float16 or bfloat16, on one device, or NumPy arrays, such as
+            another runtime's outputs. B may be 0. Gradients do not flow.
         size: (H, W) of the result, or one int for a square.
         tail: "chernoff", the paper's bound `C / (2 ln 10) * (1 + ln(t/C) - t/C)` of log10 Pr(chi2_C >= t) for
             t > C, and 0 for t <= C; or "exact", the probability itself, which finds a little more.
@@ -135,7 +135,8 @@ def log_nfa(
     test = _prepare(latents, tail, tests, null, channels, threads)
     size = check_size(size)
     check_choice("upsample", upsample, ("bilinear", "nearest"))
-    device = (latents if isinstance(latents, Tensor) else latents[0]).device
+    first = latents[0] if isinstance(latents, (list, tuple)) else latents
+    device = first.device if isinstance(first, Tensor) else "cpu"
     result = None
     for u, log_tail, count in test.scales():
         maps = torch.from_numpy(_core.log_nfa_maps(u, log_tail, *count, test.threads))[:, None].to(device)

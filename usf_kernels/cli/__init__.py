@@ -1,4 +1,4 @@
-"""The command `usf-kernels`: demo, train, evaluate, predict, bench, doctor.
+"""The command `usf-kernels`: demo, train, evaluate, predict, export, bench, doctor.
 
 Commands import what they need when they run, so that the help and `doctor` are quick and work in an
 installation without extras. An error that a user can mend is one line on stderr and exit code 2; set
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from usf_kernels.cli import bench, demo, doctor, folder, predict
+from usf_kernels.cli import bench, demo, doctor, export, folder, predict
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         folder.add_train,
         folder.add_evaluate,
         predict.add_parser,
+        export.add_parser,
         bench.add_parser,
         doctor.add_parser,
     ):

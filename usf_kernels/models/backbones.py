@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from usf_kernels.models.timm_networks import EMBEDDED, make_network, own_size
+from usf_kernels.models.timm_networks import EMBEDDED, integer_padding, make_network, own_size
 from usf_kernels.ops.checks import check_int
 
 # Of U-Flow (arXiv:2211.12353): CaiT-M48 after block 40 and CaiT-S24 after block 20, counted from 0.
@@ -72,9 +73,11 @@ class Backbone(nn.Module):
             raise ValueError(f"images must have shape (B, 3, H, W); got {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1]; got {images.dtype}")
-        if self.input_size is not None and images.shape[2:] != self.input_size:
+        exporting = torch.compiler.is_exporting()  # for any size, so that nothing may depend on it
+        if self.input_size is not None and (exporting or images.shape[2:] != self.input_size):
             images = interpolate(images, self.input_size, mode="bicubic", align_corners=True)
-        return list(self.network((images - self.mean) / self.std))
+        with integer_padding() if exporting else nullcontext():
+            return list(self.network((images - self.mean) / self.std))
 
 
 def create_backbone(

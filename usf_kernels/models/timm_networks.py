@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +13,31 @@ import torch
 from torch import Tensor, nn
 
 EMBEDDED = "tf_efficientnet_lite0"
+
+
+@contextmanager
+def integer_padding() -> Iterator[None]:
+    """timm's TensorFlow-like padding in integers, while a program is exported. Its own, of the same values,
+    goes through floats; with a symbol for the images' size, what it makes of the size behind a few layers is
+    a term that takes minutes to simplify."""
+    padding = sys.modules.get("timm.layers.padding")
+    if padding is None:
+        yield
+        return
+    before, padding.get_same_padding = padding.get_same_padding, same_padding
+    try:
+        yield
+    finally:
+        padding.get_same_padding = before
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """What has to be added to `size` for a convolution to give ceil(size / stride) outputs."""
+    reach = dilation * (kernel - 1) + 1
+    if reach == 1:
+        return 0
+    missing = ((size + stride - 1) // stride - 1) * stride + reach - size
+    return missing if reach >= stride else torch.sym_max(missing, 0)
 
 
 class NormalizedTokens(nn.Module):

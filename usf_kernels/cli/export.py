@@ -1,0 +1,42 @@
+"""`usf-kernels export CHECKPOINT MODEL.onnx`: a model for runtimes without PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from usf_kernels.cli.options import image_size
+
+
+def add_parser(commands: Any) -> None:
+    """Declare `export`."""
+    parser = commands.add_parser(
+        "export",
+        help="write a model as an ONNX file",
+        description="Write a checkpoint as an ONNX file: images (batch, 3, height, width) in [0, 1] to an "
+        "anomaly map and the squared norms that the automatic threshold is computed from. Where ONNX Runtime "
+        "is installed, the results are compared first.",
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("output", type=Path, help="such as model.onnx")
+    parser.add_argument("--image-size", type=image_size, help="to trace it with; default: the training's")
+    parser.add_argument(
+        "--fixed-size", action="store_true", help="for this image size alone, as some backbones need it"
+    )
+    parser.set_defaults(run=export)
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write the file; returns the exit code."""
+    from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
+    from usf_kernels.models import export_onnx
+
+    size = options.image_size or read_checkpoint(options.checkpoint)["extra"].get("image_size")
+    if size is None:
+        raise ValueError(f"{options.checkpoint}: does not say its images' size, pass --image-size")
+    model = load_checkpoint(options.checkpoint)
+    export_onnx(model, options.output, image_size=tuple(size), dynamic_size=not options.fixed_size)
+    sizes = "x".join(map(str, size)) if options.fixed_size else "any size"
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB, for images of {sizes}")
+    return 0
