@@ -3,6 +3,7 @@
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.cflow import CFlow
 from usf_kernels.models.deep_svdd import DeepSVDD
+from usf_kernels.models.export import export_onnx
 from usf_kernels.models.fastflow import FastFlow
 from usf_kernels.models.mahalanobis import Mahalanobis
 from usf_kernels.models.scoring import Prediction, image_score
@@ -20,5 +21,6 @@ __all__ = [
     "UFlow",
     "USFlow",
     "create_backbone",
+    "export_onnx",
     "image_score",
 ]
