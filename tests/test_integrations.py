@@ -205,6 +205,9 @@ def test_compact_checkpoints(package):
     x = torch.randn(2, 7, 4, 5)
     assert_close(outputs(model[0], x, None, True), outputs(others[1][0], x, None, True), torch.float32)
     assert_close(outputs(model[0], x, None, True), outputs(others[0][0], x, [], True), torch.float32)
+    for wrong in (compact["0.w_perm"][:-1].argsort(), torch.zeros(7, dtype=torch.int32)):
+        with pytest.raises(RuntimeError, match=r"size mismatch for 0\.w_perm"):
+            others[1].load_state_dict({**compact, "0.w_perm": wrong})
     usf.restore_blocks(model)
     assert list(model.state_dict()) == list(dense)
     with pytest.raises(RuntimeError, match=r"0\.w_perm_inv"):

@@ -70,11 +70,12 @@ class AllInOneMixin(Faster):
         self, state_dict: dict[str, Any], prefix: str, *arguments: object, **options: object
     ) -> None:
         index = state_dict.get(prefix + "w_perm")
-        if index is not None and not index.is_floating_point() and index.ndim == 1:
-            shape = (self.in_channels, *[1] * self.input_rank)  # what is inserted below goes to a copy
-            matrix = torch.eye(len(index), device=index.device, dtype=self.global_scale.dtype)[index.long()]
-            state_dict[prefix + "w_perm"] = matrix.view(-1, *shape)
-            state_dict[prefix + "w_perm_inv"] = matrix.mT.contiguous().view(-1, *shape)
+        if index is not None and _is_index(index):
+            eye = torch.eye(len(index), device=index.device, dtype=self.global_scale.dtype)
+            shape = (*eye.shape, *[1] * self.input_rank)
+            # This state_dict is a copy of the caller's.
+            state_dict[prefix + "w_perm"] = eye[index.long()].view(shape)
+            state_dict[prefix + "w_perm_inv"] = eye[:, index.long()].view(shape)
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
         self._find_order()
 
@@ -202,6 +203,13 @@ class AllInOneMixin(Faster):
         )
         scale, offset = self._scale().detach().to(**wide), self.global_offset.detach().flatten().to(**wide)
         yield LinearMap(rotation * scale, rotation @ offset)
+
+
+def _is_index(values: Tensor) -> bool:
+    """Whether these are a permutation of 0..n-1; what is not, `load_state_dict` will complain about."""
+    if values.ndim != 1 or values.is_floating_point():
+        return False
+    return torch.equal(values.sort().values.long(), torch.arange(len(values), device=values.device))
 
 
 def _moved(fresh: Tensor, offset: Tensor, sign: int) -> Tensor:
