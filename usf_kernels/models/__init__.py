@@ -9,6 +9,7 @@ from usf_kernels.models.mahalanobis import Mahalanobis
 from usf_kernels.models.scoring import Prediction, image_score
 from usf_kernels.models.uflow import UFlow
 from usf_kernels.models.usflow import NonUSFlow, USFlow
+from usf_kernels.models.vae_usflow import VAEUSFlow
 
 __all__ = [
     "Backbone",
@@ -20,6 +21,7 @@ __all__ = [
     "Prediction",
     "UFlow",
     "USFlow",
+    "VAEUSFlow",
     "create_backbone",
     "export_onnx",
     "image_score",
