@@ -158,6 +158,18 @@ def test_a_sampled_loss_is_an_estimate_of_the_whole(backbone):
     assert sampled.eval().loss(features).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("memory", ["standard", "reversible"])
+def test_a_shared_condition_is_as_one_per_image(backbone, images, memory):
+    flow = cflow(backbone, images, coupling="affine", memory=memory).flows[0].double().train()
+    x, cond = torch.randn(4, 5, 3, 2, dtype=torch.float64), torch.randn(1, 8, 3, 2, dtype=torch.float64)
+    gradients = []
+    for condition in (cond, cond.expand(4, -1, -1, -1)):
+        z, log_det = flow(x, condition.clone())
+        gradients.append(torch.autograd.grad(z.square().sum() - log_det.sum(), list(flow.parameters())))
+    for shared, one_each in zip(*gradients, strict=True):
+        torch.testing.assert_close(shared, one_each, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("coupling", "linear"), VARIANTS[:2])
 def test_everything_trainable_learns_and_the_likelihood_is_bounded(backbone, images, coupling, linear):
     model = CFlow(backbone, coupling=coupling, linear=linear, steps=2, encoding_channels=8)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -72,6 +73,29 @@ def check_condition(x: Tensor, cond: Tensor | None, channels: int) -> None:
         )
 
 
+def _with_condition(subnet: nn.Module, x: Tensor, cond: Tensor) -> Tensor:
+    """`subnet([x, cond])`. A condition that all samples share passes a first 1x1 convolution once for all."""
+    first = subnet[0] if type(subnet) is nn.Sequential and len(subnet) > 0 else None
+    if cond.shape[0] == 1 and type(first) is nn.Conv2d and _is_plain_pointwise(first) and not _hooked(subnet):
+        own, shared = first.weight.split([x.shape[1], cond.shape[1]], dim=1)
+        hidden = F.conv2d(x, own) + F.conv2d(cond, shared, first.bias)
+        for layer in list(subnet)[1:]:
+            hidden = layer(hidden)
+        return hidden
+    return subnet(torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:])], dim=1))
+
+
+def _is_plain_pointwise(conv: nn.Conv2d) -> bool:
+    sizes = (*conv.kernel_size, *conv.stride, conv.groups)
+    return (
+        all(size == 1 for size in sizes) and conv.padding in ((0, 0), "same", "valid") and not _hooked(conv)
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_hooks))
+
+
 class Conditioned(Fusible, nn.Module):
     """A module with a conditioner: a subnet of `inputs` channels, and the condition's, to `outputs`."""
 
@@ -97,10 +121,7 @@ class Conditioned(Fusible, nn.Module):
     def condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """The conditioner's output for its input x."""
         check_condition(x, cond, self.cond_channels)
-        inputs = x
-        if cond is not None:
-            inputs = torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:]).to(x.dtype)], dim=1)
-        output = self.subnet(inputs)
+        output = self.subnet(x) if cond is None else _with_condition(self.subnet, x, cond.to(x.dtype))
         expected = (x.shape[0], self.outputs, *x.shape[2:])
         check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
         return output
