@@ -6,6 +6,8 @@
 # make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in runs/bench.csv
 # make bench-full  all inputs, torch.compile too: an hour or two; rows in bench/results
 # make bench-gpu   what fits into eight minutes on a CUDA device, with GPU_PYTHON's torch
+# make accuracy  affine against uniformly scaling flows, the threshold: under an hour; docs/accuracy.md
+# make accuracy-quick  the comparison of flows on one texture, two epochs; rows in runs/accuracy
 # make report    pictures and the README's section on speed, from the rows
 # make gpu       test-gpu, then bench-gpu; `make -k gpu` measures even where a test fails (what is wrong is not timed)
 # make test-gpu  the kernels' tests and those that need a CUDA device, with GPU_PYTHON's torch
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 EXTRAS := demo,anomalib,export,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cpp test-gpu lint bench bench-full bench-gpu report gpu clean
+.PHONY: install demo test test-cpp test-gpu lint bench bench-full bench-gpu report accuracy accuracy-quick gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/extension
@@ -59,6 +61,13 @@ bench-full: install
 
 bench-gpu:
 	$(GPU_PYTHON) -m bench.run --device cuda --minutes 8
+
+accuracy: install
+	$(BIN)/python -m bench.accuracy.nfa
+	$(BIN)/python -m bench.accuracy.substitution
+
+accuracy-quick: install
+	$(BIN)/python -m bench.accuracy.substitution --quick
 
 report: install
 	$(BIN)/python -m bench.plot

@@ -172,7 +172,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     picture = Figure(figsize=(10.5, 6.4), dpi=150, facecolor="white")
     grid = picture.subplots(2, len(models), sharex=True, sharey="row", squeeze=False)
     picture.subplots_adjust(left=0.07, right=0.985, top=0.83, bottom=0.09, hspace=0.2, wspace=0.06)
-    title = "How far the threshold on the number of false alarms can be trusted"
+    title = "The threshold on the number of false alarms"
     picture.text(0.012, 0.953, title, fontsize=14, weight="bold", color=INK, va="center")
     about = (
         "Means over textures. Dashed: the false alarms that the threshold promises. Dotted: its default, 0."
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
     parser.add_argument("--quick", action="store_true", help="one texture, few images and epochs")
     parser.add_argument("--output", type=Path, metavar="DIR", help="of the rows, the text and the figure")
-    parser.add_argument("--workers", type=positive, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=2, help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
     textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
     recipe = QUICK if options.quick else FULL
