@@ -1,7 +1,7 @@
 """Faster classes for anomalib's Fastflow, Cflow and Uflow, from torch model to loss; see `accelerate`.
 
 Instances keep their parameters, buffers, hooks and place; what changes is their class, so their `forward`.
-Graphs that are traced, for a compiler or for export, are the original's.
+Graphs that are traced, for a compiler or for export, have the blocks' own operations and no masks.
 """
 
 from __future__ import annotations
@@ -169,8 +169,6 @@ class FastCflowModel(Accelerated, CflowModel):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """As the original: maps (B, H, W) of the size of the images."""
-        if torch.compiler.is_compiling():
-            return super().forward(images)
         with torch.no_grad():
             likelihoods = list(self.log_likelihoods(images))
             size = tuple(images.shape[-2:])
@@ -194,11 +192,17 @@ class FastCflowModel(Accelerated, CflowModel):
         features = self.encoder.eval()(images)
         for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
             maps = features[layer]
-            flow = decoder.inference_form(maps.dtype)
-            rows, log_det = flow._run(maps, self._projection(layer, flow, maps), flow.stages, inverse=False)
-            log_det = flow.log_det_per_position + (0 if log_det is None else log_det)
-            likelihood = (log_det - 0.5 * squared_norm(rows)) / maps.shape[1] - LOG_ROOT_TWO_PI
+            if torch.compiler.is_compiling():
+                likelihood = _likelihood(decoder, maps, self.condition_vector)
+            else:
+                likelihood = self._fused_likelihood(layer, decoder, maps)
             yield likelihood.view(len(maps), *maps.shape[2:])
+
+    def _fused_likelihood(self, layer: str, decoder: nn.Module, maps: Tensor) -> Tensor:
+        flow = decoder.inference_form(maps.dtype)
+        rows, log_det = flow._run(maps, self._projection(layer, flow, maps), flow.stages, inverse=False)
+        log_det = flow.log_det_per_position + (0 if log_det is None else log_det)
+        return (log_det - 0.5 * squared_norm(rows)) / maps.shape[1] - LOG_ROOT_TWO_PI
 
     def _projection(self, layer: str, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
         """What the flow takes of the encoding of maps of this size."""
@@ -222,10 +226,7 @@ class FastCflow(Accelerated, Cflow):
         losses = []
         for layer, decoder in zip(self.model.pool_layers, self.model.decoders, strict=True):
             maps = features[layer].detach()
-            encoding = _encoding(self.model.condition_vector, maps).expand(len(maps), -1, -1, -1)
-            z, log_det = decoder(to_rows(maps), [to_rows(encoding)])
-            likelihood = (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - LOG_ROOT_TWO_PI
-            losses.append(-F.logsigmoid(likelihood))
+            losses.append(-F.logsigmoid(_likelihood(decoder, maps, self.model.condition_vector)))
         self.manual_backward(sum(loss.mean() for loss in losses))
         optimizer.step()
         total = sum(loss.detach().sum() for loss in losses)
@@ -253,6 +254,13 @@ def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _likelihood(decoder: nn.Module, maps: Tensor, encoding_channels: int) -> Tensor:
+    """Log-likelihood per dimension of every position, (B * H * W,), by the decoder's own blocks."""
+    encoding = _encoding(encoding_channels, maps).expand(len(maps), -1, -1, -1)
+    z, log_det = decoder(to_rows(maps), [to_rows(encoding)])
+    return (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - LOG_ROOT_TWO_PI
 
 
 def _encoding(channels: int, maps: Tensor) -> Tensor:
