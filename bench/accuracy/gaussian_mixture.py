@@ -1,0 +1,251 @@
+"""`python -m bench.accuracy.gaussian_mixture`: does the norm of the latents rank samples as their density?
+
+The papers' toy mixture, two equally likely standard normals around (1, ..., 1) and (-1, ..., -1), where the
+density is known. Deep SVDD, an affine and a uniformly scaling flow are trained on it; the result is the rank
+correlation of true density and latent norm (distance from the centre) on held-out samples. -1 is perfect.
+
+Every sample of training is a fresh one, so no model can overfit. No continuous map of constant determinant
+takes a density with two peaks exactly to one with a single peak, so some error remains in any flow here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bench import machine
+from bench.accuracy.rows import RESULTS, Job, Row, Rows, complete
+from bench.drawing import FAINT, INK, OURS_COLOUR, PEER_COLOUR, SECOND, canvas, legend, title_of
+from usf_kernels.models import DeepSVDD, NonUSFlow, USFlow
+from usf_kernels.training import fit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAME = "gaussian_mixture"
+PICTURE = Path(__file__).parents[2] / "docs" / f"{NAME}.png"
+QUICK_OUTPUT = Path("runs") / NAME
+DIMENSIONS, SEEDS, STEPS = (2, 8, 32, 128), (0, 1, 2), 600
+QUICK = {"dimensions": (2, 8), "seeds": (0,), "steps": 40}
+MODELS = ("DeepSVDD", "NonUSFlow", "USFlow")
+COLOURS = dict(zip(MODELS, (PEER_COLOUR, SECOND, OURS_COLOUR), strict=True))
+BATCH, TEST, SHOWN = 256, 4000, 700
+EPOCHS = 10  # between two looks at held-out samples
+MACHINE = ("device", "threads", "versions", "commit", "date")
+
+
+def mixture(count: int, dimensions: int) -> Tensor:
+    """Samples (count, dimensions), from torch's global generator."""
+    centres = 2.0 * torch.randint(0, 2, (count, 1)) - 1
+    return centres + torch.randn(count, dimensions)
+
+
+def log_density(x: Tensor) -> Tensor:
+    """Of the mixture, (count,), in float64."""
+    distances = torch.stack([(x.double() - centre).square().sum(1) for centre in (-1, 1)])
+    constant = math.log(2) + x.shape[1] / 2 * math.log(2 * math.pi)
+    return torch.logsumexp(-0.5 * distances, 0) - constant
+
+
+class Batches(Dataset[Tensor]):
+    """`count` batches of fresh samples; `fit` seeds the generator for each of them."""
+
+    def __init__(self, count: int, dimensions: int) -> None:
+        self.count, self.dimensions = count, dimensions
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return mixture(BATCH, self.dimensions)
+
+
+class InBatches(nn.Module):
+    """A model whose samples come in batches already: (1, BATCH, D)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def loss(self, batches: Tensor) -> Tensor:
+        """The model's."""
+        return self.model.loss(batches.flatten(0, 1))
+
+
+def create(name: str, dimensions: int) -> tuple[nn.Module, float]:
+    """An untrained model, and the learning rate for it."""
+    if name == "DeepSVDD":
+        return DeepSVDD(dimensions, latent=dimensions, hidden=64, layers=2), 1e-3
+    kind = {"USFlow": USFlow, "NonUSFlow": NonUSFlow}[name]
+    flow = kind(dimensions, blocks=8, hidden=64, layers=2, memory="standard")
+    return flow, 1e-2 * min(1.0, 8 / dimensions)  # wide LU maps take smaller steps
+
+
+def measure(folder: Path, job: Job) -> list[dict[str, object]]:
+    """Train one model and rank held-out samples by it; of two dimensions, keep some latents to draw."""
+    from scipy.stats import kendalltau, spearmanr
+
+    dimensions, steps, seed = (int(job[key]) for key in ("dimensions", "steps", "seed"))
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    model, lr = create(job["model"], dimensions)
+    model.initialize(mixture(4000, dimensions))
+    data, held_out = Batches(steps // EPOCHS, dimensions), Batches(8, dimensions)
+    fit(InBatches(model), data, held_out, max_epochs=EPOCHS, lr=lr, batch_size=1, seed=seed, progress=False)
+    torch.manual_seed(10_000 + seed)
+    x = mixture(TEST, dimensions)
+    truth = log_density(x)
+    with torch.no_grad():
+        z = model(x) - model.centre if isinstance(model, DeepSVDD) else model(x)[0]
+        norm = z.double().norm(dim=1)
+    result: dict[str, object] = {
+        "spearman": float(spearmanr(truth, norm).statistic),
+        "kendall": float(kendalltau(truth, norm).statistic),
+        "likelihood_spearman": "",
+        "divergence": "",
+        "seconds": round(time.perf_counter() - started, 1),
+        **machine.environment(torch.device("cpu")),
+    }
+    if not isinstance(model, DeepSVDD):
+        log_likelihood = model.double().log_prob(x.double()).detach()
+        result["likelihood_spearman"] = float(spearmanr(log_likelihood, norm).statistic)
+        result["divergence"] = float((truth - log_likelihood).mean())
+    if dimensions == 2 and seed == 0:
+        shown = zip(z[:SHOWN].tolist(), truth[:SHOWN].tolist(), strict=True)
+        points = [{"first": a, "second": b, "log_density": p} for (a, b), p in shown]
+        latents_in(folder).put({"model": job["model"], "steps": job["steps"]}, points)
+    return [result]
+
+
+def rows_in(folder: Path) -> Rows:
+    """One row per run: rank correlations of the norm with the true density and with the model's likelihood,
+    and the Kullback-Leibler divergence of the model from the truth in nats."""
+    values = ("spearman", "kendall", "likelihood_spearman", "divergence", "seconds", *MACHINE)
+    return Rows(folder / f"{NAME}.csv", ("dimensions", "model", "seed"), ("steps",), values)
+
+
+def latents_in(folder: Path) -> Rows:
+    """Latents of held-out samples in two dimensions, one row per sample."""
+    return Rows(folder / f"{NAME}_latents.csv", ("model",), ("steps",), ("first", "second", "log_density"))
+
+
+def jobs(dimensions: Sequence[int], seeds: Sequence[int], steps: int) -> list[dict[str, str]]:
+    """Seed by seed, so that a run cut short has something of everything."""
+    return [
+        {"dimensions": str(d), "model": model, "seed": str(seed), "steps": str(steps)}
+        for seed in seeds
+        for d in dimensions
+        for model in MODELS
+    ]
+
+
+def means(rows: Sequence[Row], column: str) -> dict[tuple[str, int], list[float]]:
+    """Values of a column over the seeds, per model and number of dimensions."""
+    groups: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if row[column]:
+            groups.setdefault((row["model"], int(row["dimensions"])), []).append(float(row[column]))
+    return groups
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: Spearman / Kendall per model and number of dimensions, means over the seeds."""
+    spearman, kendall = means(rows, "spearman"), means(rows, "kendall")
+    sizes = sorted({d for _, d in spearman})
+    lines = ["| | " + " | ".join(f"d = {d}" for d in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for model in MODELS:
+        cells = [
+            f"{_mean(spearman[model, d]):.3f} / {_mean(kendall[model, d]):.3f}"
+            if (model, d) in spearman
+            else ""
+            for d in sizes
+        ]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], latents: Sequence[Row]) -> Figure:
+    """Rank correlation over the dimensions, and latents in two dimensions, coloured by the true density."""
+    left, width = 4.35, 1.85
+    panels = [(0.75, 2.9), *[(left + i * (width + 0.15), width) for i in range(len(MODELS))]]
+    figure, axes = canvas(
+        3.55,
+        panels,
+        "Does the latent norm rank samples as their density does?",
+        "A mixture of two normals; rank correlation on held-out samples, a dot per seed; latents for d = 2",
+    )
+    legend(figure, COLOURS)
+    groups = means(rows, "spearman")
+    sizes = sorted({d for _, d in groups})
+    _correlations(axes[0], groups, sizes)
+    for axis, model in zip(axes[1:], MODELS, strict=True):
+        _latents(axis, [row for row in latents if row["model"] == model])
+        title_of(axis, model)
+    return figure
+
+
+def _correlations(axis: Axes, groups: Mapping[tuple[str, int], list[float]], sizes: Sequence[int]) -> None:
+    title_of(axis, "|Spearman's rho| over the dimensions")
+    for model in MODELS:
+        found = [d for d in sizes if (model, d) in groups]
+        miss = {d: [1 - abs(value) for value in groups[model, d]] for d in found}
+        axis.plot(found, [_mean(miss[d]) for d in found], "-", color=COLOURS[model], linewidth=1.8)
+        for d in found:
+            axis.plot([d] * len(miss[d]), miss[d], "o", color=COLOURS[model], markersize=4, mew=0, alpha=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [f"{d}" for d in sizes])
+    axis.set_yscale("log")
+    axis.set_ylim(1.2, 5e-4)
+    ticks = (0, 0.5, 0.9, 0.99, 0.999)
+    axis.set_yticks([1 - tick for tick in ticks], [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.axhline(0.01, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+
+
+def _latents(axis: Axes, rows: Sequence[Row]) -> None:
+    points = [[float(row[name]) for name in ("first", "second", "log_density")] for row in rows]
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines["bottom"].set_visible(False)
+    if points:
+        x, y, density = zip(*points, strict=True)
+        axis.scatter(x, y, c=density, s=7, cmap="viridis", linewidths=0)
+        axis.plot(0, 0, "+", color=FAINT, markersize=9)
+    axis.set_aspect("equal", adjustable="datalim")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.accuracy.{NAME}", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few steps, two sizes, one seed: under a minute")
+    parser.add_argument(
+        "--output", type=Path, help="folder of rows and picture (default: where they are kept)"
+    )
+    options = parser.parse_args(arguments)
+    settings: dict[str, Any] = {"dimensions": DIMENSIONS, "seeds": SEEDS, "steps": STEPS}
+    settings = QUICK if options.quick else settings
+    folder = options.output or (QUICK_OUTPUT if options.quick else RESULTS)
+    rows = rows_in(folder)
+    complete(rows, jobs(**settings), partial(measure, folder), title=NAME)
+    picture = PICTURE if folder == RESULTS else folder / PICTURE.name
+    draw(rows.read(), latents_in(folder).read()).savefig(picture, metadata={"Software": None})
+    print(f"Spearman / Kendall of true density and latent norm:\n\n{table(rows.read())}\n\n{picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
