@@ -10,7 +10,8 @@ from helpers import max_error, randomise_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usf_kernels.models.distributions import RadialBase, create_base
+from usf_kernels.models.distributions import create_base
+from usf_kernels.models.radial import RadialBase
 
 SPECS = [
     {"name": "normal", "loc": 0.3, "scale": 0.7},

@@ -1,0 +1,82 @@
+"""What base distributions share: shape, centre, checks; and how mixtures are made and drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, MixtureSameFamily
+
+from usf_kernels.ops.checks import check_float, compute_dtype
+
+
+class BaseDistribution(nn.Module):
+    """A distribution of latents of one shape.
+
+    Args:
+        shape: of one sample, (C, *spatial).
+        loc: its centre, a number or (nested) numbers that broadcast to the shape.
+        trainable: make the parameters nn.Parameters; buffers otherwise. Both are in the state_dict.
+
+    `log_prob(z)` takes (B, *shape) in any floating dtype and returns (B,) in float32 at least, in nats.
+    `sample(n)` draws (n, *shape) from torch's global generator.
+
+    Raises:
+        TypeError, ValueError: a bad argument; z that is not floating or of another shape.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], *, loc: float | Sequence[Any] = 0.0, trainable: bool = False
+    ) -> None:
+        super().__init__()
+        self.shape, self.trainable = tuple(shape), trainable
+        self.dimensions = math.prod(self.shape)
+        values = torch.as_tensor(loc, dtype=torch.get_default_dtype())
+        try:
+            values = values.expand(self.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"loc: expected numbers that broadcast to {self.shape}, found shape {tuple(values.shape)}"
+            ) from error
+        self._register("loc", values.clone())
+
+    def _register(self, name: str, value: Tensor) -> None:
+        if self.trainable:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def _checked(self, z: Tensor) -> Tensor:
+        check_float("z", z)
+        if z.ndim == 0 or tuple(z.shape[1:]) != self.shape:
+            raise ValueError(f"z: expected shape (B, {str(self.shape)[1:]}, found {tuple(z.shape)}")
+        return z.to(compute_dtype(z, self.loc))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """`log_prob`."""
+        return self.log_prob(z)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of every sample, (B,)."""
+        raise NotImplementedError
+
+    def sample(self, n: int) -> Tensor:
+        """Draw n samples, (n, *shape)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The shape, for print."""
+        return f"{self.shape}, trainable={self.trainable}"
+
+
+def draw(distribution: Distribution, n: int) -> Tensor:
+    """n samples; not all of torch.distributions can draw none."""
+    return distribution.sample((max(n, 1),))[:n]
+
+
+def mixture(logits: Tensor, components: Distribution) -> Distribution:
+    weights = Categorical(logits=logits, validate_args=False)
+    return MixtureSameFamily(weights, components, validate_args=False)
