@@ -21,8 +21,9 @@ def length(job):  # of the module, so that a worker process finds it
 def test_rows_come_and_stay(tmp_path, capsys):
     rows = table(tmp_path)
     assert rows.read() == []
-    with pytest.raises(RuntimeError, match="no score"):
-        complete(rows, jobs("a", "broken"), length, title="lengths")
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed, first broken: no score"):
+        complete(rows, jobs("broken", "a"), length, title="lengths")
+    assert [row["name"] for row in rows.read()] == ["a"]  # one failure does not cost what comes after it
     complete(rows, jobs("a", "bcd", "ef"), length, title="lengths")
     found = sorted(tuple(row.values()) for row in rows.read())
     assert found == [("a", "3", "0.333333"), ("bcd", "3", "1"), ("ef", "3", "0.666667")]

@@ -18,13 +18,13 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
 from bench.accuracy import comparison
+from bench.accuracy.page import publish
 from bench.accuracy.protocol import FORMS, VALUES, describe, measuring, prepared
 from bench.accuracy.rows import Rows, complete
 from bench.accuracy.substitution import QUICK_OUTPUT, add_arguments
 from usf_kernels.cli.options import positive
 from usf_kernels.data import Sample
 from usf_kernels.demo import Recipe
-from usf_kernels.plotting import save_figure
 
 MODULES = {"mvtec": "MVTecAD", "visa": "Visa", "btad": "BTech"}  # of anomalib.data
 PREPARED = {"visa": "visa_pytorch"}  # folder of the categories once anomalib has split them
@@ -148,8 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = rows.read()
     text = comparison.section(found, "category")
     title = f"Affine couplings against uniformly scaling ones, {options.dataset}"
-    save_figure(comparison.figure(found, "category", title), folder / f"{options.dataset}.png")
-    (folder / f"{options.dataset}.md").write_text(text + "\n", encoding="utf-8")
+    figure = comparison.figure(found, "category", title)
+    publish(options.dataset, folder, figure, f"{options.dataset}.png", text)
     print(f"{text}\n\nrows in {rows.path}")
     return 0
 

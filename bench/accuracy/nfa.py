@@ -19,17 +19,16 @@ import numpy as np
 import torch
 
 from bench import machine
-from bench.accuracy.page import write_section
+from bench.accuracy.page import publish
 from bench.accuracy.protocol import MACHINE, USF, Prepared, describe, prepared, train
 from bench.accuracy.rows import RESULTS, Row, Rows, complete
 from bench.drawing import FAINT, INK, OURS_COLOUR, PALE, PEER_COLOUR, SECOND, title_of
-from bench.markdown import DOCS, prose, table
+from bench.markdown import prose, table
 from usf_kernels import log_nfa, metrics, regions
 from usf_kernels.cli.options import positive
 from usf_kernels.data import TEXTURES
 from usf_kernels.demo import Recipe
 from usf_kernels.models.scoring import TAIL, TESTS
-from usf_kernels.plotting import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -219,13 +218,20 @@ def figure(rows: Sequence[Row]) -> Figure:
     return picture
 
 
-def text(folder: Path = RESULTS) -> str:
+def text(folder: Path) -> str:
     """The page's section, from the rows in a folder."""
     rows = rows_in(folder).read()
     if not rows:
         return f"No rows yet: `python -m bench.accuracy.{NAME}` measures them, in minutes."
     alt = "False alarms per clean image and mIoU against the threshold, for four forms of the test"
     return f"![{alt}]({PICTURE})\n\n{section(rows)}"
+
+
+def show(folder: Path) -> None:
+    """Write and print what the rows in a folder say."""
+    rows = rows_in(folder)
+    publish(NAME, folder, figure(rows.read()), PICTURE, text(folder))
+    print(f"{text(folder)}\n\nrows in {rows.path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,14 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(job["texture"] for job in work if not rows.finished(job)))
     with prepared(names, recipe) as data:
         complete(rows, work, partial(measure, prepared=data), title=NAME, workers=options.workers)
-    found = rows.read()
-    if folder == RESULTS:
-        save_figure(figure(found), DOCS / PICTURE)
-        write_section(NAME, text())
-    else:
-        save_figure(figure(found), folder / PICTURE)
-        (folder / f"{NAME}.md").write_text(text(folder) + "\n", encoding="utf-8")
-    print(f"{text(folder)}\n\nrows in {rows.path}")
+    show(folder)
     return 0
 
 

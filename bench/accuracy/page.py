@@ -1,14 +1,20 @@
-"""`python -m bench.accuracy.page`: write the sections of docs/accuracy.md from the rows."""
+"""`python -m bench.accuracy.page`: the sections of docs/accuracy.md and their pictures, from the rows."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from bench.accuracy.rows import RESULTS
 from bench.markdown import DOCS
 from usf_kernels.files import atomic_write
+from usf_kernels.plotting import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAGE = DOCS / "accuracy.md"
 
@@ -35,33 +41,41 @@ def markers(name: str) -> tuple[str, str]:
     )
 
 
-def write_section(name: str, text: str, path: Path = PAGE) -> None:
-    """Put a section into the page."""
-    page = rewritten(path.read_text(encoding="utf-8"), name, text)
-    with atomic_write(path) as file:
-        file.write(page.encode("utf-8"))
+def publish(name: str, folder: Path, figure: Figure, picture: str, text: str) -> None:
+    """Put a figure and a text where they belong: into docs for bench/results, else beside the rows.
 
-
-def writers() -> Mapping[str, Callable[[], str]]:
-    """The text of each section, from the rows in bench/results/accuracy."""
-    from bench.accuracy import nfa, substitution
-
-    return {"substitution": substitution.text, "nfa": nfa.text}
+    Args:
+        name: of the section, or of the file of the text.
+        folder: of the rows.
+        figure: to be written under the name `picture`.
+        text: markdown that refers to it.
+    """
+    if folder == RESULTS:
+        save_figure(figure, DOCS / picture)
+        page = rewritten(PAGE.read_text(encoding="utf-8"), name, text)
+        with atomic_write(PAGE) as file:
+            file.write(page.encode("utf-8"))
+    else:
+        save_figure(figure, folder / picture)
+        (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the sections; with --check only say whether they are up to date."""
+    """Write pictures and sections; with --check only say whether the sections are up to date."""
+    from bench.accuracy import nfa, substitution  # which publish through this module
+
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.page", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page differs")
     options = parser.parse_args(arguments)
-    before = page = PAGE.read_text(encoding="utf-8")
-    for name, text in writers().items():
-        page = rewritten(page, name, text())
     if options.check:
+        page = before = PAGE.read_text(encoding="utf-8")
+        for module in (substitution, nfa):
+            page = rewritten(page, module.NAME, module.text(RESULTS))
         print("docs/accuracy.md is " + ("up to date" if page == before else "out of date"))
         return int(page != before)
-    with atomic_write(PAGE) as file:
-        file.write(page.encode("utf-8"))
+    for module in (substitution, nfa):
+        if module.rows_in(RESULTS).path.exists():
+            module.show(RESULTS)
     return 0
 
 

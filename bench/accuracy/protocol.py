@@ -19,9 +19,8 @@ from bench import machine
 from usf_kernels import metrics
 from usf_kernels.data import Sample, TextureDataset
 from usf_kernels.demo import Recipe, Split, extract
-from usf_kernels.models import CFlow, FastFlow, create_backbone
+from usf_kernels.models import CFlow, FastFlow, UFlow, create_backbone
 from usf_kernels.models.feature_flow import FeatureFlow
-from usf_kernels.models.uflow import UFlow
 from usf_kernels.training import CachedFeatures, fit
 
 BASELINE, ADDITIVE, USF = "affine", "additive", "additive + LU"

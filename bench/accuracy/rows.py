@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -96,25 +96,38 @@ def complete(rows: Rows, jobs: Sequence[Job], measure: Measure, *, title: str, w
         workers: processes, each with its share of the cores; with one, everything happens in this process.
 
     Raises:
-        whatever `measure` raises; jobs that had finished by then are kept.
+        RuntimeError: at the end, when a job raised, with its exception as the cause; all others have rows.
     """
     left = [job for job in jobs if not rows.finished(job)]
     if len(left) < len(jobs):
         print(f"{title}: {len(jobs) - len(left)} of {len(jobs)} are in {rows.path} already")
+    failed: list[tuple[str, BaseException]] = []
     with progress(len(left), title) as advance:
-        for done, (job, results) in enumerate(_results(left, measure, workers), 1):
-            rows.put(job, results)
-            print(f"[{done}/{len(left)}] {title}: {', '.join(job[key] for key in rows.keys)}", flush=True)
+        for done, (job, outcome) in enumerate(_outcomes(left, measure, workers), 1):
+            name = ", ".join(job[key] for key in rows.keys)
+            error = outcome.exception()
+            if error is None:
+                rows.put(job, outcome.result())
+            else:
+                failed.append((name, error))
+            print(f"[{done}/{len(left)}] {title}: {name}" + (f": {error!r}" if error else ""), flush=True)
             advance()
+    if failed:
+        name, error = failed[0]
+        raise RuntimeError(f"{len(failed)} of {len(left)} runs failed, first {name}: {error}") from error
 
 
-def _results(
-    jobs: Sequence[Job], measure: Measure, workers: int
-) -> Iterator[tuple[Job, Sequence[Mapping[str, object]]]]:
+def _outcomes(jobs: Sequence[Job], measure: Measure, workers: int) -> Iterator[tuple[Job, Future]]:
+    """Each job with its result or exception, as they come."""
     workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:
-            yield job, measure(job)
+            outcome: Future = Future()
+            try:
+                outcome.set_result(measure(job))
+            except Exception as error:
+                outcome.set_exception(error)
+            yield job, outcome
         return
     threads = max(1, usable_cores() // workers)
     before = os.environ.get("OMP_NUM_THREADS")
@@ -126,9 +139,9 @@ def _results(
             running = {pool.submit(measure, job): job for job in jobs}
             try:
                 for future in as_completed(running):
-                    yield running[future], future.result()
+                    yield running[future], future
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after an error, start nothing more
+                pool.shutdown(wait=False, cancel_futures=True)  # when interrupted, start nothing more
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]

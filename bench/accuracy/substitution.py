@@ -14,15 +14,13 @@ from itertools import product
 from pathlib import Path
 
 from bench.accuracy import comparison
-from bench.accuracy.page import write_section
+from bench.accuracy.page import publish
 from bench.accuracy.protocol import FORMS, MODELS, VALUES, describe, measuring, prepared
 from bench.accuracy.rows import RESULTS, Rows, complete
-from bench.markdown import DOCS
 from usf_kernels.cli.options import positive
 from usf_kernels.data import TEXTURES
 from usf_kernels.demo import QUICK as QUICK_DEMO
 from usf_kernels.demo import Recipe
-from usf_kernels.plotting import save_figure
 
 NAME = "substitution"
 FULL = Recipe(epochs=10)
@@ -46,7 +44,7 @@ def jobs(
     ]
 
 
-def text(folder: Path = RESULTS) -> str:
+def text(folder: Path) -> str:
     """The page's section, from the rows in a folder."""
     rows = rows_in(folder).read()
     if not rows:
@@ -55,10 +53,12 @@ def text(folder: Path = RESULTS) -> str:
     return f"{picture}\n\n{comparison.section(rows, 'texture')}"
 
 
-def draw(rows: Rows, path: Path) -> None:
-    """The figure of these rows."""
-    title = "Affine couplings against uniformly scaling ones, on three textures"
-    save_figure(comparison.figure(rows.read(), "texture", title), path)
+def show(folder: Path) -> None:
+    """Write and print what the rows in a folder say."""
+    title = "Affine couplings against uniformly scaling ones"
+    rows = rows_in(folder)
+    publish(NAME, folder, comparison.figure(rows.read(), "texture", title), f"{NAME}.png", text(folder))
+    print(f"{text(folder)}\n\nrows in {rows.path}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,13 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(job["texture"] for job in work if not rows.finished(job)))
     with prepared(names, recipe) as data:
         complete(rows, work, measuring(data, "texture"), title=NAME, workers=options.workers)
-    if folder == RESULTS:
-        draw(rows, DOCS / f"{NAME}.png")
-        write_section(NAME, text())
-    else:
-        draw(rows, folder / f"{NAME}.png")
-        (folder / f"{NAME}.md").write_text(text(folder) + "\n", encoding="utf-8")
-    print(f"{text(folder)}\n\nrows in {rows.path}")
+    show(folder)
     return 0
 
 
