@@ -25,7 +25,7 @@ class _FromTorch(BaseDistribution):
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every sample, (B,)."""
         z = self._checked(z)
-        return z.new_zeros(0) if len(z) == 0 else self.distribution().log_prob(z)
+        return z.new_zeros(0) if z.shape[0] == 0 else self.distribution().log_prob(z)
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:

@@ -179,7 +179,7 @@ class AffineCheckerboardBlock(nn.Module):
         by_image = (sizes[0], mask.shape[0], rows.shape[1])
         passive = (rows.view(by_image) * mask).view(rows.shape)
         outputs = self.conditioner(passive, sizes, cond).view(*by_image[:2], 2 * rows.shape[1]) * ~mask
-        scale, shift = outputs.view(len(rows), 2 * rows.shape[1]).chunk(2, dim=1)
+        scale, shift = outputs.view(rows.shape[0], 2 * rows.shape[1]).chunk(2, dim=1)
         log_scale = self.clamp * torch.tanh(scale.to(compute_dtype(scale)))
         log_det = log_scale.sum(1)
         if inverse:
