@@ -56,7 +56,7 @@ class Spec:
             with torch.no_grad():
                 for p in model.parameters():
                     if p.requires_grad:
-                        p.add_(torch.randn_like(p), alpha=0.3 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.02)
+                        p.add_(torch.randn_like(p), alpha=0.1 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.02)
         return model
 
     @cached_property

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from test_fastflow import Pyramid, perturbed
 
 from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
+from usf_kernels.data import TextureDataset
+from usf_kernels.demo import extract
 from usf_kernels.models import Backbone, CFlow, Mahalanobis, create_backbone
 from usf_kernels.models.cflow import in_stretches
 from usf_kernels.models.encoding import SIZES_KEPT, positional_encoding
+from usf_kernels.training import CachedFeatures, fit
 
 VARIANTS = [("additive", "lu"), ("affine", "permutation"), ("affine", "lu"), ("additive", "permutation")]
 
@@ -279,6 +282,24 @@ def test_the_inference_form_compiles_and_exports(backbone, images):
     for found in (program.module()(images), compiled(images)):
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS[:2])
+def test_latents_of_held_out_images_are_white(coupling, linear):
+    """What the automatic threshold rests on: mean z^2 near 1 where nothing was trained on."""
+    pytest.importorskip("lightning")
+    pytest.importorskip("skimage")
+    backbone = create_backbone(out_indices=(2, 3))
+    train, held_out = (
+        extract(backbone, TextureDataset("brick", split, count=count, crop=128, size=128)).features
+        for split, count in (("train", 128), ("validation", 32))
+    )
+    model = CFlow(backbone, coupling=coupling, linear=linear, position_share=0.25).initialize(train)
+    data = CachedFeatures(train), CachedFeatures(held_out)
+    history = fit(model, *data, max_epochs=2, batch_size=16, lr=1e-3, accelerator="cpu", progress=False)
+    assert history.rows[-1]["validation_loss"] < history.rows[0]["validation_loss"]
+    assert all(0.7 < value < 1.5 for value in model.mean_square(held_out)), model.mean_square(held_out)
 
 
 def test_config_and_state_rebuild_the_model(tmp_path):
