@@ -21,6 +21,7 @@ from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Resize
 
 from usf_kernels.integrations.anomalib import UsfCflow, UsfFastflow, UsfUflow
+from usf_kernels.integrations.anomalib_usf import warm_up_and_cosine
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "anomalib.md"
 SIDE = 64
@@ -88,7 +89,10 @@ def test_fit_test_predict_and_checkpoints(model_class, folder, tmp_path):
     batches = engine.predict(model, datamodule=data)
     masks = torch.cat([batch.pred_mask for batch in batches])
     labels = torch.cat([batch.pred_label for batch in batches])
+    scores = torch.cat([batch.pred_score for batch in batches])
     truth = torch.cat([batch.gt_label for batch in batches])
+    assert scores[truth.bool()].min() > scores[~truth.bool()].max()
+    assert ((scores > 0.01) & (scores <= 1)).all()  # not normalised
     assert masks.shape == (6, SIDE, SIDE)
     assert masks.dtype == torch.bool
     assert labels[truth.bool()].all()
@@ -98,12 +102,13 @@ def test_fit_test_predict_and_checkpoints(model_class, folder, tmp_path):
     images = torch.rand(2, 3, SIDE, SIDE)
     again = model_class.load_from_checkpoint(engine.best_model_path)
     exported = torch.load(model.to_torch(tmp_path), weights_only=False)["model"]
-    expected = model.eval()(images)
+    expected = model.eval().model(images)
     for other in (again.eval(), exported.eval()):
-        found = other(images)
+        found = other.model(images)
         assert torch.equal(found.anomaly_map, expected.anomaly_map)
         assert torch.equal(found.pred_mask, expected.pred_mask)
     assert again.model.initialized
+    assert model(images).pred_mask is None  # as in an exported graph
 
 
 def test_the_first_batch_initialises_once(folder, tmp_path):
@@ -157,6 +162,16 @@ def test_graphs_are_exported_without_the_tree(make):
         found, expected = graph(images), model(images)
     torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.pred_score, expected.pred_score, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 30, 1000])
+def test_the_learning_rate_rises_once_and_falls(steps):
+    rates = [warm_up_and_cosine(step, steps) for step in range(steps + 1)]
+    top = rates.index(max(rates))
+    assert rates[top] == 1.0
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0
 
 
 def test_what_is_wrong():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,9 +71,9 @@ class UsfModule(AnomalibModule):
     """What the three models below share.
 
     The first batch of normal images initialises the flow (`FeatureFlow.initialize`), the normal images of
-    each validation epoch calibrate the threshold (`FeatureFlow.calibrate`), and tests and predictions run in
-    the inference form. `pred_mask` and `pred_label` are the automatic segmentation, no thresholds fitted to
-    defects; `pred_score` and `anomaly_map` are normalised and thresholded as anomalib does it.
+    each validation epoch give "val_loss" and calibrate the threshold (`FeatureFlow.calibrate`), and tests and
+    predictions run in the inference form. `pred_mask` and `pred_label` are the automatic segmentation, not
+    thresholds fitted to defects; `pred_score` and `anomaly_map` are in [0, 1].
 
     Args:
         backbone, weights, out_indices: of `usf_kernels.models.create_backbone`.
@@ -119,6 +121,15 @@ class UsfModule(AnomalibModule):
         """Resize, to 256 x 256 unless told otherwise."""
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
+    def configure_post_processor(self) -> PostProcessor:
+        """None of what anomalib's does by default.
+
+        Scores and maps are in [0, 1] as they are, and normalised they would be clamped to the range of the
+        validation images: no ranking would be left among defects. Labels and masks are there already, but not
+        from calling the Lightning module itself, which gives what an exported graph gives.
+        """
+        return PostProcessor(enable_normalization=False, enable_thresholding=False)
+
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Of Lightning's trainer."""
@@ -130,9 +141,7 @@ class UsfModule(AnomalibModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             return {"optimizer": optimizer}
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.lr, total_steps=int(steps), pct_start=0.05, cycle_momentum=False
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_up_and_cosine, steps=int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, *args: Any, **options: Any) -> dict[str, Tensor]:
@@ -149,18 +158,21 @@ class UsfModule(AnomalibModule):
         return {"loss": loss}
 
     def validation_step(self, batch: Batch, *args: Any, **options: Any) -> Batch:
-        """Scores and maps; the features of normal images are kept for `on_validation_epoch_end`."""
+        """Scores and maps; the loss of the normal images, whose features `on_validation_epoch_end` needs."""
         features = self.model.flow.features(batch.image)
-        kept = sum(len(maps[0]) for maps in self._held_out)
-        if batch.gt_label is not None and kept < HELD_OUT:
-            self._held_out.append([maps[batch.gt_label == 0] for maps in features])
+        if batch.gt_label is not None and not batch.gt_label.all():
+            normal = [maps[batch.gt_label == 0] for maps in features]
+            loss = self.model.flow.loss(normal)
+            self.log("val_loss", loss, on_epoch=True, prog_bar=True, logger=True, batch_size=len(normal[0]))
+            if sum(len(maps[0]) for maps in self._held_out) < HELD_OUT:
+                self._held_out.append(normal)
         return batch.update(**self.model.predict(batch.image, features)._asdict())
 
     def on_validation_epoch_end(self) -> None:
         """Fit the null model to the normal images, where there were any."""
         features = [torch.cat(maps) for maps in zip(*self._held_out, strict=True)]
         self._held_out = []
-        if features and len(features[0]):
+        if features:
             self.model.flow.calibrate(features)
 
     def on_test_start(self) -> None:
@@ -178,6 +190,14 @@ class UsfModule(AnomalibModule):
     def on_predict_end(self) -> None:
         """Leave it."""
         self.model.unfuse()
+
+
+def warm_up_and_cosine(step: int, steps: int) -> float:
+    """The learning rate at a step, 0 to `steps`, over the largest: 5 % of the steps up, a cosine to 1 %."""
+    warm = max(1, round(0.05 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
 
 
 class UsfFastflow(UsfModule, Fastflow):
