@@ -244,6 +244,16 @@ def test_the_flow_stays_as_it_is():
     assert all(p.requires_grad for p in flow.parameters())
 
 
+def test_the_state_holds_the_log_determinant_too():
+    x = torch.randn(2, 6, 3, 4)
+    forms = [flow_of([step(6, act_norm=False) for _ in range(2)]).fuse() for _ in range(2)]
+    first, second = forms
+    assert first(x)[1] != second(x)[1]
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(x)[1], second(x)[1])
+    assert torch.equal(first(x)[0], second(x)[0])
+
+
 def test_compiles_and_exports_to_what_it_gives():
     flow = flow_of([step(8, coupling="affine", linear="permutation"), step(8, pointwise)], [LUConv1x1(8)])
     fused, x = flow.fuse(), torch.randn(2, 8, 5, 6)

@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bench import machine
+from bench.accuracy.page import publish
 from bench.accuracy.rows import RESULTS, Job, Row, Rows, complete
 from bench.drawing import FAINT, INK, OURS_COLOUR, PEER_COLOUR, SECOND, canvas, legend, title_of
+from bench.markdown import count, prose
+from bench.markdown import table as markdown_table
 from usf_kernels.models import DeepSVDD, NonUSFlow, USFlow
 from usf_kernels.training import fit
 
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME = "gaussian_mixture"
-PICTURE = Path(__file__).parents[2] / "docs" / f"{NAME}.png"
+PICTURE = f"{NAME}.png"
 QUICK_OUTPUT = Path("runs") / NAME
+GOAL = 0.99  # of the rank correlation
 DIMENSIONS, SEEDS, STEPS = (2, 8, 32, 128), (0, 1, 2), 600
 QUICK = {"dimensions": (2, 8), "seeds": (0,), "steps": 40}
 MODELS = ("DeepSVDD", "NonUSFlow", "USFlow")
@@ -158,20 +162,58 @@ def means(rows: Sequence[Row], column: str) -> dict[tuple[str, int], list[float]
     return groups
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: Spearman / Kendall per model and number of dimensions, means over the seeds."""
+def text(folder: Path) -> str:
+    """The page's section, from the rows in a folder."""
+    rows = rows_in(folder).read()
+    if not rows:
+        return f"No rows yet: `python -m bench.accuracy.{NAME}` measures them, in minutes."
+    alt = "Rank correlations over the dimensions, and latents in two dimensions"
+    return f"![{alt}]({PICTURE})\n\n{section(rows)}"
+
+
+def section(rows: Sequence[Row]) -> str:
+    """A table of means over the seeds, and what it says, as markdown."""
     spearman, kendall = means(rows, "spearman"), means(rows, "kendall")
     sizes = sorted({d for _, d in spearman})
-    lines = ["| | " + " | ".join(f"d = {d}" for d in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
-    for model in MODELS:
-        cells = [
-            f"{_mean(spearman[model, d]):.3f} / {_mean(kendall[model, d]):.3f}"
-            if (model, d) in spearman
-            else ""
-            for d in sizes
+    lines = [
+        [
+            model,
+            *(
+                f"{_mean(spearman[model, d]):.3f} / {_mean(kendall[model, d]):.3f}"
+                if (model, d) in spearman
+                else ""
+                for d in sizes
+            ),
         ]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for model in MODELS
+    ]
+    seeds, steps = len({row["seed"] for row in rows}), sorted({row["steps"] for row in rows})
+    caption = (
+        f"Spearman / Kendall of true density and latent norm, means over {count(str(seeds), 'seed')} of "
+        f"{', '.join(steps)} steps:"
+    )
+    return "\n\n".join(
+        [prose(caption), markdown_table(["", *(f"d = {d}" for d in sizes)], lines), prose(_says(rows))]
+    )
+
+
+def _says(rows: Sequence[Row]) -> str:
+    spearman, own = means(rows, "spearman"), means(rows, "likelihood_spearman")
+    mean = {key: abs(_mean(values)) for key, values in spearman.items()}
+    sizes = sorted(d for model, d in mean if model == "USFlow")
+    reached = ", ".join(f"{d}" for d in sizes if mean["USFlow", d] >= GOAL) or "no size"
+    first = sum(mean["USFlow", d] == max(mean.get((model, d), 0.0) for model in MODELS) for d in sizes)
+    worst = {
+        model: min((abs(value) for (name, _), values in own.items() if name == model for value in values))
+        for model in MODELS
+        if any(name == model for name, _ in own)
+    }
+    others = "; ".join(f"{model}: {value:.3f}" for model, value in worst.items())
+    return (
+        f"USFlow ranks best at {first} of {len(sizes)} sizes; its |rho| is at least {GOAL} at d = {reached}. "
+        "What is missing is how well a flow fits: by its own likelihood the norm must rank samples without a "
+        f"fault in a uniformly scaling flow, and need not in others (worst |rho| of all runs, {others})."
+    )
 
 
 def draw(rows: Sequence[Row], latents: Sequence[Row]) -> Figure:
@@ -209,7 +251,7 @@ def _correlations(axis: Axes, groups: Mapping[tuple[str, int], list[float]], siz
     ticks = (0, 0.5, 0.9, 0.99, 0.999)
     axis.set_yticks([1 - tick for tick in ticks], [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.axhline(0.01, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axis.axhline(1 - GOAL, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
 
 
 def _latents(axis: Axes, rows: Sequence[Row]) -> None:
@@ -228,6 +270,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def show(folder: Path) -> None:
+    """Write and print what the rows in a folder say."""
+    rows = rows_in(folder)
+    publish(NAME, folder, draw(rows.read(), latents_in(folder).read()), PICTURE, text(folder))
+    print(f"{text(folder)}\n\nrows in {rows.path}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.accuracy.{NAME}", description=__doc__)
@@ -241,9 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.output or (QUICK_OUTPUT if options.quick else RESULTS)
     rows = rows_in(folder)
     complete(rows, jobs(**settings), partial(measure, folder), title=NAME)
-    picture = PICTURE if folder == RESULTS else folder / PICTURE.name
-    draw(rows.read(), latents_in(folder).read()).savefig(picture, metadata={"Software": None})
-    print(f"Spearman / Kendall of true density and latent norm:\n\n{table(rows.read())}\n\n{picture}")
+    show(folder)
     return 0
 
 

@@ -62,18 +62,19 @@ def publish(name: str, folder: Path, figure: Figure, picture: str, text: str) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write pictures and sections; with --check only say whether the sections are up to date."""
-    from bench.accuracy import nfa, substitution  # which publish through this module
+    from bench.accuracy import gaussian_mixture, nfa, substitution  # which publish through this module
 
+    modules = (gaussian_mixture, substitution, nfa)
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.page", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page differs")
     options = parser.parse_args(arguments)
     if options.check:
         page = before = PAGE.read_text(encoding="utf-8")
-        for module in (substitution, nfa):
+        for module in modules:
             page = rewritten(page, module.NAME, module.text(RESULTS))
         print("docs/accuracy.md is " + ("up to date" if page == before else "out of date"))
         return int(page != before)
-    for module in (substitution, nfa):
+    for module in modules:
         if module.rows_in(RESULTS).path.exists():
             module.show(RESULTS)
     return 0

@@ -147,6 +147,14 @@ class FusedFlow(nn.Module):
                 f"found shapes {[tuple(c.shape) for c in cond]}"
             )
 
+    def get_extra_state(self) -> float:
+        """What the state_dict has besides tensors: the log-determinant of the linear maps, per position."""
+        return self.log_det_per_position
+
+    def set_extra_state(self, state: float) -> None:
+        """Take it from a state_dict."""
+        self.log_det_per_position = state
+
     def extra_repr(self) -> str:
         """Channels and dtype, for print."""
         return f"{self.channels}, {self.dtype}"
