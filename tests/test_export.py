@@ -28,7 +28,7 @@ from usf_kernels.models import (
 )
 from usf_kernels.models.timm_networks import same_padding
 from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1, USFBlock
-from usf_kernels.ops.reference import triangular_inverse
+from usf_kernels.ops.matrices import triangular_inverse
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -18,7 +18,7 @@ from usf_kernels.nn.folding import WIDE, Coupling, LinearMap
 from usf_kernels.nn.fused import FusedFlow, fuse_parts
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import count_positions
-from usf_kernels.ops.reference import apply_matrix
+from usf_kernels.ops.matrices import apply_matrix
 from usf_kernels.ops.step import coupling_step
 
 _ORDERS = ("_order", "_inverse_order")  # buffers that a replaced block has beside its own

@@ -10,7 +10,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.usf_block import checkerboard
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, compute_dtype
-from usf_kernels.ops.reference import apply_matrix, full_precision
+from usf_kernels.ops.matrices import apply_matrix, full_precision
 
 
 class Householder(Fusible, nn.Module):

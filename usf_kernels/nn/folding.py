@@ -18,7 +18,7 @@ from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.flow import FlowSequence, FlowStep
 from usf_kernels.nn.linear import LUConv1x1, Permutation
 from usf_kernels.nn.usf_block import CheckerboardCoupling, USFBlock
-from usf_kernels.ops.reference import lu_matrix
+from usf_kernels.ops.matrices import lu_matrix
 
 WIDE = torch.float64
 

@@ -19,7 +19,7 @@ from usf_kernels.ops.checks import (
     compute_dtype,
     count_positions,
 )
-from usf_kernels.ops.reference import apply_matrix, full_precision, lu_matrix, matrix_gradient
+from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape

@@ -12,7 +12,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1, accurate_inverse
 from usf_kernels.ops import masked_additive_coupling
 from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, promoted_dtype
-from usf_kernels.ops.reference import apply_matrix, full_precision, lu_inverse, lu_matrix, matrix_gradient
+from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_inverse, lu_matrix, matrix_gradient
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape

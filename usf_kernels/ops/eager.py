@@ -14,6 +14,7 @@ from torch import Tensor
 
 from usf_kernels.ops import reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
+from usf_kernels.ops.matrices import apply_matrix, full_precision, matrix_gradient
 
 LOG2_E = 1.4426950408889634
 
@@ -171,8 +172,8 @@ class _MatrixStep(torch.autograd.Function):
         y, log_det = couple(x, params, split, clamp, None, None)
         ctx.options = split, clamp
         ctx.save_for_backward(x, params, matrix, bias, y)
-        with reference.full_precision(x):
-            return reference.apply_matrix(matrix, y, bias), log_det
+        with full_precision(x):
+            return apply_matrix(matrix, y, bias), log_det
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
@@ -181,14 +182,14 @@ class _MatrixStep(torch.autograd.Function):
 
             def plain(x: Tensor, params: Tensor, matrix: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
                 y, log_det = reference.coupling_step(x, params, None, None, None, *ctx.options, inverse=False)
-                return reference.apply_matrix(matrix, y, *(bias or (None,))), log_det
+                return apply_matrix(matrix, y, *(bias or (None,))), log_det
 
             inputs = (x, params, matrix) if bias is None else (x, params, matrix, bias)
             grads = gradients_through(plain, inputs, (grad, grad_log_det))
             return *grads[:3], *(grads[3:] or (None,)), None, None
-        with reference.full_precision(grad):
-            grad_matrix = reference.matrix_gradient(grad, y)
-            grad_x = reference.apply_matrix(matrix.mT, grad, None)
+        with full_precision(grad):
+            grad_matrix = matrix_gradient(grad, y)
+            grad_x = apply_matrix(matrix.mT, grad, None)
         grad_bias = None if bias is None else _sums(grad)
         grad_params = uncouple_gradient_(grad_x, grad_log_det, x, params, *ctx.options)
         return grad_x, grad_params, grad_matrix, grad_bias, None, None

@@ -11,6 +11,7 @@ from usf_kernels.ops import reference
 from usf_kernels.ops.checks import check_features, check_float, check_int, check_shape, promoted_dtype
 from usf_kernels.ops.dispatch import define, implementation, kernel
 from usf_kernels.ops.linear import Linear, linear_op
+from usf_kernels.ops.matrices import full_precision
 
 
 def lu_conv1x1(
@@ -106,7 +107,7 @@ class _Matrix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         lower, upper = ctx.saved_tensors
-        with reference.full_precision(grad):
+        with full_precision(grad):
             grad = grad.float()
             if ctx.inverse:  # d(A^-1) = -A^-1 dA A^-1
                 transposed = _Matrix.apply(lower, upper, True, torch.float32).mT
@@ -123,6 +124,6 @@ def _lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, in
     grad = torch.is_grad_enabled()
     matrix = (_Matrix.apply if grad else _matrix_op)(lower, upper, inverse, dtype)
     if inverse and bias is not None:
-        with reference.full_precision(x):
+        with full_precision(x):
             bias = -torch.mv(matrix.float(), bias.float())
     return (Linear.apply if grad else linear_op)(x, matrix, bias)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from usf_kernels.ops import reference
 from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.matrices import full_precision
 
 
 def anomaly_map_gradients(
@@ -22,14 +23,14 @@ def anomaly_map_gradients(
     """Gradients of `latents`, given that of their anomaly map; `latent` for interpolate="latent"."""
     grad = grad[:, 0] / len(latents)
     gradients = _through_products if latent else _through_likelihood
-    with reference.full_precision(grad):
+    with full_precision(grad):
         return [gradients(grad, z.to(compute_dtype(z)), size).to(z.dtype) for z in latents]
 
 
 def _weights(n_in: int, n_out: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One row per output pixel. Linear: w0 at i0, w1 at i1. Of squares: w0^2, w1^2. Of the product of the two
     neighbours: 2 w0 w1 at i0."""
-    i0, i1, w0, w1 = reference._bilinear(n_in, n_out, like)
+    i0, i1, w0, w1 = reference.bilinear_weights(n_in, n_out, like)
     pixels = torch.arange(n_in, device=like.device)
     first, second = ((i[:, None] == pixels).to(like.dtype) for i in (i0, i1))
     w0, w1 = w0[:, None], w1[:, None]
