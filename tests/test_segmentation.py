@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import nfa_oracle as oracle
 import numpy as np
@@ -316,3 +318,16 @@ def test_bad_options():
     for call, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             call()
+
+
+IMMORTAL = """
+import ctypes, torch
+from usf_kernels.segmentation import segment
+segment([torch.ones(1, 2, 3, 3)], 3)
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(segment))
+"""
+
+
+def test_nothing_is_left_at_exit():
+    done = subprocess.run([sys.executable, "-c", IMMORTAL], capture_output=True, text=True, check=True)
+    assert "leaked" not in done.stderr

@@ -8,6 +8,7 @@ Everything here is in units of log10: a log NFA of -3 is a number of false alarm
 
 from __future__ import annotations
 
+import atexit
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ __all__ = ["Null", "Region", "calibrate", "log_nfa", "log_number_of_tests", "reg
 @lru_cache(maxsize=256)
 def _tail(scale: float, dof: float, tail: str) -> _core.Tail:
     return _core.Tail(dof, scale, tail == "exact")
+
+
+# What outlives the interpreter, as compilers' and exporters' tables do, may hold this module: the cache would
+# still have its tails when the extension looks for leaks.
+atexit.register(_tail.cache_clear)
 
 
 @dataclass(frozen=True)
