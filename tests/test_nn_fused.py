@@ -188,6 +188,19 @@ def test_long_runs_of_pointwise_blocks_go_in_stretches(monkeypatch, linear, imag
         torch.testing.assert_close(fused.inverse(parts, cond)[0], x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_conditions_of_vectors(batch, coupling):
+    def subnet(c_in, c_out):
+        return nn.Sequential(nn.Linear(c_in, 4), nn.ReLU(), nn.Linear(4, c_out))
+
+    options = {"subnet": subnet, "cond_channels": 3, "coupling": coupling}
+    flow = flow_of([step(**options) for _ in range(2)]).double()
+    x = torch.randn(batch, 7, dtype=torch.float64)
+    for images in {1, batch}:
+        assert_same(flow, x, torch.randn(images, 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("subnet", [conv_subnet, wide, unknown])
 def test_a_condition_is_projected_once_for_many_inputs(subnet):
     flow = flow_of([step(subnet=subnet, cond_channels=2, coupling="affine") for _ in range(2)])

@@ -138,7 +138,7 @@ class FusedConditioner(nn.Module):
         """
         first = next((layer for layer in self.layers if isinstance(layer, _Conditioned)), None)
         maps = cond if first is None else first.condition(cond)
-        return maps.flatten(2).mT.contiguous()
+        return (maps if maps.ndim > 2 else maps[..., None]).flatten(2).mT.contiguous()
 
     def forward(self, rows: Tensor, sizes: tuple[int, ...], projected: Tensor | None = None) -> Tensor:
         """(N, C_in) to (N, C_out); `sizes` are (B, *spatial), with product N; `projected` is what
