@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usf_kernels.models.scoring import TAIL, TESTS
+from usf_kernels.segmentation import segment
+
 ROWS = 64  # of CFlow, as anomalib has it: per call and optimiser step
 
 
@@ -27,9 +30,22 @@ class Peer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images).anomaly_map
 
+    @property
+    def flow(self) -> nn.Module:
+        """What is trained of it, but for normalisation."""
+        raise NotImplementedError
+
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Of given features: the flows alone."""
         raise NotImplementedError
+
+    def flow_part(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Of given features, what the model goes on with; also after `usf_kernels.accelerate`."""
+        return self.latents(features)
+
+    def corrected(self, images: Tensor) -> list[Tensor]:
+        """What `usf_kernels.accelerate` makes of `forward`, by the formulas and this model's own blocks."""
+        return [self(images)]
 
     def step(self, images: Tensor) -> None:
         """Forward and backward, in training mode."""
@@ -38,6 +54,10 @@ class Peer(nn.Module):
 
 class Fastflow(Peer):
     """FastFlow."""
+
+    @property
+    def flow(self) -> nn.Module:
+        return self.model.fast_flow_blocks
 
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [flow(x)[0] for flow, x in zip(self.model.fast_flow_blocks, features, strict=True)]
@@ -51,8 +71,18 @@ class Fastflow(Peer):
 class Uflow(Peer):
     """U-Flow."""
 
+    @property
+    def flow(self) -> nn.Module:
+        return self.model.flow
+
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
         return list(self.model.flow(features, rev=False)[0])
+
+    def corrected(self, images: Tensor) -> list[Tensor]:
+        """With the automatic segmentation."""
+        latents = self.latents(self.model.feature_extractor(images))
+        size = tuple(images.shape[-2:])
+        return [self(images), segment(latents, size, tail=TAIL, tests=TESTS, upsample="nearest")]
 
     def step(self, images: Tensor) -> None:
         from anomalib.models.image.uflow.loss import UFlowLoss
@@ -63,6 +93,10 @@ class Uflow(Peer):
 class Cflow(Peer):
     """CFlow, as it is: 64 rows at a time."""
 
+    @property
+    def flow(self) -> nn.Module:
+        return self.model.decoders
+
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [
             torch.cat([decoder(rows, [cond])[0] for rows, cond in zip(*parts, strict=True)])
@@ -70,6 +104,33 @@ class Cflow(Peer):
             .movedim(-1, 1)
             for decoder, maps, parts in self._parts(features)
         ]
+
+    def flow_part(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Log-likelihoods per dimension, (B, H, W) of each scale."""
+        if hasattr(self.model, "log_likelihoods"):  # accelerated
+            given = _Given(dict(zip(self.model.pool_layers, features, strict=True)))
+            with patch.object(self.model, "encoder", given):
+                return list(self.model.log_likelihoods(features[0]))
+        from anomalib.models.image.cflow.utils import get_logp
+
+        found = []
+        for decoder, maps, parts in self._parts(features):
+            channels = maps.shape[1]
+            rows = [get_logp(channels, *decoder(rows, [cond])) for rows, cond in zip(*parts, strict=True)]
+            found.append(torch.cat(rows).view(len(maps), *maps.shape[2:]) / channels)
+        return found
+
+    def corrected(self, images: Tensor) -> list[Tensor]:
+        """Of every image by itself: the mean over the scales of sigmoid(-log p), p per dimension."""
+        self.model.decoders.eval()  # its `forward` leaves them in training mode
+        scales = self.flow_part(list(self.model.encoder(images).values()))
+        maps = [
+            F.interpolate(
+                torch.sigmoid(-scale)[:, None], images.shape[-2:], mode="bilinear", align_corners=True
+            )
+            for scale in scales
+        ]
+        return [torch.cat(maps, 1).mean(1)]
 
     def step(self, images: Tensor) -> None:
         from anomalib.models.image.cflow.utils import get_logp
@@ -92,6 +153,17 @@ class Cflow(Peer):
             rows = [x.movedim(1, -1).flatten(0, 2).split(self.model.fiber_batch_size) for x in both]
             found.append((decoder, maps, rows))
         return found
+
+
+class _Given(nn.Module):
+    """In the place of an encoder, where features are given."""
+
+    def __init__(self, features: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, _: Tensor) -> dict[str, Tensor]:
+        return self.features
 
 
 def fastflow(backbone: str, side: int) -> Peer:

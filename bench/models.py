@@ -168,7 +168,7 @@ def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
     if run is _map:
         call = partial(_without_gradients, _features, model, inputs)
         yield Provider("backbone alone", call, LIMIT)
-    for name, make in _peers(spec).items():
+    for name, make in peers_of(spec).items():
         model = make().to(device).eval()
         # CFlow scales its anomaly map by the maximum over the batch.
         check = partial(_right, run, deepcopy(model), inputs if spec.model == "CFlow" else first)
@@ -189,7 +189,7 @@ def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
         model = spec.ours(coupling, linear).to(inputs[0].device).train()
         name, check = f"{coupling}, {linear.replace('lu', 'LU')}", partial(_right_gradient, model, inputs)
         yield Provider(name, partial(_step, model, inputs), OURS, check=check, **options)
-    for name, make in _peers(spec).items():
+    for name, make in peers_of(spec).items():
         model = make().to(inputs[0].device).train()
         check = partial(_right_gradient, model, inputs)
         yield Provider(name, partial(_step, model, inputs), PEER, check=check, **options)
@@ -208,7 +208,8 @@ def _last(model: nn.Module) -> nn.Module:
     return deepcopy(model).to(memory_format=torch.channels_last)
 
 
-def _peers(spec: Spec) -> dict[str, Callable[[], nn.Module]]:
+def peers_of(spec: Spec) -> dict[str, Callable[[], nn.Module]]:
+    """anomalib's models of a specification, by name; their weights are the same at every call."""
     if not find_spec("anomalib"):
         return {}
     return {

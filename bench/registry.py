@@ -1,6 +1,6 @@
 """Everything that can be measured, the most valuable first."""
 
-from bench import blocks, machine, models, nfa, operations, training, tree
+from bench import accelerate, blocks, machine, models, nfa, operations, training, tree
 from bench.subject import Subject
 
 SUBJECTS: dict[str, Subject] = {
@@ -10,6 +10,7 @@ SUBJECTS: dict[str, Subject] = {
         blocks.SUBJECT,
         training.SUBJECT,
         models.SUBJECT,
+        accelerate.SUBJECT,
         operations.COUPLING,
         operations.LU_CONV,
         operations.RESIDUAL,

@@ -179,6 +179,8 @@ def _memory(provider: Provider, device: torch.device) -> dict[str, str]:
         found["peak_mb"] = f"{peak / 1e6:.4g}"
     if provider.saves:
         found["saved_mb"] = f"{saved_bytes(provider.saves, ignore=provider.live) / 1e6:.4g}"
+    elif provider.checkpoint:
+        found["saved_mb"] = f"{provider.checkpoint / 1e6:.4g}"
     return found
 
 

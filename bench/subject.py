@@ -33,6 +33,7 @@ class Provider:
         gigaflops: that the call has to compute.
         compiles: its first call compiles for long, and the quick run leaves it out.
         saves: a forward pass whose tensors saved for backward are counted, or None.
+        checkpoint: bytes of the file that a user of it saves; in the rows' column of what is saved.
         live: tensors that are not counted, because they live anyway.
         peak: whether to measure its memory.
         capture: whether it can be captured as a CUDA graph.
@@ -49,6 +50,7 @@ class Provider:
     gigaflops: float = 0.0
     compiles: bool = False
     saves: Call | None = None
+    checkpoint: int = 0
     live: tuple[Tensor, ...] = ()
     peak: bool = False
     capture: bool = True
