@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from usf_kernels.kernels.layout import Strides, View, empty_output, flat_strides
 
 pytest.importorskip("triton")
-from usf_kernels.kernels import configs, coupling, launch, score
+from usf_kernels.kernels import anomaly_map, configs, coupling, coupling_backward, launch, score
 
 
 def gather(x, view, i=0):
@@ -97,8 +97,8 @@ def test_kernels_with_wide_offsets(monkeypatch):
     )
     calls = [
         lambda: coupling.coupling_step(x, params, *arguments, False),
-        lambda: coupling.coupling_step_backward(x, x[:, 0, 0, 0], x, params, *arguments, True),
-        lambda: [score.squared_norm(x), score.anomaly_map([x], [5, 6], True)],
+        lambda: coupling_backward.coupling_step_backward(x, x[:, 0, 0, 0], x, params, *arguments, True),
+        lambda: [score.squared_norm(x), anomaly_map.anomaly_map([x], [5, 6], True)],
     ]
     narrow = [call() for call in calls]
     monkeypatch.setattr(View, "is_wide", lambda view: True)

@@ -69,88 +69,10 @@ def coupling_kernel(
     tl.store(y_at, narrow(value, y), mask=inside)
 
 
-@triton.jit(do_not_specialize=[*runtime("x", "t", "g", "gt", "gx"), "split", "clamp"])
-def coupling_backward_kernel(
-    x, x_b, x_c, x_p,  # (b, C, P), what the coupling was given
-    t, t_b, t_c, t_p,  # its parameters
-    g, g_b, g_c, g_p,  # (b, C, P), gradient of its result
-    gt, gt_b, gt_c, gt_p,  # gradient of its parameters, out
-    gx, gx_b, gx_c, gx_p,  # (b, C, P) out
-    grad_log_det,  # (b,) or, per position, (P,)
-    index, scale, bias,  # (C,) each, or None
-    grad_scale, grad_bias,  # (tiles of positions in all images, C) out, sums over a tile; or None
-    C, P, split, clamp,
-    AFFINE: tl.constexpr, INVERSE: tl.constexpr, PER_POSITION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    C = bound(C, gx_c, UNIT)
-    P = bound(P, gx_p, UNIT)
-    split = bound(split, gx_c, UNIT)
-    b, outer, p = tile(C, P, BLOCK_C, BLOCK_P, WIDE)
-    inside = (outer < C) & (p < P)
-    inner = outer
-    if index is not None:
-        inner = tl.load(index + outer, mask=outer < C, other=0).to(outer.dtype)
-    active = inside & (inner >= split)
-    x_c_at = outer if INVERSE else inner  # x and its gradient are on one side, the result's on the other
-    g_c_at = inner if INVERSE else outer
-    value = tl.load(x + b * aligned(x_b, UNIT) + walk(x_c_at, x_c, UNIT) + walk(p, x_p, UNIT),
-                    mask=inside, other=0.0).to(tl.float32)  # fmt: skip
-    grad = tl.load(g + b * aligned(g_b, UNIT) + walk(g_c_at, g_c, UNIT) + walk(p, g_p, UNIT),
-                   mask=inside, other=0.0).to(tl.float32)  # fmt: skip
-    t_at = t + b * aligned(t_b, UNIT) + walk(inner - split, t_c, UNIT) + walk(p, t_p, UNIT)
-    gt_at = gt + b * aligned(gt_b, UNIT) + walk(inner - split, gt_c, UNIT) + walk(p, gt_p, UNIT)
-    grad_result = grad
-    if scale is not None:
-        gain = tl.load(scale + outer, mask=outer < C, other=1.0).to(tl.float32)
-        if INVERSE:
-            value = (value - tl.load(bias + outer, mask=outer < C, other=0.0).to(tl.float32)) / gain
-        else:
-            grad = grad * gain
-    coupled = value
-    if AFFINE:
-        raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
-        shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
-        bounded = tanh(0.1 * raw)
-        slope = 0.1 * clamp * (1 - bounded * bounded)
-        if PER_POSITION:
-            of_log_det = tl.load(grad_log_det + p, mask=p < P, other=0.0).to(tl.float32)
-        else:
-            of_log_det = tl.load(grad_log_det + b).to(tl.float32)
-        if INVERSE:
-            factor = tl.exp(-clamp * bounded)
-            grad_shift = -0.1 * grad * factor
-            grad_raw = -slope * (grad * (value - shift) * factor + of_log_det)
-        else:
-            factor = tl.exp(clamp * bounded)
-            coupled = value * factor + shift
-            grad_shift = 0.1 * grad
-            grad_raw = slope * (grad * value * factor + of_log_det)
-        grad = grad * factor
-        tl.store(gt_at, narrow(grad_raw, gt), mask=active)
-        tl.store(gt_at + walk(C - split, gt_c, UNIT), narrow(grad_shift, gt), mask=active)
-    else:
-        shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
-        coupled = value if INVERSE else value + shift
-        tl.store(gt_at, narrow(-grad if INVERSE else grad, gt), mask=active)
-    if INVERSE and scale is not None:
-        grad = grad / gain
-    tl.store(gx + b * aligned(gx_b, UNIT) + walk(x_c_at, gx_c, UNIT) + walk(p, gx_p, UNIT),
-             narrow(grad, gx), mask=inside)  # fmt: skip
-    if grad_scale is not None:
-        # y = scale * v + bias going forward; v = (y - bias) / scale, with `value` for v, going back.
-        of_scale = -grad * value if INVERSE else grad_result * coupled
-        of_bias = -grad if INVERSE else grad_result
-        tiles_p = tl.cdiv(P, BLOCK_P)
-        row = (b * tiles_p + tl.program_id(0) % tiles_p) * C + outer
-        tl.store(grad_scale + row, tl.sum(of_scale, 1, keep_dims=True), mask=outer < C)
-        tl.store(grad_bias + row, tl.sum(of_bias, 1, keep_dims=True), mask=outer < C)
-
-
 # --------------------------------------------------------------------------------------------- launchers
 
 
-class _Tiles:
+class Tiles:
     """The tiles of one launch: the operands as the kernel walks them (the one of C channels last), and what
     its configuration may depend on."""
 
@@ -181,7 +103,7 @@ class _Tiles:
         return *dtypes, self.unit, self.channels_last, *self.candidates(2)[0].values(), *flags
 
 
-def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
     """Vectors that a kernel reads with a stride of 1; the gradient of a sum, for one, has a stride of 0."""
     return [None if vector is None else vector.contiguous() for vector in vectors]
 
@@ -204,9 +126,9 @@ def coupling_step(
     """Launch: see `usf_kernels.ops.coupling.coupling_step`. Additive where `clamp` is None; the
     log-determinant is then empty."""
     affine = clamp is not None
-    index, scale, bias = _contiguous(index, scale, bias)
+    index, scale, bias = contiguous(index, scale, bias)
     y = empty_output(x, torch.promote_types(x.dtype, params.dtype))
-    tiles = _Tiles([x, params, y], split, affine, index is not None or scale is not None)
+    tiles = Tiles([x, params, y], split, affine, index is not None or scale is not None)
     view = tiles.view
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
@@ -227,80 +149,47 @@ def coupling_step(
     return pick("coupling", key, tiles.candidates(3 if affine else 2, index is not None), run, x.device)
 
 
-def coupling_step_backward(
-    grad: Tensor,
-    grad_log_det: Tensor,
-    x: Tensor,
-    params: Tensor,
-    index: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    clamp: float | None,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, params, scale and bias of `coupling_step`; the last two empty where there were none."""
-    affine, scaled = clamp is not None, scale is not None
-    grad_log_det, index, scale, bias = _contiguous(grad_log_det, index, scale, bias)
-    grad_x, grad_params = empty_output(x, x.dtype), empty_output(params, params.dtype)
-    tiles = _Tiles([x, params, grad, grad_params, grad_x], split, affine, index is not None or scaled)
-    view = tiles.view
-
-    def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tiles_c, tiles_p = tiles.counts(config)
-        rows = view.batch * tiles_p
-        sums = [x.new_empty((rows, tiles.channels), dtype=torch.float32) if scaled else None for _ in "sb"]
-        launch(
-            coupling_backward_kernel, view.batch * tiles_c * tiles_p, *view.arguments(), grad_log_det,
-            index, scale, bias, *sums, tiles.channels, view.positions, tiles.split, clamp or 0.0,
-            AFFINE=affine, INVERSE=inverse, PER_POSITION=tiles.per_position,
-            UNIT=tiles.unit, WIDE=view.is_wide(), device=x.device, **config,
-        )  # fmt: skip
-        if not scaled:
-            return grad_x, grad_params, x.new_empty(0), x.new_empty(0)
-        grad_scale, grad_bias = sums[0].sum(0), sums[1].sum(0)
-        return grad_x, grad_params, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
-
-    key = tiles.key(affine, index is None, scaled)
-    return pick("coupling_backward", key, tiles.candidates(4, index is not None), run, x.device)
-
-
 # ------------------------------------------------------------------------------------------ compiled offline
 
 
-def _cases(dtype: torch.dtype, channels_last: bool) -> list[Case]:
+def coupling_case_inputs(
+    dtype: torch.dtype, channels_last: bool
+) -> tuple[Tensor, tuple[None, None, None], tuple[Tensor, Tensor, Tensor]]:
+    """x, and what stands behind a coupling: nothing, or a permutation, scale and bias."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty((8, 256, 28, 28), dtype=dtype, device="meta").to(memory_format=memory_format)
-    half, vector = x[:, 128:], torch.empty(256, device="meta")
-    no_exit, full_exit = (None, None, None), (vector.to(torch.int64), vector, vector)
-    log_det = torch.empty(8, device="meta")
+    vector = torch.empty(256, device="meta")
+    return x, (None, None, None), (vector.to(torch.int64), vector, vector)
 
-    def step(params: Tensor, exits: tuple, clamp: float | None, inverse: bool) -> Callable:
-        return lambda: coupling_step(x, params, *exits, 128, clamp, inverse)
 
-    def backward(params: Tensor, exits: tuple, clamp: float | None) -> Callable:
-        return lambda: coupling_step_backward(x, log_det, x, params, *exits, 128, clamp, False)
-
-    calls = {
-        "additive": lambda: additive_coupling(x, half, 128, False),
-        "affine": step(x, no_exit, 2.0, False),
-        "affine backward": backward(x, no_exit, 2.0),
-        "affine step": step(x, full_exit, 2.0, False),
-        "affine step inverse": step(x, full_exit, 2.0, True),
-        "affine step backward": backward(x, full_exit, 2.0),
-        "additive step backward": backward(half, full_exit, None),
-    }
+def coupling_cases(
+    calls: dict[str, Callable], kernel: str, dtype: torch.dtype, channels_last: bool
+) -> list[Case]:
     layout = "channels last" if channels_last else "contiguous"
-    names = ("coupling_kernel", "coupling_backward_kernel")
 
     def needs(name: str) -> dict[str, str]:
         # A permutation along the contiguous axis gathers one value at a time.
-        return {} if channels_last and "step" in name else dict.fromkeys(names, "vectors")
+        return {} if channels_last and "step" in name else {kernel: "vectors"}
 
     return [
         Case(f"{name}, {dtype}, {layout}".replace("torch.", ""), call, needs(name))
         for name, call in calls.items()
     ]
+
+
+def _cases(dtype: torch.dtype, channels_last: bool) -> list[Case]:
+    x, no_exit, full_exit = coupling_case_inputs(dtype, channels_last)
+
+    def step(exits: tuple, inverse: bool) -> Callable:
+        return lambda: coupling_step(x, x, *exits, 128, 2.0, inverse)
+
+    calls = {
+        "additive": lambda: additive_coupling(x, x[:, 128:], 128, False),
+        "affine": step(no_exit, False),
+        "affine step": step(full_exit, False),
+        "affine step inverse": step(full_exit, True),
+    }
+    return coupling_cases(calls, "coupling_kernel", dtype, channels_last)
 
 
 COMPILE_CASES = [

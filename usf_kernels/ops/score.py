@@ -105,7 +105,9 @@ _norm_backward_op = define(
     "score.squared_norm_backward",
 )
 _map_op = define(
-    "anomaly_map(Tensor[] latents, SymInt[] size, bool latent) -> Tensor", _map_fake, "score.anomaly_map"
+    "anomaly_map(Tensor[] latents, SymInt[] size, bool latent) -> Tensor",
+    _map_fake,
+    "anomaly_map.anomaly_map",
 )
 
 

@@ -137,7 +137,7 @@ _backward_op = define(
     f"coupling_step_backward(Tensor grad, Tensor grad_log_det, {_ARGUMENTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
-    "coupling.coupling_step_backward",
+    "coupling_backward.coupling_step_backward",
 )
 
 
