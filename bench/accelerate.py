@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from bench.flows import PEERS
 from bench.model_peers import Peer
-from bench.models import SPECS, Inputs, Spec, peers_of
+from bench.models import FLOW, SPECS, Inputs, Spec, peers_of
 from bench.subject import OURS, PEER, Case, Provider, Subject, close_to
 from usf_kernels import accelerate, replace_blocks
 
 FLIPPED = 1e-3  # share of a mask's pixels that rounding may turn over
-FLOW = "flow part"
 ORIGINAL, REPLACED, ACCELERATED, EXACT = "anomalib", "replace_blocks", "accelerate", "accelerate, exact"
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     ORIGINAL: lambda model: None,

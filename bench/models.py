@@ -21,7 +21,7 @@ from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.ops import anomaly_map
 
 FORMS = (("affine", "permutation"), ("additive", "permutation"), ("additive", "lu"))
-TRAINING = "training step"
+FLOW, TRAINING = "flow part", "training step"
 
 
 @dataclass(frozen=True)
@@ -227,18 +227,18 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def _providers(spec: Spec, part: str, batch: int, device: torch.device) -> Iterator[Provider]:
     if not find_spec("timm"):  # neither side has a backbone without it
         return
-    inputs = spec.features(batch) if part == "flow part" else [spec.images(batch)]
+    inputs = spec.features(batch) if part == FLOW else [spec.images(batch)]
     inputs = [x.to(device) for x in inputs]
     if part == TRAINING:
         yield from _training(spec, inputs)
     else:
-        yield from _inference(_latents if part == "flow part" else _map, spec, inputs)
+        yield from _inference(_latents if part == FLOW else _map, spec, inputs)
 
 
 def _cases() -> Iterator[Case]:
     for spec in SPECS:
-        for part in ("", "flow part", TRAINING):
-            if spec.given is not None and part != "flow part":
+        for part in ("", FLOW, TRAINING):
+            if spec.given is not None and part != FLOW:
                 continue
             for batch in (1, 8):
                 yield Case(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from bench import markdown, table
+from bench import markdown, model_sections, table
 from bench.markdown import count, mean, number, picture, prose, times
 from bench.subject import OURS
 
@@ -28,7 +28,8 @@ def section(rows: Sequence[table.Row], *, where: str = "") -> str:
     writers: dict[str, Callable[[list[table.Row]], Iterator[str]]] = {
         "blocks": _blocks,
         "training_step": _training,
-        "models": _models,
+        "models": model_sections.models,
+        "accelerate": model_sections.accelerated,
         "tree": _tree,
         "nfa": _nfa,
     }
@@ -146,22 +147,6 @@ def _training(rows: list[table.Row]) -> Iterator[str]:
             lines.append([name, *cells])
     header = ["1 block", "8 blocks", "time / not reversible", "memory of 8 / anomalib's"]
     yield markdown.table(["block", *header], lines)
-
-
-def _models(rows: list[table.Row]) -> Iterator[str]:
-    lines = []
-    used = table.ours_to_use(rows)
-    for row in rows:
-        if row["role"] == OURS and row not in used:
-            continue
-        ratio = _ratio(row, rows)
-        case = row["case"].replace("^2", "²")
-        lines.append([case, row["provider"], row["dtype"], number(table.milliseconds(row)), ratio])
-    yield "### Whole models"
-    yield prose(
-        "Image to anomaly map, random weights, the backbone included; in bfloat16 under autocast, both."
-    )
-    yield markdown.table(["model", "provider", "precision", "ms", "over the fastest peer"], lines)
 
 
 def _tree(rows: list[table.Row]) -> Iterator[str]:

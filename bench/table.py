@@ -115,12 +115,12 @@ def operation(row: Row) -> str:
         return "component tree"
     if row["subject"] == "nfa":
         return "a-contrario test"
-    if row["subject"] == "models":
-        model, *rest = row["case"].split(
+    if row["subject"] in ("models", "accelerate"):
+        model, _, *part = row["case"].split(
             ", "
         )  # "FastFlow resnet18 256^2", "batch 1", a part of it or nothing
-        part = "".join(f", {name}" for name in rest[1:])
-        return f"{model.split()[0]}{part}: {row['provider'].removesuffix(FUSED)}, {row['dtype']}"
+        name = ", ".join([model.split()[0], *part])
+        return f"{name}, accelerated" if row["subject"] == "accelerate" else name
     parts = row["case"].split(", ")
     name = ", ".join(parts[: 2 if parts[0] == "anomaly map" else 1])
     return f"{name}, inverse" if row["direction"] == "inverse" else name

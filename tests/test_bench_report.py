@@ -71,3 +71,45 @@ def test_the_tree_is_beside_the_fastest():
     rows = [row("usf_kernels", 0.02, **shared), row("slow", 1, "peer", **shared)]
     rows.append(row("maxtree (uint16)", 0.1, "peer", **shared))
     assert "| 28² | 0.02 / 0.1 (maxtree), **5.0x** |" in section(rows)
+
+
+def models(part, dtype="float32", **shared):
+    """Two batch sizes: ours takes 2 and 4 ms, fused half of that, the fastest peer 3."""
+    for batch, times in (("1", 2), ("8", 4)):
+        shared |= {"subject": "models", "case": f"UFlow resnet18 256^2, batch {batch}{part}", "dtype": dtype}
+        yield row("additive, LU", times, **shared)
+        if part != ", training step":
+            yield row("additive, LU, fused", times / 2, **shared)
+        yield row("anomalib Uflow", 5, "peer", **shared)
+        yield row("anomalib Uflow, torch.compile", 3, "peer", **shared)
+
+
+def test_every_part_of_the_models_has_a_table():
+    rows = [*models(""), *models("", "bfloat16"), *models(", training step")]
+    rows = [r for r in rows if r["dtype"] == "float32" or "batch 1" in r["case"]]  # some were not measured
+    rows.append(rows[0] | {"provider": "backbone alone", "role": "limit", "p50_ms": "0.5"})
+    whole, training = section(rows).split("### Whole models")[1].split("Forward and backward")
+    assert "| model | batch | backbone, ms | fastest peer, ms | additive, LU |" in whole
+    assert "| UFlow resnet18 256² | 1 | 0.5 | 3 / 3 | **3.0x** / **3.0x** |" in whole
+    assert "| UFlow resnet18 256² | 8 |  | 3 | **1.50x** |" in whole
+    assert "The flow alone" not in whole
+    assert "| UFlow resnet18 256² | 8 | 3 | **0.75x** |" in training
+
+
+def accelerated(part, times, **shared):
+    names = ("anomalib", "replace_blocks", "accelerate", "accelerate, exact")
+    shared |= {"subject": "accelerate", "case": f"CFlow resnet18 256^2, batch 1, {part}"}
+    for name, (p50, saved) in zip(names, times, strict=False):  # the last ones may be missing
+        yield row(name, p50, "peer" if name == "anomalib" else "ours", saved_mb=saved, **shared)
+
+
+def test_accelerated_models_are_beside_the_originals():
+    flow = list(accelerated("flow part", ((8, "60"), (4, "36"), (2, ""))))
+    whole = list(accelerated("whole model", ((9, ""), (6, ""), (3, ""), (4.5, ""))))
+    text = section([*whole, *flow])
+    assert "| CFlow resnet18 256² | 1 | flow part | 8 | 2 | **4.0x** | **2.0x** |  |" in text
+    assert "| CFlow resnet18 256² | 1 | whole model | 9 | 3 | **3.0x** | **1.50x** | **2.0x** |" in text
+    assert "| CFlow resnet18 256² | 60 | 36 | 40 % |" in text
+    text = section([whole[0], whole[2]])
+    assert "| CFlow resnet18 256² | 1 | whole model | 9 | 3 | **3.0x** |\n" in text
+    assert "checkpoint" not in text

@@ -1,11 +1,13 @@
 """What is timed is what it says: every provider of a small case passes its check, and checks can fail."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import nn
 
-from bench import blocks, flows, models, operations, table, training
+from bench import accelerate, blocks, flows, models, operations, table, training
 from bench.flows import FORMS, Shape
 from bench.measure import CPU
 from bench.memory import saved_bytes
@@ -108,13 +110,57 @@ def test_a_wrong_model_is_noticed():
     assert "relative error" in provider.check([1.01 * z])
 
 
-def test_cases_of_models_are_operations_of_their_own():
+def test_models_of_one_kind_are_one_operation():
+    parts = ("", ", flow part", ", training step")
     names = {case.name for case in models.SUBJECT.cases}
     assert len(names) == len(models.SUBJECT.cases) == 2 * (3 * 5 + 1)
-    row = {"subject": "models", "provider": "additive, LU, fused", "dtype": "float32"}
-    found = {table.operation(row | {"case": name}) for name in names}
-    parts = ("", ", flow part", ", training step")
-    expected = {
-        f"{model}{part}: additive, LU, float32" for model in ("FastFlow", "UFlow", "CFlow") for part in parts
+    found = {table.operation({"subject": "models", "case": name}) for name in names}
+    assert found == {model + part for model in models.model_peers.PEERS for part in parts}
+    parts = (", flow part, accelerated", ", whole model, accelerated")
+    names = {case.name for case in accelerate.SUBJECT.cases}
+    assert len(names) == len(accelerate.SUBJECT.cases) == 2 * 2 * 5
+    found = {table.operation({"subject": "accelerate", "case": name}) for name in names}
+    assert found == {model + part for model in models.model_peers.PEERS for part in parts}
+
+
+@pytest.fixture
+def with_anomalib(monkeypatch):
+    """Undoes `_without_anomalib`."""
+    pytest.importorskip("anomalib")
+    monkeypatch.setattr(models, "find_spec", find_spec)
+
+
+@pytest.mark.parametrize("part", ["whole model", models.FLOW])
+@pytest.mark.parametrize("model", ["FastFlow", "UFlow", "CFlow"])
+def test_accelerated_models(with_anomalib, model, part):
+    spec = models.Spec(model, "resnet18", (1, 2, 3) if model != "CFlow" else (2, 3, 4), side=64)
+    providers = {p.name: p for p in accelerate._providers(spec, part, 2, CPU)}
+    assert wrong(providers.values()) == {}
+    exact = (
+        part != models.FLOW and model != "FastFlow"
+    )  # what is kept and what is corrected differ there only
+    names = (accelerate.REPLACED, accelerate.ACCELERATED, *([accelerate.EXACT] if exact else []))
+    assert {name: p.role for name, p in providers.items()} == {
+        accelerate.ORIGINAL: PEER,
+        **dict.fromkeys(names, OURS),
     }
-    assert found == expected
+    sizes = [providers[name].checkpoint for name in (accelerate.ORIGINAL, accelerate.REPLACED)]
+    assert 0.4 * sizes[0] < sizes[1] < 0.75 * sizes[0] if part == models.FLOW else sizes == [0, 0]
+    maps, *rest = providers[accelerate.ACCELERATED].call()
+    assert "relative error" in providers[accelerate.ACCELERATED].check([1.01 * maps, *rest])
+
+
+def test_a_wrong_mask_is_noticed():
+    mask = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
+    assert accelerate._right(lambda: [mask], [mask.repeat(2, 1, 1, 1)]) is None
+    assert accelerate._right(lambda: [mask], [~mask]) == "1 of a mask"
+
+
+def test_a_checkpoint_counts_shared_tensors_in_full(tmp_path):
+    layer = nn.Linear(100, 100, bias=False)
+    layer.register_buffer("transposed", layer.weight.detach().mT)
+    bytes_ = accelerate.checkpoint_bytes(layer)
+    assert 2 * 4 * 100**2 < bytes_ < 2 * 4 * 100**2 + 4000
+    copied = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    torch.save(copied, tmp_path / "file.pt")
+    assert abs((tmp_path / "file.pt").stat().st_size - bytes_) < 200
