@@ -10,9 +10,11 @@ from usf_kernels.ops import (
     additive_coupling,
     affine_coupling,
     anomaly_map,
+    linear_squared_norm,
     lu_conv1x1,
     lu_log_det,
     masked_additive_coupling,
+    residual_mlp,
     squared_norm,
 )
 from usf_kernels.segmentation import Region, log_nfa, regions, segment
@@ -30,6 +32,7 @@ __all__ = [
     "calibrate",
     "component_tree",
     "component_trees",
+    "linear_squared_norm",
     "log_nfa",
     "log_number_of_tests",
     "lu_conv1x1",
@@ -39,6 +42,7 @@ __all__ = [
     "nn",
     "regions",
     "replace_blocks",
+    "residual_mlp",
     "restore_blocks",
     "segment",
     "squared_norm",
