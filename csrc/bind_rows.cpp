@@ -1,4 +1,5 @@
 #include "bindings.hpp"
+#include "interleave.hpp"
 #include "rows.hpp"
 
 namespace usf {
@@ -17,9 +18,9 @@ Half half_of(const Index& index, std::size_t channels) {
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 2, std::int16_t, float>;
 
-template <class T>
-T* data_of(const Rows<Bits<T>>& rows) {
-    return reinterpret_cast<T*>(rows.data());
+template <class T, class Array>
+T* data_of(const Array& array) {
+    return reinterpret_cast<T*>(array.data());
 }
 
 template <class T>
@@ -54,9 +55,26 @@ void bind_value_type(nb::module_& m) {
         "clamp"_a, "inverse"_a, "log_det"_a.noconvert(), "threads"_a);
 }
 
+template <class From, class To>
+void bind_interleave(nb::module_& m) {
+    using namespace nb::literals;
+    using Maps = nb::ndarray<Bits<From>, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+    m.def(
+        "interleave",
+        [](Maps maps, Rows<Bits<To>> rows, int threads) {
+            nb::gil_scoped_release unlocked;
+            interleave(data_of<const From>(maps), maps.shape(0), maps.shape(1), maps.shape(2),
+                       data_of<To>(rows), threads);
+        },
+        "maps"_a.noconvert(), "rows"_a.noconvert(), "threads"_a);
+}
+
 void bind_rows(nb::module_& m) {
     bind_value_type<float>(m);
     bind_value_type<BFloat16>(m);
+    bind_interleave<float, float>(m);
+    bind_interleave<float, BFloat16>(m);
+    bind_interleave<BFloat16, BFloat16>(m);
 }
 
 }  // namespace usf

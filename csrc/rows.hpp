@@ -53,6 +53,13 @@ USF_CLONES inline void affine(float* values, const float* raw, const float* tran
     }
 }
 
+USF_CLONES inline void widen_to(const BFloat16* from, int n, float* to) {
+    for (int j = 0; j < n; ++j) to[j] = widen(from[j]);
+}
+inline void widen_to(const float* from, int n, float* to) {
+    std::copy_n(from, n, to);
+}
+
 // In many short sums, which is both faster and more accurate than one long one.
 inline float sum(const float* values, int n) {
     constexpr int lanes = 16;
@@ -66,17 +73,20 @@ inline float sum(const float* values, int n) {
     return total;
 }
 
+// Calls body(begin, end) for stretches of rows, whole multiples of `unit`; a thread takes one at a time.
 template <class Body>
-void for_rows(std::int64_t rows, std::int64_t stretch, int threads, Body&& body) {
+void for_rows(std::int64_t rows, int channels, int threads, Body&& body, std::int64_t unit = 1) {
+    constexpr std::int64_t elements = 1 << 14;  // of a stretch: far more work than it takes to fetch the next
+    const std::int64_t wanted = std::max<std::int64_t>(1, elements / std::max(channels, 1));
+    const std::int64_t stretch = (wanted + unit - 1) / unit * unit;
     team_for((rows + stretch - 1) / stretch, threads,
              [&](std::int64_t i) { body(i * stretch, std::min((i + 1) * stretch, rows)); });
 }
-constexpr std::int64_t rows_at_a_time = 512;  // what a thread takes
 
 // out[:, j] = state[:, index[j]]
 template <class T>
 void select_rows(const T* state, std::int64_t rows, const Half& half, T* out, int threads) {
-    for_rows(rows, rows_at_a_time, threads, [&](std::int64_t begin, std::int64_t end) {
+    for_rows(rows, half.channels(), threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i)
             half.take(state + i * half.channels(), out + i * half.size());
     });
@@ -85,7 +95,7 @@ void select_rows(const T* state, std::int64_t rows, const Half& half, T* out, in
 // state[:, index[j]] += factor * values[:, j]
 template <class T>
 void add_rows(T* state, std::int64_t rows, const Half& half, const T* values, float factor, int threads) {
-    for_rows(rows, rows_at_a_time, threads, [&](std::int64_t begin, std::int64_t end) {
+    for_rows(rows, half.channels(), threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i)
             half.add(values + i * half.size(), factor, state + i * half.channels());
     });
@@ -99,7 +109,7 @@ void affine_rows(T* state, std::int64_t rows, const Half& half, const T* outputs
     const int n = half.size();
     // Some rows together, so that the loop is long enough to hide the latency of its arithmetic.
     const std::int64_t together = std::max(1, 512 / std::max(n, 1));
-    for_rows(rows, rows_at_a_time / together * together, threads, [&](std::int64_t begin, std::int64_t end) {
+    const auto body = [&](std::int64_t begin, std::int64_t end) {
         std::vector<float> scratch(5 * static_cast<std::size_t>(together * n));
         float* const values = scratch.data();
         float *raw = values + together * n, *translation = raw + together * n;
@@ -110,8 +120,8 @@ void affine_rows(T* state, std::int64_t rows, const Half& half, const T* outputs
             for (std::int64_t r = 0; r < count; ++r) {
                 const T* from = outputs + (first + r) * 2 * n;
                 half.take(state + (first + r) * half.channels(), values + r * n);
-                for (int j = 0; j < n; ++j) raw[r * n + j] = widen(from[j]);
-                for (int j = 0; j < n; ++j) translation[r * n + j] = widen(from[n + j]);
+                widen_to(from, n, raw + r * n);
+                widen_to(from + n, n, translation + r * n);
             }
             affine(values, raw, translation, shifts, s, static_cast<int>(count) * n, clamp, inverse);
             for (std::int64_t r = 0; r < count; ++r) {
@@ -120,7 +130,8 @@ void affine_rows(T* state, std::int64_t rows, const Half& half, const T* outputs
                 log_det[first + r] = inverse ? -total : total;
             }
         }
-    });
+    };
+    for_rows(rows, half.channels(), threads, body, together);
 }
 
 }  // namespace usf

@@ -26,6 +26,7 @@ from usf_kernels.nn.fused_blocks import (
 )
 from usf_kernels.nn.fused_conditioner import to_maps
 from usf_kernels.nn.pointwise_run import PointwiseRun
+from usf_kernels.nn.rows import rows_of
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import FLOAT_DTYPES, check_features, compute_dtype, count_positions
 
@@ -119,8 +120,7 @@ class FusedFlow(nn.Module):
         steps = steps[::-1] if inverse else steps
         sizes = (x.shape[0], *x.shape[2:])
         copy = not steps or steps[0][0].in_place  # x belongs to the caller
-        rows = x.movedim(1, -1).to(self.dtype, copy=copy, memory_format=torch.contiguous_format)
-        rows, total = rows.reshape(-1, self.channels), None
+        rows, total = rows_of(x, self.dtype, copy=copy), None
         for stage, share in steps:
             rows, log_det = stage(rows, sizes, share, inverse=inverse)
             total = add_log_dets(total, log_det)

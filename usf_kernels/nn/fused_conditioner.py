@@ -125,6 +125,9 @@ class FusedConditioner(nn.Module):
         self.pointwise = all(isinstance(layer, ON_ROWS) or layer.pointwise for layer in self.layers)
         self.conditioned = cond_channels > 0
         self.requires_grad_(False)
+        for parameter in self.parameters():  # convolutions on maps with channels last reorder other weights
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def take_last(self) -> LinearMap:
         """What remains to be done after `forward`, in float64; the conditioner forgets it."""

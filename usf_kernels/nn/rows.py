@@ -1,4 +1,4 @@
-"""Couplings on some channels of rows (N, C): in the extension on a CPU, in torch operations elsewhere.
+"""Rows (N, C), and couplings on some of their channels: in the extension on a CPU, else in torch operations.
 
 Torch's own index operations on channels-last memory cost as much as the products around them. Graphs that are
 traced for a compiler or for export see the torch operations.
@@ -13,6 +13,19 @@ from usf_kernels import _core
 from usf_kernels.ops.checks import compute_dtype
 
 WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
+
+
+def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
+    """(B, C, *spatial) as rows (B * positions, C) of this dtype; in memory of their own if `copy`."""
+    channels = x.shape[1]
+    scattered = x.is_contiguous() and not x.movedim(1, -1).is_contiguous()
+    if scattered and _in_extension(x) and (x.dtype == dtype or dtype == torch.bfloat16):
+        maps = x.detach().flatten(2)
+        out = x.new_empty(x.shape[0] * maps.shape[2], channels, dtype=dtype)
+        _core.interleave(_bits(maps), _bits(out), _threads(out))
+        return out
+    rows = x.movedim(1, -1).to(dtype, copy=copy, memory_format=torch.contiguous_format)
+    return rows.reshape(-1, channels)
 
 
 def select(rows: Tensor, index: Tensor) -> Tensor:

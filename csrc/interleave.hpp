@@ -1,0 +1,86 @@
+// Maps with one channel after the other, rewritten with the channels of a position side by side.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "half.hpp"
+#include "team.hpp"
+
+namespace usf {
+
+constexpr int tile = 16;
+
+// to[p * to_stride + c] = from[c * from_stride + p] for c < channels and p < positions, both at most `tile`.
+template <class From, class To>
+void transpose_plain(const From* from, std::int64_t from_stride, int channels, int positions, To* to,
+                     std::int64_t to_stride) {
+    for (int p = 0; p < positions; ++p)
+        for (int c = 0; c < channels; ++c) narrow(widen(from[c * from_stride + p]), to[p * to_stride + c]);
+}
+
+#ifdef USF_AVX512
+// The same in registers: pairs of channels, then of pairs, then quarters of registers change places.
+template <class From, class To>
+USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int channels, int positions,
+                               To* to, std::int64_t to_stride) {
+    const auto first = [](int n) { return static_cast<__mmask16>((1u << n) - 1); };
+    __m512 a[tile], b[tile];
+    for (int c = 0; c < tile; ++c)
+        a[c] = c < channels ? load16(from + c * from_stride, first(positions)) : _mm512_setzero_ps();
+    for (int c = 0; c < tile; c += 2) {
+        b[c] = _mm512_unpacklo_ps(a[c], a[c + 1]);
+        b[c + 1] = _mm512_unpackhi_ps(a[c], a[c + 1]);
+    }
+    const auto low = [](__m512 x, __m512 y) USF_AVX512 {
+        return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    };
+    const auto high = [](__m512 x, __m512 y) USF_AVX512 {
+        return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    };
+    for (int c = 0; c < tile; c += 4) {  // quarter l of a[c + k] is then position 4 l + k of four channels
+        a[c] = low(b[c], b[c + 2]);
+        a[c + 1] = high(b[c], b[c + 2]);
+        a[c + 2] = low(b[c + 1], b[c + 3]);
+        a[c + 3] = high(b[c + 1], b[c + 3]);
+    }
+    for (int k = 0; k < 4; ++k) {
+        const __m512 even = _mm512_shuffle_f32x4(a[k], a[4 + k], 0x88);
+        const __m512 odd = _mm512_shuffle_f32x4(a[k], a[4 + k], 0xdd);
+        const __m512 even_next = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0x88);
+        const __m512 odd_next = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0xdd);
+        b[k] = _mm512_shuffle_f32x4(even, even_next, 0x88);
+        b[4 + k] = _mm512_shuffle_f32x4(odd, odd_next, 0x88);
+        b[8 + k] = _mm512_shuffle_f32x4(even, even_next, 0xdd);
+        b[12 + k] = _mm512_shuffle_f32x4(odd, odd_next, 0xdd);
+    }
+    for (int p = 0; p < positions; ++p) store16(to + p * to_stride, first(channels), b[p]);
+}
+#endif
+
+// rows[b, p, c] = maps[b, c, p]
+template <class From, class To>
+void interleave(const From* maps, std::int64_t images, std::int64_t channels, std::int64_t positions,
+                To* rows, int threads) {
+    auto transpose = transpose_plain<From, To>;
+#ifdef USF_AVX512
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        transpose = transpose_wide<From, To>;
+#endif
+    constexpr std::int64_t together = 4 * tile;  // positions: some cache lines of every channel
+    const std::int64_t stretches = (positions + together - 1) / together;
+    team_for(images * stretches, threads, [&](std::int64_t i) {
+        const std::int64_t image = i / stretches, begin = i % stretches * together;
+        const std::int64_t end = std::min(begin + together, positions);
+        for (std::int64_t c = 0; c < channels; c += tile) {
+            const int width = static_cast<int>(std::min<std::int64_t>(tile, channels - c));
+            for (std::int64_t p = begin; p < end; p += tile) {
+                const int length = static_cast<int>(std::min<std::int64_t>(tile, end - p));
+                transpose(maps + (image * channels + c) * positions + p, positions, width, length,
+                          rows + (image * positions + p) * channels + c, channels);
+            }
+        }
+    });
+}
+
+}  // namespace usf

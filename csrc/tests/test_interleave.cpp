@@ -1,0 +1,69 @@
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "interleave.hpp"
+
+using namespace usf;
+
+namespace {
+
+int failures = 0;
+
+template <class T>
+std::vector<T> noise(std::size_t size) {
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    std::vector<T> values(size);
+    for (T& value : values) narrow(normal(random), value);
+    return values;
+}
+
+// Against the definition, with memory around the result that must stay as it is.
+template <class From, class To>
+void test_shape(std::int64_t images, std::int64_t channels, std::int64_t positions, int threads) {
+    const auto maps = noise<From>(images * channels * positions);
+    constexpr std::size_t margin = 64;
+    std::vector<To> rows(maps.size() + 2 * margin);
+    for (To& value : rows) narrow(7.0f, value);
+    interleave(maps.data(), images, channels, positions, rows.data() + margin, threads);
+    std::size_t wrong = 0;
+    for (std::int64_t b = 0; b < images; ++b)
+        for (std::int64_t c = 0; c < channels; ++c)
+            for (std::int64_t p = 0; p < positions; ++p) {
+                To expected;
+                narrow(widen(maps[(b * channels + c) * positions + p]), expected);
+                const To found = rows[margin + (b * positions + p) * channels + c];
+                wrong += widen(found) != widen(expected);
+            }
+    for (std::size_t i = 0; i < margin; ++i)
+        wrong += widen(rows[i]) != 7.0f || widen(rows[rows.size() - 1 - i]) != 7.0f;
+    if (wrong == 0) return;
+    std::printf("%d x %d x %d: %d wrong\n", int(images), int(channels), int(positions), int(wrong));
+    ++failures;
+}
+
+// What machines without wide registers run.
+void test_plain() {
+    const auto maps = noise<float>(5 * 20);
+    std::vector<float> rows(16 * 5);
+    transpose_plain(maps.data(), 20, 5, 16, rows.data(), 5);
+    for (int c = 0; c < 5; ++c)
+        for (int p = 0; p < 16; ++p) failures += rows[p * 5 + c] != maps[c * 20 + p];
+}
+
+}  // namespace
+
+int main() {
+    for (const std::int64_t channels : {1, 2, 15, 16, 17, 33, 64, 100})
+        for (const std::int64_t positions : {1, 5, 16, 31, 64, 65, 200})
+            for (const int threads : {1, 3}) {
+                test_shape<float, float>(2, channels, positions, threads);
+                test_shape<float, BFloat16>(1, channels, positions, threads);
+                test_shape<BFloat16, BFloat16>(3, channels, positions, threads);
+            }
+    test_shape<float, float>(0, 3, 4, 2);
+    test_plain();
+    if (failures == 0) std::printf("interleave: all passed\n");
+    return failures != 0;
+}
