@@ -1,0 +1,81 @@
+"""The Python of the README runs as it stands there, on stand-ins for what a reader has."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_fastflow import Pyramid
+from torch import nn
+
+import usf_kernels as usf
+from usf_kernels.models import Backbone
+
+BLOCKS = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL
+)
+
+
+def run(first_words, names):
+    """The one block that begins like this, with these names given; what it leaves."""
+    (block,) = [block for block in BLOCKS if block.startswith(first_words)]
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_every_block_is_run_here():
+    tested = re.findall(r"run\(\s*\"(.*?)\"", Path(__file__).read_text())
+    assert sorted(block for block in BLOCKS for words in tested if block.startswith(words)) == sorted(BLOCKS)
+
+
+def test_segmentation_of_latents(capsys):
+    held_out_latents = [torch.randn(20, 4, 16, 16), torch.randn(20, 6, 8, 8)]
+    z1, z2 = torch.randn(2, 4, 16, 16), torch.randn(2, 6, 8, 8)
+    z1[0, :, 4:7, 4:7] += 9
+    names = run("import usf_kernels", {"z1": z1, "z2": z2, "held_out_latents": held_out_latents})
+    assert names["mask"][0, 0, 80, 80]
+    assert capsys.readouterr().out
+
+
+def test_a_model_and_its_inference_form(monkeypatch):
+    def backbone(name, out_indices):
+        return Backbone(Pyramid(), {"name": name}, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    monkeypatch.setattr(usf.models, "create_backbone", backbone)
+    names = {"usf": usf, "images": torch.rand(24, 3, 16, 24), "held_out_images": torch.rand(24, 3, 16, 24)}
+    run("backbone =", names)
+    assert names["loss"].isfinite()
+    expected = names["prediction"].anomaly_map
+    torch.testing.assert_close(run("fast =", names)["prediction"].anomaly_map, expected)
+
+
+def test_a_density_model():
+    names = run("flow =", {"usf": usf, "digits": torch.rand(3, 1, 28, 28)})
+    assert names["loss"].isfinite()
+    assert names["log_density"].shape == (3,)
+
+
+def test_an_existing_model(capsys):
+    pytest.importorskip("FrEIA")
+    from FrEIA.framework import SequenceINN
+    from FrEIA.modules import AllInOneBlock
+
+    model = SequenceINN(4)
+    model.append(AllInOneBlock, subnet_constructor=nn.Linear)
+    run("print(usf.replace_blocks", {"usf": usf, "model": model})
+    assert "AllInOneBlock" not in {type(module).__name__ for module in model.modules()}
+    assert capsys.readouterr().out
+
+
+def test_an_accelerated_model(capsys):
+    pytest.importorskip("anomalib")
+    from anomalib.models.image.fastflow.torch_model import FastflowModel
+
+    model = FastflowModel(input_size=(64, 64), backbone="resnet18", pre_trained=False, flow_steps=1)
+    run("print(usf.accelerate", {"usf": usf, "model": model})
+    assert usf.restore_blocks(model) > 1
+    assert capsys.readouterr().out
+
+
+def test_a_tree():
+    assert run("tree =", {"usf": usf, "image": torch.rand(5, 6)})["tree"].area.max() == 30
