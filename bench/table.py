@@ -103,10 +103,14 @@ def identity(row: Row) -> tuple[str, ...]:
 
 
 def ours_to_use(rows: Iterable[Row]) -> list[Row]:
-    """Our rows, without those of modules whose inference form is measured too: that is the one to use."""
+    """Our rows, without those of modules whose inference form, the one to use, has a row in the same case."""
+
+    def place(row: Row) -> tuple[str, str, str]:
+        return row["subject"], row["case"], row["provider"].removesuffix(FUSED)
+
     ours = [row for row in rows if row["role"] == OURS]
-    fused = {(row["subject"], row["provider"]) for row in ours if row["provider"].endswith(FUSED)}
-    return [row for row in ours if (row["subject"], row["provider"] + FUSED) not in fused]
+    fused = {place(row) for row in ours if row["provider"].endswith(FUSED)}
+    return [row for row in ours if row["provider"].endswith(FUSED) or place(row) not in fused]
 
 
 def operation(row: Row) -> str:

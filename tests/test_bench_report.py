@@ -94,6 +94,10 @@ def test_every_part_of_the_models_has_a_table():
     assert "| UFlow resnet18 256² | 8 |  | 3 | **1.50x** |" in whole
     assert "The flow alone" not in whole
     assert "| UFlow resnet18 256² | 8 | 3 | **0.75x** |" in training
+    assert (
+        "- `models`: 1 of 5 comparisons; worst 0.75x: additive, LU at UFlow resnet18 256², batch 8"
+        in training
+    )
 
 
 def accelerated(part, times, **shared):
