@@ -62,7 +62,8 @@ def assert_same(flow, x, cond=None, dtype=torch.float64, tolerance=1e-9):
     fused, kept = flow.fuse(dtype), x.clone()
     fused_z, fused_log_det = fused(x, cond)
     back, inverse_log_det = fused.inverse(fused_z, cond)
-    norm = fused.squared_norm(x, cond)
+    norm, position_log_det = fused.squared_norm_and_log_det(x, cond)
+    assert torch.equal(fused.squared_norm(x, cond), norm)
     assert torch.equal(x, kept)
     assert fused_z.dtype == back.dtype == dtype
     assert fused_log_det.shape == log_det.shape
@@ -70,6 +71,8 @@ def assert_same(flow, x, cond=None, dtype=torch.float64, tolerance=1e-9):
     torch.testing.assert_close(fused_z, z, **close)
     torch.testing.assert_close(fused_log_det, log_det, **close)
     torch.testing.assert_close(norm, z.square().sum(1), **close)
+    summed = position_log_det.sum(tuple(range(1, x.ndim - 1))) if x.ndim > 2 else position_log_det
+    torch.testing.assert_close(summed, log_det.expand(len(x)), **close)
     torch.testing.assert_close(back, x, **{**close, "atol": 100 * tolerance})
     torch.testing.assert_close(inverse_log_det, -log_det, **{**close, "atol": 100 * tolerance})
     return fused

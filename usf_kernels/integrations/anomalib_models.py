@@ -29,7 +29,7 @@ from usf_kernels.integrations.faster import Faster
 from usf_kernels.models.scoring import TAIL, TESTS
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.fused_conditioner import to_rows
-from usf_kernels.ops import anomaly_map, squared_norm
+from usf_kernels.ops import anomaly_map
 from usf_kernels.segmentation import Null, segment
 
 LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -200,9 +200,8 @@ class FastCflowModel(Accelerated, CflowModel):
 
     def _fused_likelihood(self, layer: str, decoder: nn.Module, maps: Tensor) -> Tensor:
         flow = decoder.inference_form(maps.dtype)
-        rows, log_det = flow._run(maps, self._projection(layer, flow, maps), flow.stages, inverse=False)
-        log_det = flow.log_det_per_position + (0 if log_det is None else log_det)
-        return (log_det - 0.5 * squared_norm(rows)) / maps.shape[1] - LOG_ROOT_TWO_PI
+        norm, log_det = flow.squared_norm_and_log_det(maps, self._projection(layer, flow, maps))
+        return (log_det - 0.5 * norm) / maps.shape[1] - LOG_ROOT_TWO_PI
 
     def _projection(self, layer: str, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
         """What the flow takes of the encoding of maps of this size."""

@@ -75,16 +75,26 @@ class FusedFlow(nn.Module):
         check_features("z", z, self.channels)
         return self._transform(z, cond, inverse=True)
 
-    @torch.no_grad()
     def squared_norm(self, x: Tensor, cond: Condition = None) -> Tensor:
         """Squared norm of z over channels, (B, *spatial), accumulated in float32 at least."""
+        return self.squared_norm_and_log_det(x, cond)[0]
+
+    @torch.no_grad()
+    def squared_norm_and_log_det(self, x: Tensor, cond: Condition = None) -> tuple[Tensor, Tensor]:
+        """`squared_norm`, and what every position contributes to the log-determinant; both (B, *spatial)."""
         check_features("x", x, self.channels)
         last = self.stages[-1] if len(self.stages) else None
         if isinstance(last, Reorder):
-            norm = last.squared_norm(self._run(x, cond, self.stages[:-1], inverse=False)[0])
+            rows, row_log_det = self._run(x, cond, self.stages[:-1], inverse=False)
+            norm = last.squared_norm(rows)
         else:
-            norm = squared_norm(self._run(x, cond, self.stages, inverse=False)[0])
-        return norm.view(x.shape[0], *x.shape[2:])
+            rows, row_log_det = self._run(x, cond, self.stages, inverse=False)
+            norm = squared_norm(rows)
+        log_det = torch.full_like(norm, self.log_det_per_position)
+        if row_log_det is not None:
+            log_det += row_log_det
+        sizes = (x.shape[0], *x.shape[2:])
+        return norm.view(sizes), log_det.view(sizes)
 
     def capture(self, x: Tensor, cond: Tensor | None = None) -> CapturedCall:
         """`forward` as a CUDA graph, for inputs of the shape and dtype of these: see `CapturedCall`."""
