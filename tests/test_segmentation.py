@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from usf_kernels import _core
-from usf_kernels.null import Null, calibrate
+from usf_kernels.null import Null
 from usf_kernels.segmentation import log_nfa, log_number_of_tests, regions, segment
 
 SHAPES = [(1, 1), (1, 12), (12, 1), (2, 9), (9, 2), (7, 11), (12, 12)]
@@ -206,21 +206,6 @@ def test_nearest_keeps_every_pixel_of_a_region():
     assert mask[0, 0, 8:12, 12:16].all()
 
 
-@pytest.mark.parametrize(
-    "sizes", [[(1, 1)], [(1, 3)], [(14, 14)], [(28, 28), (14, 14)], [(7, 9), (63, 1), (2, 2)]]
-)
-def test_log_number_of_tests(sizes):
-    expected = oracle.log_number_of_tests([h * w for h, w in sizes])
-    assert log_number_of_tests(sizes) == pytest.approx(expected, rel=1e-13)
-
-
-def test_log_number_of_tests_of_large_maps():
-    assert log_number_of_tests([(4096, 4096)]) == pytest.approx(4096**2 * math.log10(4.062570), rel=1e-6)
-    for bad in ([], [(0, 3)], [(3,)], "28", [(2.5, 2)], 28):
-        with pytest.raises((ValueError, TypeError), match="sizes"):
-            log_number_of_tests(bad)
-
-
 @pytest.mark.parametrize("dof", [1, 2, 3, 16, 17, 100.5, 192, 816, 2000.25, 4096])
 def test_exact_tail_against_mpmath(dof):
     ratios = np.concatenate(
@@ -234,33 +219,6 @@ def test_exact_tail_against_mpmath(dof):
     bound = _core.Tail(dof, 3.0, False)(3 * dof * ratios)
     np.testing.assert_allclose(bound, [oracle.chernoff(dof * r, dof) for r in ratios], rtol=1e-9, atol=1e-12)
     assert (bound >= scaled).all()
-
-
-def test_calibrate_recovers_the_distribution():
-    rng = np.random.default_rng(0)
-    u = [torch.from_numpy(a * rng.chisquare(nu, (50, 20, 20))) for a, nu in ((2.0, 40.0), (0.8, 7.5))]
-    null = calibrate(u)
-    assert null.scale == pytest.approx((2.0, 0.8), rel=0.05)
-    assert null.dof == pytest.approx((40.0, 7.5), rel=0.05)
-    assert Null.from_list(null.to_list()) == null
-    assert "chi2" in repr(null)
-    white = calibrate(torch.randn(20, 12, 16, 16))
-    assert white.dof[0] == pytest.approx(12, rel=0.1)
-    # Squared norms that are twice too large are no anomaly once that is known.
-    assert sum(map(len, regions(u, channels=(40, 7), tests="per_size"))) > 50
-    assert sum(map(len, regions(u, null=null, tests="per_size"))) <= 50
-
-
-def test_null_is_checked():
-    for arguments in (((1.0,), (0.0,)), ((math.inf,), (1.0,)), ((1.0, 1.0), (1.0,)), ((), ())):
-        with pytest.raises(ValueError, match=r"scale|dof"):
-            Null(*arguments)
-    with pytest.raises(ValueError, match="pairs"):
-        Null.from_list([[1.0]])
-    with pytest.raises(ValueError, match=r"latents\[0\].*vary"):
-        calibrate(torch.ones(2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"latents\[0\].*two positions"):
-        calibrate(torch.ones(0, 3, 4, 4))
 
 
 def poisoned(value):

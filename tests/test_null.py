@@ -1,0 +1,37 @@
+"""The null model and its calibration."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from usf_kernels.null import Null, calibrate
+from usf_kernels.segmentation import regions
+
+
+def test_calibrate_recovers_the_distribution():
+    rng = np.random.default_rng(0)
+    u = [torch.from_numpy(a * rng.chisquare(nu, (50, 20, 20))) for a, nu in ((2.0, 40.0), (0.8, 7.5))]
+    null = calibrate(u)
+    assert null.scale == pytest.approx((2.0, 0.8), rel=0.05)
+    assert null.dof == pytest.approx((40.0, 7.5), rel=0.05)
+    assert Null.from_list(null.to_list()) == null
+    assert "chi2" in repr(null)
+    white = calibrate(torch.randn(20, 12, 16, 16))
+    assert white.dof[0] == pytest.approx(12, rel=0.1)
+    # Squared norms that are twice too large are no anomaly once that is known.
+    assert sum(map(len, regions(u, channels=(40, 7), tests="per_size"))) > 50
+    assert sum(map(len, regions(u, null=null, tests="per_size"))) <= 50
+
+
+def test_null_is_checked():
+    for arguments in (((1.0,), (0.0,)), ((math.inf,), (1.0,)), ((1.0, 1.0), (1.0,)), ((), ())):
+        with pytest.raises(ValueError, match=r"scale|dof"):
+            Null(*arguments)
+    with pytest.raises(ValueError, match="pairs"):
+        Null.from_list([[1.0]])
+    with pytest.raises(ValueError, match=r"latents\[0\].*vary"):
+        calibrate(torch.ones(2, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"latents\[0\].*two positions"):
+        calibrate(torch.ones(0, 3, 4, 4))

@@ -1,0 +1,23 @@
+"""How many regions a map could hold: against sums in arbitrary precision."""
+
+import math
+
+import nfa_oracle as oracle
+import pytest
+
+from usf_kernels.number_of_tests import log_number_of_tests
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(1, 1)], [(1, 3)], [(14, 14)], [(28, 28), (14, 14)], [(7, 9), (63, 1), (2, 2)]]
+)
+def test_log_number_of_tests(sizes):
+    expected = oracle.log_number_of_tests([h * w for h, w in sizes])
+    assert log_number_of_tests(sizes) == pytest.approx(expected, rel=1e-13)
+
+
+def test_log_number_of_tests_of_large_maps():
+    assert log_number_of_tests([(4096, 4096)]) == pytest.approx(4096**2 * math.log10(4.062570), rel=1e-6)
+    for bad in ([], [(0, 3)], [(3,)], "28", [(2.5, 2)], 28):
+        with pytest.raises((ValueError, TypeError), match="sizes"):
+            log_number_of_tests(bad)
