@@ -79,7 +79,7 @@ gpu: test-gpu bench-gpu
 test-gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) -m pytest tests/test_kernels_*.py
-	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_segmentation.py tests/test_nn_reversible.py tests/test_bench.py
+	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_segmentation.py tests/test_nn_reversible_surroundings.py tests/test_bench.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
