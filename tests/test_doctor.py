@@ -14,11 +14,13 @@ def test_report_is_complete_and_json():
     report = json.loads(json.dumps(doctor.diagnose()))
     assert report["torch"] == torch.__version__
     assert report["devices"][-1].startswith("cpu")
-    assert set(report["operations"]) == {*doctor.OPERATIONS, *doctor.NATIVE_OPERATIONS}
+    assert set(report["operations"]) == {*doctor.OPERATIONS, doctor.INFERENCE, *doctor.NATIVE_OPERATIONS}
     on_gpu = torch.cuda.is_available() and dispatch.HAS_TRITON
     code = "Triton kernel on cuda" if on_gpu else "PyTorch reference on "
     for name in doctor.OPERATIONS:
         assert report["operations"][name].startswith(code)
+    inference = "PyTorch on cuda" if torch.cuda.is_available() else "C++ and PyTorch on cpu"
+    assert report["operations"][doctor.INFERENCE] == inference
 
 
 def test_report_says_which_operations_run_triton(monkeypatch):
@@ -68,6 +70,7 @@ def test_a_missing_extension_is_said_and_fails(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "extension    absent: no module named usf_kernels._core; reinstall usf-kernels" in out
     assert "log_nfa                   absent" in out
+    assert "fuse                      absent" in out
 
 
 @pytest.mark.parametrize("flag", [[], ["--json"]])

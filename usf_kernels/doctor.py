@@ -20,6 +20,7 @@ OPERATIONS = (
     "squared_norm",
     "anomaly_map",
 )
+INFERENCE = "fuse"
 NATIVE_OPERATIONS = ("component_tree", "log_nfa", "segment", "regions")
 
 
@@ -149,5 +150,9 @@ def _operations(torch: Any) -> dict[str, str]:
     for name in OPERATIONS:
         code = "Triton kernel" if dispatch.runs_triton(name, probe) else "PyTorch reference"
         operations[name] = f"{code} on {device}"
-    native = "C++ on the CPU" if _extension()["available"] else "absent: needs the compiled extension"
-    return operations | dict.fromkeys(NATIVE_OPERATIONS, native)
+    # The inference form's own code is for rows in the memory of a CPU.
+    inference = "C++ and PyTorch on cpu" if device == "cpu" else f"PyTorch on {device}"
+    native = "C++ on the CPU"
+    if not _extension()["available"]:
+        inference = native = "absent: needs the compiled extension"
+    return operations | {INFERENCE: inference} | dict.fromkeys(NATIVE_OPERATIONS, native)

@@ -165,6 +165,7 @@ def coupling_case_inputs(
 def coupling_cases(
     calls: dict[str, Callable], kernel: str, dtype: torch.dtype, channels_last: bool
 ) -> list[Case]:
+    """One for each call; the kernel has to move whole vectors, unless it permutes channels-last memory."""
     layout = "channels last" if channels_last else "contiguous"
 
     def needs(name: str) -> dict[str, str]:
