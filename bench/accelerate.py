@@ -83,8 +83,8 @@ class _Count:
 def checkpoint_bytes(flow: nn.Module) -> int:
     """Of the file that `torch.save` makes of the flow's state_dict.
 
-    Tensors that share memory in a fresh model no longer do once it has been on a GPU or a checkpoint was
-    loaded: they count in full.
+    Tensors that share memory until the model is moved to a GPU, as anomalib's permutations and their inverses
+    do, count in full.
     """
     file = _Count()
     torch.save({name: tensor.clone() for name, tensor in flow.state_dict().items()}, file)

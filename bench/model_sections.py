@@ -82,8 +82,9 @@ def accelerated(rows: Rows) -> Iterator[str]:
     if sizes:
         header = ["model", "MB", "`compact=True`, MB", "less"]
         yield from _titled(
-            "The checkpoint of the flow alone, as it is saved after training on a GPU or loading another, "
-            "and after `replace_blocks(model, compact=True)`, with an index for every permutation matrix:",
+            "The checkpoint of the flow alone, as it is saved after training on a GPU (until then, "
+            "permutations share memory with their inverses), and after `replace_blocks(model, compact=True)` "
+            "with an index for every permutation matrix:",
             header,
             list(sizes.values()),
         )
