@@ -268,11 +268,17 @@ class _PullBack(nn.Module):
         return x.detach(), torch.zeros_like(z) if grad_x is None else grad_x.clone()
 
 
-@torch.compiler.disable
 def run_reversibly(
     steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, check: ReconstructionCheck
 ) -> tuple[Tensor, Tensor]:
-    """Apply the steps first to last and keep only the output: (z, log_det)."""
+    """Apply the steps first to last and keep only the output: (z, log_det). Never compiled."""
+    # As a decorator, `disable` would import the compiler with this package, which takes longer than all else.
+    return torch.compiler.disable(_run)(steps, x, cond, check)
+
+
+def _run(
+    steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, check: ReconstructionCheck
+) -> tuple[Tensor, Tensor]:
     parameters: dict[Tensor, int] = {}
     names = []
     for step in steps:
