@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,25 @@ class LinearMap:
 
     def after(self, first: LinearMap) -> LinearMap:
         """`first`, then this one."""
-        return LinearMap(self.matrix @ first.matrix, self.matrix @ first.bias + self.bias)
+        if self.selection is None:
+            matrix = first.in_front_of(self.matrix)
+        else:
+            matrix = self.behind(first.matrix)
+        return LinearMap(matrix, self.matrix @ first.bias + self.bias)
+
+    def behind(self, matrix: Tensor) -> Tensor:
+        """`self.matrix @ matrix`, which for a selection is no product."""
+        if self.selection is None:
+            return self.matrix @ matrix
+        index, scale = self.selection
+        return scale[:, None] * matrix[index]
+
+    def in_front_of(self, matrix: Tensor) -> Tensor:
+        """`matrix @ self.matrix`, which for a selection is no product."""
+        if self.selection is None:
+            return matrix @ self.matrix
+        index, scale = self.selection
+        return torch.zeros(len(matrix), self.matrix.shape[1], dtype=WIDE).index_add_(1, index, matrix * scale)
 
     def inverse(self) -> LinearMap:
         """The map that undoes this one."""
@@ -58,7 +77,7 @@ class LinearMap:
         """The map to these outputs alone."""
         return LinearMap(self.matrix[index], self.bias[index])
 
-    @property
+    @cached_property
     def selection(self) -> tuple[Tensor, Tensor] | None:
         """(index, scale) where every output is one scaled input, `scale * x[index] + bias`; else None."""
         if not bool(((self.matrix != 0).sum(1) == 1).all()):
@@ -80,6 +99,8 @@ class LinearMap:
     @property
     def log_det(self) -> float:
         """log|det| at one position, in nats."""
+        if self.selection is not None:
+            return self.selection[1].abs().log().sum().item()
         return torch.linalg.slogdet(self.matrix)[1].item()
 
 

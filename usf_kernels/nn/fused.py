@@ -157,13 +157,13 @@ class FusedFlow(nn.Module):
                 f"found shapes {[tuple(c.shape) for c in cond]}"
             )
 
-    def get_extra_state(self) -> float:
-        """What the state_dict has besides tensors: the log-determinant of the linear maps, per position."""
-        return self.log_det_per_position
+    def get_extra_state(self) -> Tensor:
+        """What the state_dict has besides buffers: the log-determinant of the linear maps, 0-d float64."""
+        return torch.tensor(self.log_det_per_position, dtype=torch.float64)
 
-    def set_extra_state(self, state: float) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Take it from a state_dict."""
-        self.log_det_per_position = state
+        self.log_det_per_position = state.item()
 
     def extra_repr(self) -> str:
         """Channels and dtype, for print."""

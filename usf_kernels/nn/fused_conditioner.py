@@ -209,7 +209,7 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
     if isinstance(first, nn.Linear) and _pays(first.weight, enter.matrix):
         bias = first.weight @ enter.bias
         bias = bias if first.bias is None else bias + first.bias
-        return [_linear(first.weight @ enter.matrix, bias), *rest]
+        return [_linear(enter.in_front_of(first.weight.detach()), bias), *rest]
     if isinstance(first, nn.Linear) or enter.selection is None:
         return [_matrix_layer(enter), *layers]
     # A convolution pads with zeros what is behind the map, so a bias stays in front of it.
@@ -224,7 +224,7 @@ def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> li
     last = layers[-1] if layers and _is_linear(layers[-1]) else None
     bias = leave.bias if last is None or last.bias is None else leave.matrix @ last.bias + leave.bias
     if isinstance(last, nn.Linear) and _pays(leave.matrix, last.weight):
-        return [*layers[:-1], _linear(leave.matrix @ last.weight, bias)]
+        return [*layers[:-1], _linear(leave.behind(last.weight.detach()), bias)]
     convolves = last is not None and not isinstance(last, nn.Linear)
     if convolves and leave.selection is not None and not as_matrix:
         last.weight = nn.Parameter(torch.einsum("jo,oi...->ji...", leave.matrix, last.weight))
