@@ -43,10 +43,7 @@ class LinearMap:
 
     def after(self, first: LinearMap) -> LinearMap:
         """`first`, then this one."""
-        if self.selection is None:
-            matrix = first.in_front_of(self.matrix)
-        else:
-            matrix = self.behind(first.matrix)
+        matrix = first.in_front_of(self.matrix) if self.selection is None else self.behind(first.matrix)
         return LinearMap(matrix, self.matrix @ first.bias + self.bias)
 
     def behind(self, matrix: Tensor) -> Tensor:
