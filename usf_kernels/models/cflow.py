@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.encoding import Encodings, check_encoding_channels
 from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
-from usf_kernels.nn import ActNorm, FlowSequence, LUConv1x1
+from usf_kernels.nn import FlowSequence
 from usf_kernels.ops.checks import check_int
 
 Condition = Tensor | Sequence[Tensor]  # (1, D, H, W), or what `FusedFlow.project` made of it
@@ -90,12 +90,6 @@ class CFlow(FeatureFlow):
             glow = glow_steps(channels, kernels=(1,), cond_channels=encoding_channels, **flow)
             self.flows.append(FlowSequence([entry_map(channels, linear), *glow], memory=memory))
         self._encodings = [Encodings(encoding_channels) for _ in self.flows]
-
-    def _entries(self) -> list[LUConv1x1 | ActNorm]:
-        return [flow[0] for flow in self.flows]
-
-    def _fuse_flows(self, dtype: torch.dtype | None) -> None:
-        self.flows = nn.ModuleList(flow.fuse(dtype) for flow in self.flows)
 
     @torch.no_grad()
     def inverse(self, latents: Sequence[Tensor]) -> list[Tensor]:

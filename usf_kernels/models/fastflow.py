@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
-from usf_kernels.nn import ActNorm, FlowSequence, LUConv1x1
+from usf_kernels.nn import FlowSequence
 
 
 class FastFlow(FeatureFlow):
@@ -80,12 +79,6 @@ class FastFlow(FeatureFlow):
             FlowSequence([entry_map(channels, linear), *glow_steps(channels, **flow)], memory=memory)
             for channels in backbone.channels
         )
-
-    def _entries(self) -> list[LUConv1x1 | ActNorm]:
-        return [flow[0] for flow in self.flows]
-
-    def _fuse_flows(self, dtype: torch.dtype | None) -> None:
-        self.flows = nn.ModuleList(flow.fuse(dtype) for flow in self.flows)
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
         latents, total = [], 0.0

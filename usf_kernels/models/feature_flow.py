@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class FeatureFlow(nn.Module):
     """A density model of feature pyramids; the latents' norms are the anomaly scores.
 
-    A subclass transforms features (`_transform`), names its first maps (`_entries`) and turns its flows into
-    their inference form (`_fuse_flows`). Whatever it trains is counted in the log-determinant, so that the
-    likelihood is bounded.
+    A subclass transforms features (`_transform`) with one FlowSequence per scale, `flows`, or says which its
+    first maps are (`_entries`) and how its flows get their inference form (`_fuse_flows`). Whatever it trains
+    is counted in the log-determinant, so that the likelihood is bounded.
 
     Args:
         backbone: from `create_backbone`.
@@ -54,8 +54,8 @@ class FeatureFlow(nn.Module):
         )
 
     def _entries(self) -> Sequence[LUConv1x1 | ActNorm]:
-        """The map in front of each scale's flow, from `entry_map`."""
-        raise NotImplementedError
+        """The map in front of each scale's flow, from `entry_map`: the first step of each of `flows`."""
+        return [flow[0] for flow in self.flows]
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
         """Latents and log-determinant; noise of this standard deviation is put on whitened features."""
@@ -67,7 +67,7 @@ class FeatureFlow(nn.Module):
 
     def _fuse_flows(self, dtype: torch.dtype | None) -> None:
         """Replace the flows by their inference forms, in place."""
-        raise NotImplementedError
+        self.flows = nn.ModuleList(flow.fuse(dtype) for flow in self.flows)
 
     @property
     def config(self) -> dict[str, Any]:
