@@ -2,13 +2,16 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define USF_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define USF_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
 namespace usf {
@@ -56,8 +59,16 @@ USF_AVX512 inline void store16(BFloat16* to, __mmask16 lanes, __m512 values) {
 }
 #endif
 
-// With AVX-512 and in ascending order, 16 channels at a time are compressed and expanded by a bit mask;
-// otherwise one by one.
+// 8 neighbouring channels of which a half has some: how AVX2 shuffles them together, and apart.
+struct alignas(32) Octet {
+    std::int32_t together[8] = {}, apart[8] = {}, keep[8] = {};  // `keep` is -1 in lanes of the half, else 0
+    int first = 0, count = 0;                                    // of the half's channels
+    bool whole = false;  // whether neither the row nor the half ends within these 8 lanes
+};
+
+// In ascending order, 16 channels at a time are compressed and expanded by a bit mask with AVX-512, and 8 at
+// a time, of float32, by shuffles with AVX2; otherwise one by one. Rows follow each other in the state, and
+// `stride` elements apart outside of it.
 class Half {
 public:
     // `index` [size] below `channels`, none twice. Masks say which, not in what order.
@@ -66,63 +77,151 @@ public:
         masks_.assign((channels + 15) / 16, 0);
         for (const std::int64_t i : index_) masks_[i / 16] |= static_cast<std::uint16_t>(1u << (i % 16));
 #ifdef USF_AVX512
-        wide_ = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                std::is_sorted(index_.begin(), index_.end());
+        const bool ascending = std::is_sorted(index_.begin(), index_.end());
+        wide_ = ascending && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        const bool shuffles = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        if (ascending && shuffles && size > 0) divide();
 #endif
     }
     int size() const { return static_cast<int>(index_.size()); }
     int channels() const { return channels_; }
 
-    // to[j] = row[index[j]]
+    // to[r, j] = state[r, index[j]]
     template <class From, class To>
-    void take(const From* row, To* to) const {
+    void take(const From* state, std::int64_t rows, To* to, std::ptrdiff_t stride) const {
 #ifdef USF_AVX512
-        if (wide_) return take_wide(row, to);
+        if (wide_) return take_wide(state, rows, to, stride);
+        if constexpr (both_float<From, To>)
+            if (!octets_.empty()) return take_shuffled(state, rows, to, stride);
 #endif
-        for (int j = 0; j < size(); ++j) narrow(widen(row[index_[j]]), to[j]);
+        for (std::int64_t r = 0; r < rows; ++r, state += channels_, to += stride)
+            for (int j = 0; j < size(); ++j) narrow(widen(state[index_[j]]), to[j]);
     }
-    // row[index[j]] = from[j]
+    // state[r, index[j]] = from[r, j]
     template <class From, class To>
-    void put(const From* from, To* row) const {
-#ifdef USF_AVX512
-        if (wide_) return update_wide<false>(from, 1, row);
-#endif
-        for (int j = 0; j < size(); ++j) narrow(widen(from[j]), row[index_[j]]);
+    void put(const From* from, std::ptrdiff_t stride, std::int64_t rows, To* state) const {
+        update<false>(from, stride, 1, rows, state);
     }
-    // row[index[j]] += factor * from[j]
+    // state[r, index[j]] += factor * from[r, j]
     template <class From, class To>
-    void add(const From* from, float factor, To* row) const {
-#ifdef USF_AVX512
-        if (wide_) return update_wide<true>(from, factor, row);
-#endif
-        for (int j = 0; j < size(); ++j)
-            narrow(widen(row[index_[j]]) + factor * widen(from[j]), row[index_[j]]);
+    void add(const From* from, std::ptrdiff_t stride, float factor, std::int64_t rows, To* state) const {
+        update<true>(from, stride, factor, rows, state);
     }
 
 private:
+    template <bool adds, class From, class To>
+    void update(const From* from, std::ptrdiff_t stride, float factor, std::int64_t rows, To* state) const {
 #ifdef USF_AVX512
+        if (wide_) return update_wide<adds>(from, stride, factor, rows, state);
+        if constexpr (both_float<From, To>)
+            if (!octets_.empty()) return update_shuffled<adds>(from, stride, factor, rows, state);
+#endif
+        for (std::int64_t r = 0; r < rows; ++r, from += stride, state += channels_) {
+            for (int j = 0; j < size(); ++j) {
+                To& to = state[index_[j]];
+                narrow(adds ? widen(to) + factor * widen(from[j]) : widen(from[j]), to);
+            }
+        }
+    }
+
+#ifdef USF_AVX512
+    template <class From, class To>
+    static constexpr bool both_float = std::is_same_v<From, float> && std::is_same_v<To, float>;
+
     static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 
     template <class From, class To>
-    USF_AVX512 void take_wide(const From* row, To* to) const {
-        for (std::size_t g = 0; g < masks_.size(); ++g, row += 16) {
-            const __mmask16 mask = masks_[g];
-            const int count = std::popcount(masks_[g]);
-            store16(to, first(count), _mm512_maskz_compress_ps(mask, load16(row, mask)));
-            to += count;
+    USF_AVX512 void take_wide(const From* state, std::int64_t rows, To* to, std::ptrdiff_t stride) const {
+        for (std::int64_t r = 0; r < rows; ++r, state += channels_, to += stride) {
+            To* at = to;
+            for (std::size_t g = 0; g < masks_.size(); ++g) {
+                const __mmask16 mask = masks_[g];
+                const int count = std::popcount(masks_[g]);
+                store16(at, first(count), _mm512_maskz_compress_ps(mask, load16(state + 16 * g, mask)));
+                at += count;
+            }
         }
     }
     template <bool adds, class From, class To>
-    USF_AVX512 void update_wide(const From* from, float factor, To* row) const {
-        for (std::size_t g = 0; g < masks_.size(); ++g, row += 16) {
-            const __mmask16 mask = masks_[g];
-            const int count = std::popcount(masks_[g]);
-            __m512 values = _mm512_maskz_expand_ps(mask, load16(from, first(count)));
-            if constexpr (adds) values = _mm512_fmadd_ps(values, _mm512_set1_ps(factor), load16(row, mask));
-            store16(row, mask, values);
-            from += count;
+    USF_AVX512 void update_wide(const From* from, std::ptrdiff_t stride, float factor, std::int64_t rows,
+                                To* state) const {
+        for (std::int64_t r = 0; r < rows; ++r, from += stride, state += channels_) {
+            const From* at = from;
+            for (std::size_t g = 0; g < masks_.size(); ++g) {
+                const __mmask16 mask = masks_[g];
+                const int count = std::popcount(masks_[g]);
+                To* const row = state + 16 * g;
+                __m512 values = _mm512_maskz_expand_ps(mask, load16(at, first(count)));
+                if constexpr (adds)
+                    values = _mm512_fmadd_ps(values, _mm512_set1_ps(factor), load16(row, mask));
+                store16(row, mask, values);
+                at += count;
+            }
         }
     }
+
+    void divide() {
+        int taken = 0;
+        for (int c = 0; c < channels_; c += 8) {
+            Octet& octet = octets_.emplace_back();
+            octet.first = taken;
+            octet.whole = c + 8 <= channels_ && taken + 8 <= size();
+            for (int lane = 0; lane < 8; ++lane) {
+                if (c + lane >= channels_ || !(masks_[c / 16] >> (c % 16 + lane) & 1)) continue;
+                octet.together[octet.count] = lane;
+                octet.apart[lane] = octet.count++;
+                octet.keep[lane] = -1;
+            }
+            taken += octet.count;
+        }
+    }
+    USF_AVX2 static __m256i lanes(const std::int32_t* eight) {
+        return _mm256_load_si256(reinterpret_cast<const __m256i*>(eight));
+    }
+    // Whole vectors reach beyond a row, where the next rows overwrite what they store. The last rows, as many
+    // as a vector could span, must not.
+    static constexpr std::int64_t beyond = 8;
+    USF_AVX2 void take_shuffled(const float* state, std::int64_t rows, float* to,
+                                std::ptrdiff_t stride) const {
+        for (std::int64_t r = 0; r < rows; ++r, state += channels_, to += stride) {
+            const float* from = state;
+            for (const Octet& octet : octets_) {
+                if (octet.whole || rows - r > beyond) {
+                    const __m256 values =
+                        _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), lanes(octet.together));
+                    _mm256_storeu_ps(to + octet.first, values);
+                } else {
+                    for (int j = 0; j < octet.count; ++j) to[octet.first + j] = from[octet.together[j]];
+                }
+                from += 8;
+            }
+        }
+    }
+    template <bool adds>
+    USF_AVX2 void update_shuffled(const float* from, std::ptrdiff_t stride, float factor, std::int64_t rows,
+                                  float* state) const {
+        const __m256 factors = _mm256_set1_ps(factor);
+        for (std::int64_t r = 0; r < rows; ++r, from += stride, state += channels_) {
+            float* row = state;
+            for (const Octet& octet : octets_) {
+                const float* const at = from + octet.first;
+                if (octet.whole || rows - r > beyond) {
+                    const __m256 before = _mm256_loadu_ps(row);
+                    __m256 values = _mm256_permutevar8x32_ps(_mm256_loadu_ps(at), lanes(octet.apart));
+                    if constexpr (adds) values = _mm256_fmadd_ps(values, factors, before);
+                    const __m256 keep = _mm256_castsi256_ps(lanes(octet.keep));
+                    _mm256_storeu_ps(row, _mm256_blendv_ps(before, values, keep));
+                } else {
+                    for (int j = 0; j < octet.count; ++j) {
+                        float& to = row[octet.together[j]];
+                        to = adds ? to + factor * at[j] : at[j];
+                    }
+                }
+                row += 8;
+            }
+        }
+    }
+    std::vector<Octet> octets_;
 #endif
 
     std::vector<std::int64_t> index_;

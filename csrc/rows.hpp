@@ -73,12 +73,11 @@ inline float sum(const float* values, int n) {
     return total;
 }
 
-// Calls body(begin, end) for stretches of rows, whole multiples of `unit`; a thread takes one at a time.
+// Calls body(begin, end) for stretches of rows; a thread takes one at a time.
 template <class Body>
-void for_rows(std::int64_t rows, int channels, int threads, Body&& body, std::int64_t unit = 1) {
+void for_rows(std::int64_t rows, int channels, int threads, Body&& body) {
     constexpr std::int64_t elements = 1 << 14;  // of a stretch: far more work than it takes to fetch the next
-    const std::int64_t wanted = std::max<std::int64_t>(1, elements / std::max(channels, 1));
-    const std::int64_t stretch = (wanted + unit - 1) / unit * unit;
+    const std::int64_t stretch = std::max<std::int64_t>(1, elements / std::max(channels, 1));
     team_for((rows + stretch - 1) / stretch, threads,
              [&](std::int64_t i) { body(i * stretch, std::min((i + 1) * stretch, rows)); });
 }
@@ -87,8 +86,7 @@ void for_rows(std::int64_t rows, int channels, int threads, Body&& body, std::in
 template <class T>
 void select_rows(const T* state, std::int64_t rows, const Half& half, T* out, int threads) {
     for_rows(rows, half.channels(), threads, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i)
-            half.take(state + i * half.channels(), out + i * half.size());
+        half.take(state + begin * half.channels(), end - begin, out + begin * half.size(), half.size());
     });
 }
 
@@ -96,42 +94,53 @@ void select_rows(const T* state, std::int64_t rows, const Half& half, T* out, in
 template <class T>
 void add_rows(T* state, std::int64_t rows, const Half& half, const T* values, float factor, int threads) {
     for_rows(rows, half.channels(), threads, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i)
-            half.add(values + i * half.size(), factor, state + i * half.channels());
+        half.add(values + begin * half.size(), half.size(), factor, end - begin,
+                 state + begin * half.channels());
     });
 }
 
-// `affine` on the half; `outputs` [rows, 2 * size] holds raw log scales, then translations. Writes the
-// log-det of every row, the sum of its log scales or minus that, to log_det [rows].
+// `affine` on the half of some rows, of which `outputs` holds raw log scales, then translations, a row every
+// `stride` elements. Writes the log-det of every row, the sum of its log scales or minus that, to log_det.
+// Threads have a `scratch` each.
+template <class T>
+void affine_stretch(T* state, std::int64_t rows, const Half& half, const T* outputs, std::ptrdiff_t stride,
+                    const float* shift, float clamp, bool inverse, float* log_det,
+                    std::vector<float>& scratch) {
+    const int n = half.size();
+    // Some rows together, so that the loop is long enough to hide the latency of its arithmetic.
+    const std::int64_t together = std::max(1, 512 / std::max(n, 1));
+    scratch.resize(std::max(scratch.size(), 5 * static_cast<std::size_t>(together * n)));
+    float* const values = scratch.data();
+    float *raw = values + together * n, *translation = raw + together * n;
+    float *shifts = translation + together * n, *s = shifts + together * n;
+    for (std::int64_t r = 0; r < together; ++r) std::copy_n(shift, n, shifts + r * n);
+    for (std::int64_t first = 0; first < rows; first += together) {
+        const std::int64_t count = std::min(together, rows - first);
+        half.take(state + first * half.channels(), count, values, n);
+        for (std::int64_t r = 0; r < count; ++r) {
+            const T* from = outputs + (first + r) * stride;
+            widen_to(from, n, raw + r * n);
+            widen_to(from + n, n, translation + r * n);
+        }
+        affine(values, raw, translation, shifts, s, static_cast<int>(count) * n, clamp, inverse);
+        for (std::int64_t r = 0; r < count; ++r) {
+            const float total = sum(s + r * n, n);
+            log_det[first + r] = inverse ? -total : total;
+        }
+        half.put(values, n, count, state + first * half.channels());
+    }
+}
+
+// The same for all rows; those of `outputs` [rows, 2 * size] follow each other.
 template <class T>
 void affine_rows(T* state, std::int64_t rows, const Half& half, const T* outputs, const float* shift,
                  float clamp, bool inverse, float* log_det, int threads) {
     const int n = half.size();
-    // Some rows together, so that the loop is long enough to hide the latency of its arithmetic.
-    const std::int64_t together = std::max(1, 512 / std::max(n, 1));
-    const auto body = [&](std::int64_t begin, std::int64_t end) {
-        std::vector<float> scratch(5 * static_cast<std::size_t>(together * n));
-        float* const values = scratch.data();
-        float *raw = values + together * n, *translation = raw + together * n;
-        float *shifts = translation + together * n, *s = shifts + together * n;
-        for (std::int64_t r = 0; r < together; ++r) std::copy_n(shift, n, shifts + r * n);
-        for (std::int64_t first = begin; first < end; first += together) {
-            const std::int64_t count = std::min(together, end - first);
-            for (std::int64_t r = 0; r < count; ++r) {
-                const T* from = outputs + (first + r) * 2 * n;
-                half.take(state + (first + r) * half.channels(), values + r * n);
-                widen_to(from, n, raw + r * n);
-                widen_to(from + n, n, translation + r * n);
-            }
-            affine(values, raw, translation, shifts, s, static_cast<int>(count) * n, clamp, inverse);
-            for (std::int64_t r = 0; r < count; ++r) {
-                half.put(values + r * n, state + (first + r) * half.channels());
-                const float total = sum(s + r * n, n);
-                log_det[first + r] = inverse ? -total : total;
-            }
-        }
-    };
-    for_rows(rows, half.channels(), threads, body, together);
+    for_rows(rows, half.channels(), threads, [&](std::int64_t begin, std::int64_t end) {
+        std::vector<float> scratch;
+        affine_stretch(state + begin * half.channels(), end - begin, half, outputs + begin * 2 * n, 2 * n,
+                       shift, clamp, inverse, log_det + begin, scratch);
+    });
 }
 
 }  // namespace usf

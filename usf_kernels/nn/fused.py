@@ -280,11 +280,16 @@ def _multiplications(stages: list[nn.Module]) -> int:
 
 
 def _pointwise_runs(stages: list[nn.Module]) -> list[nn.Module]:
-    """The stages, with PointwiseRun around neighbours that are pointwise blocks."""
+    """The stages, with PointwiseRun around neighbours that are pointwise blocks, or products beside them."""
     grouped: list[nn.Module] = []
-    for pointwise, group in groupby(stages, lambda stage: stage.in_place and stage.conditioner.pointwise):
-        if pointwise:
-            grouped.append(PointwiseRun(list(group)))
+    for pointwise, neighbours in groupby(stages, _is_pointwise):
+        group = list(neighbours)
+        if pointwise and any(_blocks(stage) for stage in group):
+            grouped.append(PointwiseRun(group))
         else:
             grouped.extend(group)
     return grouped
+
+
+def _is_pointwise(stage: nn.Module) -> bool:
+    return isinstance(stage, Product) or (stage.in_place and stage.conditioner.pointwise)

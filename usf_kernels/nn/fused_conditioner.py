@@ -129,6 +129,21 @@ class FusedConditioner(nn.Module):
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
+    def linear_layers(self) -> list[tuple[nn.Linear, bool, nn.Module | None]] | None:
+        """(linear layer, whether a condition is added to it, the activation behind it) of each layer; None
+        where it is not made of such alone."""
+        found: list[tuple[nn.Linear, bool, nn.Module | None]] = []
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                found.append((layer, False, None))
+            elif isinstance(layer, _Conditioned) and layer.pointwise:
+                found.append((layer.layer, True, None))
+            elif isinstance(layer, ELEMENTWISE) and found and found[-1][2] is None:
+                found[-1] = (*found[-1][:2], layer)
+            else:
+                return None
+        return found
+
     def take_last(self) -> LinearMap:
         """What remains to be done after `forward`, in float64; the conditioner forgets it."""
         last, self._last = self._last, None

@@ -1,47 +1,73 @@
-"""Fused blocks that treat every position alone: a stretch of positions passes all of them together."""
+"""Stages that treat every position alone: a stretch of positions passes all of them together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.fused_blocks import Result, Sizes, add_log_dets
+from usf_kernels.nn.pointwise_extension import PointwiseExtension
 
-CHUNK_BYTES = 4 << 20  # of rows that pass pointwise blocks together: a share of the last-level cache
+CHUNK_BYTES = 4 << 20  # of rows that pass together in torch operations: a share of the last-level cache
 
 
 class PointwiseRun(nn.Module):
-    """Blocks that treat every row alone, one after the other: on a stretch of rows at a time, so that the
-    state passes through memory once and not once per block."""
+    """Blocks that treat every row alone, and the products between them, one after the other: on a stretch of
+    rows at a time, so that the state passes through memory once and not once per stage. In the extension
+    where it can run them, else in torch operations."""
 
     in_place = True
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.stages = nn.ModuleList(stages)
+        self._extension: PointwiseExtension | None = None
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The stages that have a conditioner."""
+        return [stage for stage in self.stages if hasattr(stage, "conditioner")]
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], *, inverse: bool) -> Result:
         """Apply, or undo."""
+        if PointwiseExtension.takes(rows):
+            if self._extension is None or self._extension.outdated:
+                self._extension = PointwiseExtension(self.stages)
+            if self._extension.complete:
+                return rows, self._extension.run(rows, sizes, cond, inverse=inverse)
         # Graphs get no loop over a length that they must not depend on; bfloat16 products prefer many rows.
         whole = torch.compiler.is_compiling() or rows.is_cuda or rows.element_size() < 4
         parts = 1 if whole else math.ceil(rows.numel() * rows.element_size() / CHUNK_BYTES)
         if parts <= 1:
-            return rows, self._run(rows, sizes, cond, inverse)
-        stretches = _stretches(rows, sizes, cond, math.ceil(len(rows) / parts))
-        log_dets = [self._run(*stretch, inverse) for stretch in stretches]
+            return self._run(rows, sizes, cond, inverse)
+        log_dets = []
+        for part, its_sizes, its_cond in _stretches(rows, sizes, cond, math.ceil(len(rows) / parts)):
+            out, log_det = self._run(part, its_sizes, its_cond, inverse)
+            if out is not part:
+                part.copy_(out)
+            log_dets.append(log_det)
         return rows, None if log_dets[0] is None else torch.cat(log_dets)
 
-    def _run(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], inverse: bool) -> Tensor | None:
-        total = None
-        steps = list(zip_longest(self.blocks, cond))
-        for block, its_cond in reversed(steps) if inverse else steps:
-            _, log_det = block(rows, sizes, its_cond, inverse=inverse)
+    def _run(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], inverse: bool) -> Result:
+        total, shares = None, iter(cond)
+        steps = [
+            (stage, next(shares, None) if hasattr(stage, "conditioner") else None) for stage in self.stages
+        ]
+        for stage, share in reversed(steps) if inverse else steps:
+            rows, log_det = stage(rows, sizes, share, inverse=inverse)
             total = add_log_dets(total, log_det)
-        return total
+        return rows, total
+
+    def _apply(self, *arguments: Any, **options: Any) -> PointwiseRun:
+        self._extension = None  # to(), cuda() and their like give the stages other tensors
+        return super()._apply(*arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_extension": None}  # made again from the weights
 
 
 def _stretches(

@@ -1,0 +1,252 @@
+// Matrix products of rows that are in the cache, with what comes before and after them done in registers:
+// inputs gathered from any columns, a bias, a condition's share, ReLU, or an addition to rows that are there.
+//
+// The registers hold a tile of a few rows times two vectors of outputs. Its weights lie one after the other
+// in a panel that stays in the first cache while all rows pass, so nothing is blocked over the inputs and
+// every output is written once (the inner loops of K. Goto, R. van de Geijn, "Anatomy of High-Performance
+// Matrix Multiplication", ACM TOMS 34(3), 2008).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+
+#if defined(__GNUC__)  // also clang: vectors as built-in types
+#define USF_PRODUCTS 1
+#define USF_INLINE inline __attribute__((always_inline))
+
+namespace usf {
+
+// Memory for floats that starts at a multiple of the longest vector, and whose old content is not kept.
+class Floats {
+public:
+    static constexpr std::size_t alignment = 64;
+
+    float* at_least(std::size_t size) {
+        if (size > size_) {
+            data_.reset(
+                static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(alignment))));
+            size_ = size;
+        }
+        return data_.get();
+    }
+    const float* data() const { return data_.get(); }
+
+private:
+    struct Free {
+        void operator()(float* p) const { ::operator delete(p, std::align_val_t(alignment)); }
+    };
+    std::unique_ptr<float, Free> data_;
+    std::size_t size_ = 0;
+};
+
+template <int lanes>
+struct Vector {
+    typedef float type __attribute__((vector_size(4 * lanes)));
+    typedef float unaligned __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+};
+
+// What the processor's registers allow.
+struct Tile {
+    int lanes;  // of a vector
+    int rows;   // of a tile, which is two vectors wide
+};
+
+inline Tile best_tile() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f")) return {16, 12};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {8, 6};
+#elif defined(__aarch64__)
+    return {4, 8};
+#endif
+    return {4, 4};
+}
+
+// A matrix [outputs, inputs] in panels of two vectors of outputs, the last one padded with zeros, and a bias,
+// which may be null. Copies share both.
+class Weights {
+public:
+    Weights(const float* matrix, const float* bias, int outputs, int inputs)
+        : outputs_(outputs), inputs_(inputs), width_(2 * best_tile().lanes) {
+        const std::size_t columns = padded(), size = columns * (inputs + std::size_t{1});
+        auto memory = std::make_shared<Floats>();
+        float* const panels = memory->at_least(size);
+        std::fill_n(panels, size, 0.0f);
+        for (int o = 0; o < outputs; ++o) {
+            float* const column =
+                panels + static_cast<std::size_t>(o / width_) * width_ * inputs + o % width_;
+            for (int i = 0; i < inputs; ++i)
+                column[static_cast<std::size_t>(i) * width_] =
+                    matrix[static_cast<std::size_t>(o) * inputs + i];
+        }
+        if (bias) std::copy_n(bias, outputs, panels + columns * inputs);
+        memory_ = std::move(memory);
+    }
+    int outputs() const { return outputs_; }
+    int inputs() const { return inputs_; }
+    int width() const { return width_; }
+    int padded() const { return (outputs_ + width_ - 1) / width_ * width_; }
+    const float* panel(int first_output) const {
+        return memory_->data() + static_cast<std::size_t>(first_output) * inputs_;
+    }
+    const float* bias() const { return panel(padded()); }
+
+private:
+    int outputs_, inputs_, width_;
+    std::shared_ptr<const Floats> memory_;
+};
+
+// Rows to be multiplied: the first columns of each, as many as the weights have inputs.
+struct Inputs {
+    const float* data;
+    std::ptrdiff_t stride;
+};
+
+// Finishes a tile: out = [ReLU] (sums + bias [+ condition]). Rows of `out` are as long as `Weights::padded`.
+struct Store {
+    float* out;
+    std::ptrdiff_t stride;
+    const float* bias;
+    bool relu;
+    const float* const* condition;  // a row for each row, or null
+
+    template <class V, int count>
+    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        using U = typename Vector<lanes>::unaligned;
+        if (condition) add_condition<V, count>(sums, row, column, width);
+        const V left = *reinterpret_cast<const U*>(bias + column);
+        const V right = *reinterpret_cast<const U*>(bias + column + lanes);
+        float* const to = out + row * stride + column;
+#pragma GCC unroll 12
+        for (int i = 0; i < count; ++i) {
+            V first = sums[i][0] + left, second = sums[i][1] + right;
+            if (relu) {  // in this order NaN stays NaN
+                first = first < 0 ? V{} : first;
+                second = second < 0 ? V{} : second;
+            }
+            *reinterpret_cast<U*>(to + i * stride) = first;
+            *reinterpret_cast<U*>(to + i * stride + lanes) = second;
+        }
+    }
+
+private:
+    template <class V, int count>
+    USF_INLINE void add_condition(V (&sums)[count][2], int row, int column, int width) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        using U = typename Vector<lanes>::unaligned;
+        float padded[2 * lanes];
+#pragma GCC unroll 12
+        for (int i = 0; i < count; ++i) {
+            const float* from = condition[row + i] + column;
+            if (width < 2 * lanes) {  // what lies behind the last panel is not ours to read
+                std::fill_n(std::copy_n(from, width, padded), 2 * lanes - width, 0.0f);
+                from = padded;
+            }
+            sums[i][0] += *reinterpret_cast<const U*>(from);
+            sums[i][1] += *reinterpret_cast<const U*>(from + lanes);
+        }
+    }
+};
+
+// Finishes a tile: out += factor * sums.
+struct Add {
+    float* out;
+    std::ptrdiff_t stride;
+    float factor;
+
+    template <class V, int count>
+    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        using U = typename Vector<lanes>::unaligned;
+        for (int i = 0; i < count; ++i) {
+            float* const to = out + (row + i) * stride + column;
+            if (width == 2 * lanes) {
+                *reinterpret_cast<U*>(to) += factor * sums[i][0];
+                *reinterpret_cast<U*>(to + lanes) += factor * sums[i][1];
+            } else {
+                float values[2 * lanes];
+                std::memcpy(values, sums[i], sizeof(values));
+                for (int j = 0; j < width; ++j) to[j] += factor * values[j];
+            }
+        }
+    }
+};
+
+template <class V, int count, class Finish>
+USF_INLINE void multiply_tile(const Inputs& in, const Weights& weights, int row, int column,
+                              const Finish& finish) {
+    constexpr int lanes = sizeof(V) / sizeof(float);
+    using U = typename Vector<lanes>::unaligned;
+    const float* from[count];
+    for (int i = 0; i < count; ++i) from[i] = in.data + (row + i) * in.stride;
+    const float* panel = weights.panel(column);
+    const std::ptrdiff_t inputs = weights.inputs();
+    const std::ptrdiff_t ahead = 2 * lanes * inputs;  // the next panel
+    V sums[count][2] = {};
+    for (std::ptrdiff_t k = 0; k < inputs; ++k, panel += 2 * lanes) {
+        __builtin_prefetch(panel + ahead, 0, 2);
+        if constexpr (lanes == 16) __builtin_prefetch(panel + ahead + lanes, 0, 2);
+        const V left = *reinterpret_cast<const U*>(panel), right = *reinterpret_cast<const U*>(panel + lanes);
+#pragma GCC unroll 12
+        for (int i = 0; i < count; ++i) {
+            const float x = from[i][k];
+            sums[i][0] += x * left;
+            sums[i][1] += x * right;
+        }
+    }
+    finish(sums, row, column, std::min(2 * lanes, weights.outputs() - column));
+}
+
+// The rows that are left when no more full tile fits.
+template <class V, int count, class Finish>
+USF_INLINE void multiply_rest(const Inputs& in, const Weights& weights, int row, int left, int column,
+                              const Finish& finish) {
+    if constexpr (count > 0) {
+        if (left == count)
+            multiply_tile<V, count>(in, weights, row, column, finish);
+        else
+            multiply_rest<V, count - 1>(in, weights, row, left, column, finish);
+    }
+}
+
+template <class V, int count, class Finish>
+USF_INLINE void multiply_rows(const Inputs& in, int rows, const Weights& weights, const Finish& finish) {
+    for (int column = 0; column < weights.outputs(); column += weights.width()) {
+        int row = 0;
+        for (; row + count <= rows; row += count) multiply_tile<V, count>(in, weights, row, column, finish);
+        multiply_rest<V, count - 1>(in, weights, row, rows - row, column, finish);
+    }
+}
+
+#if defined(__x86_64__)
+template <class Finish>
+__attribute__((target("avx512f"))) void multiply_avx512(const Inputs& in, int rows, const Weights& weights,
+                                                        const Finish& finish) {
+    multiply_rows<Vector<16>::type, 12>(in, rows, weights, finish);
+}
+template <class Finish>
+__attribute__((target("avx2,fma"))) void multiply_avx2(const Inputs& in, int rows, const Weights& weights,
+                                                       const Finish& finish) {
+    multiply_rows<Vector<8>::type, 6>(in, rows, weights, finish);
+}
+#endif
+
+// All outputs of `rows` rows, which `finish` (Store, Add) takes tile by tile.
+template <class Finish>
+void multiply(const Inputs& in, int rows, const Weights& weights, const Finish& finish) {
+#if defined(__x86_64__)
+    if (weights.width() == 32) return multiply_avx512(in, rows, weights, finish);
+    if (weights.width() == 16) return multiply_avx2(in, rows, weights, finish);
+    multiply_rows<Vector<4>::type, 4>(in, rows, weights, finish);
+#else
+    multiply_rows<Vector<4>::type, 8>(in, rows, weights, finish);
+#endif
+}
+
+}  // namespace usf
+#endif

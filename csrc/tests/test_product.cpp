@@ -1,0 +1,136 @@
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "product.hpp"
+
+#ifdef USF_PRODUCTS
+
+using namespace usf;
+
+namespace {
+
+int failures = 0;
+
+void that(bool holds, const char* what, int line) {
+    if (holds) return;
+    std::printf("line %d: %s\n", line, what);
+    ++failures;
+}
+#define CHECK(condition) that(condition, #condition, __LINE__)
+
+std::vector<float> noise(std::size_t size, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> values(size);
+    for (float& value : values) value = normal(random);
+    return values;
+}
+
+struct Example {
+    int rows, inputs, outputs;
+};
+
+// Every number of rows that a tile can leave over, and panels that are full, nearly full and nearly empty.
+std::vector<Example> examples() {
+    std::vector<Example> found;
+    for (int rows = 0; rows <= 25; ++rows) found.push_back({rows, 7, 33});
+    for (const int outputs : {1, 2, 15, 16, 17, 31, 32, 64, 100}) found.push_back({13, 20, outputs});
+    for (const int inputs : {1, 2, 3, 129}) found.push_back({13, inputs, 40});
+    return found;
+}
+
+double exact(const std::vector<float>& in, int stride, const std::vector<float>& matrix, int inputs, int r,
+             int o) {
+    double total = 0;
+    for (int i = 0; i < inputs; ++i) total += double(in[r * stride + i]) * matrix[o * inputs + i];
+    return total;
+}
+
+void test_store() {
+    for (const auto& [rows, inputs, outputs] : examples()) {
+        const int stride = inputs + 3;
+        const auto in = noise(rows * stride, 0), matrix = noise(outputs * inputs, 1),
+                   bias = noise(outputs, 2);
+        const auto added = noise(rows * outputs, 3);
+        std::vector<const float*> condition;
+        for (int r = 0; r < rows; ++r) condition.push_back(added.data() + r * outputs);
+        const Weights weights(matrix.data(), bias.data(), outputs, inputs);
+        for (const bool relu : {false, true}) {
+            for (const bool conditioned : {false, true}) {
+                const int width = weights.padded();
+                std::vector<float> out(rows * width, std::nanf(""));
+                multiply(
+                    {in.data(), stride}, rows, weights,
+                    Store{out.data(), width, weights.bias(), relu, conditioned ? condition.data() : nullptr});
+                for (int r = 0; r < rows; ++r) {
+                    for (int o = 0; o < width; ++o) {
+                        double expected =
+                            0;  // also where the panel is padded: the next layer reads nothing there
+                        if (o < outputs) expected = exact(in, stride, matrix, inputs, r, o) + bias[o];
+                        if (o < outputs && conditioned) expected += added[r * outputs + o];
+                        if (relu) expected = std::max(expected, 0.0);
+                        CHECK(std::abs(out[r * width + o] - expected) <= 1e-6 * (10 + inputs));
+                    }
+                }
+            }
+        }
+    }
+}
+
+void test_add() {
+    for (const auto& [rows, inputs, outputs] : examples()) {
+        const auto in = noise(rows * inputs, 0), matrix = noise(outputs * inputs, 1);
+        const int stride = outputs + 2;
+        const auto before = noise(rows * stride, 2);
+        std::vector<float> out = before;
+        const Weights weights(matrix.data(), nullptr, outputs, inputs);
+        multiply({in.data(), inputs}, rows, weights, Add{out.data(), stride, -1.0f});
+        for (int r = 0; r < rows; ++r) {
+            for (int o = 0; o < stride; ++o) {
+                double expected = before[r * stride + o];  // beyond the outputs nothing may be written
+                if (o < outputs) expected -= exact(in, inputs, matrix, inputs, r, o);
+                CHECK(std::abs(out[r * stride + o] - expected) <= (o < outputs ? 1e-6 * (10 + inputs) : 0));
+            }
+        }
+    }
+}
+
+void test_nan_and_infinity_pass() {
+    const std::vector<float> in = {std::nanf(""), std::numeric_limits<float>::infinity()}, one = {1.0f};
+    const Weights weights(one.data(), nullptr, 1, 1);
+    std::vector<float> out(2 * weights.padded());
+    multiply({in.data(), 1}, 2, weights, Store{out.data(), weights.padded(), weights.bias(), true, nullptr});
+    CHECK(std::isnan(out[0]));
+    CHECK(std::isinf(out[weights.padded()]));
+}
+
+void test_a_row_does_not_depend_on_the_others() {
+    constexpr int rows = 23, inputs = 50, outputs = 40;
+    const auto in = noise(rows * inputs, 0), matrix = noise(outputs * inputs, 1);
+    const Weights weights(matrix.data(), nullptr, outputs, inputs);
+    const int width = weights.padded();
+    std::vector<float> all(rows * width), one(width);
+    multiply({in.data(), inputs}, rows, weights, Store{all.data(), width, weights.bias(), false, nullptr});
+    for (int r = 0; r < rows; ++r) {
+        multiply({in.data() + r * inputs, inputs}, 1, weights,
+                 Store{one.data(), width, weights.bias(), false, nullptr});
+        for (int o = 0; o < outputs; ++o) CHECK(one[o] == all[r * width + o]);
+    }
+}
+
+}  // namespace
+
+int main() {
+    test_store();
+    test_add();
+    test_nan_and_infinity_pass();
+    test_a_row_does_not_depend_on_the_others();
+    return failures != 0;
+}
+
+#else
+int main() {}
+#endif

@@ -1,0 +1,166 @@
+"""Runs of pointwise stages in the extension: the same as in torch operations, and never with old weights."""
+
+import copy
+import io
+
+import pytest
+import torch
+from helpers import assert_within_budget, randomise_
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from usf_kernels.nn import AffineCoupling, FlowSequence, FlowStep, LUConv1x1, USFBlock
+from usf_kernels.nn.pointwise_extension import AVAILABLE, PointwiseExtension
+from usf_kernels.nn.pointwise_run import PointwiseRun
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="built by a compiler without vector types")
+FORMS = ["affine, permutation", "affine, lu", "additive, permutation", "additive, lu", "conjugated"]
+
+
+def subnet_of(hidden, activation=nn.ReLU):
+    def make(c_in, c_out):
+        return nn.Sequential(nn.Conv2d(c_in, hidden, 1), activation(), nn.Conv2d(hidden, c_out, 1))
+
+    return make
+
+
+def flow_of(form, channels, *, steps=3, hidden=6, cond_channels=0, activation=nn.ReLU):
+    options = {"subnet": subnet_of(hidden, activation), "cond_channels": cond_channels, "zero_init": False}
+    if form == "conjugated":
+        blocks = [USFBlock(channels, **options) for _ in range(steps)]
+    else:
+        coupling, linear = form.split(", ")
+        blocks = [FlowStep(channels, coupling=coupling, linear=linear, **options) for _ in range(steps)]
+    return randomise_(FlowSequence(blocks)).eval()
+
+
+def runs(fused):
+    return [stage for stage in fused.stages if isinstance(stage, PointwiseRun)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("images", [0, 1, 3])  # of the condition; 0 for none
+@settings(max_examples=8, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 40), st.tuples(st.integers(1, 9), st.integers(1, 9)))
+def test_values_against_float64(form, images, channels, hidden, size):
+    flow = flow_of(form, channels, hidden=hidden, cond_channels=4 if images else 0)
+    x, cond = torch.randn(3, channels, *size), torch.randn(images, 4, *size) if images else None
+    wide = flow.fuse(torch.float64)
+    truth = wide(x, cond)
+    fused = flow.fuse()
+    (run,) = runs(fused)
+    found = fused(x, cond)
+    assert run._extension.complete
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PointwiseExtension, "takes", lambda rows: False)
+        eager = fused(x, cond)
+    for ours, torchs, exact in zip(found, eager, truth, strict=True):
+        assert_within_budget(ours, torchs, exact, factor=20.0)  # torch's errors may cancel in so few numbers
+    torch.testing.assert_close(fused.squared_norm(x, cond), found[0].square().sum(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_operations_agree_in_both_directions(monkeypatch, form):
+    flow = flow_of(form, 20, cond_channels=3)
+    x, cond = torch.randn(2, 20, 5, 7), torch.randn(2, 3, 5, 7)
+    fused = flow.fuse()
+    ours = [*fused(x, cond), *fused.inverse(x, cond)]
+    assert set(runs(fused)[0]._extension._runs) == {True, False}  # both were in the extension
+    monkeypatch.setattr(PointwiseExtension, "takes", lambda rows: False)
+    for found, expected in zip(ours, [*fused(x, cond), *fused.inverse(x, cond)], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_bits_for_any_number_of_threads(form):
+    fused = flow_of(form, 32, hidden=32).fuse()
+    x, threads = torch.randn(3, 32, 40, 30), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = fused(x)
+        torch.set_num_threads(3)
+        three = fused(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one[0], three[0])
+    assert torch.equal(one[1], three[1])
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_vectors_and_empty_batches(batch):
+    def subnet(c_in, c_out):
+        return nn.Sequential(nn.Linear(c_in, 5), nn.ReLU(), nn.Linear(5, c_out))
+
+    flow = randomise_(FlowSequence([FlowStep(9, subnet=subnet, zero_init=False) for _ in range(2)])).eval()
+    x = torch.randn(batch, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(flow.fuse()(x)[0], flow(x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_activation_that_it_does_not_know_is_torchs():
+    fused = flow_of("additive, permutation", 8, activation=nn.GELU).fuse()
+    x = torch.randn(2, 8, 3, 3)
+    fused(x)
+    assert not runs(fused)[0]._extension.complete
+
+
+def test_other_dtypes_do_without_it():
+    flow = flow_of("additive, permutation", 8)
+    for dtype in (torch.float64, torch.bfloat16):
+        fused = flow.fuse(dtype)
+        fused(torch.randn(2, 8, 3, 3))
+        assert runs(fused)[0]._extension is None
+
+
+def test_weights_written_to_are_seen():
+    flow, other = flow_of("affine, permutation", 8), flow_of("affine, permutation", 8)
+    other.load_state_dict(flow.state_dict())  # the permutations, which decide what is fused how
+    randomise_(other)
+    x = torch.randn(2, 8, 4, 4)
+    fused, expected = flow.fuse(), other.fuse()(x)[0]
+    fused(x)
+    fused.load_state_dict(other.fuse().state_dict())
+    assert torch.equal(fused(x)[0], expected)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.zero_()
+    assert (fused(x)[0] - expected).abs().max() > 1e-3
+
+
+def test_conversion_copies_and_pickles():
+    fused = flow_of("affine, permutation", 8).fuse()
+    x = torch.randn(2, 8, 4, 4)
+    expected = fused(x)[0]
+    assert torch.equal(copy.deepcopy(fused)(x)[0], expected)
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x)[0], expected)
+    torch.testing.assert_close(fused.double()(x.double())[0].float(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused.float()(x)[0], expected)
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        fused = flow_of("additive, lu", 8).fuse()
+        x = torch.randn(2, 8, 4, 4)
+        first = fused(x)[0]
+        assert torch.equal(fused(x)[0], first)
+
+
+def test_products_beside_pointwise_blocks_are_in_the_run():
+    (run,) = flow_of("additive, lu", 8).fuse().stages
+    assert isinstance(run, PointwiseRun)
+    product = FlowSequence([LUConv1x1(8), AffineCoupling(8, subnet=subnet_of(4), zero_init=False)])
+    assert len(product.eval().fuse().stages) == 1
+
+
+def test_the_input_is_not_written_to():
+    for form in FORMS:
+        fused = flow_of(form, 8).fuse()
+        x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+        kept = x.clone()
+        fused(x)
+        fused.inverse(x)
+        assert torch.equal(x, kept)
