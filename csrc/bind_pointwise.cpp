@@ -66,18 +66,28 @@ void bind_pointwise(nb::module_& m) {
             "layers"_a, "passive"_a.noconvert(), "active"_a.noconvert(), "shift"_a.noconvert(), "clamp"_a,
             "inverse"_a)
         .def(
+            "reorder",
+            [](PointwiseRun& run, Channels index, Bias scale, Bias bias) {
+                const auto n = index.shape(0);
+                run.add(PointwiseReorder{{index.data(), index.data() + n},
+                                         {scale.data(), scale.data() + n},
+                                         {bias.data(), bias.data() + n}});
+            },
+            "index"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert())
+        .def(
             "run",
-            [](const PointwiseRun& run, State state, std::int64_t positions,
+            [](const PointwiseRun& run, Matrix rows, State state, std::int64_t positions,
                const std::vector<Shares>& shares, std::optional<LogDet> log_det, int threads) {
                 std::vector<Condition> conditions;
                 for (const Shares& share : shares)
                     conditions.push_back({share.data(), static_cast<std::int64_t>(share.shape(0)),
                                           static_cast<int>(share.shape(2))});
                 nb::gil_scoped_release unlocked;
-                run.run(state.data(), static_cast<std::int64_t>(state.shape(0)), positions, conditions,
-                        log_det ? log_det->data() : nullptr, threads);
+                run.run(rows.data(), state.data(), static_cast<std::int64_t>(state.shape(0)), positions,
+                        conditions, log_det ? log_det->data() : nullptr, threads);
             },
-            "state"_a.noconvert(), "positions"_a, "shares"_a, "log_det"_a.noconvert().none(), "threads"_a);
+            "rows"_a.noconvert(), "state"_a.noconvert(), "positions"_a, "shares"_a,
+            "log_det"_a.noconvert().none(), "threads"_a);
 }
 
 #else

@@ -54,7 +54,13 @@ struct PointwiseAffine {
     float clamp;
     bool inverse;
 };
-using PointwiseStage = std::variant<PointwiseProduct, PointwiseResidual, PointwiseAdditive, PointwiseAffine>;
+// state[j] = scale[j] * state[index[j]] + bias[j]
+struct PointwiseReorder {
+    std::vector<std::int32_t> index;
+    std::vector<float> scale, bias;
+};
+using PointwiseStage =
+    std::variant<PointwiseProduct, PointwiseResidual, PointwiseAdditive, PointwiseAffine, PointwiseReorder>;
 
 // What a conditioned layer adds: rows [images, positions, width], one image's for all if `images` is 1.
 struct Condition {
@@ -73,10 +79,10 @@ public:
     }
     int channels() const { return channels_; }
 
-    // In place on state [rows, channels]. `conditions` are those of the conditioned layers, in order, and
-    // `positions` how many rows an image has. Adds the log-det of every row to log_det [rows], which may be
-    // null where no stage is affine.
-    void run(float* state, std::int64_t rows, std::int64_t positions,
+    // From rows to state, [rows, channels] both, which may be the same. `conditions` are those of the
+    // conditioned layers, in order, and `positions` how many rows an image has. Adds the log-det of every row
+    // to log_det [rows], which may be null where no stage is affine.
+    void run(const float* from, float* state, std::int64_t rows, std::int64_t positions,
              const std::vector<Condition>& conditions, float* log_det, int threads) const {
         const std::int64_t length = stretch(rows, threads);
         team_for((rows + length - 1) / length, threads, [&](std::int64_t i) {
@@ -88,6 +94,7 @@ public:
                        positions,
                        static_cast<int>(count),
                        conditions.data()};
+            if (from != state) std::copy_n(from + begin * channels_, count * channels_, on.state);
             for (const PointwiseStage& stage : stages_)
                 std::visit([&](const auto& s) { pass(s, on, scratch); }, stage);
         });
@@ -119,6 +126,7 @@ private:
         return std::max(tile, (length + tile - 1) / tile * tile);
     }
 
+    void measure(const PointwiseReorder&) {}
     void measure(const PointwiseProduct& stage) { widest_ = std::max(widest_, stage.weights.padded()); }
     template <class Stage>
     void measure(const Stage& stage) {
@@ -183,6 +191,16 @@ private:
         affine_stretch(on.state, on.rows, stage.active, outputs.data, outputs.stride, stage.shift.data(),
                        stage.clamp, stage.inverse, scratch.log_det.data(), scratch.affine);
         for (int r = 0; r < on.rows; ++r) on.log_det[r] += scratch.log_det[r];
+    }
+
+    void pass(const PointwiseReorder& stage, Stretch& on, Scratch& scratch) const {
+        float* const row = scratch.outputs[0].at_least(channels_);
+        for (int r = 0; r < on.rows; ++r) {
+            float* const state = on.state + static_cast<std::ptrdiff_t>(r) * channels_;
+            std::copy_n(state, channels_, row);
+            for (int j = 0; j < channels_; ++j)
+                state[j] = stage.scale[j] * row[stage.index[j]] + stage.bias[j];
+        }
     }
 
     int channels_;

@@ -83,8 +83,8 @@ void test(int channels, int hidden, std::int64_t images, std::int64_t positions,
     inverse.add(PointwiseAdditive{additive, active_half, -1});
 
     const std::vector<float> before = noise(rows * channels);
-    std::vector<float> state = before, log_det(rows, 0.5f);
-    forward.run(state.data(), rows, positions, conditions, log_det.data(), 1);
+    std::vector<float> state(before.size()), log_det(rows, 0.5f);
+    forward.run(before.data(), state.data(), rows, positions, conditions, log_det.data(), 1);
     for (std::int64_t r = 0; r < rows; ++r) {
         std::vector<double> x(before.begin() + r * channels, before.begin() + (r + 1) * channels), seen;
         for (const std::int64_t i : passive) seen.push_back(x[i]);
@@ -102,30 +102,35 @@ void test(int channels, int hidden, std::int64_t images, std::int64_t positions,
         CHECK(std::abs(log_det[r] - total) <= 1e-5 * (1 + n));
     }
     std::vector<float> again = before, log_det_again(rows, 0.5f);
-    forward.run(again.data(), rows, positions, conditions, log_det_again.data(), 3);
+    forward.run(again.data(), again.data(), rows, positions, conditions, log_det_again.data(), 3);
     CHECK(again == state);
     CHECK(log_det_again == log_det);
-    inverse.run(state.data(), rows, positions, conditions, log_det.data(), 1);
+    inverse.run(state.data(), state.data(), rows, positions, conditions, log_det.data(), 1);
     for (std::size_t i = 0; i < state.size(); ++i)
         CHECK(std::abs(state[i] - before[i]) <= 1e-3 * (1 + std::abs(before[i])));
     for (const float value : log_det) CHECK(std::abs(value - 0.5f) <= 1e-5f);
 }
 
-// A product, then a residual block that sees all channels.
+// A product, a residual block that sees all channels, another order.
 void test_residual(int channels, std::int64_t rows) {
     const Layer map(channels, channels, false), enter(channels, 9, true), leave(9, channels, false);
     PointwiseRun run(channels);
     run.add(PointwiseProduct{map.made(false).weights});
     run.add(PointwiseResidual{{{}, {enter.made(false)}}, leave.made(false).weights, -1});
+    std::vector<std::int32_t> index(channels);
+    std::iota(index.begin(), index.end(), 0);
+    std::shuffle(index.begin(), index.end(), random_bits);
+    const std::vector<float> scale = noise(channels), bias = noise(channels);
+    run.add(PointwiseReorder{index, scale, bias});
     const std::vector<float> before = noise(rows * channels);
     std::vector<float> state = before;
-    run.run(state.data(), rows, rows, {}, nullptr, 2);
+    run.run(state.data(), state.data(), rows, rows, {}, nullptr, 2);
     for (std::int64_t r = 0; r < rows; ++r) {
         const std::vector<double> x(before.begin() + r * channels, before.begin() + (r + 1) * channels);
         const auto mapped = map.of(x, nullptr), left = leave.of(enter.of(mapped, nullptr), nullptr);
         for (int c = 0; c < channels; ++c) {
-            const double expected =
-                mapped[c] - (left[c] - leave.bias[c]);  // its bias is not for residual blocks
+            const int from = index[c];  // the last layer's bias is not for residual blocks
+            const double expected = scale[c] * (mapped[from] - (left[from] - leave.bias[from])) + bias[c];
             CHECK(std::abs(state[r * channels + c] - expected) <= 2e-5 * (1 + std::abs(expected)));
         }
     }

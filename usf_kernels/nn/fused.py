@@ -129,10 +129,13 @@ class FusedFlow(nn.Module):
         steps = list(zip(stages, self._shares(x, cond), strict=False))
         steps = steps[::-1] if inverse else steps
         sizes = (x.shape[0], *x.shape[2:])
-        copy = not steps or steps[0][0].in_place  # x belongs to the caller
-        rows, total = rows_of(x, self.dtype, copy=copy), None
+        # x belongs to the caller. A run copies a stretch at a time, when it comes into the cache anyway.
+        first = steps[0][0] if steps else None
+        runs = isinstance(first, PointwiseRun)
+        rows, total = rows_of(x, self.dtype, copy=not runs and (first is None or first.in_place)), None
         for stage, share in steps:
-            rows, log_det = stage(rows, sizes, share, inverse=inverse)
+            keep = {"keep": True} if runs and stage is first and _shares_memory(rows, x) else {}
+            rows, log_det = stage(rows, sizes, share, inverse=inverse, **keep)
             total = add_log_dets(total, log_det)
         return rows, total
 
@@ -168,6 +171,13 @@ class FusedFlow(nn.Module):
     def extra_repr(self) -> str:
         """Channels and dtype, for print."""
         return f"{self.channels}, {self.dtype}"
+
+
+def _shares_memory(rows: Tensor, x: Tensor) -> bool:
+    """Yes where it cannot be known, in traced graphs."""
+    if torch.compiler.is_compiling():
+        return True
+    return rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
 def _blocks(stage: nn.Module) -> Sequence[nn.Module]:
@@ -280,7 +290,7 @@ def _multiplications(stages: list[nn.Module]) -> int:
 
 
 def _pointwise_runs(stages: list[nn.Module]) -> list[nn.Module]:
-    """The stages, with PointwiseRun around neighbours that are pointwise blocks, or products beside them."""
+    """The stages, with PointwiseRun around neighbours that are pointwise blocks, or maps beside them."""
     grouped: list[nn.Module] = []
     for pointwise, neighbours in groupby(stages, _is_pointwise):
         group = list(neighbours)
@@ -292,4 +302,4 @@ def _pointwise_runs(stages: list[nn.Module]) -> list[nn.Module]:
 
 
 def _is_pointwise(stage: nn.Module) -> bool:
-    return isinstance(stage, Product) or (stage.in_place and stage.conditioner.pointwise)
+    return isinstance(stage, Product | Reorder) or (stage.in_place and stage.conditioner.pointwise)

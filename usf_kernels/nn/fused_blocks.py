@@ -79,6 +79,11 @@ class Reorder(nn.Module):
         rows = select(rows, self.index)
         return (rows.mul_(self.scale).add_(self.bias) if self.scales else rows), None
 
+    def undo(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(index, scale, bias) of the inverse."""
+        order = self.inverse_index
+        return order, 1 / self.scale[order], -(self.bias / self.scale)[order]
+
     def squared_norm(self, rows: Tensor) -> Tensor:
         """Of every row of the result, (N,), without reordering it."""
         if not self.scales:

@@ -11,12 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels import _core
-from usf_kernels.nn.fused_blocks import AdditiveBlock, AffineBlock, Product, ProjectedBlock, Sizes
+from usf_kernels.nn.fused_blocks import (
+    AdditiveBlock,
+    AffineBlock,
+    Product,
+    ProjectedBlock,
+    Reorder,
+    Result,
+    Sizes,
+)
 from usf_kernels.nn.fused_conditioner import FusedConditioner
 from usf_kernels.ops.checks import compute_dtype
 
 AVAILABLE = hasattr(_core, "PointwiseRun")  # compilers without vector types build none
-KNOWN = (Product, ProjectedBlock, AdditiveBlock, AffineBlock)
+KNOWN = (Product, Reorder, ProjectedBlock, AdditiveBlock, AffineBlock)
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 
 
@@ -58,14 +66,15 @@ class PointwiseExtension:
         """Whether weights have been written to since it was made."""
         return self._versions != [t._version for t in self._tensors]
 
-    def run(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], *, inverse: bool) -> Tensor | None:
-        """All stages, or their inverses from the last to the first, in place; the rows' log-dets, or None.
+    def run(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], *, inverse: bool, keep: bool) -> Result:
+        """All stages, or their inverses from the last to the first.
 
         Args:
-            rows: (N, C) contiguous.
+            rows: (N, C), contiguous unless `keep`.
             sizes: (B, *spatial).
             cond: what each conditioner's `project` made of the condition, if there is one.
             inverse: the direction.
+            keep: whether the result has memory of its own, so that `rows` stay as they are.
         """
         if inverse not in self._runs:
             self._runs[inverse] = self._compiled(rows.shape[1], inverse)
@@ -73,8 +82,10 @@ class PointwiseExtension:
         shares = [share.contiguous() for share in (reversed(cond) if inverse else cond)]
         worth = len(rows) * self._multiplications >= WORTH_THREADS
         threads = torch.get_num_threads() if worth else 1
-        self._runs[inverse].run(rows, math.prod(sizes[1:]), shares, log_det, threads)
-        return log_det
+        rows = rows.contiguous()
+        state = torch.empty_like(rows) if keep else rows
+        self._runs[inverse].run(rows, state, math.prod(sizes[1:]), shares, log_det, threads)
+        return state, log_det
 
     def _compiled(self, channels: int, inverse: bool) -> Any:
         run, factor = _core.PointwiseRun(channels), -1.0 if inverse else 1.0
@@ -83,6 +94,8 @@ class PointwiseExtension:
             if isinstance(stage, Product):
                 undone = (stage.inverse_weight, stage.inverse_bias)
                 run.product(_layer(*(undone if inverse else (stage.weight, stage.bias))))
+            elif isinstance(stage, Reorder):
+                run.reorder(*stage.undo() if inverse else (stage.index, stage.scale, stage.bias))
             elif isinstance(stage, ProjectedBlock):
                 run.residual(layers, _layer(stage.weight.mT, None), factor)
             elif isinstance(stage, AdditiveBlock):

@@ -16,8 +16,8 @@ CHUNK_BYTES = 4 << 20  # of rows that pass together in torch operations: a share
 
 
 class PointwiseRun(nn.Module):
-    """Blocks that treat every row alone, and the products between them, one after the other: on a stretch of
-    rows at a time, so that the state passes through memory once and not once per stage. In the extension
+    """Blocks that treat every row alone, and the linear maps between them, one after the other: on a stretch
+    of rows at a time, so that the state passes through memory once and not once per stage. In the extension
     where it can run them, else in torch operations."""
 
     in_place = True
@@ -32,13 +32,22 @@ class PointwiseRun(nn.Module):
         """The stages that have a conditioner."""
         return [stage for stage in self.stages if hasattr(stage, "conditioner")]
 
-    def forward(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], *, inverse: bool) -> Result:
-        """Apply, or undo."""
+    def forward(
+        self,
+        rows: Tensor,
+        sizes: Sizes,
+        cond: Sequence[Tensor],
+        *,
+        inverse: bool,
+        keep: bool = False,
+    ) -> Result:
+        """Apply, or undo; `keep` for leaving the rows as they are."""
         if PointwiseExtension.takes(rows):
             if self._extension is None or self._extension.outdated:
                 self._extension = PointwiseExtension(self.stages)
             if self._extension.complete:
-                return rows, self._extension.run(rows, sizes, cond, inverse=inverse)
+                return self._extension.run(rows, sizes, cond, inverse=inverse, keep=keep)
+        rows = rows.clone() if keep else rows
         # Graphs get no loop over a length that they must not depend on; bfloat16 products prefer many rows.
         whole = torch.compiler.is_compiling() or rows.is_cuda or rows.element_size() < 4
         parts = 1 if whole else math.ceil(rows.numel() * rows.element_size() / CHUNK_BYTES)
