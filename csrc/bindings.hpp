@@ -29,7 +29,7 @@ nb::ndarray<nb::numpy, T> to_numpy(Memory<T> data, std::initializer_list<std::si
 
 void bind_component_tree(nb::module_& m);
 void bind_nfa(nb::module_& m);
-void bind_pointwise(nb::module_& m);
+void bind_stage_run(nb::module_& m);
 void bind_rows(nb::module_& m);
 
 }  // namespace usf

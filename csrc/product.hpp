@@ -1,10 +1,12 @@
-// Matrix products of rows that are in the cache, with what comes before and after them done in registers:
-// inputs gathered from any columns, a bias, a condition's share, ReLU, or an addition to rows that are there.
+// Matrix products of rows that are in the cache, and convolutions of maps whose pixels are rows, with what
+// comes behind them done in registers: a bias, a condition's share, ReLU, or an addition to rows that are
+// there.
 //
 // The registers hold a tile of a few rows times two vectors of outputs. Its weights lie one after the other
-// in a panel that stays in the first cache while all rows pass, so nothing is blocked over the inputs and
-// every output is written once (the inner loops of K. Goto, R. van de Geijn, "Anatomy of High-Performance
-// Matrix Multiplication", ACM TOMS 34(3), 2008).
+// in a panel that stays in the caches while all rows pass, so nothing is blocked over the inputs and every
+// output is written once (the inner loops of K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication", ACM TOMS 34(3), 2008). A convolution is the same with pointers to the rows around each row
+// (M. Dukhan, "The Indirect Convolution Algorithm", arXiv:1907.02129).
 #pragma once
 
 #include <algorithm>
@@ -104,9 +106,25 @@ private:
 struct Inputs {
     const float* data;
     std::ptrdiff_t stride;
+
+    static constexpr int taps() { return 1; }
+    USF_INLINE const float* row(int, int r) const { return data + r * stride; }
 };
 
-// Finishes a tile: out = [ReLU] (sums + bias [+ condition]). Rows of `out` are as long as `Weights::padded`.
+// Rows around rows: for each tap of a kernel, `count` pointers. The weights' inputs are those of tap after
+// tap.
+struct Neighbours {
+    const float* const* rows;
+    int count;
+    int kernel;  // taps
+
+    int taps() const { return kernel; }
+    USF_INLINE const float* row(int tap, int r) const {
+        return rows[static_cast<std::ptrdiff_t>(tap) * count + r];
+    }
+};
+
+// Finishes a tile: out = [ReLU] (sums + bias [+ condition]).
 struct Store {
     float* out;
     std::ptrdiff_t stride;
@@ -129,8 +147,15 @@ struct Store {
                 first = first < 0 ? V{} : first;
                 second = second < 0 ? V{} : second;
             }
-            *reinterpret_cast<U*>(to + i * stride) = first;
-            *reinterpret_cast<U*>(to + i * stride + lanes) = second;
+            if (width == 2 * lanes) {
+                *reinterpret_cast<U*>(to + i * stride) = first;
+                *reinterpret_cast<U*>(to + i * stride + lanes) = second;
+            } else {
+                float values[2 * lanes];
+                *reinterpret_cast<U*>(values) = first;
+                *reinterpret_cast<U*>(values + lanes) = second;
+                std::copy_n(values, width, to + i * stride);
+            }
         }
     }
 
@@ -177,34 +202,37 @@ struct Add {
     }
 };
 
-template <class V, int count, class Finish>
-USF_INLINE void multiply_tile(const Inputs& in, const Weights& weights, int row, int column,
+template <class V, int count, class Source, class Finish>
+USF_INLINE void multiply_tile(const Source& in, const Weights& weights, int row, int column,
                               const Finish& finish) {
     constexpr int lanes = sizeof(V) / sizeof(float);
     using U = typename Vector<lanes>::unaligned;
-    const float* from[count];
-    for (int i = 0; i < count; ++i) from[i] = in.data + (row + i) * in.stride;
     const float* panel = weights.panel(column);
-    const std::ptrdiff_t inputs = weights.inputs();
-    const std::ptrdiff_t ahead = 2 * lanes * inputs;  // the next panel
+    const std::ptrdiff_t inputs = weights.inputs() / in.taps();
+    const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.inputs();  // the next panel
     V sums[count][2] = {};
-    for (std::ptrdiff_t k = 0; k < inputs; ++k, panel += 2 * lanes) {
-        __builtin_prefetch(panel + ahead, 0, 2);
-        if constexpr (lanes == 16) __builtin_prefetch(panel + ahead + lanes, 0, 2);
-        const V left = *reinterpret_cast<const U*>(panel), right = *reinterpret_cast<const U*>(panel + lanes);
+    for (int tap = 0; tap < in.taps(); ++tap) {
+        const float* from[count];
+        for (int i = 0; i < count; ++i) from[i] = in.row(tap, row + i);
+        for (std::ptrdiff_t k = 0; k < inputs; ++k, panel += 2 * lanes) {
+            __builtin_prefetch(panel + ahead, 0, 2);
+            if constexpr (lanes == 16) __builtin_prefetch(panel + ahead + lanes, 0, 2);
+            const V left = *reinterpret_cast<const U*>(panel);
+            const V right = *reinterpret_cast<const U*>(panel + lanes);
 #pragma GCC unroll 12
-        for (int i = 0; i < count; ++i) {
-            const float x = from[i][k];
-            sums[i][0] += x * left;
-            sums[i][1] += x * right;
+            for (int i = 0; i < count; ++i) {
+                const float x = from[i][k];
+                sums[i][0] += x * left;
+                sums[i][1] += x * right;
+            }
         }
     }
     finish(sums, row, column, std::min(2 * lanes, weights.outputs() - column));
 }
 
 // The rows that are left when no more full tile fits.
-template <class V, int count, class Finish>
-USF_INLINE void multiply_rest(const Inputs& in, const Weights& weights, int row, int left, int column,
+template <class V, int count, class Source, class Finish>
+USF_INLINE void multiply_rest(const Source& in, const Weights& weights, int row, int left, int column,
                               const Finish& finish) {
     if constexpr (count > 0) {
         if (left == count)
@@ -214,8 +242,8 @@ USF_INLINE void multiply_rest(const Inputs& in, const Weights& weights, int row,
     }
 }
 
-template <class V, int count, class Finish>
-USF_INLINE void multiply_rows(const Inputs& in, int rows, const Weights& weights, const Finish& finish) {
+template <class V, int count, class Source, class Finish>
+USF_INLINE void multiply_rows(const Source& in, int rows, const Weights& weights, const Finish& finish) {
     for (int column = 0; column < weights.outputs(); column += weights.width()) {
         int row = 0;
         for (; row + count <= rows; row += count) multiply_tile<V, count>(in, weights, row, column, finish);
@@ -224,21 +252,21 @@ USF_INLINE void multiply_rows(const Inputs& in, int rows, const Weights& weights
 }
 
 #if defined(__x86_64__)
-template <class Finish>
-__attribute__((target("avx512f"))) void multiply_avx512(const Inputs& in, int rows, const Weights& weights,
+template <class Source, class Finish>
+__attribute__((target("avx512f"))) void multiply_avx512(const Source& in, int rows, const Weights& weights,
                                                         const Finish& finish) {
     multiply_rows<Vector<16>::type, 12>(in, rows, weights, finish);
 }
-template <class Finish>
-__attribute__((target("avx2,fma"))) void multiply_avx2(const Inputs& in, int rows, const Weights& weights,
+template <class Source, class Finish>
+__attribute__((target("avx2,fma"))) void multiply_avx2(const Source& in, int rows, const Weights& weights,
                                                        const Finish& finish) {
     multiply_rows<Vector<8>::type, 6>(in, rows, weights, finish);
 }
 #endif
 
-// All outputs of `rows` rows, which `finish` (Store, Add) takes tile by tile.
-template <class Finish>
-void multiply(const Inputs& in, int rows, const Weights& weights, const Finish& finish) {
+// All outputs of `rows` rows (Inputs, Neighbours), which `finish` (Store, Add) takes tile by tile.
+template <class Source, class Finish>
+void multiply(const Source& in, int rows, const Weights& weights, const Finish& finish) {
 #if defined(__x86_64__)
     if (weights.width() == 32) return multiply_avx512(in, rows, weights, finish);
     if (weights.width() == 16) return multiply_avx2(in, rows, weights, finish);

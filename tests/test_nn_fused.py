@@ -16,8 +16,8 @@ from usf_kernels.nn import (
     USFBlock,
 )
 from usf_kernels.nn.fused_blocks import Product, ProjectedBlock, Reorder
-from usf_kernels.nn.pointwise_extension import PointwiseExtension
-from usf_kernels.nn.pointwise_run import PointwiseRun
+from usf_kernels.nn.stage_extension import StageExtension
+from usf_kernels.nn.stage_run import StageRun
 
 
 def pointwise(c_in, c_out):
@@ -177,13 +177,13 @@ def test_long_runs_of_pointwise_blocks_go_in_stretches(monkeypatch, linear, imag
     flow = flow_of([step(8, wide, **options) for _ in range(3)])
     fused, x = flow.fuse(), torch.randn(5, 8, 6, 7)
     cond = torch.randn(images, 3, 6, 7) if images else None
-    run = next(stage for stage in fused.stages if isinstance(stage, PointwiseRun))
+    run = next(stage for stage in fused.stages if isinstance(stage, StageRun))
     whole, log_det = fused(x, cond)
-    monkeypatch.setattr(PointwiseExtension, "takes", lambda rows: False)
+    monkeypatch.setattr(StageExtension, "takes", lambda rows: False)
     lengths = []
     run.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
     for size in (1, 5, 84, 130):  # rows: one, a few of an image, two images, three and a bit
-        monkeypatch.setattr("usf_kernels.nn.pointwise_run.CHUNK_BYTES", size * 32)
+        monkeypatch.setattr("usf_kernels.nn.stage_run.CHUNK_BYTES", size * 32)
         lengths.clear()
         parts, part_log_det = fused(x, cond)
         assert max(lengths) <= size

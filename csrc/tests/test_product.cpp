@@ -51,8 +51,8 @@ double exact(const std::vector<float>& in, int stride, const std::vector<float>&
 
 void test_store() {
     for (const auto& [rows, inputs, outputs] : examples()) {
-        const int stride = inputs + 3;
-        const auto in = noise(rows * stride, 0), matrix = noise(outputs * inputs, 1),
+        const int in_stride = inputs + 3;
+        const auto in = noise(rows * in_stride, 0), matrix = noise(outputs * inputs, 1),
                    bias = noise(outputs, 2);
         const auto added = noise(rows * outputs, 3);
         std::vector<const float*> condition;
@@ -60,22 +60,43 @@ void test_store() {
         const Weights weights(matrix.data(), bias.data(), outputs, inputs);
         for (const bool relu : {false, true}) {
             for (const bool conditioned : {false, true}) {
-                const int width = weights.padded();
-                std::vector<float> out(rows * width, std::nanf(""));
-                multiply(
-                    {in.data(), stride}, rows, weights,
-                    Store{out.data(), width, weights.bias(), relu, conditioned ? condition.data() : nullptr});
+                const int stride = outputs + 1;
+                std::vector<float> out(rows * stride, 7.0f);
+                multiply(Inputs{in.data(), in_stride}, rows, weights,
+                         Store{out.data(), stride, weights.bias(), relu,
+                               conditioned ? condition.data() : nullptr});
                 for (int r = 0; r < rows; ++r) {
-                    for (int o = 0; o < width; ++o) {
-                        double expected =
-                            0;  // also where the panel is padded: the next layer reads nothing there
-                        if (o < outputs) expected = exact(in, stride, matrix, inputs, r, o) + bias[o];
-                        if (o < outputs && conditioned) expected += added[r * outputs + o];
+                    CHECK(out[r * stride + outputs] == 7.0f);  // beyond the outputs nothing may be written
+                    for (int o = 0; o < outputs; ++o) {
+                        double expected = exact(in, in_stride, matrix, inputs, r, o) + bias[o];
+                        if (conditioned) expected += added[r * outputs + o];
                         if (relu) expected = std::max(expected, 0.0);
-                        CHECK(std::abs(out[r * width + o] - expected) <= 1e-6 * (10 + inputs));
+                        CHECK(std::abs(out[r * stride + o] - expected) <= 1e-6 * (10 + inputs));
                     }
                 }
             }
+        }
+    }
+}
+
+// Rows from anywhere, for each of three taps.
+void test_neighbours() {
+    constexpr int rows = 29, taps = 3, inputs = 5, outputs = 21;
+    const auto in = noise(rows * inputs, 0), matrix = noise(outputs * taps * inputs, 1);
+    const Weights weights(matrix.data(), nullptr, outputs, taps * inputs);
+    std::vector<const float*> pointers;
+    for (int tap = 0; tap < taps; ++tap)
+        for (int r = 0; r < rows; ++r) pointers.push_back(in.data() + (7 * r + 11 * tap) % rows * inputs);
+    std::vector<float> out(rows * outputs);
+    multiply(Neighbours{pointers.data(), rows, taps}, rows, weights,
+             Store{out.data(), outputs, weights.bias(), false, nullptr});
+    for (int r = 0; r < rows; ++r) {
+        for (int o = 0; o < outputs; ++o) {
+            double expected = 0;
+            for (int tap = 0; tap < taps; ++tap)
+                for (int i = 0; i < inputs; ++i)
+                    expected += double(pointers[tap * rows + r][i]) * matrix[(o * taps + tap) * inputs + i];
+            CHECK(std::abs(out[r * outputs + o] - expected) <= 1e-5);
         }
     }
 }
@@ -87,7 +108,7 @@ void test_add() {
         const auto before = noise(rows * stride, 2);
         std::vector<float> out = before;
         const Weights weights(matrix.data(), nullptr, outputs, inputs);
-        multiply({in.data(), inputs}, rows, weights, Add{out.data(), stride, -1.0f});
+        multiply(Inputs{in.data(), inputs}, rows, weights, Add{out.data(), stride, -1.0f});
         for (int r = 0; r < rows; ++r) {
             for (int o = 0; o < stride; ++o) {
                 double expected = before[r * stride + o];  // beyond the outputs nothing may be written
@@ -101,21 +122,23 @@ void test_add() {
 void test_nan_and_infinity_pass() {
     const std::vector<float> in = {std::nanf(""), std::numeric_limits<float>::infinity()}, one = {1.0f};
     const Weights weights(one.data(), nullptr, 1, 1);
-    std::vector<float> out(2 * weights.padded());
-    multiply({in.data(), 1}, 2, weights, Store{out.data(), weights.padded(), weights.bias(), true, nullptr});
+    std::vector<float> out(2 * weights.outputs());
+    multiply(Inputs{in.data(), 1}, 2, weights,
+             Store{out.data(), weights.outputs(), weights.bias(), true, nullptr});
     CHECK(std::isnan(out[0]));
-    CHECK(std::isinf(out[weights.padded()]));
+    CHECK(std::isinf(out[weights.outputs()]));
 }
 
 void test_a_row_does_not_depend_on_the_others() {
     constexpr int rows = 23, inputs = 50, outputs = 40;
     const auto in = noise(rows * inputs, 0), matrix = noise(outputs * inputs, 1);
     const Weights weights(matrix.data(), nullptr, outputs, inputs);
-    const int width = weights.padded();
+    const int width = weights.outputs();
     std::vector<float> all(rows * width), one(width);
-    multiply({in.data(), inputs}, rows, weights, Store{all.data(), width, weights.bias(), false, nullptr});
+    multiply(Inputs{in.data(), inputs}, rows, weights,
+             Store{all.data(), width, weights.bias(), false, nullptr});
     for (int r = 0; r < rows; ++r) {
-        multiply({in.data() + r * inputs, inputs}, 1, weights,
+        multiply(Inputs{in.data() + r * inputs, inputs}, 1, weights,
                  Store{one.data(), width, weights.bias(), false, nullptr});
         for (int o = 0; o < outputs; ++o) CHECK(one[o] == all[r * width + o]);
     }
@@ -125,6 +148,7 @@ void test_a_row_does_not_depend_on_the_others() {
 
 int main() {
     test_store();
+    test_neighbours();
     test_add();
     test_nan_and_infinity_pass();
     test_a_row_does_not_depend_on_the_others();

@@ -25,8 +25,8 @@ from usf_kernels.nn.fused_blocks import (
     squared_norm,
 )
 from usf_kernels.nn.fused_conditioner import to_maps
-from usf_kernels.nn.pointwise_run import PointwiseRun
 from usf_kernels.nn.rows import rows_of
+from usf_kernels.nn.stage_run import StageRun, joins
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import FLOAT_DTYPES, check_features, compute_dtype, count_positions
 
@@ -131,7 +131,7 @@ class FusedFlow(nn.Module):
         sizes = (x.shape[0], *x.shape[2:])
         # x belongs to the caller. A run copies a stretch at a time, when it comes into the cache anyway.
         first = steps[0][0] if steps else None
-        runs = isinstance(first, PointwiseRun)
+        runs = isinstance(first, StageRun)
         rows, total = rows_of(x, self.dtype, copy=not runs and (first is None or first.in_place)), None
         for stage, share in steps:
             keep = {"keep": True} if runs and stage is first and _shares_memory(rows, x) else {}
@@ -149,7 +149,7 @@ class FusedFlow(nn.Module):
         rest = iter(cond)
         for stage in self.stages:
             share = list(islice(rest, len(_blocks(stage))))
-            yield share if isinstance(stage, PointwiseRun) else next(iter(share), None)
+            yield share if isinstance(stage, StageRun) else next(iter(share), None)
 
     def _check_projected(self, x: Tensor, cond: Sequence[Tensor]) -> None:
         blocks = sum(len(_blocks(stage)) for stage in self.stages) if self.cond_channels > 0 else 0
@@ -182,7 +182,7 @@ def _shares_memory(rows: Tensor, x: Tensor) -> bool:
 
 def _blocks(stage: nn.Module) -> Sequence[nn.Module]:
     """Those with a conditioner."""
-    if isinstance(stage, PointwiseRun):
+    if isinstance(stage, StageRun):
         return stage.blocks
     return [stage] if hasattr(stage, "conditioner") else []
 
@@ -220,7 +220,7 @@ def fuse_parts(
     if residual is not None and _multiplications(residual) <= _multiplications(stages):
         stages = residual
     return FusedFlow(
-        _pointwise_runs(stages),
+        _runs(stages),
         channels=len(maps[0].bias),
         cond_channels=max((c.cond_channels for c in couplings), default=0),
         log_det=sum(m.log_det for m in maps),
@@ -289,17 +289,13 @@ def _multiplications(stages: list[nn.Module]) -> int:
     return sum(t.numel() for t in tensors) - inverses
 
 
-def _pointwise_runs(stages: list[nn.Module]) -> list[nn.Module]:
-    """The stages, with PointwiseRun around neighbours that are pointwise blocks, or maps beside them."""
+def _runs(stages: list[nn.Module]) -> list[nn.Module]:
+    """The stages, with a StageRun in place of neighbours that can be one, where a block is among them."""
     grouped: list[nn.Module] = []
-    for pointwise, neighbours in groupby(stages, _is_pointwise):
+    for joined, neighbours in groupby(stages, joins):
         group = list(neighbours)
-        if pointwise and any(_blocks(stage) for stage in group):
-            grouped.append(PointwiseRun(group))
+        if joined and any(_blocks(stage) for stage in group):
+            grouped.append(StageRun(group))
         else:
             grouped.extend(group)
     return grouped
-
-
-def _is_pointwise(stage: nn.Module) -> bool:
-    return isinstance(stage, Product | Reorder) or (stage.in_place and stage.conditioner.pointwise)

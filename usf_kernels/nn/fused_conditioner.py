@@ -129,20 +129,33 @@ class FusedConditioner(nn.Module):
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def linear_layers(self) -> list[tuple[nn.Linear, bool, nn.Module | None]] | None:
-        """(linear layer, whether a condition is added to it, the activation behind it) of each layer; None
-        where it is not made of such alone."""
-        found: list[tuple[nn.Linear, bool, nn.Module | None]] = []
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                found.append((layer, False, None))
-            elif isinstance(layer, _Conditioned) and layer.pointwise:
-                found.append((layer.layer, True, None))
-            elif isinstance(layer, ELEMENTWISE) and found and found[-1][2] is None:
-                found[-1] = (*found[-1][:2], layer)
+    def linear_layers(self) -> list[tuple[nn.Module, bool, nn.Module | None]] | None:
+        """(layer, whether a condition is added to it, the activation behind it) of each linear layer, and of
+        each convolution that keeps the size of its maps; None where there is more than these and `shift`."""
+        found: list[tuple[nn.Module, bool, nn.Module | None]] = []
+        for layer in list(self._simple_layers())[0 if self.shift is None else 1 :]:
+            conditioned = isinstance(layer, _Conditioned)
+            linear = layer.layer if conditioned else layer
+            if isinstance(linear, nn.Linear) or _keeps_size(linear):
+                found.append((linear, conditioned, None))
+            elif isinstance(linear, ELEMENTWISE) and found and found[-1][2] is None:
+                found[-1] = (*found[-1][:2], linear)
             else:
                 return None
         return found
+
+    @property
+    def shift(self) -> Tensor | None:
+        """What is added to the rows in front of the layers."""
+        first = self.layers[0] if len(self.layers) else None
+        return first.bias if isinstance(first, _Shift) else None
+
+    def _simple_layers(self) -> Iterator[nn.Module]:
+        for layer in self.layers:
+            if isinstance(layer, _OnMaps) and type(layer.layers) is nn.Sequential and not layer.concatenates:
+                yield from layer.layers
+            else:
+                yield layer
 
     def take_last(self) -> LinearMap:
         """What remains to be done after `forward`, in float64; the conditioner forgets it."""
@@ -200,6 +213,16 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_pointwise(conv: nn.Module) -> bool:
     once = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
     return once and (isinstance(conv.padding, str) or not any(conv.padding))
+
+
+def _keeps_size(module: nn.Module) -> bool:
+    """Whether it is a convolution of one or two dimensions that gives maps of the same size."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or not _is_linear(module):
+        return False
+    odd = all(size % 2 == 1 for size in module.kernel_size)
+    once = all(step == 1 for step in (*module.stride, *module.dilation))
+    same = module.padding == "same" or module.padding == tuple(size // 2 for size in module.kernel_size)
+    return odd and once and same
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

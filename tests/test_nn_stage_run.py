@@ -1,4 +1,4 @@
-"""Runs of pointwise stages in the extension: the same as in torch operations, and never with old weights."""
+"""Runs of stages in the extension: the same as in torch operations, and never with old weights."""
 
 import copy
 import io
@@ -11,22 +11,24 @@ from hypothesis import strategies as st
 from torch import nn
 
 from usf_kernels.nn import AffineCoupling, FlowSequence, FlowStep, LUConv1x1, USFBlock
-from usf_kernels.nn.pointwise_extension import AVAILABLE, PointwiseExtension
-from usf_kernels.nn.pointwise_run import PointwiseRun
+from usf_kernels.nn.stage_extension import AVAILABLE, StageExtension
+from usf_kernels.nn.stage_run import StageRun
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="built by a compiler without vector types")
 FORMS = ["affine, permutation", "affine, lu", "additive, permutation", "additive, lu", "conjugated"]
 
 
-def subnet_of(hidden, activation=nn.ReLU):
+def subnet_of(hidden, activation=nn.ReLU, kernel=1):
     def make(c_in, c_out):
-        return nn.Sequential(nn.Conv2d(c_in, hidden, 1), activation(), nn.Conv2d(hidden, c_out, 1))
+        first = nn.Conv2d(c_in, hidden, kernel, padding=kernel // 2)
+        return nn.Sequential(first, activation(), nn.Conv2d(hidden, c_out, kernel, padding=kernel // 2))
 
     return make
 
 
-def flow_of(form, channels, *, steps=3, hidden=6, cond_channels=0, activation=nn.ReLU):
-    options = {"subnet": subnet_of(hidden, activation), "cond_channels": cond_channels, "zero_init": False}
+def flow_of(form, channels, *, steps=3, hidden=6, cond_channels=0, activation=nn.ReLU, kernel=1):
+    subnet = subnet_of(hidden, activation, kernel)
+    options = {"subnet": subnet, "cond_channels": cond_channels, "zero_init": False}
     if form == "conjugated":
         blocks = [USFBlock(channels, **options) for _ in range(steps)]
     else:
@@ -36,15 +38,16 @@ def flow_of(form, channels, *, steps=3, hidden=6, cond_channels=0, activation=nn
 
 
 def runs(fused):
-    return [stage for stage in fused.stages if isinstance(stage, PointwiseRun)]
+    return [stage for stage in fused.stages if isinstance(stage, StageRun)]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("images", [0, 1, 3])  # of the condition; 0 for none
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize("kernel", [1, 3])
+@settings(max_examples=5, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 40), st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_values_against_float64(form, images, channels, hidden, size):
-    flow = flow_of(form, channels, hidden=hidden, cond_channels=4 if images else 0)
+def test_values_against_float64(form, images, kernel, channels, hidden, size):
+    flow = flow_of(form, channels, hidden=hidden, cond_channels=4 if images else 0, kernel=kernel)
     x, cond = torch.randn(3, channels, *size), torch.randn(images, 4, *size) if images else None
     wide = flow.fuse(torch.float64)
     truth = wide(x, cond)
@@ -53,7 +56,7 @@ def test_values_against_float64(form, images, channels, hidden, size):
     found = fused(x, cond)
     assert run._extension.complete
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PointwiseExtension, "takes", lambda rows: False)
+        patch.setattr(StageExtension, "takes", lambda rows: False)
         eager = fused(x, cond)
     for ours, torchs, exact in zip(found, eager, truth, strict=True):
         assert_within_budget(ours, torchs, exact, factor=20.0)  # torch's errors may cancel in so few numbers
@@ -61,20 +64,22 @@ def test_values_against_float64(form, images, channels, hidden, size):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_torch_operations_agree_in_both_directions(monkeypatch, form):
-    flow = flow_of(form, 20, cond_channels=3)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_torch_operations_agree_in_both_directions(monkeypatch, form, kernel):
+    flow = flow_of(form, 20, cond_channels=3, kernel=kernel)
     x, cond = torch.randn(2, 20, 5, 7), torch.randn(2, 3, 5, 7)
     fused = flow.fuse()
     ours = [*fused(x, cond), *fused.inverse(x, cond)]
     assert set(runs(fused)[0]._extension._runs) == {True, False}  # both were in the extension
-    monkeypatch.setattr(PointwiseExtension, "takes", lambda rows: False)
+    monkeypatch.setattr(StageExtension, "takes", lambda rows: False)
     for found, expected in zip(ours, [*fused(x, cond), *fused.inverse(x, cond)], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_bits_for_any_number_of_threads(form):
-    fused = flow_of(form, 32, hidden=32).fuse()
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_same_bits_for_any_number_of_threads(form, kernel):
+    fused = flow_of(form, 32, hidden=32, kernel=kernel).fuse()
     x, threads = torch.randn(3, 32, 40, 30), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -96,6 +101,55 @@ def test_vectors_and_empty_batches(batch):
     x = torch.randn(batch, 9)
     with torch.no_grad():
         torch.testing.assert_close(flow.fuse()(x)[0], flow(x)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [(3, 1), (5, 3), (1, 7)])
+def test_kernels_of_other_sizes_alternate_in_one_run(kernels):
+    steps = [
+        FlowStep(12, subnet=subnet_of(10, kernel=kernel), coupling="affine", linear="permutation")
+        for kernel in (*kernels, *kernels)
+    ]
+    flow = randomise_(FlowSequence(steps)).eval()
+    x = torch.randn(2, 12, 6, 11)
+    fused = flow.fuse()
+    assert len(fused.stages) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x)[0], flow(x)[0], rtol=1e-4, atol=1e-4)
+    assert fused.stages[0]._extension.complete
+    torch.testing.assert_close(fused.inverse(fused(x)[0])[0], x, rtol=1e-3, atol=1e-3)
+
+
+def test_convolutions_of_one_and_three_dimensions():
+    for dims, conv, known in ((1, nn.Conv1d, True), (3, nn.Conv3d, False)):
+
+        def subnet(c_in, c_out, conv=conv):
+            return nn.Sequential(conv(c_in, 5, 3, padding=1), nn.ReLU(), conv(5, c_out, 3, padding="same"))
+
+        flow = randomise_(FlowSequence([FlowStep(6, subnet=subnet) for _ in range(2)])).eval()
+        x, fused = torch.randn(2, 6, *(4 + i for i in range(dims))), flow.fuse()
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x)[0], flow(x)[0], rtol=1e-4, atol=1e-4)
+        assert any(run._extension.complete for run in runs(fused)) == known
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        lambda c_in, c_out: nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode="reflect"),
+        lambda c_in, c_out: nn.Conv2d(c_in, c_out, 3, padding=2, dilation=2),
+        lambda c_in, c_out: nn.Conv2d(c_in, c_out, 3, padding=1, groups=2),
+        lambda c_in, c_out: nn.utils.parametrizations.weight_norm(nn.Conv2d(c_in, c_out, 3, padding=1)),
+    ],
+)
+def test_other_convolutions_are_torchs(conv):
+    def subnet(c_in, c_out):
+        return nn.Sequential(conv(c_in, 8), nn.ReLU(), conv(8, c_out))
+
+    flow = randomise_(FlowSequence([FlowStep(8, subnet=subnet) for _ in range(2)])).eval()
+    x, fused = torch.randn(2, 8, 5, 6), flow.fuse()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x)[0], flow(x)[0], rtol=1e-4, atol=1e-4)
+    assert not runs(fused)
 
 
 def test_an_activation_that_it_does_not_know_is_torchs():
@@ -151,7 +205,7 @@ def test_weights_made_in_inference_mode():
 
 def test_products_beside_pointwise_blocks_are_in_the_run():
     (run,) = flow_of("additive, lu", 8).fuse().stages
-    assert isinstance(run, PointwiseRun)
+    assert isinstance(run, StageRun)
     product = FlowSequence([LUConv1x1(8), AffineCoupling(8, subnet=subnet_of(4), zero_init=False)])
     assert len(product.eval().fuse().stages) == 1
 

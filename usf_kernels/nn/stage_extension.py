@@ -1,4 +1,4 @@
-"""Runs of pointwise stages in the C++ extension, float32 on the CPU: products and all else in the cache."""
+"""Stages of a fused flow in the C++ extension, in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -20,33 +20,31 @@ from usf_kernels.nn.fused_blocks import (
     Result,
     Sizes,
 )
-from usf_kernels.nn.fused_conditioner import FusedConditioner
 from usf_kernels.ops.checks import compute_dtype
 
-AVAILABLE = hasattr(_core, "PointwiseRun")  # compilers without vector types build none
-KNOWN = (Product, Reorder, ProjectedBlock, AdditiveBlock, AffineBlock)
+AVAILABLE = hasattr(_core, "StageRun")  # compilers without vector types build none
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 
 
-class PointwiseExtension:
-    """The stages with their weights as the extension wants them, as they are when it is made.
+class StageExtension:
+    """Stages with their weights as the extension wants them, as they are when it is made.
 
-    Args:
-        stages: of a fused flow, each of which treats every row alone.
+    It knows couplings and residual blocks whose conditioners are linear layers and convolutions that keep the
+    size of one- and two-dimensional maps, with nothing or ReLU behind them.
 
     Attributes:
-        complete: whether it can run all of them: it knows linear layers with nothing or ReLU behind them.
+        complete: whether it knows all of the stages.
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         self._stages = list(stages)
-        self._layers = [
-            _layers(stage.conditioner) if hasattr(stage, "conditioner") else [] for stage in stages
-        ]
-        self.complete = None not in self._layers and all(isinstance(stage, KNOWN) for stage in stages)
+        self.complete = all(
+            isinstance(stage, Product | Reorder) or self.knows_layers_of(stage) for stage in stages
+        )
+        self._layers = [_layers(stage) if self.complete else [] for stage in stages]
         self._affine = any(isinstance(stage, AffineBlock) for stage in stages)
         tensors = [t for stage in stages for t in chain(stage.parameters(), stage.buffers())]
-        self._multiplications = sum(t.numel() for t in tensors if t.ndim == 2)  # per row, about
+        self._multiplications = sum(t.numel() for t in tensors if t.ndim >= 2)  # per row, about
         self._tensors = [t for t in tensors if not t.is_inference()]  # those have no versions
         self._versions = [t._version for t in self._tensors]
         self._runs: dict[bool, Any] = {}
@@ -59,6 +57,16 @@ class PointwiseExtension:
             and rows.device.type == "cpu"
             and rows.dtype == torch.float32
             and not torch.compiler.is_compiling()
+        )
+
+    @staticmethod
+    def knows_layers_of(stage: nn.Module) -> bool:
+        """Whether it can run this block."""
+        return (
+            isinstance(stage, ProjectedBlock | AdditiveBlock | AffineBlock)
+            and bool(layers := stage.conditioner.linear_layers())
+            and all(isinstance(activation, nn.ReLU | None) for _, _, activation in layers)
+            and not (isinstance(stage, ProjectedBlock) and stage.conditioner.shift is not None)
         )
 
     @property
@@ -84,11 +92,13 @@ class PointwiseExtension:
         threads = torch.get_num_threads() if worth else 1
         rows = rows.contiguous()
         state = torch.empty_like(rows) if keep else rows
-        self._runs[inverse].run(rows, state, math.prod(sizes[1:]), shares, log_det, threads)
+        # Where there are convolutions there are one or two spatial dimensions.
+        height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))
+        self._runs[inverse].run(rows, state, height, width, shares, log_det, threads)
         return state, log_det
 
     def _compiled(self, channels: int, inverse: bool) -> Any:
-        run, factor = _core.PointwiseRun(channels), -1.0 if inverse else 1.0
+        run, factor = _core.StageRun(channels), -1.0 if inverse else 1.0
         steps = list(zip(self._stages, self._layers, strict=True))
         for stage, layers in reversed(steps) if inverse else steps:
             if isinstance(stage, Product):
@@ -99,23 +109,30 @@ class PointwiseExtension:
             elif isinstance(stage, ProjectedBlock):
                 run.residual(layers, _layer(stage.weight.mT, None), factor)
             elif isinstance(stage, AdditiveBlock):
-                run.additive(layers, stage.passive, stage.active, factor)
+                run.additive(layers, *_seen_by(stage), stage.active, factor)
             else:
-                run.affine(layers, stage.passive, stage.active, stage.shift, stage.clamp, inverse)
+                run.affine(layers, *_seen_by(stage), stage.active, stage.shift, stage.clamp, inverse)
         return run
 
 
-def _layers(conditioner: FusedConditioner) -> list[Any] | None:
-    """Its layers for the extension; None where it has one that the extension does not know."""
-    found = conditioner.linear_layers()
-    if not found or any(not isinstance(activation, nn.ReLU | None) for _, _, activation in found):
-        return None
+def _layers(stage: nn.Module) -> list[Any]:
+    """Of its conditioner, for the extension."""
+    if not hasattr(stage, "conditioner"):
+        return []
     return [
         _layer(linear.weight, linear.bias, relu=activation is not None, conditioned=conditioned)
-        for linear, conditioned, activation in found
+        for linear, conditioned, activation in stage.conditioner.linear_layers()
     ]
 
 
+def _seen_by(stage: AdditiveBlock | AffineBlock) -> tuple[Tensor, Tensor | None]:
+    """The channels that its conditioner sees, and what is added to them."""
+    shift = stage.conditioner.shift
+    return stage.passive, None if shift is None else shift.detach()
+
+
 def _layer(weight: Tensor, bias: Tensor | None, *, relu: bool = False, conditioned: bool = False) -> Any:
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return _core.PointwiseLayer(weight.detach().contiguous(), bias.detach(), relu, conditioned)
+    """Of a weight (outputs, inputs, *kernel)."""
+    weight, kernel = weight.detach(), (1, 1, *weight.shape[2:])[-2:]
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    return _core.Layer(weight.movedim(1, -1).flatten(1).contiguous(), bias, relu, conditioned, *kernel)

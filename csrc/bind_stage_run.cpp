@@ -1,0 +1,113 @@
+#include <algorithm>
+
+#include "bindings.hpp"
+#include "stage_run.hpp"
+
+#ifdef USF_PRODUCTS
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+#endif
+
+namespace usf {
+
+#ifdef USF_PRODUCTS
+
+// Shapes are those of the fused modules, which make them.
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bias = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Channels = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using State = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using LogDet = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Shares = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Layers = std::vector<Layer>;
+
+std::vector<float> values_of(const std::optional<Bias>& values) {
+    if (!values) return {};
+    return {values->data(), values->data() + values->shape(0)};
+}
+
+Half channels_of(const Channels& index, const StageRun& run) {
+    return Half(index.data(), static_cast<int>(index.shape(0)), run.channels());
+}
+
+void bind_stage_run(nb::module_& m) {
+    using namespace nb::literals;
+    nb::class_<Layer>(m, "Layer")
+        .def(
+            "__init__",
+            [](Layer* self, Matrix weight, Bias bias, bool relu, bool conditioned, int kernel_height,
+               int kernel_width) {
+                const int outputs = static_cast<int>(weight.shape(0)),
+                          inputs = static_cast<int>(weight.shape(1));
+                new (self) Layer{{weight.data(), bias.data(), outputs, inputs},
+                                 relu,
+                                 conditioned,
+                                 kernel_height,
+                                 kernel_width};
+            },
+            "weight"_a.noconvert(), "bias"_a.noconvert(), "relu"_a, "conditioned"_a, "kernel_height"_a,
+            "kernel_width"_a);
+    nb::class_<StageRun>(m, "StageRun")
+        .def(nb::init<int>(), "channels"_a)
+        .def(
+            "product", [](StageRun& run, const Layer& layer) { run.add(Product{layer.weights}); }, "layer"_a)
+        .def(
+            "residual",
+            [](StageRun& run, const Layers& layers, const Layer& last, float factor) {
+                run.add(Residual{{{}, layers}, last.weights, factor});
+            },
+            "layers"_a, "last"_a, "factor"_a)
+        .def(
+            "additive",
+            [](StageRun& run, const Layers& layers, Channels passive, std::optional<Bias> passive_shift,
+               Channels active, float factor) {
+                run.add(Additive{{channels_of(passive, run), layers, values_of(passive_shift)},
+                                 channels_of(active, run),
+                                 factor});
+            },
+            "layers"_a, "passive"_a.noconvert(), "passive_shift"_a.noconvert().none(), "active"_a.noconvert(),
+            "factor"_a)
+        .def(
+            "affine",
+            [](StageRun& run, const Layers& layers, Channels passive, std::optional<Bias> passive_shift,
+               Channels active, Bias shift, float clamp, bool inverse) {
+                run.add(Affine{{channels_of(passive, run), layers, values_of(passive_shift)},
+                               channels_of(active, run),
+                               values_of(shift),
+                               clamp,
+                               inverse});
+            },
+            "layers"_a, "passive"_a.noconvert(), "passive_shift"_a.noconvert().none(), "active"_a.noconvert(),
+            "shift"_a.noconvert(), "clamp"_a, "inverse"_a)
+        .def(
+            "reorder",
+            [](StageRun& run, Channels index, Bias scale, Bias bias) {
+                run.add(Reorder{
+                    {index.data(), index.data() + index.shape(0)}, values_of(scale), values_of(bias)});
+            },
+            "index"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert())
+        .def(
+            "run",
+            [](const StageRun& run, Matrix rows, State state, std::int64_t height, std::int64_t width,
+               const std::vector<Shares>& shares, std::optional<LogDet> log_det, int threads) {
+                std::vector<Condition> conditions;
+                for (const Shares& share : shares)
+                    conditions.push_back({share.data(), static_cast<std::int64_t>(share.shape(0)),
+                                          static_cast<int>(share.shape(2))});
+                nb::gil_scoped_release unlocked;
+                const auto count = static_cast<std::int64_t>(rows.shape(0));
+                const Maps maps{count / std::max<std::int64_t>(height * width, 1), height, width};
+                run.run(rows.data(), state.data(), maps, conditions, log_det ? log_det->data() : nullptr,
+                        threads);
+            },
+            "rows"_a.noconvert(), "state"_a.noconvert(), "height"_a, "width"_a, "shares"_a,
+            "log_det"_a.noconvert().none(), "threads"_a);
+}
+
+#else
+
+void bind_stage_run(nb::module_&) {}
+
+#endif
+
+}  // namespace usf

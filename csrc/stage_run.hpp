@@ -1,0 +1,279 @@
+// Stages of a fused flow one after the other. Those that treat every row alone pass a stretch of rows through
+// all of them while it is in the cache, so that the state goes through memory once; where a conditioner looks
+// at neighbours, its layers are computed one after the other on all rows.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "stages.hpp"
+#include "team.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+class StageRun {
+public:
+    explicit StageRun(int channels) : channels_(channels) {}
+
+    void add(Stage stage) {
+        int conditions = 0;
+        if (const Conditioner* conditioner = conditioner_of(stage)) {
+            if (conditioner->passive) widest_ = std::max(widest_, conditioner->passive->size());
+            for (const Layer& layer : conditioner->layers) {
+                widest_ = std::max(widest_, layer.weights.outputs());
+                conditions += layer.conditioned;
+            }
+        }
+        stages_.push_back({std::move(stage), conditions_});
+        conditions_ += conditions;
+    }
+    int channels() const { return channels_; }
+
+    // From rows to state, [maps.rows(), channels] both, which may be the same. `conditions` are those of the
+    // conditioned layers, in order. Adds the log-det of every row to log_det, which may be null where no
+    // stage is affine.
+    void run(const float* from, float* state, const Maps& maps, const std::vector<Condition>& conditions,
+             float* log_det, int threads) const {
+        const Call call{state, log_det, maps, conditions.data(), threads};
+        for (auto stage = stages_.begin(); stage != stages_.end();) {
+            auto next = stage;
+            while (next != stages_.end() && is_pointwise(next->stage)) ++next;
+            if (next == stage) {
+                if (from != state) copy(from, call);
+                look_around(*next++, call);
+            } else {
+                pass_together(from, stage, next, call);
+            }
+            from = state;
+            stage = next;
+        }
+        if (from != state) copy(from, call);
+    }
+
+private:
+    struct Step {
+        Stage stage;
+        int first_condition;
+    };
+    struct Call {
+        float* state;
+        float* log_det;
+        Maps maps;
+        const Condition* conditions;
+        int threads;
+    };
+    // Of a thread, kept from call to call: fresh memory costs more than what is done with it.
+    struct Scratch {
+        Floats outputs[2];
+        Floats zeros;
+        std::vector<float> affine, log_det;
+        std::vector<const float*> pointers, condition;
+    };
+    static Scratch& scratch_of_thread() {
+        static thread_local Scratch scratch;
+        return scratch;
+    }
+    // Some rows, and where they lie among all.
+    struct Stretch {
+        const Call& call;
+        std::int64_t first;
+        int rows;
+        Scratch& scratch;
+    };
+
+    // Calls body for stretches of rows that stay in the second cache with `floats` numbers to each, equally
+    // many for each thread, and whole tiles.
+    template <class Body>
+    void for_stretches(const Call& call, std::int64_t floats, Body&& body) const {
+        constexpr std::int64_t cache = 384 << 8, least = 48, tile = 12;
+        const std::int64_t rows = call.maps.rows(), most = std::max(least, cache / floats);
+        std::int64_t count = (rows + most - 1) / most;
+        count = std::max<std::int64_t>(1, (count + call.threads - 1) / call.threads * call.threads);
+        const std::int64_t length = ((rows + count - 1) / count + tile - 1) / tile * tile;
+        if (rows == 0) return;
+        team_for((rows + length - 1) / length, call.threads, [&](std::int64_t i) {
+            const std::int64_t first = i * length;
+            body(Stretch{call, first, static_cast<int>(std::min(length, rows - first)), scratch_of_thread()});
+        });
+    }
+
+    void copy(const float* from, const Call& call) const {
+        for_stretches(call, 2 * channels_, [&](const Stretch& on) {
+            std::copy_n(from + on.first * channels_, std::int64_t{on.rows} * channels_, state(on));
+        });
+    }
+
+    template <class Iterator>
+    void pass_together(const float* from, Iterator begin, Iterator end, const Call& call) const {
+        for_stretches(call, channels_ + 2 * widest_, [&](const Stretch& on) {
+            if (from != call.state)
+                std::copy_n(from + on.first * channels_, std::int64_t{on.rows} * channels_, state(on));
+            for (auto step = begin; step != end; ++step)
+                std::visit([&](const auto& stage) { pass(stage, step->first_condition, on); }, step->stage);
+        });
+    }
+
+    // One stage whose conditioner looks at neighbours.
+    void look_around(const Step& step, const Call& call) const {
+        static thread_local Floats memory[3];
+        const Conditioner& conditioner = *conditioner_of(step.stage);
+        const std::int64_t rows = call.maps.rows();
+        Inputs in{call.state, channels_};
+        if (conditioner.passive) {
+            const int size = conditioner.passive->size();
+            float* const passive = memory[2].at_least(rows * size);
+            for_stretches(call, channels_ + size, [&](const Stretch& on) {
+                take_passive(conditioner, state(on), on.rows, passive + on.first * size);
+            });
+            in = {passive, size};
+        }
+        int condition = step.first_condition;
+        // The last layer's outputs of a coupling are used up at once. Not those of a residual block: they
+        // change what its first layer still has to see.
+        const std::size_t all = conditioner.layers.size();
+        const std::size_t whole = all - !std::holds_alternative<Residual>(step.stage);
+        for (std::size_t i = 0; i < whole; ++i) {
+            const Layer& layer = conditioner.layers[i];
+            const int width = layer.weights.outputs();
+            float* const out = memory[i % 2].at_least(rows * width);
+            for_stretches(call, in.stride + width, [&](const Stretch& on) {
+                apply(layer, in, on, out + on.first * width, condition);
+            });
+            in = {out, width};
+            condition += layer.conditioned;
+        }
+        const Layer* const last = whole < all ? &conditioner.layers.back() : nullptr;
+        const std::int64_t width = last ? last->weights.outputs() : in.stride;
+        for_stretches(call, in.stride + width + channels_, [&](const Stretch& on) {
+            Inputs outputs{in.data + on.first * in.stride, in.stride};
+            if (last) {
+                float* const out = on.scratch.outputs[0].at_least(width * on.rows);
+                apply(*last, in, on, out, condition);
+                outputs = {out, static_cast<std::ptrdiff_t>(width)};
+            }
+            std::visit(
+                [&](const auto& stage) {
+                    if constexpr (requires { stage.conditioner; }) update(stage, outputs, on);
+                },
+                step.stage);
+        });
+    }
+
+    // A layer's outputs of a stretch, where `all` are the inputs of all rows.
+    void apply(const Layer& layer, const Inputs& all, const Stretch& on, float* out, int condition) const {
+        const int width = layer.weights.outputs();
+        const Store store{out, width, layer.weights.bias(), layer.relu,
+                          layer.conditioned ? rows_of_condition(condition, on) : nullptr};
+        if (layer.taps() > 1)
+            multiply(neighbours(layer, all, on), on.rows, layer.weights, store);
+        else
+            multiply(Inputs{all.data + on.first * all.stride, all.stride}, on.rows, layer.weights, store);
+    }
+
+    static Neighbours neighbours(const Layer& layer, const Inputs& all, const Stretch& on) {
+        const auto [images, height, width] = on.call.maps;
+        const int channels = layer.weights.inputs() / layer.taps();
+        float* const zeros = on.scratch.zeros.at_least(channels);
+        std::fill_n(zeros, channels, 0.0f);
+        std::vector<const float*>& pointers = on.scratch.pointers;
+        pointers.resize(static_cast<std::size_t>(layer.taps()) * on.rows);
+        const std::int64_t above = layer.kernel_height / 2, left = layer.kernel_width / 2;
+        for (int r = 0; r < on.rows; ++r) {
+            const std::int64_t row = on.first + r, y = row / width % height, x = row % width;
+            const float** pointer = pointers.data() + r;
+            for (std::int64_t dy = -above; dy < layer.kernel_height - above; ++dy) {
+                const bool inside = y + dy >= 0 && y + dy < height;
+                for (std::int64_t dx = -left; dx < layer.kernel_width - left; ++dx, pointer += on.rows)
+                    *pointer = inside && x + dx >= 0 && x + dx < width
+                                   ? all.data + (row + dy * width + dx) * all.stride
+                                   : zeros;
+            }
+        }
+        return {pointers.data(), on.rows, layer.taps()};
+    }
+
+    static const float* const* rows_of_condition(int index, const Stretch& on) {
+        const Condition& condition = on.call.conditions[index];
+        const std::int64_t positions = on.call.maps.positions();
+        on.scratch.condition.resize(on.rows);
+        for (int r = 0; r < on.rows; ++r) {
+            const std::int64_t row = on.first + r;
+            on.scratch.condition[r] =
+                condition.data + (condition.images == 1 ? row % positions : row) * condition.width;
+        }
+        return on.scratch.condition.data();
+    }
+
+    float* state(const Stretch& on) const { return on.call.state + on.first * channels_; }
+
+    // A pointwise conditioner's outputs of a stretch.
+    Inputs outputs(const Conditioner& conditioner, int condition, const Stretch& on) const {
+        Inputs in{state(on), channels_};
+        int next = 0;
+        if (conditioner.passive) {
+            const int size = conditioner.passive->size();
+            float* const passive =
+                on.scratch.outputs[next].at_least(static_cast<std::size_t>(size) * on.rows);
+            take_passive(conditioner, state(on), on.rows, passive);
+            in = {passive, size};
+            next = 1 - next;
+        }
+        for (const Layer& layer : conditioner.layers) {
+            const int width = layer.weights.outputs();
+            float* const out = on.scratch.outputs[next].at_least(static_cast<std::size_t>(width) * on.rows);
+            multiply(in, on.rows, layer.weights,
+                     Store{out, width, layer.weights.bias(), layer.relu,
+                           layer.conditioned ? rows_of_condition(condition++, on) : nullptr});
+            in = {out, width};
+            next = 1 - next;
+        }
+        return in;
+    }
+
+    void pass(const Product& stage, int, const Stretch& on) const {
+        const std::int64_t numbers = std::int64_t{on.rows} * channels_;
+        float* const out = on.scratch.outputs[0].at_least(numbers);
+        multiply(Inputs{state(on), channels_}, on.rows, stage.weights,
+                 Store{out, channels_, stage.weights.bias(), false, nullptr});
+        std::copy_n(out, numbers, state(on));
+    }
+    void pass(const Reorder& stage, int, const Stretch& on) const {
+        float* const before = on.scratch.outputs[0].at_least(channels_);
+        for (int r = 0; r < on.rows; ++r) {
+            float* const row = state(on) + static_cast<std::ptrdiff_t>(r) * channels_;
+            std::copy_n(row, channels_, before);
+            for (int j = 0; j < channels_; ++j)
+                row[j] = stage.scale[j] * before[stage.index[j]] + stage.bias[j];
+        }
+    }
+    template <class Coupling>
+    void pass(const Coupling& stage, int condition, const Stretch& on) const {
+        update(stage, outputs(stage.conditioner, condition, on), on);
+    }
+
+    void update(const Residual& stage, const Inputs& hidden, const Stretch& on) const {
+        multiply(hidden, on.rows, stage.weights, Add{state(on), channels_, stage.factor});
+    }
+    void update(const Additive& stage, const Inputs& shift, const Stretch& on) const {
+        stage.active.add(shift.data, shift.stride, stage.factor, on.rows, state(on));
+    }
+    void update(const Affine& stage, const Inputs& outputs, const Stretch& on) const {
+        std::vector<float>& log_det = on.scratch.log_det;
+        log_det.resize(on.rows);
+        affine_stretch(state(on), on.rows, stage.active, outputs.data, outputs.stride, stage.shift.data(),
+                       stage.clamp, stage.inverse, log_det.data(), on.scratch.affine);
+        for (int r = 0; r < on.rows; ++r) on.call.log_det[on.first + r] += log_det[r];
+    }
+
+    int channels_;
+    int widest_ = 1;
+    int conditions_ = 0;
+    std::vector<Step> stages_;
+};
+
+}  // namespace usf
+#endif

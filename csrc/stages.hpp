@@ -1,0 +1,113 @@
+// What the stages of a fused flow do to its state, rows [images * height * width, channels].
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "product.hpp"
+#include "rows.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// A linear layer or a convolution (stride 1, padded with zeros to the same size), its activation behind it.
+struct Layer {
+    Weights weights;  // of a convolution [outputs, taps * inputs]
+    bool relu;
+    bool conditioned;  // a condition's share is added in front of the activation
+    int kernel_height = 1, kernel_width = 1;
+
+    int taps() const { return kernel_height * kernel_width; }
+};
+
+// Layers, and what they see of the state: the channels of `passive` plus a shift, or all of them.
+struct Conditioner {
+    std::optional<Half> passive;
+    std::vector<Layer> layers;
+    std::vector<float> shift = {};  // of the passive channels; empty for none
+
+    bool pointwise() const {
+        for (const Layer& layer : layers)
+            if (layer.taps() > 1) return false;
+        return true;
+    }
+};
+
+// state = state @ weights.T + bias
+struct Product {
+    Weights weights;
+};
+// state[j] = scale[j] * state[index[j]] + bias[j]
+struct Reorder {
+    std::vector<std::int32_t> index;
+    std::vector<float> scale, bias;
+};
+// state += factor * f(state) @ weights.T, without their bias
+struct Residual {
+    Conditioner conditioner;
+    Weights weights;
+    float factor;
+};
+// state[active] += factor * f(state[passive])
+struct Additive {
+    Conditioner conditioner;
+    Half active;
+    float factor;
+};
+// `affine` of the active half
+struct Affine {
+    Conditioner conditioner;
+    Half active;
+    std::vector<float> shift;
+    float clamp;
+    bool inverse;
+};
+using Stage = std::variant<Product, Reorder, Residual, Additive, Affine>;
+
+// What a conditioner with passive channels sees of some rows, [rows, passive channels].
+inline void take_passive(const Conditioner& conditioner, const float* state, int rows, float* to) {
+    const int size = conditioner.passive->size();
+    conditioner.passive->take(state, rows, to, size);
+    if (conditioner.shift.empty()) return;
+    for (int r = 0; r < rows; ++r, to += size)
+        for (int j = 0; j < size; ++j) to[j] += conditioner.shift[j];
+}
+
+// Null for stages that have none.
+inline const Conditioner* conditioner_of(const Stage& stage) {
+    return std::visit(
+        [](const auto& s) -> const Conditioner* {
+            if constexpr (requires { s.conditioner; })
+                return &s.conditioner;
+            else
+                return nullptr;
+        },
+        stage);
+}
+
+inline bool is_pointwise(const Stage& stage) {
+    const Conditioner* const conditioner = conditioner_of(stage);
+    return !conditioner || conditioner->pointwise();
+}
+
+// The maps that the rows make up.
+struct Maps {
+    std::int64_t images, height, width;
+
+    std::int64_t positions() const { return height * width; }
+    std::int64_t rows() const { return images * positions(); }
+};
+
+// What a conditioned layer adds: rows [images, positions, width], one image's for all if `images` is 1.
+struct Condition {
+    const float* data;
+    std::int64_t images;
+    int width;
+};
+
+}  // namespace usf
+#endif

@@ -1,0 +1,217 @@
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "stage_run.hpp"
+
+#ifdef USF_PRODUCTS
+
+using namespace usf;
+
+namespace {
+
+int failures = 0;
+
+void that(bool holds, const char* what, int line) {
+    if (holds) return;
+    std::printf("line %d: %s\n", line, what);
+    ++failures;
+}
+#define CHECK(condition) that(condition, #condition, __LINE__)
+
+std::mt19937 random_bits(0);
+
+std::vector<float> noise(std::size_t size, float scale = 1) {
+    std::normal_distribution<float> normal(0, scale);
+    std::vector<float> values(size);
+    for (float& value : values) value = normal(random_bits);
+    return values;
+}
+
+using Wide = std::vector<double>;  // rows in float64
+
+// A layer in C++ and, as written in a textbook, in float64.
+struct Plain {
+    int inputs, outputs, kernel_height, kernel_width;
+    bool relu;
+    std::vector<float> matrix, bias;
+
+    Plain(int in, int out, bool with_relu, int kh = 1, int kw = 1)
+        : inputs(in),
+          outputs(out),
+          kernel_height(kh),
+          kernel_width(kw),
+          relu(with_relu),
+          matrix(noise(std::size_t(in) * out * kh * kw, 0.5f / std::sqrt(float(in * kh * kw)))),
+          bias(noise(out, 0.3f)) {}
+
+    Layer made(bool conditioned = false) const {
+        const int taps = kernel_height * kernel_width;
+        return {Weights(matrix.data(), bias.data(), outputs, taps * inputs), relu, conditioned, kernel_height,
+                kernel_width};
+    }
+    Wide of(const Wide& x, const Maps& maps, const Condition* condition = nullptr) const {
+        Wide y(maps.rows() * outputs);
+        for (std::int64_t row = 0; row < maps.rows(); ++row) {
+            const std::int64_t at_y = row / maps.width % maps.height, at_x = row % maps.width;
+            for (int o = 0; o < outputs; ++o) {
+                double total = bias[o];
+                if (condition) {
+                    const std::int64_t from = condition->images == 1 ? row % maps.positions() : row;
+                    total += condition->data[from * outputs + o];
+                }
+                const float* weight =
+                    matrix.data() + std::ptrdiff_t(o) * kernel_height * kernel_width * inputs;
+                for (int ky = 0; ky < kernel_height; ++ky) {
+                    for (int kx = 0; kx < kernel_width; ++kx, weight += inputs) {
+                        const std::int64_t dy = ky - kernel_height / 2, dx = kx - kernel_width / 2;
+                        if (at_y + dy < 0 || at_y + dy >= maps.height) continue;
+                        if (at_x + dx < 0 || at_x + dx >= maps.width) continue;
+                        const double* from = x.data() + (row + dy * maps.width + dx) * inputs;
+                        for (int i = 0; i < inputs; ++i) total += weight[i] * from[i];
+                    }
+                }
+                y[row * outputs + o] = relu ? std::max(total, 0.0) : total;
+            }
+        }
+        return y;
+    }
+};
+
+Wide columns(const Wide& x, const std::vector<std::int64_t>& index, int channels) {
+    Wide y;
+    for (std::size_t row = 0; row < x.size(); row += channels)
+        for (const std::int64_t i : index) y.push_back(x[row + i]);
+    return y;
+}
+
+struct Case {
+    Maps maps;
+    std::int64_t condition_images;
+    int channels, hidden;
+    int kernel_height, kernel_width;  // of both layers of the affine coupling, and of the residual block
+};
+
+// All kinds of stages, forward; then undone by a run of their inverses.
+void test(const Case& c) {
+    const std::int64_t rows = c.maps.rows();
+    const int channels = c.channels, split = channels / 2, n = channels - split;
+    std::vector<std::int64_t> order(channels);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), random_bits);
+    std::vector<std::int64_t> passive(order.begin(), order.begin() + split),
+        active(order.begin() + split, order.end());
+    std::sort(passive.begin(), passive.end());
+    std::sort(active.begin(), active.end());
+    const Half passive_half(passive.data(), split, channels), active_half(active.data(), n, channels);
+
+    const Plain first(split, c.hidden, true), shift(c.hidden, n, false);
+    const Plain wide(split, c.hidden, true, c.kernel_height, c.kernel_width);
+    const Plain both(c.hidden, 2 * n, false, c.kernel_height, c.kernel_width);
+    const std::vector<float> offset = noise(n);
+    const std::vector<float> share = noise(c.condition_images * c.maps.positions() * c.hidden);
+    constexpr float clamp = 1.9f;
+    const Conditioner additive{passive_half, {first.made(true), shift.made()}};
+    const std::vector<float> seen_shift = noise(split);
+    const Conditioner affine{passive_half, {wide.made(true), both.made()}, seen_shift};
+    const Condition condition{share.data(), c.condition_images, c.hidden};
+    const std::vector<Condition> conditions(2, condition);
+
+    StageRun forward(channels), inverse(channels);
+    forward.add(Affine{affine, active_half, offset, clamp, false});
+    forward.add(Additive{additive, active_half, 1});
+    inverse.add(Additive{additive, active_half, -1});
+    inverse.add(Affine{affine, active_half, offset, clamp, true});
+
+    const std::vector<float> before = noise(rows * channels);
+    std::vector<float> state(before.size()), log_det(rows, 0.5f);
+    forward.run(before.data(), state.data(), c.maps, conditions, log_det.data(), 1);
+
+    Wide x(before.begin(), before.end());
+    Wide seen = columns(x, passive, channels);
+    for (std::size_t i = 0; i < seen.size(); ++i) seen[i] += seen_shift[i % split];
+    const Wide pairs = both.of(wide.of(seen, c.maps, &condition), c.maps);
+    const Wide shifts = shift.of(first.of(columns(x, passive, channels), c.maps, &condition), c.maps);
+    for (std::int64_t r = 0; r < rows; ++r) {
+        double total = 0.5;
+        for (int j = 0; j < n; ++j) {
+            double& value = x[r * channels + active[j]];
+            const double s = clamp * std::tanh(pairs[r * 2 * n + j]);
+            value = (value + offset[j]) * std::exp(s) + pairs[r * 2 * n + n + j] + shifts[r * n + j];
+            total += s;
+        }
+        CHECK(std::abs(log_det[r] - total) <= 1e-5 * (1 + n));
+    }
+    for (std::size_t i = 0; i < x.size(); ++i)
+        CHECK(std::abs(state[i] - x[i]) <= 2e-5 * (1 + std::abs(x[i])));
+
+    std::vector<float> again = before, log_det_again(rows, 0.5f);
+    forward.run(again.data(), again.data(), c.maps, conditions, log_det_again.data(), 3);
+    CHECK(again == state);
+    CHECK(log_det_again == log_det);
+    inverse.run(state.data(), state.data(), c.maps, conditions, log_det.data(), 1);
+    for (std::size_t i = 0; i < state.size(); ++i)
+        CHECK(std::abs(state[i] - before[i]) <= 1e-3 * (1 + std::abs(before[i])));
+    for (const float value : log_det) CHECK(std::abs(value - 0.5f) <= 1e-5f);
+}
+
+// A product, a residual block that sees all channels, another order.
+void test_residual(const Case& c) {
+    const int channels = c.channels;
+    const Plain map(channels, channels, false),
+        enter(channels, c.hidden, true, c.kernel_height, c.kernel_width), leave(c.hidden, channels, false);
+    StageRun run(channels);
+    run.add(Product{map.made().weights});
+    run.add(Residual{{{}, {enter.made()}}, leave.made().weights, -1});
+    std::vector<std::int32_t> index(channels);
+    std::iota(index.begin(), index.end(), 0);
+    std::shuffle(index.begin(), index.end(), random_bits);
+    const std::vector<float> scale = noise(channels), bias = noise(channels);
+    run.add(Reorder{index, scale, bias});
+    const std::vector<float> before = noise(c.maps.rows() * channels);
+    std::vector<float> state = before;
+    run.run(state.data(), state.data(), c.maps, {}, nullptr, 2);
+
+    const Wide mapped = map.of({before.begin(), before.end()}, c.maps);
+    const Wide left = leave.of(enter.of(mapped, c.maps), c.maps);
+    for (std::int64_t r = 0; r < c.maps.rows(); ++r) {
+        for (int j = 0; j < channels; ++j) {
+            const std::int64_t from =
+                r * channels + index[j];  // the last layer's bias is not for residual blocks
+            const double expected = scale[j] * (mapped[from] - (left[from] - leave.bias[index[j]])) + bias[j];
+            CHECK(std::abs(state[r * channels + j] - expected) <= 2e-5 * (1 + std::abs(expected)));
+        }
+    }
+}
+
+// With no stages at all.
+void test_nothing_to_do() {
+    const std::vector<float> before = noise(7 * 3);
+    std::vector<float> state(before.size());
+    StageRun(3).run(before.data(), state.data(), {1, 1, 7}, {}, nullptr, 2);
+    CHECK(state == before);
+}
+
+}  // namespace
+
+int main() {
+    const std::vector<Case> cases = {
+        {{1, 1, 1}, 1, 8, 5, 1, 1},     {{3, 5, 10}, 1, 7, 12, 1, 1}, {{2, 7, 43}, 2, 33, 40, 1, 1},
+        {{5, 10, 10}, 1, 64, 64, 1, 1}, {{4, 1, 7}, 4, 2, 3, 1, 1},   {{0, 2, 2}, 1, 16, 16, 1, 1},
+        {{2, 9, 11}, 1, 10, 17, 3, 3},  {{1, 1, 1}, 1, 6, 4, 3, 3},   {{3, 2, 20}, 3, 7, 16, 3, 3},
+        {{2, 1, 30}, 1, 5, 6, 1, 5},    {{1, 6, 1}, 1, 4, 4, 5, 3},   {{0, 3, 3}, 1, 4, 4, 3, 3},
+        {{1, 40, 40}, 1, 32, 32, 3, 3},
+    };
+    for (const Case& c : cases) {
+        test(c);
+        test_residual(c);
+    }
+    test_nothing_to_do();
+    return failures != 0;
+}
+
+#else
+int main() {}
+#endif
