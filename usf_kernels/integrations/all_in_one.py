@@ -15,7 +15,8 @@ from usf_kernels.integrations.couplings import may_overwrite, scale_and_shift
 from usf_kernels.integrations.faster import Faster
 from usf_kernels.nn import AffineCoupling
 from usf_kernels.nn.folding import WIDE, Coupling, LinearMap
-from usf_kernels.nn.fused import FusedFlow, fuse_parts
+from usf_kernels.nn.fused import FusedFlow
+from usf_kernels.nn.fusing import fuse_parts
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import count_positions
 from usf_kernels.ops.matrices import apply_matrix

@@ -10,7 +10,8 @@ from FrEIA.framework import GraphINN
 from torch import Tensor
 
 from usf_kernels.integrations.faster import Faster
-from usf_kernels.nn.fused import FusedFlow, fuse_parts
+from usf_kernels.nn.fused import FusedFlow
+from usf_kernels.nn.fusing import fuse_parts
 
 
 class FastGraphINN(Faster, GraphINN):

@@ -18,7 +18,7 @@ from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
 from usf_kernels.nn import ActNorm, FlowSequence, LUConv1x1
 from usf_kernels.nn.folding import LinearMap, parts
-from usf_kernels.nn.fused import fuse_parts
+from usf_kernels.nn.fusing import fuse_parts
 
 
 class UFlow(FeatureFlow):

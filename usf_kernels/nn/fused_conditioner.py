@@ -8,21 +8,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.nn.conditioner_layers import ELEMENTWISE, flat, is_linear, keeps_size, linear
 from usf_kernels.nn.folding import WIDE, LinearMap
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-ELEMENTWISE = (
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.Softplus,
-    nn.Hardswish,
-)
-NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
 
 
 def to_maps(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -105,9 +92,9 @@ class FusedConditioner(nn.Module):
         give_last: bool = False,
     ) -> None:
         super().__init__()
-        layers = list(_flat(deepcopy(subnet).to("cpu", WIDE).eval()))
+        layers = list(flat(deepcopy(subnet).to("cpu", WIDE).eval()))
         condition, size = None, len(layers)
-        if cond_channels > 0 and layers and _is_linear(layers[0]):
+        if cond_channels > 0 and layers and is_linear(layers[0]):
             condition = _split_condition(layers[0], cond_channels)
         elif cond_channels > 0:
             layers = [_OnMaps(layers[0] if layers else nn.Identity(), concatenates=True), *layers[1:]]
@@ -136,7 +123,7 @@ class FusedConditioner(nn.Module):
         for layer in list(self._simple_layers())[0 if self.shift is None else 1 :]:
             conditioned = isinstance(layer, _Conditioned)
             linear = layer.layer if conditioned else layer
-            if isinstance(linear, nn.Linear) or _keeps_size(linear):
+            if isinstance(linear, nn.Linear) or keeps_size(linear):
                 found.append((linear, conditioned, None))
             elif isinstance(linear, ELEMENTWISE) and found and found[-1][2] is None:
                 found[-1] = (*found[-1][:2], linear)
@@ -179,75 +166,21 @@ class FusedConditioner(nn.Module):
         return rows
 
 
-def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of nested nn.Sequentials, pointwise convolutions as nn.Linear, without what does nothing."""
-    if type(module) is nn.Sequential and not _hooked(module):
-        for child in module:
-            yield from _flat(child)
-    elif isinstance(module, NOTHING):
-        return
-    elif _is_linear(module) and isinstance(module, CONVOLUTIONS) and _is_pointwise(module):
-        yield _linear(module.weight.flatten(1), module.bias)
-    else:
-        if isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish)):
-            module.inplace = True  # its input is a layer's output, which nobody else sees
-        yield module
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Weight normalisation and its like: what the weights are is decided when the module is called."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if type(module) is nn.Linear:
-        return not _hooked(module)
-    return (
-        type(module) in CONVOLUTIONS
-        and not _hooked(module)
-        and module.groups == 1
-        and (module.padding_mode == "zeros" or _is_pointwise(module))
-    )
-
-
-def _is_pointwise(conv: nn.Module) -> bool:
-    once = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
-    return once and (isinstance(conv.padding, str) or not any(conv.padding))
-
-
-def _keeps_size(module: nn.Module) -> bool:
-    """Whether it is a convolution of one or two dimensions that gives maps of the same size."""
-    if not isinstance(module, nn.Conv1d | nn.Conv2d) or not _is_linear(module):
-        return False
-    odd = all(size % 2 == 1 for size in module.kernel_size)
-    once = all(step == 1 for step in (*module.stride, *module.dilation))
-    same = module.padding == "same" or module.padding == tuple(size // 2 for size in module.kernel_size)
-    return odd and once and same
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(1, 1, dtype=weight.dtype)
-    layer.weight = nn.Parameter(weight.detach())
-    layer.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach())
-    layer.out_features, layer.in_features = weight.shape
-    return layer
-
-
 def _matrix_layer(linear_map: LinearMap) -> nn.Linear:
-    return _linear(linear_map.matrix, linear_map.bias)
+    return linear(linear_map.matrix, linear_map.bias)
 
 
 def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
     """`enter` in front, inside the first layer where that costs nothing."""
     if enter.is_identity:
         return layers
-    if not layers or not _is_linear(layers[0]):
+    if not layers or not is_linear(layers[0]):
         return [_matrix_layer(enter), *layers]
     first, rest = layers[0], layers[1:]
     if isinstance(first, nn.Linear) and _pays(first.weight, enter.matrix):
         bias = first.weight @ enter.bias
         bias = bias if first.bias is None else bias + first.bias
-        return [_linear(enter.in_front_of(first.weight.detach()), bias), *rest]
+        return [linear(enter.in_front_of(first.weight.detach()), bias), *rest]
     if isinstance(first, nn.Linear) or enter.selection is None:
         return [_matrix_layer(enter), *layers]
     # A convolution pads with zeros what is behind the map, so a bias stays in front of it.
@@ -259,10 +192,10 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
 
 def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> list[nn.Module]:
     """`leave` behind, inside the last layer where that costs nothing, but as nn.Linear if `as_matrix`."""
-    last = layers[-1] if layers and _is_linear(layers[-1]) else None
+    last = layers[-1] if layers and is_linear(layers[-1]) else None
     bias = leave.bias if last is None or last.bias is None else leave.matrix @ last.bias + leave.bias
     if isinstance(last, nn.Linear) and _pays(leave.matrix, last.weight):
-        return [*layers[:-1], _linear(leave.behind(last.weight.detach()), bias)]
+        return [*layers[:-1], linear(leave.behind(last.weight.detach()), bias)]
     convolves = last is not None and not isinstance(last, nn.Linear)
     if convolves and leave.selection is not None and not as_matrix:
         last.weight = nn.Parameter(torch.einsum("jo,oi...->ji...", leave.matrix, last.weight))

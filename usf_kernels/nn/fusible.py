@@ -17,7 +17,7 @@ class Fusible:
         """The inference form: the same results up to rounding, in fewer passes over memory.
 
         All linear maps between two conditioners become one matrix, or one index where they only reorder and
-        scale; see `usf_kernels.nn.fused.fuse_flow`. The module itself stays as it is, and what happens to it
+        scale; see `usf_kernels.nn.fusing.fuse_flow`. The module itself stays as it is, and what happens to it
         later does not reach its inference form.
 
         Args:
@@ -30,6 +30,6 @@ class Fusible:
             TypeError: a dtype that is not floating; a module in here that is not one of this package's.
             ValueError: an empty sequence.
         """
-        from usf_kernels.nn.fused import fuse_flow  # it imports all the flow modules
+        from usf_kernels.nn.fusing import fuse_flow  # it imports all the flow modules
 
         return fuse_flow(self, dtype)

@@ -75,6 +75,13 @@ class StageRun(nn.Module):
         return self.__dict__ | {"_extension": None}  # made again from the weights
 
 
+def blocks_of(stage: nn.Module) -> Sequence[nn.Module]:
+    """Those of a stage or a run that have a conditioner."""
+    if isinstance(stage, StageRun):
+        return stage.blocks
+    return [stage] if hasattr(stage, "conditioner") else []
+
+
 def joins(stage: nn.Module) -> bool:
     """Whether a stage may be part of a run: what the extension knows, and what treats every row alone."""
     if isinstance(stage, Product | Reorder):

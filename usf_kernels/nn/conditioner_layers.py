@@ -1,0 +1,78 @@
+"""The layers of conditioners that `fuse()` understands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ELEMENTWISE = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Hardswish,
+)
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
+
+
+def flat(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of nested nn.Sequentials, pointwise convolutions as nn.Linear, without what does nothing."""
+    if type(module) is nn.Sequential and not hooked(module):
+        for child in module:
+            yield from flat(child)
+    elif isinstance(module, NOTHING):
+        return
+    elif is_linear(module) and isinstance(module, CONVOLUTIONS) and is_pointwise(module):
+        yield linear(module.weight.flatten(1), module.bias)
+    else:
+        if isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish)):
+            module.inplace = True  # its input is a layer's output, which nobody else sees
+        yield module
+
+
+def hooked(module: nn.Module) -> bool:
+    """Weight normalisation and its like: what the weights are is decided when the module is called."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is nn.Linear or a convolution that is linear, but for its bias, in what it is given."""
+    if type(module) is nn.Linear:
+        return not hooked(module)
+    return (
+        type(module) in CONVOLUTIONS
+        and not hooked(module)
+        and module.groups == 1
+        and (module.padding_mode == "zeros" or is_pointwise(module))
+    )
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether a convolution looks at one position at a time, and at every one."""
+    once = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
+    return once and (isinstance(conv.padding, str) or not any(conv.padding))
+
+
+def keeps_size(module: nn.Module) -> bool:
+    """Whether it is a convolution of one or two dimensions that gives maps of the same size."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or not is_linear(module):
+        return False
+    odd = all(size % 2 == 1 for size in module.kernel_size)
+    once = all(step == 1 for step in (*module.stride, *module.dilation))
+    same = module.padding == "same" or module.padding == tuple(size // 2 for size in module.kernel_size)
+    return odd and once and same
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """nn.Linear with these; zeros for no bias."""
+    layer = nn.Linear(1, 1, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.detach())
+    layer.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach())
+    layer.out_features, layer.in_features = weight.shape
+    return layer
