@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from usf_kernels.ops import eager, reference
+from usf_kernels.ops.matrices import factors_pay
 from usf_kernels.ops.step import coupling_lu, coupling_step
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -76,7 +77,7 @@ def test_matrix_step_is_the_plain_one(shape, clamp):
         options = {"split": split, "clamp": clamp}
         actual = coupling_lu(*inputs, **options)
         expected = plain_lu(*inputs, **options)
-        assert "MatrixStep" in type(actual[0].grad_fn).__name__
+        assert ("MatrixStep" in type(actual[0].grad_fn).__name__) != factors_pay(x, shape[1])
         for a, e in zip(actual, expected, strict=True):
             assert max_error(a, e) < 1e-12
         for a, e in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):

@@ -7,7 +7,7 @@ from helpers import DTYPES, SHAPES, assert_within_budget, jacobian_log_det, layo
 from hypothesis import given
 from torch.autograd import gradcheck, gradgradcheck
 
-from usf_kernels.ops import lu_conv1x1, lu_log_det
+from usf_kernels.ops import lu_conv1x1, lu_log_det, matrices
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -163,3 +163,23 @@ def test_errors():
         lu_log_det(eye, -1)
     with pytest.raises(TypeError, match="positions: expected an int, found float"):
         lu_log_det(eye, 1.0)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 6, 40])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_factor_after_factor_and_their_product_agree(monkeypatch, positions, with_bias):
+    """With fewer positions than channels, the factors are applied one after the other."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 12, positions // 2 or 1), *(torch.randn(12, 12) for _ in range(2))]
+    inputs += [torch.randn(12)] if with_bias else []
+    inputs = [t.double().requires_grad_() for t in inputs]
+
+    def run():
+        y = lu_conv1x1(*inputs)
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+    found = run()
+    assert matrices.factors_pay(inputs[0], 12) == (2 * (positions // 2 or 1) < 12)
+    monkeypatch.setattr(matrices, "factors_pay", lambda x, channels: False)
+    for a, e in zip(found, run(), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)

@@ -50,6 +50,21 @@ def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:
         return torch.addmm(upper, torch.tril(lower, -1), upper)
 
 
+def factors_pay(x: Tensor, channels: int) -> bool:
+    """Whether U and then L take fewer multiplications than their product: where positions are fewer than
+    channels, with gradients as without. Not in traced graphs, which are for any number of positions."""
+    return not torch.compiler.is_compiling() and x.numel() < channels * channels
+
+
+def apply_lu(lower: Tensor, upper: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`L U x + bias` at every position, in x's memory format. All of one dtype, float32 or wider."""
+    if not factors_pay(x, len(lower)):
+        return apply_matrix(lu_matrix(lower, upper), x, bias)
+    y = apply_matrix(torch.triu(upper), x, None)
+    unit = torch.tril(lower, -1) + torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return apply_matrix(unit, y, bias)
+
+
 def lu_inverse(lower: Tensor, upper: Tensor) -> Tensor:
     """The inverse of L U, (C, C). Both of one dtype, of which float32 is the narrowest."""
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usf_kernels.ops.checks import compute_dtype, promoted_dtype
-from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_inverse, lu_matrix
+from usf_kernels.ops.matrices import apply_lu, apply_matrix, full_precision, lu_inverse
 
 # ---------------------------------------------------------------------------------------------- couplings
 
@@ -154,7 +154,7 @@ def lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inv
     bias = None if bias is None else bias.to(wide)
     with full_precision(x):
         if not inverse:
-            return apply_matrix(lu_matrix(lower, upper), x, bias).to(out)
+            return apply_lu(lower, upper, x, bias).to(out)
         if bias is not None:
             x = x - bias.view(-1, *[1] * (x.ndim - 2))
         return apply_matrix(lu_inverse(lower, upper), x, None).to(out)

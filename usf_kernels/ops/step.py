@@ -24,7 +24,7 @@ from usf_kernels.ops.dispatch import (
     kernel,
 )
 from usf_kernels.ops.lu_conv import lu_conv1x1
-from usf_kernels.ops.matrices import lu_matrix
+from usf_kernels.ops.matrices import factors_pay, lu_matrix
 
 
 def coupling_step(
@@ -106,7 +106,7 @@ def coupling_lu(
 
     Returns, raises: as `coupling_step` and `lu_conv1x1`.
     """
-    if eager.by_hand(x, params, lower, upper, bias):
+    if not factors_pay(x, len(lower)) and eager.by_hand(x, params, lower, upper, bias):
         return eager.matrix_step(x, params, lu_matrix(lower, upper), bias, split, clamp)
     y, log_det = coupling_step(x, params, split=split, clamp=clamp)
     return lu_conv1x1(y, lower, upper, bias), log_det
