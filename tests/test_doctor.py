@@ -19,7 +19,8 @@ def test_report_is_complete_and_json():
     code = "Triton kernel on cuda" if on_gpu else "PyTorch reference on "
     for name in doctor.OPERATIONS:
         assert report["operations"][name].startswith(code)
-    inference = "PyTorch on cuda" if torch.cuda.is_available() else "C++ and PyTorch on cpu"
+    own = "Triton and " if on_gpu else ""
+    inference = f"{own}PyTorch on cuda" if torch.cuda.is_available() else "C++ and PyTorch on cpu"
     assert report["operations"][doctor.INFERENCE] == inference
 
 

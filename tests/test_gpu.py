@@ -5,11 +5,12 @@ The files test_kernels_*.py run their own checks of every kernel on the device a
 
 import pytest
 import torch
-from helpers import assert_within_budget, conv_subnet, max_error
+from helpers import assert_within_budget, conv_subnet, max_error, randomise_
 
 import usf_kernels as usf
 from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1
 from usf_kernels.ops import dispatch
+from usf_kernels.ops.rows import add_rows, affine_rows, select_rows
 from usf_kernels.ops.step import coupling_step
 
 DEVICE = "cuda"
@@ -202,6 +203,56 @@ def test_a_flow_inverts(coupling):
     torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-3, atol=1e-2)
     double = FlowSequence.__call__(flow.double().cpu(), x.double().cpu())
     torch.testing.assert_close(z.double().cpu(), double[0], rtol=1e-3, atol=1e-3)
+
+
+def vector_subnet(c_in, c_out):
+    return torch.nn.Sequential(torch.nn.Linear(c_in, 8), torch.nn.ReLU(), torch.nn.Linear(8, c_out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("linear", ["permutation", "lu"])
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_a_fused_flow_is_the_same_as_on_the_cpu(coupling, linear, dtype):
+    for subnet, shape in ((conv_subnet, (3, 22, 9, 7)), (vector_subnet, (513, 22))):
+        options = {"coupling": coupling, "linear": linear, "zero_init": False}
+        flow = randomise_(FlowSequence([FlowStep(22, subnet=subnet, **options) for _ in range(3)])).eval()
+        x, results = torch.randn(shape), []
+        for device, its_dtype in ((DEVICE, dtype), ("cpu", dtype), ("cpu", torch.float64)):
+            fused, its_x = flow.to(device).fuse(its_dtype), x.to(device)
+            z, log_det = fused(its_x)
+            found = [z, log_det, *fused.squared_norm_and_log_det(its_x), *fused.inverse(its_x)]
+            results.append([v.cpu() for v in found])
+        for actual, plain, exact in zip(*results, strict=True):
+            # Of three sums the CPU's may be lucky each time.
+            assert_within_budget(actual, plain, exact, factor=4.0 if actual.numel() > 9 else 16.0)
+
+
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+def test_a_fused_flow_compiles_and_is_captured(coupling):
+    options = {"coupling": coupling, "linear": "permutation", "zero_init": False}
+    fused = randomise_(FlowSequence([FlowStep(8, subnet=conv_subnet, **options) for _ in range(2)]))
+    fused = fused.eval().to(DEVICE).fuse()
+    x = torch.randn(2, 8, 6, 5, device=DEVICE)
+    torch._dynamo.reset()
+    for call in (torch.compile(fused, fullgraph=True, dynamic=True), fused.capture(x)):
+        for actual, truth in zip(call(2 * x), fused(2 * x), strict=True):
+            torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_past_two_to_the_31():
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of device memory")
+    rows = torch.zeros(2**25 + 8, 64, dtype=torch.bfloat16, device=DEVICE)
+    rows[-8:] = 3
+    index = torch.tensor([63, 0], device=DEVICE)
+    values = torch.ones(len(rows), 2, dtype=torch.bfloat16, device=DEVICE)
+    add_rows(rows, index, values, -1)
+    assert select_rows(rows, index)[-8:].eq(2).all()
+    outputs = torch.zeros(len(rows), 4, dtype=torch.bfloat16, device=DEVICE)
+    log_det = affine_rows(rows, index, outputs, values[0], 1.0, False)
+    assert log_det.eq(0).all()
+    assert rows[-8:].eq(3).all()
+    assert rows[:8].eq(0).all()
 
 
 def test_mixed_precision_trains():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from usf_kernels.kernels.layout import Strides, View, empty_output, flat_strides
 
 pytest.importorskip("triton")
-from usf_kernels.kernels import anomaly_map, configs, coupling, coupling_backward, launch, score
+from usf_kernels.kernels import anomaly_map, configs, coupling, coupling_backward, launch, rows, score
 
 
 def gather(x, view, i=0):
@@ -161,6 +161,27 @@ def test_tuning_keeps_the_fastest(monkeypatch, tmp_path):
     configs._known.cache_clear()
     monkeypatch.setattr(configs, "AUTOTUNE", False)
     assert configs.pick("kernel", (torch.float32, 8), candidates, run, device) == 1
+
+
+def test_tuning_tries_kernels_that_change_their_input_on_a_copy(monkeypatch):
+    tried = []
+
+    def choose(name, key, candidates, attempt, device):
+        for config in candidates:
+            tried.append(config)
+            attempt(config)
+        return candidates[-1]
+
+    inputs = (
+        torch.randn(5, 8, device=DEVICE),
+        torch.arange(3, device=DEVICE),
+        torch.randn(5, 3, device=DEVICE),
+    )
+    expected = inputs[0].index_add(1, *inputs[1:])
+    monkeypatch.setattr(rows, "choose", choose)
+    rows.add_rows(*inputs, 1)
+    assert tried
+    assert torch.equal(inputs[0], expected)
 
 
 def test_outputs_keep_the_memory_format():

@@ -142,7 +142,7 @@ def _extras() -> dict[str, Any]:
 def _operations(torch: Any) -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        from usf_kernels.ops import dispatch
+        from usf_kernels.ops import dispatch, rows
     except ImportError as error:
         return {"all": f"absent: {error}"}
     probe = torch.empty(1, device=device)
@@ -150,8 +150,8 @@ def _operations(torch: Any) -> dict[str, str]:
     for name in OPERATIONS:
         code = "Triton kernel" if dispatch.runs_triton(name, probe) else "PyTorch reference"
         operations[name] = f"{code} on {device}"
-    # The inference form's own code is for rows in the memory of a CPU.
-    inference = "C++ and PyTorch on cpu" if device == "cpu" else f"PyTorch on {device}"
+    own = "C++" if device == "cpu" else "Triton" if rows.runs_kernels(probe) else None
+    inference = f"{own} and PyTorch on {device}" if own else f"PyTorch on {device}"
     native = "C++ on the CPU"
     if not _extension()["available"]:
         inference = native = "absent: needs the compiled extension"

@@ -43,12 +43,24 @@ def pick(
         run: allocates, launches and returns the result; called several times when tuning.
         device: where.
     """
+    return run(choose(name, key, candidates, run, device))
+
+
+def choose(
+    name: str,
+    key: tuple[Hashable, ...],
+    candidates: list[Config],
+    attempt: Callable[[Config], Any],
+    device: torch.device,
+) -> Config:
+    """The configuration that `pick` takes. Only tuning calls `attempt`, so that a kernel which changes its
+    input can be tried on a copy."""
     if is_recording():  # the others are to be seen too
         for config in candidates[1:]:
-            run(config)
+            attempt(config)
     if AUTOTUNE and device.type == "cuda" and len(candidates) > 1:
-        return run(_fastest(name, key, candidates, run, device))
-    return run(candidates[0])
+        return _fastest(name, key, candidates, attempt, device)
+    return candidates[0]
 
 
 def elementwise(

@@ -1,7 +1,8 @@
-"""Rows (N, C), and couplings on some of their channels: in the extension on a CPU, else in torch operations.
+"""Rows (N, C), and couplings on some of their channels: kernels, the extension, else torch operations.
 
-Torch's own index operations on channels-last memory cost as much as the products around them. Graphs that are
-traced for a compiler or for export see the torch operations.
+Torch's own index operations on channels-last memory cost as much as the products around them, and its affine
+coupling is many passes over memory. Triton kernels are for GPUs, in compiled graphs too; the extension is for
+CPUs, but not in graphs that are traced for a compiler. Graphs for export see the torch operations.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from usf_kernels import _core
 from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.rows import add_rows, affine_rows, runs_kernels, select_rows
 
 WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
 
@@ -30,6 +32,8 @@ def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
 
 def select(rows: Tensor, index: Tensor) -> Tensor:
     """`rows[:, index]`."""
+    if runs_kernels(rows):
+        return select_rows(rows, index)
     if not _in_extension(rows):
         return torch.gather(rows, 1, index.expand(rows.shape[0], -1))
     out = rows.new_empty(rows.shape[0], len(index))
@@ -39,7 +43,9 @@ def select(rows: Tensor, index: Tensor) -> Tensor:
 
 def add_(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
     """`rows[:, index] += factor * values`."""
-    if not _in_extension(rows):
+    if runs_kernels(rows):
+        add_rows(rows, index, values, factor)
+    elif not _in_extension(rows):
         rows.index_add_(1, index, values, alpha=factor)
     else:
         _core.add_rows(_bits(rows), index, _bits(values), factor, _threads(rows))
@@ -53,6 +59,8 @@ def affine_(
     `outputs` (N, 2 * len(index)) holds raw, then t; `s = clamp * tanh(raw)`. Returns the log-det of each row,
     (N,), float32 at least.
     """
+    if runs_kernels(rows):
+        return affine_rows(rows, index, outputs, shift, clamp, inverse)
     if _in_extension(rows):
         log_det = rows.new_empty(rows.shape[0], dtype=torch.float32)
         arguments = (_bits(rows), index, _bits(outputs), shift.float(), clamp, inverse, log_det)

@@ -1,0 +1,232 @@
+"""Chosen columns of rows (N, C): read, added to, and through an affine coupling, in one pass each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from usf_kernels.kernels.arithmetic import tanh
+from usf_kernels.kernels.configs import Config, choose, elementwise, pick, reduction
+from usf_kernels.kernels.launch import Case, aligned, cdiv, launch, narrow, walk
+
+# Sizes, strides and factors: values that compile no new kernel when they change.
+UNSPECIALIZED = ["N", "M", "rows_n", "rows_c", "values_n", "values_c", "factor", "clamp"]
+
+
+@triton.jit
+def columns_at(rows, rows_n, rows_c, n, column):
+    """Where the elements of these rows and columns are. No compiler knows the order of the columns, so that
+    nothing is gained by knowing what divides the strides."""
+    return rows + n * rows_n + walk(column, rows_c, 1)
+
+
+@triton.jit
+def rows_tile(M, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Rows (BLOCK_P, 1), 64 bits, and places among the chosen columns (1, BLOCK_C) of this program."""
+    tiles = tl.cdiv(M, BLOCK_C)
+    first = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_P
+    m = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    return (first + tl.arange(0, BLOCK_P))[:, None], m[None, :]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def select_rows_kernel(
+    rows, rows_n, rows_c,  # (N, C) in
+    out,  # (N, M) contiguous
+    index,  # (M,)
+    N, M,
+    UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    M = aligned(M, UNIT)
+    n, m = rows_tile(M, BLOCK_C, BLOCK_P)
+    inside = (n < N) & (m < M)
+    column = tl.load(index + m, mask=m < M, other=0)
+    value = tl.load(columns_at(rows, rows_n, rows_c, n, column), mask=inside, other=0.0)
+    tl.store(out + n * M + m, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def add_rows_kernel(
+    rows, rows_n, rows_c,  # (N, C), added to
+    values, values_n, values_c,  # (N, M) in
+    index,  # (M,)
+    N, M, factor,
+    UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    M = aligned(M, UNIT)
+    n, m = rows_tile(M, BLOCK_C, BLOCK_P)
+    inside = (n < N) & (m < M)
+    column = tl.load(index + m, mask=m < M, other=0)
+    at = columns_at(rows, rows_n, rows_c, n, column)
+    values_at = values + n * aligned(values_n, UNIT) + walk(m, values_c, UNIT)
+    more = tl.load(values_at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + factor * more
+    tl.store(at, narrow(total, rows), mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def affine_rows_kernel(
+    rows, rows_n, rows_c,  # (N, C), coupled in place
+    values, values_n, values_c,  # (N, 2M) in: raw scales, then shifts t
+    index, shift,  # (M,) each
+    log_det,  # (N,) out
+    N, M, clamp,
+    INVERSE: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program owns whole rows: their log-determinants need no other pass, and no atomics."""
+    M = aligned(M, UNIT)
+    n = (tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
+    m = tl.arange(0, BLOCK_C)[None, :]
+    values_at = values + n * aligned(values_n, UNIT)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for _ in range(0, M, BLOCK_C):
+        inside = (n < N) & (m < M)
+        column = tl.load(index + m, mask=m < M, other=0)
+        offset = tl.load(shift + m, mask=m < M, other=0.0).to(tl.float32)
+        raw = tl.load(values_at + walk(m, values_c, UNIT), mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(values_at + walk(M + m, values_c, UNIT), mask=inside, other=0.0).to(tl.float32)
+        at = columns_at(rows, rows_n, rows_c, n, column)
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        log_scale = clamp * tanh(raw)
+        if INVERSE:
+            log_scale = -log_scale
+            value = (value - t) * tl.exp(log_scale) - offset
+        else:
+            value = (value + offset) * tl.exp(log_scale) + t
+        tl.store(at, narrow(value, rows), mask=inside)
+        total += log_scale
+        m += BLOCK_C
+    tl.store(log_det + n, tl.sum(total, 1, keep_dims=True), mask=n < N)
+
+
+# --------------------------------------------------------------------------------------------- launchers
+
+
+def select_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Launch: see `usf_kernels.ops.rows.select_rows`."""
+    count, chosen = rows.shape[0], index.shape[0]
+    out = rows.new_empty(count, chosen)
+    unit = math.gcd(8, chosen)
+
+    def run(config: Config) -> Tensor:
+        launch(
+            select_rows_kernel, _programs(count, chosen, config), *_walked(rows), out, index.contiguous(),
+            count, chosen, UNIT=unit, device=rows.device, **config,
+        )  # fmt: skip
+        return out
+
+    candidates = _elementwise(rows, chosen)
+    return pick("select_rows", (rows.dtype, unit, *candidates[0].values()), candidates, run, rows.device)
+
+
+def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
+    """Launch: see `usf_kernels.ops.rows.add_rows`."""
+    count, chosen = values.shape
+    unit = _unit(values, chosen)
+
+    def launch_on(target: Tensor, config: Config) -> None:
+        launch(
+            add_rows_kernel, _programs(count, chosen, config), *_walked(target), *_walked(values),
+            index.contiguous(), count, chosen, float(factor), UNIT=unit, device=rows.device, **config,
+        )  # fmt: skip
+
+    candidates = _elementwise(values, chosen)
+    key = (rows.dtype, values.dtype, unit, *candidates[0].values())
+    _launch_in_place("add_rows", key, candidates, launch_on, rows)
+
+
+def affine_rows(
+    rows: Tensor, index: Tensor, outputs: Tensor, shift: Tensor, clamp: float, inverse: bool
+) -> Tensor:
+    """Launch: see `usf_kernels.ops.rows.affine_rows`."""
+    count, chosen = rows.shape[0], index.shape[0]
+    unit = _unit(outputs, chosen)
+    log_det = rows.new_empty(count, dtype=torch.float32)
+
+    def launch_on(target: Tensor, config: Config) -> None:
+        launch(
+            affine_rows_kernel, cdiv(count, config["BLOCK_P"]), *_walked(target), *_walked(outputs),
+            index.contiguous(), shift.contiguous(), log_det, count, chosen, clamp,
+            INVERSE=inverse, UNIT=unit, device=rows.device, **config,
+        )  # fmt: skip
+
+    itemsize = max(rows.element_size(), outputs.element_size())
+    candidates = reduction(itemsize, 4, chosen, count, channels_last=True)
+    key = (rows.dtype, outputs.dtype, unit, *candidates[0].values())
+    _launch_in_place("affine_rows", key, candidates, launch_on, rows)
+    return log_det
+
+
+def _launch_in_place(
+    name: str,
+    key: tuple,
+    candidates: list[Config],
+    launch_on: Callable[[Tensor, Config], None],
+    rows: Tensor,
+) -> None:
+    """`launch_on(rows, config)`, once, with the configuration to use; tuning works on a copy of the rows."""
+    copies: list[Tensor] = []
+
+    def attempt(config: Config) -> None:
+        if not copies:
+            copies.append(rows.clone())
+        launch_on(copies[0], config)
+
+    launch_on(rows, choose(name, key, candidates, attempt, rows.device))
+
+
+def _elementwise(rows: Tensor, chosen: int) -> list[Config]:
+    # As if of many operands: an address for every value takes registers.
+    return elementwise(rows.element_size(), 8, 1, chosen, rows.shape[0], channels_last=True)
+
+
+def _programs(count: int, chosen: int, config: Config) -> int:
+    return cdiv(count, config["BLOCK_P"]) * cdiv(chosen, config["BLOCK_C"])
+
+
+def _walked(rows: Tensor) -> tuple[Tensor, int, int | None]:
+    """A tensor (N, C) and its strides; None for one of 1 between columns, so that it is known when the kernel
+    is compiled."""
+    return rows, rows.stride(0), None if rows.stride(1) == 1 else rows.stride(1)
+
+
+def _unit(values: Tensor, chosen: int) -> int:
+    """Largest of 8, 4, 2 and 1 that divides the number of chosen columns, and the stride between rows or,
+    if columns are apart, both strides."""
+    steps = values.stride() if values.stride(1) != 1 else values.stride()[:1]
+    return math.gcd(8, chosen, *steps)
+
+
+# ------------------------------------------------------------------------------------------ compiled offline
+
+
+def _cases(dtype: torch.dtype) -> list[Case]:
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, values, outputs, shift = meta(8 * 784, 256), meta(8 * 784, 128), meta(8 * 784, 256), meta(128)
+    index = meta(128, dtype=torch.int64)
+    # The rows themselves are gathered one value at a time.
+    calls = {
+        "select": (lambda: select_rows(rows, index), {"select_rows_kernel": "vector stores"}),
+        "add": (lambda: add_rows(rows, index, values, 1), {"add_rows_kernel": "vector loads"}),
+        "affine": (
+            lambda: affine_rows(rows, index, outputs, shift, 2.0, False),
+            {"affine_rows_kernel": "vector loads"},
+        ),
+        "affine inverse": (
+            lambda: affine_rows(rows, index, outputs, shift, 2.0, True),
+            {"affine_rows_kernel": "vector loads"},
+        ),
+    }
+    return [
+        Case(f"{name}, {dtype}".replace("torch.", ""), call, needs) for name, (call, needs) in calls.items()
+    ]
+
+
+COMPILE_CASES = [case for dtype in (torch.float32, torch.bfloat16) for case in _cases(dtype)]
