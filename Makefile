@@ -51,7 +51,7 @@ test-cpp: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp csrc/tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp csrc/tests/*.cpp csrc/tests/*.hpp
 
 bench: install
 	$(BIN)/python -m bench.run --quick --output runs/bench.csv

@@ -1,9 +1,9 @@
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "check.hpp"
 #include "product.hpp"
 
 #ifdef USF_PRODUCTS
@@ -11,15 +11,6 @@
 using namespace usf;
 
 namespace {
-
-int failures = 0;
-
-void that(bool holds, const char* what, int line) {
-    if (holds) return;
-    std::printf("line %d: %s\n", line, what);
-    ++failures;
-}
-#define CHECK(condition) that(condition, #condition, __LINE__)
 
 std::vector<float> noise(std::size_t size, unsigned seed) {
     std::mt19937 random(seed);

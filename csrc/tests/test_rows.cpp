@@ -1,22 +1,13 @@
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <random>
 
+#include "check.hpp"
 #include "rows.hpp"
 
 using namespace usf;
 
 namespace {
-
-int failures = 0;
-
-void that(bool holds, const char* what, int line) {
-    if (holds) return;
-    std::printf("line %d: %s\n", line, what);
-    ++failures;
-}
-#define CHECK(condition) that(condition, #condition, __LINE__)
 
 constexpr std::int64_t rows = 1037;
 

@@ -1,9 +1,9 @@
 #include <cmath>
-#include <cstdio>
 #include <numeric>
 #include <random>
 #include <vector>
 
+#include "check.hpp"
 #include "stage_run.hpp"
 
 #ifdef USF_PRODUCTS
@@ -11,15 +11,6 @@
 using namespace usf;
 
 namespace {
-
-int failures = 0;
-
-void that(bool holds, const char* what, int line) {
-    if (holds) return;
-    std::printf("line %d: %s\n", line, what);
-    ++failures;
-}
-#define CHECK(condition) that(condition, #condition, __LINE__)
 
 std::mt19937 random_bits(0);
 
