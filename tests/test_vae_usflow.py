@@ -54,13 +54,13 @@ def test_training_lowers_the_loss(backbone, trainable):
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(20):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = model.train().loss(images)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.5
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.5  # single losses vary with the latents drawn
     moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"head", "decoder", "prior"} | ({"encoder"} if trainable else set())
     assert not any(p.requires_grad for p in backbone.parameters())
