@@ -51,8 +51,9 @@ def true_gradient(form: str, shape: Shape) -> Tensor:
 
 def _right(form: str, shape: Shape, flow: nn.Module, first: Tensor, x: Tensor, _: object) -> str | None:
     truth = partial(true_gradient, form, replace(shape, batch=1))
-    # Most of a gradient cancels where a flow maps white noise to white noise; its rounding errors do not.
-    return close_to(truth, "float32", slack=10)(gradient(flow, first, x))
+    # Most of a gradient cancels where a flow maps white noise to white noise; its rounding errors do not. And
+    # a ReLU whose input rounds to the other side of zero turns one position's share of it, about 1 %, around.
+    return close_to(truth, "float32", slack=200)(gradient(flow, first, x))
 
 
 def _provider(

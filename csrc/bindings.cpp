@@ -6,4 +6,5 @@ NB_MODULE(_core, m) {
     usf::bind_nfa(m);
     usf::bind_stage_run(m);
     usf::bind_rows(m);
+    usf::bind_ops(m);
 }

@@ -31,5 +31,6 @@ void bind_component_tree(nb::module_& m);
 void bind_nfa(nb::module_& m);
 void bind_stage_run(nb::module_& m);
 void bind_rows(nb::module_& m);
+void bind_ops(nb::module_& m);
 
 }  // namespace usf

@@ -16,9 +16,15 @@ def test_report_is_complete_and_json():
     assert report["devices"][-1].startswith("cpu")
     assert set(report["operations"]) == {*doctor.OPERATIONS, doctor.INFERENCE, *doctor.NATIVE_OPERATIONS}
     on_gpu = torch.cuda.is_available() and dispatch.HAS_TRITON
-    code = "Triton kernel on cuda" if on_gpu else "PyTorch reference on "
+    on_cpu = dict.fromkeys((*dispatch._on_cpu, "coupling_step"), "C++ loops for float32 on cpu")
     for name in doctor.OPERATIONS:
-        assert report["operations"][name].startswith(code)
+        if on_gpu:
+            expected = "Triton kernel on cuda"
+        elif torch.cuda.is_available():
+            expected = "PyTorch reference on cuda"
+        else:
+            expected = on_cpu.get(name, "PyTorch reference on cpu")
+        assert report["operations"][name] == expected
     own = "Triton and " if on_gpu else ""
     inference = f"{own}PyTorch on cuda" if torch.cuda.is_available() else "C++ and PyTorch on cpu"
     assert report["operations"][doctor.INFERENCE] == inference
@@ -28,7 +34,7 @@ def test_report_says_which_operations_run_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "runs_triton", lambda name, probe: name == "affine_coupling")
     operations = doctor.diagnose()["operations"]
     assert operations["affine_coupling"].startswith("Triton kernel on ")
-    assert operations["additive_coupling"].startswith("PyTorch reference on ")
+    assert operations["lu_conv1x1"].startswith("PyTorch reference on ")
 
 
 def test_every_operation_with_a_kernel_is_listed():

@@ -20,6 +20,7 @@ OPERATIONS = (
     "squared_norm",
     "anomaly_map",
 )
+LOOPS_OF = {"coupling_step": "affine_coupling"}  # a step is not dispatched as a whole
 INFERENCE = "fuse"
 NATIVE_OPERATIONS = ("component_tree", "log_nfa", "segment", "regions")
 
@@ -148,7 +149,11 @@ def _operations(torch: Any) -> dict[str, str]:
     probe = torch.empty(1, device=device)
     operations = {}
     for name in OPERATIONS:
-        code = "Triton kernel" if dispatch.runs_triton(name, probe) else "PyTorch reference"
+        code = "PyTorch reference"
+        if dispatch.runs_triton(name, probe):
+            code = "Triton kernel"
+        elif device == "cpu" and dispatch.runs_loops(LOOPS_OF.get(name, name), probe):
+            code = "C++ loops for float32"
         operations[name] = f"{code} on {device}"
     own = "C++" if device == "cpu" else "Triton" if rows.runs_kernels(probe) else None
     inference = f"{own} and PyTorch on {device}" if own else f"PyTorch on {device}"

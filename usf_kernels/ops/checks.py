@@ -54,7 +54,7 @@ def check_features(name: str, x: object, channels: int | None = None) -> None:
 def check_shape(name: str, value: object, expected: tuple[int, ...], meaning: str) -> None:
     """Raise unless `value` is a floating tensor of shape `expected`; `meaning` says where that comes from."""
     check_float(name, value)
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected:
         raise ValueError(f"{name}: expected shape {tuple(expected)} = {meaning}, found {tuple(value.shape)}")
 
 

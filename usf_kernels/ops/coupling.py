@@ -43,7 +43,8 @@ def additive_coupling(
     """
     check_features("x", x)
     check_int("split", split, 0, x.shape[1])
-    check_shape("shift", shift, (x.shape[0], x.shape[1] - split, *x.shape[2:]), "(B, C - split, *spatial)")
+    batch, channels, *spatial = x.shape
+    check_shape("shift", shift, (batch, channels - split, *spatial), "(B, C - split, *spatial)")
     return implementation("additive_coupling", impl, x, shift)(x, shift, split, inverse)
 
 
@@ -120,8 +121,8 @@ def affine_coupling(
     check_features("x", x)
     check_int("split", split, 0, x.shape[1])
     check_clamp(clamp)
-    expected = (x.shape[0], 2 * (x.shape[1] - split), *x.shape[2:])
-    check_shape("params", params, expected, "(B, 2 * (C - split), *spatial)")
+    batch, channels, *spatial = x.shape
+    check_shape("params", params, (batch, 2 * (channels - split), *spatial), "(B, 2 * (C - split), *spatial)")
     return implementation("affine_coupling", impl, x, params)(x, params, split, clamp, inverse)
 
 

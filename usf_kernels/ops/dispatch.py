@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from usf_kernels.ops import reference
+from usf_kernels.ops import native, reference
 from usf_kernels.ops.checks import check_choice
 
 IMPLS = ("reference", "triton")
@@ -22,15 +22,17 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 _library = torch.library.Library("usf_kernels", "FRAGMENT")
 _kernels: dict[str, Callable] = {}
+_on_cpu: dict[str, Callable] = {}
 F = TypeVar("F", bound=Callable)
 
 
 def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callable:
     """The function that runs `op` on these tensors.
 
-    `impl=None` takes the Triton kernel on a CUDA or ROCm device and the PyTorch reference elsewhere and for
-    float64; naming one forces it, and it never falls back to another. Both have the same positional
-    signature. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors too, when forced.
+    `impl=None` takes the Triton kernel on a CUDA or ROCm device, the extension's loops for float32 on the CPU
+    where there are some and they may run (`native.fits`), and the PyTorch reference elsewhere; naming one
+    forces it, and it never falls back to another. All have the same positional signature. With
+    TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors too, when forced.
 
     Raises:
         ValueError: an `impl` that does not exist; tensors on several devices.
@@ -44,17 +46,22 @@ def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callab
     if impl == "triton" or (impl is None and runs_triton(op, *tensors)):
         _check_one_device(op, tensors)
         return _kernels[op]
+    if impl is None and runs_loops(op, *tensors):
+        return _on_cpu[op]
     return getattr(reference, op)
 
 
 def runs_triton(op: str, *tensors: Tensor | None) -> bool:
     """Whether `impl=None` takes the Triton kernel of `op` for these tensors."""
-    given = [t for t in tensors if t is not None]
-    return (
-        HAS_TRITON
-        and op in _kernels
-        and all(t.device.type == "cuda" and t.dtype != torch.float64 for t in given)
-    )
+    for t in tensors:
+        if t is not None and (not t.is_cuda or t.dtype == torch.float64):
+            return False
+    return HAS_TRITON and op in _kernels
+
+
+def runs_loops(op: str, *tensors: Tensor | None) -> bool:
+    """Whether `impl=None` takes the extension's loops for these tensors."""
+    return op in _on_cpu and native.fits(*tensors)
 
 
 def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
@@ -87,6 +94,16 @@ def kernel(op: str) -> Callable[[F], F]:
 
     def register(function: F) -> F:
         _kernels[op] = function
+        return function
+
+    return register
+
+
+def on_cpu(op: str) -> Callable[[F], F]:
+    """Decorator: this differentiable function runs `op` where `native.fits`."""
+
+    def register(function: F) -> F:
+        _on_cpu[op] = function
         return function
 
     return register

@@ -1,8 +1,9 @@
-"""A coupling and the channel map behind it in plain PyTorch, with the gradients by hand, for the CPU.
+"""A coupling and the channel map behind it, with the gradients by hand, for the CPU.
 
-There the time goes into fresh memory and passes over it, and tanh costs as much as ten copies. So a step
-writes one tensor where autograd would write five, and works in place on what it has made itself. Second
-derivatives, function transforms and compilers get the operations as they are written in `reference`.
+There the time goes into fresh memory and passes over it, and tanh costs as much as ten copies. In float32 a
+step is one pass in the extension, and its gradient another (`native`). Otherwise it writes one tensor where
+autograd would write five, and works in place on what it has made itself. Second derivatives, function
+transforms and compilers get the operations as they are written in `reference`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usf_kernels.ops import reference
+from usf_kernels.ops import native, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import apply_matrix, full_precision, matrix_gradient
 
@@ -40,6 +41,10 @@ def couple(
     exit_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The coupled x, scaled and shifted per channel where that is given, and the log-determinant."""
+    if native.fits(x, params, exit_scale, exit_bias):
+        found = native.couple(x, params, None, exit_scale, exit_bias, split, clamp, inverse=False)
+        if found is not None:
+            return found
     y, active_channels = torch.empty_like(x), x.shape[1] - split
     passive, active = y.split([split, active_channels], dim=1)
     if clamp is None:
@@ -64,6 +69,10 @@ def uncouple_gradient_(
     grad: Tensor, grad_log_det: Tensor, x: Tensor, params: Tensor, split: int, clamp: float | None
 ) -> Tensor:
     """Turn `grad`, of the coupled x, into that of x, and return that of params."""
+    if native.fits(grad, grad_log_det, x, params):
+        grad_params = native.uncouple_gradient_(grad, grad_log_det, x, params, split, clamp)
+        if grad_params is not None:
+            return grad_params
     active = grad[:, split:]
     if clamp is None:
         return active.clone()
@@ -90,6 +99,10 @@ def uncouple_(
     On any device, all of one dtype. Undoing what `couple` did takes what it did it with: a tanh, no sigmoid.
     """
     active, grad_active = y[:, split:], grad[:, split:]
+    if native.fits(y, grad, params, grad_log_det):
+        grad_params = native.uncouple_(active, grad_active, params, clamp, grad_log_det)
+        if grad_params is not None:
+            return grad_params
     if clamp is None:
         active.sub_(params)
         return grad_active
@@ -110,7 +123,8 @@ def uncouple_(
 
 
 class _GatherStep(torch.autograd.Function):
-    """The coupling, then a permutation, a scale and a shift. Keeps its input, params and output."""
+    """The coupling, then a permutation, a scale and a shift. Keeps its input and params, and its output where
+    it is not the extension that finds it again."""
 
     @staticmethod
     def forward(
@@ -123,16 +137,26 @@ class _GatherStep(torch.autograd.Function):
         split: int,
         clamp: float | None,
     ) -> tuple[Tensor, Tensor]:
-        y, log_det = couple(x, params, split, clamp, _put(index, scale), _put(index, bias))
-        y = y if index is None else y.index_select(1, index)
-        ctx.options = split, clamp
-        ctx.save_for_backward(x, params, index, scale, bias, y)
-        return y, log_det
+        ctx.options, found = (split, clamp), None
+        if native.fits(x, params, scale, bias):
+            found = native.couple(x, params, index, scale, bias, split, clamp, inverse=False)
+        ctx.native = found is not None
+        if found is None:
+            y, log_det = couple(x, params, split, clamp, _put(index, scale), _put(index, bias))
+            found = y if index is None else y.index_select(1, index), log_det
+        ctx.save_for_backward(x, params, index, scale, bias, None if ctx.native else found[0])
+        return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
         x, params, index, scale, bias, y = ctx.saved_tensors
-        if differentiates_again() or not by_hand(grad, grad_log_det):
+        again, fits = differentiates_again(), ctx.native and native.fits(grad, grad_log_det)
+        if fits and not again:
+            grads = native.couple_gradient(
+                grad, grad_log_det, x, params, index, scale, *ctx.options, inverse=False
+            )
+            return *grads[:2], None, *grads[2:], None, None
+        if again or ctx.native or not by_hand(grad, grad_log_det):
 
             def plain(x: Tensor, params: Tensor, *per_channel: Tensor) -> tuple[Tensor, Tensor]:
                 return reference.coupling_step(

@@ -1,0 +1,123 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <vector>
+
+#include "bindings.hpp"
+#include "coupling_gradients.hpp"
+#include "norms.hpp"
+
+namespace usf {
+
+// Tensors come as (address, strides): float32, on the CPU, and of the sizes that the operation says, which
+// usf_kernels/ops/native.py sees to. Making an array of each would take as long as a small operation.
+using Sizes = std::vector<std::int64_t>;
+using Tensor = std::pair<std::uintptr_t, Sizes>;
+
+template <class T>
+std::optional<Features<T>> view(const Tensor& tensor, Sizes sizes, std::int64_t channels) {
+    if (sizes.size() != tensor.second.size()) throw nb::value_error("as many strides as sizes");
+    sizes[1] = channels;
+    return flatten(reinterpret_cast<T*>(tensor.first), sizes, tensor.second);
+}
+
+using Address = std::optional<std::uintptr_t>;
+
+template <class T>
+T* pointer(const Address& address) {
+    return reinterpret_cast<T*>(address.value_or(0));
+}
+
+std::optional<Exit> exit_of(const Address& index, std::int64_t channels, const Address& scale,
+                            const Address& bias) {
+    Exit exit{{}, pointer<const float>(scale), pointer<const float>(bias)};
+    if (!index) return exit;
+    auto inverse = inverse_of(pointer<const std::int64_t>(index), channels);
+    if (!inverse) return std::nullopt;
+    exit.to = std::move(*inverse);
+    return exit;
+}
+
+void bind_ops(nb::module_& m) {
+    using namespace nb::literals;
+    // All of them return false, and have written nothing, where no loop here walks such strides.
+    m.def(
+        "squared_norm",
+        [](const Sizes& sizes, const Tensor& z, std::uintptr_t out, int threads) {
+            const auto from = view<const float>(z, sizes, sizes[1]);
+            nb::gil_scoped_release unlocked;
+            return from && squared_norm(*from, extent_of(sizes), reinterpret_cast<float*>(out), threads);
+        },
+        "sizes"_a, "z"_a, "out"_a, "threads"_a);
+    m.def(
+        "squared_norm_gradient",
+        [](const Sizes& sizes, std::uintptr_t grad, const Tensor& z, const Tensor& out, int threads) {
+            const auto from = view<const float>(z, sizes, sizes[1]);
+            const auto to = view<float>(out, sizes, sizes[1]);
+            nb::gil_scoped_release unlocked;
+            return from && to &&
+                   squared_norm_gradient(reinterpret_cast<const float*>(grad), *from, extent_of(sizes), *to,
+                                         threads);
+        },
+        "sizes"_a, "grad"_a, "z"_a, "out"_a, "threads"_a);
+    m.def(
+        "couple",
+        [](const Sizes& sizes, const Tensor& x, const Tensor& params, std::int64_t split,
+           std::optional<float> clamp, bool inverse, Address index, Address scale, Address bias,
+           const Tensor& out, Address log_det, int threads) {
+            const Coupling coupling{clamp.value_or(0), inverse};
+            const std::int64_t outputs = (clamp ? 2 : 1) * (sizes[1] - split);
+            const auto from = view<const float>(x, sizes, sizes[1]);
+            const auto with = view<const float>(params, sizes, outputs);
+            const auto to = view<float>(out, sizes, sizes[1]);
+            const auto exit = exit_of(index, sizes[1], scale, bias);
+            nb::gil_scoped_release unlocked;
+            return from && with && to && exit &&
+                   couple(coupling, split, *exit, *from, *with, extent_of(sizes), *to,
+                          pointer<float>(log_det), threads);
+        },
+        "sizes"_a, "x"_a, "params"_a, "split"_a, "clamp"_a.none(), "inverse"_a, "index"_a.none(),
+        "scale"_a.none(), "bias"_a.none(), "out"_a, "log_det"_a.none(), "threads"_a);
+    m.def(
+        "couple_gradient",
+        [](const Sizes& sizes, const Tensor& grad, Address grad_log_det, const Tensor& x,
+           const Tensor& params, std::int64_t split, std::optional<float> clamp, bool inverse, Address index,
+           Address scale, const Tensor& grad_x, const Tensor& grad_params, Address grad_scale,
+           Address grad_bias, int threads) {
+            const Coupling coupling{clamp.value_or(0), inverse};
+            const std::int64_t outputs = (clamp ? 2 : 1) * (sizes[1] - split);
+            const auto grad_y = view<const float>(grad, sizes, sizes[1]);
+            const auto from = view<const float>(x, sizes, sizes[1]);
+            const auto with = view<const float>(params, sizes, outputs);
+            const auto to = view<float>(grad_x, sizes, sizes[1]);
+            const auto to_params = view<float>(grad_params, sizes, outputs);
+            const auto exit = exit_of(index, sizes[1], scale, std::nullopt);
+            nb::gil_scoped_release unlocked;
+            return grad_y && from && with && to && to_params && exit &&
+                   couple_gradient(coupling, split, *exit, *grad_y, pointer<const float>(grad_log_det), *from,
+                                   *with, extent_of(sizes), *to, *to_params, pointer<float>(grad_scale),
+                                   pointer<float>(grad_bias), threads);
+        },
+        "sizes"_a, "grad"_a, "grad_log_det"_a.none(), "x"_a, "params"_a, "split"_a, "clamp"_a.none(),
+        "inverse"_a, "index"_a.none(), "scale"_a.none(), "grad_x"_a, "grad_params"_a, "grad_scale"_a.none(),
+        "grad_bias"_a.none(), "threads"_a);
+    m.def(
+        "uncouple",
+        [](const Sizes& sizes, const Tensor& y, const Tensor& grad, const Tensor& params,
+           std::optional<float> clamp, Address grad_log_det, const Tensor& grad_params, int threads) {
+            const Coupling coupling{clamp.value_or(0), false};
+            const std::int64_t outputs = (clamp ? 2 : 1) * sizes[1];
+            const auto from = view<float>(y, sizes, sizes[1]), grad_y = view<float>(grad, sizes, sizes[1]);
+            const auto with = view<const float>(params, sizes, outputs);
+            const auto to_params = view<float>(grad_params, sizes, outputs);
+            nb::gil_scoped_release unlocked;
+            return from && grad_y && with && to_params &&
+                   uncouple(coupling, *from, *grad_y, *with, pointer<const float>(grad_log_det),
+                            extent_of(sizes), *to_params, threads);
+        },
+        "sizes"_a, "y"_a, "grad"_a, "params"_a, "clamp"_a.none(), "grad_log_det"_a.none(), "grad_params"_a,
+        "threads"_a);
+}
+
+}  // namespace usf

@@ -1,0 +1,211 @@
+// Gradients of `couple`, in one pass, and its inverse together with them, in place.
+#pragma once
+
+#include "couplings.hpp"
+
+namespace usf {
+
+// Of an exit's scale and bias, by channel in front of the permutation: the sums over grad_y * coupled x and
+// over grad_y, as parts of which each belongs to one stretch.
+struct ExitSums {
+    std::int64_t channels = 0;
+    std::vector<float> scale, bias;  // [parts, channels]
+
+    void make(std::int64_t parts, std::int64_t n) {
+        channels = n;
+        scale.assign(parts * n, 0.0f);
+        bias.assign(parts * n, 0.0f);
+    }
+    void finish(const Exit& exit, float* grad_scale, float* grad_bias) const {
+        const std::int64_t parts = channels == 0 ? 0 : static_cast<std::int64_t>(bias.size()) / channels;
+        std::vector<double> totals(2 * channels);
+        for (std::int64_t part = 0; part < parts; ++part) {
+            for (std::int64_t j = 0; j < channels; ++j) {
+                totals[2 * j] += scale[part * channels + j];
+                totals[2 * j + 1] += bias[part * channels + j];
+            }
+        }
+        for (std::int64_t j = 0; j < channels; ++j) {
+            grad_scale[exit.channel(j)] = static_cast<float>(totals[2 * j]);
+            grad_bias[exit.channel(j)] = static_cast<float>(totals[2 * j + 1]);
+        }
+    }
+};
+
+// A plane of passive values, or without `params` of active ones: see `gradient_of_piece`. Adds up grad_y
+// times the coupled x, and grad_y, where `scale` is given.
+USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, const float* grad_y,
+                                         const float* scale, const float* x, const float* params,
+                                         std::int64_t apart, std::int64_t n, float grad_log_det,
+                                         float* grad_x, float* grad_params, float* scale_sum,
+                                         float* bias_sum) {
+    double scale_total = 0, bias_total = 0;
+    for (std::int64_t first = 0; first < n; first += piece) {
+        const int count = static_cast<int>(std::min<std::int64_t>(piece, n - first));
+        float grad[piece], coupled[piece];
+        const float *from = grad_y + first, *through = from, *value = x + first;
+        if (scale) {
+            const float factor = *scale;
+            for (int j = 0; j < count; ++j) grad[j] = factor * from[j];
+            bias_total += sum_of_piece(from, count);
+            through = grad;
+        }
+        if (active) {
+            // Before anything is written: the gradient of x may take the place of grad_y.
+            gradient_of_piece(coupling, through, value, params + first, apart, count, grad_log_det,
+                              grad_x + first, grad_params + first, scale ? coupled : nullptr);
+            value = coupled;
+        } else if (grad_x + first != through) {
+            std::copy_n(through, count, grad_x + first);
+        }
+        if (scale) {
+            for (int j = 0; j < count; ++j) coupled[j] = value[j] * from[j];
+            scale_total += sum_of_piece(coupled, count);
+        }
+    }
+    if (scale) {
+        *scale_sum = static_cast<float>(scale_total);
+        *bias_sum = static_cast<float>(bias_total);
+    }
+}
+
+// Of rows of neighbouring channels; `scale` [channels] is in front of the permutation. Adds to the sums.
+USF_CLONES inline void gradient_of_rows(const Coupling& coupling, std::int64_t split, std::int64_t channels,
+                                        const Exit& exit, const float* __restrict scale, const float* grad_y,
+                                        std::int64_t grad_row, const float* x, std::int64_t x_row,
+                                        const float* params, std::int64_t params_row, std::int64_t apart,
+                                        std::int64_t rows, const float* grad_log_det, std::int64_t step,
+                                        float* grad_x, std::int64_t grad_x_row, float* grad_params,
+                                        std::int64_t grad_params_row, float* __restrict scale_sum,
+                                        float* __restrict bias_sum, float* __restrict scratch) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const float* from = grad_y + r * grad_row;
+        if (!exit.to.empty()) {
+            for (std::int64_t j = 0; j < channels; ++j) scratch[j] = from[exit.to[j]];
+            from = scratch;
+        }
+        const float* const value = x + r * x_row;
+        for (std::int64_t first = 0; first < channels;) {
+            const bool active = first >= split;
+            const std::int64_t end = active ? channels : split;
+            const int count = static_cast<int>(std::min<std::int64_t>(piece, end - first));
+            float grad[piece], coupled[piece];
+            const float *through = from + first, *passed = value + first;
+            if (scale) {
+                for (int j = 0; j < count; ++j) grad[j] = scale[first + j] * from[first + j];
+                for (int j = 0; j < count; ++j) bias_sum[first + j] += from[first + j];
+                through = grad;
+            }
+            float* const to = grad_x + r * grad_x_row + first;
+            if (active) {
+                gradient_of_piece(coupling, through, passed, params + r * params_row + first - split, apart,
+                                  count, grad_log_det ? grad_log_det[r * step] : 0.0f, to,
+                                  grad_params + r * grad_params_row + first - split,
+                                  scale ? coupled : nullptr);
+                passed = coupled;
+            } else if (to != through) {
+                std::copy_n(through, count, to);
+            }
+            if (scale)
+                for (int j = 0; j < count; ++j) scale_sum[first + j] += passed[j] * from[first + j];
+            first += count;
+        }
+    }
+}
+
+// Gradients of x, params and, with an exit that has them, of scale and bias. Without an exit, grad_x may be
+// grad_y itself. `grad_log_det` [batch] is read for affine couplings.
+inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const Exit& exit,
+                            const Input& grad_y, const float* grad_log_det, const Input& x,
+                            const Input& params, const Extent& extent, const Output& grad_x,
+                            const Output& grad_params, float* grad_scale, float* grad_bias, int threads) {
+    const auto [batch, channels, positions] = extent;
+    const Layout layout = common_layout(positions, grad_y, x, params, grad_x, grad_params);
+    const std::int64_t apart = (channels - split) * params.channel;
+    // Pieces step by one distance through params and their gradient.
+    if (layout == Layout::other || params.channel != grad_params.channel) return false;
+    ExitSums sums;
+    if (layout == Layout::maps) {
+        if (exit.scale) sums.make(batch, channels);
+        const Stretches planes(channels, positions);
+        team_for(
+            batch * planes.count, threads, [&, channels = channels, positions = positions](std::int64_t i) {
+                const std::int64_t image = i / planes.count, s = i % planes.count;
+                for (std::int64_t j = planes.begin(s); j < planes.end(s); ++j) {
+                    const bool active = j >= split;
+                    const std::int64_t to = exit.channel(j), at = image * channels + j;
+                    gradient_of_plane(
+                        coupling, active, grad_y.at(image, to, 0), exit.scale ? exit.scale + to : nullptr,
+                        x.at(image, j, 0), active ? params.at(image, j - split, 0) : nullptr, apart,
+                        positions, coupling.affine() ? grad_log_det[image] : 0, grad_x.at(image, j, 0),
+                        active ? grad_params.at(image, j - split, 0) : nullptr,
+                        exit.scale ? &sums.scale[at] : nullptr, exit.scale ? &sums.bias[at] : nullptr);
+                }
+            });
+    } else {
+        const RowCount count(extent);
+        const RowsOf<const float> grad_rows(grad_y, positions), x_rows(x, positions),
+            params_rows(params, positions);
+        const RowsOf<float> grad_x_rows(grad_x, positions), grad_params_rows(grad_params, positions);
+        const Stretches rows(count.rows, channels);
+        const bool own = positions == 1;
+        std::vector<float> scale(exit.scale ? channels : 0);
+        for (std::size_t j = 0; j < scale.size(); ++j) scale[j] = exit.scale[exit.channel(j)];
+        if (exit.scale) sums.make(count.images * rows.count, channels);
+        team_for(count.images * rows.count, threads, [&, channels = channels](std::int64_t i) {
+            const std::int64_t image = i / rows.count, begin = rows.begin(i % rows.count);
+            std::vector<float> scratch(exit.to.size());
+            gradient_of_rows(coupling, split, channels, exit, exit.scale ? scale.data() : nullptr,
+                             grad_rows.at(image, begin), grad_rows.row, x_rows.at(image, begin), x_rows.row,
+                             params_rows.at(image, begin), params_rows.row, apart,
+                             rows.end(i % rows.count) - begin,
+                             coupling.affine() ? grad_log_det + (own ? begin : image) : nullptr, own,
+                             grad_x_rows.at(image, begin), grad_x_rows.row, grad_params_rows.at(image, begin),
+                             grad_params_rows.row, exit.scale ? &sums.scale[i * channels] : nullptr,
+                             exit.scale ? &sums.bias[i * channels] : nullptr, scratch.data());
+        });
+    }
+    if (exit.scale) sums.finish(exit, grad_scale, grad_bias);
+    return true;
+}
+
+USF_CLONES inline void undo_run(const Coupling& coupling, float* y, float* grad, const float* params,
+                                std::int64_t apart, std::int64_t n, float grad_log_det, float* grad_params) {
+    for (std::int64_t first = 0; first < n; first += piece) {
+        const int count = static_cast<int>(std::min<std::int64_t>(piece, n - first));
+        undo_piece(coupling, y + first, grad + first, params + first, apart, count, grad_log_det,
+                   grad_params + first);
+    }
+}
+
+// Turns the active channels y of a coupled x into what they were, `grad` of y into that of x, and writes the
+// gradient of params. `extent` is that of y.
+inline bool uncouple(const Coupling& coupling, const Output& y, const Output& grad, const Input& params,
+                     const float* grad_log_det, const Extent& extent, const Output& grad_params,
+                     int threads) {
+    const auto [batch, channels, positions] = extent;
+    const Layout layout = common_layout(positions, y, grad, params, grad_params);
+    if (layout == Layout::other || params.channel != grad_params.channel) return false;
+    const std::int64_t apart = channels * params.channel;
+    if (layout == Layout::maps) {
+        const Stretches planes(channels, positions);
+        team_for(batch * planes.count, threads, [&, positions = positions](std::int64_t i) {
+            const std::int64_t image = i / planes.count, s = i % planes.count;
+            for (std::int64_t j = planes.begin(s); j < planes.end(s); ++j)
+                undo_run(coupling, y.at(image, j, 0), grad.at(image, j, 0), params.at(image, j, 0), apart,
+                         positions, grad_log_det ? grad_log_det[image] : 0, grad_params.at(image, j, 0));
+        });
+        return true;
+    }
+    const Stretches rows(batch * positions, channels);
+    team_for(rows.count, threads, [&, channels = channels, positions = positions](std::int64_t i) {
+        for (std::int64_t r = rows.begin(i); r < rows.end(i); ++r) {
+            const std::int64_t image = r / positions, p = r % positions;
+            undo_run(coupling, y.at(image, 0, p), grad.at(image, 0, p), params.at(image, 0, p), apart,
+                     channels, grad_log_det ? grad_log_det[image] : 0, grad_params.at(image, 0, p));
+        }
+    });
+    return true;
+}
+
+}  // namespace usf

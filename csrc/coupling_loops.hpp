@@ -1,0 +1,160 @@
+// The arithmetic of couplings on runs of neighbouring values, a piece at a time that stays in the cache.
+#pragma once
+
+#include "features.hpp"
+#include "rows.hpp"
+
+namespace usf {
+
+constexpr int piece = 256;  // values
+
+// e^x - 1 within a few units in the last place, whether x is near 0 or not, for |x| <= 30.
+USF_INLINE float fast_expm1(float x) {
+    x = std::min(std::max(x, -30.0f), 30.0f);
+    constexpr float to_integer = 12582912.0f;
+    const float n = (x * 1.44269504f + to_integer) - to_integer;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r;  // e^r - 1
+    const float power = std::bit_cast<float>((static_cast<std::int32_t>(n) + 127) << 23);
+    return power * p + (power - 1);
+}
+
+// log_scale = clamp * tanh(raw / 10), of at most `piece` values. With e = e^(raw / 5) - 1, tanh is e / (e +
+// 2).
+USF_INLINE void log_scales(const float* raw, int n, float clamp, float* log_scale) {
+    for (int j = 0; j < n; ++j) {
+        const float e = fast_expm1(0.2f * raw[j]);
+        log_scale[j] = clamp * (e / (e + 2));
+    }
+}
+// And the slope of tanh, 4 (e + 1) / (e + 2)^2.
+USF_INLINE void log_scales(const float* raw, int n, float clamp, float* log_scale, float* slope) {
+    for (int j = 0; j < n; ++j) {
+        const float e = fast_expm1(0.2f * raw[j]), inverse = 1 / (e + 2);
+        log_scale[j] = clamp * (e * inverse);
+        slope[j] = 4 * (e + 1) * inverse * inverse;
+    }
+}
+
+// A sum of at most `piece` values, in many short ones.
+USF_INLINE float sum_of_piece(const float* values, int n) {
+    constexpr int lanes = 16;
+    float part[lanes] = {};
+    int j = 0;
+    for (; j + lanes <= n; j += lanes)
+        for (int lane = 0; lane < lanes; ++lane) part[lane] += values[j + lane];
+    for (int lane = 0; j < n; ++j, ++lane) part[lane] += values[j];
+    for (int half = lanes / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+    return part[0];
+}
+
+// What a coupling does to one active value. With a clamp it is affine: `params` are raw scales, and raw
+// shifts `apart` elements behind. Without, they are shifts.
+struct Coupling {
+    float clamp = 0;  // 0 for none
+    bool inverse = false;
+    bool affine() const { return clamp > 0; }
+};
+
+// out = the coupled x. Returns the sum of the log scales.
+USF_INLINE double couple_run(const Coupling& coupling, const float* x, const float* params,
+                             std::int64_t apart, std::int64_t n, float* __restrict out) {
+    if (!coupling.affine()) {
+        const float sign = coupling.inverse ? -1.0f : 1.0f;
+        for (std::int64_t j = 0; j < n; ++j) out[j] = x[j] + sign * params[j];
+        return 0;
+    }
+    double total = 0;
+    for (std::int64_t first = 0; first < n; first += piece) {
+        const int count = static_cast<int>(std::min<std::int64_t>(piece, n - first));
+        const float *from = x + first, *shift = params + apart + first;
+        float* const to = out + first;
+        float s[piece];
+        log_scales(params + first, count, coupling.clamp, s);
+        if (coupling.inverse)
+            for (int j = 0; j < count; ++j) to[j] = (from[j] - 0.1f * shift[j]) * fast_exp(-s[j]);
+        else
+            for (int j = 0; j < count; ++j) to[j] = from[j] * fast_exp(s[j]) + 0.1f * shift[j];
+        total += sum_of_piece(s, count);
+    }
+    return total;
+}
+
+// Gradients of at most `piece` active values x and of their params, from `grad`, that of the coupled x, and
+// that of the log-determinant. Where `coupled` is given, the coupled x goes there. The gradient of x may take
+// the place of any input: nothing is written before all is read.
+USF_INLINE void gradient_of_piece(const Coupling& coupling, const float* grad, const float* x,
+                                  const float* params, std::int64_t apart, int n, float grad_log_det,
+                                  float* grad_x, float* grad_params, float* coupled) {
+    const float sign = coupling.inverse ? -1.0f : 1.0f;
+    if (!coupling.affine()) {
+        float to[piece];
+        for (int j = 0; j < n; ++j) to[j] = sign * grad[j];
+        if (coupled)
+            for (int j = 0; j < n; ++j) coupled[j] = x[j] + sign * params[j];
+        if (grad_x != grad) std::copy_n(grad, n, grad_x);
+        std::copy_n(to, n, grad_params);
+        return;
+    }
+    const float *shift = params + apart, factor = 0.1f * coupling.clamp * sign;
+    float s[piece], slope[piece], to_x[piece], to_scale[piece], to_shift[piece];
+    log_scales(params, n, coupling.clamp, s, slope);
+    if (coupling.inverse) {  // y = (x - t) e^-s, so that dy/ds = -y
+        for (int j = 0; j < n; ++j) {
+            s[j] = fast_exp(-s[j]);
+            to_x[j] = grad[j] * s[j];
+            to_scale[j] = (to_x[j] * (x[j] - 0.1f * shift[j]) + grad_log_det) * (slope[j] * factor);
+            to_shift[j] = -0.1f * to_x[j];
+        }
+        if (coupled)
+            for (int j = 0; j < n; ++j) coupled[j] = (x[j] - 0.1f * shift[j]) * s[j];
+    } else {  // y = x e^s + t
+        for (int j = 0; j < n; ++j) {
+            s[j] = fast_exp(s[j]);
+            to_x[j] = grad[j] * s[j];
+            to_scale[j] = (to_x[j] * x[j] + grad_log_det) * (slope[j] * factor);
+            to_shift[j] = 0.1f * grad[j];
+        }
+        if (coupled)
+            for (int j = 0; j < n; ++j) coupled[j] = x[j] * s[j] + 0.1f * shift[j];
+    }
+    std::copy_n(to_x, n, grad_x);
+    std::copy_n(to_scale, n, grad_params);
+    std::copy_n(to_shift, n, grad_params + apart);
+}
+
+// Turns at most `piece` coupled values y into the x that they were, and their gradient into that of x; the
+// gradient of the params goes to `grad_params`.
+USF_INLINE void undo_piece(const Coupling& coupling, float* y, float* grad, const float* params,
+                           std::int64_t apart, int n, float grad_log_det, float* grad_params) {
+    float x[piece];
+    if (!coupling.affine()) {
+        for (int j = 0; j < n; ++j) x[j] = y[j] - params[j];
+        std::copy_n(x, n, y);
+        std::copy_n(grad, n, grad_params);
+        return;
+    }
+    const float *shift = params + apart, factor = 0.1f * coupling.clamp;
+    float s[piece], slope[piece], to_x[piece], to_scale[piece], to_shift[piece];
+    log_scales(params, n, coupling.clamp, s, slope);
+    for (int j = 0; j < n; ++j) {
+        const float power = fast_exp(s[j]), scaled = y[j] - 0.1f * shift[j];  // x e^s
+        to_scale[j] = (scaled * grad[j] + grad_log_det) * (slope[j] * factor);
+        to_shift[j] = 0.1f * grad[j];
+        x[j] = scaled / power;
+        to_x[j] = grad[j] * power;
+    }
+    std::copy_n(x, n, y);
+    std::copy_n(to_x, n, grad);
+    std::copy_n(to_scale, n, grad_params);
+    std::copy_n(to_shift, n, grad_params + apart);
+}
+
+}  // namespace usf

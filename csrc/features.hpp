@@ -1,0 +1,104 @@
+// Tensors (batch, channels, *spatial) as loops walk them: by image, channel and position.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "team.hpp"
+
+// What is inlined into a loop that is compiled for several instruction sets is compiled for them too.
+#if defined(__GNUC__)
+#define USF_INLINE inline __attribute__((always_inline))
+#else
+#define USF_INLINE inline
+#endif
+
+namespace usf {
+
+// Elements between neighbours. A channel or position stride is 1 where there is no neighbour.
+template <class T>
+struct Features {
+    T* data = nullptr;
+    std::int64_t batch = 0, channel = 1, position = 1;
+
+    T* at(std::int64_t image, std::int64_t c, std::int64_t p) const {
+        return data + image * batch + c * channel + p * position;
+    }
+    Features from_channel(std::int64_t c) const { return {data + c * channel, batch, channel, position}; }
+};
+using Input = Features<const float>;
+using Output = Features<float>;
+
+struct Extent {
+    std::int64_t batch, channels, positions;
+};
+
+inline Extent extent_of(std::span<const std::int64_t> sizes) {
+    Extent extent{sizes[0], sizes[1], 1};
+    for (const std::int64_t size : sizes.subspan(2)) extent.positions *= size;
+    return extent;
+}
+
+// Nothing where one stride cannot walk the spatial dimensions.
+template <class T>
+std::optional<Features<T>> flatten(T* data, std::span<const std::int64_t> sizes,
+                                   std::span<const std::int64_t> strides) {
+    if (std::ranges::find(sizes, 0) != sizes.end()) return Features<T>{data};
+    std::int64_t position = 0, expected = 0;
+    for (std::size_t i = sizes.size(); i-- > 2;) {
+        if (sizes[i] == 1) continue;
+        if (expected == 0)
+            position = strides[i];
+        else if (strides[i] != expected)
+            return std::nullopt;
+        expected = strides[i] * sizes[i];
+        if (expected == 0 && sizes[i] > 1) return std::nullopt;  // expanded
+    }
+    return Features<T>{data, sizes[0] > 1 ? strides[0] : 0, sizes[1] > 1 ? strides[1] : 1,
+                       position == 0 ? 1 : position};
+}
+
+// One channel's positions side by side, or one position's channels.
+enum class Layout { maps, rows, other };
+
+template <class... T>
+Layout common_layout(std::int64_t positions, const Features<T>&... features) {
+    const bool maps = ((features.position == 1) && ...), rows = ((features.channel == 1) && ...);
+    if (rows && (positions == 1 || !maps)) return Layout::rows;
+    return maps ? Layout::maps : Layout::other;
+}
+
+// Rows of neighbouring channels, by image; where every image is one position, images are rows of one image.
+template <class T>
+struct RowsOf {
+    T* data;
+    std::int64_t image, row;
+
+    RowsOf(const Features<T>& f, std::int64_t positions)
+        : data(f.data), image(positions == 1 ? 0 : f.batch), row(positions == 1 ? f.batch : f.position) {}
+    T* at(std::int64_t i, std::int64_t r) const { return data + i * image + r * row; }
+};
+struct RowCount {
+    std::int64_t images, rows;
+    explicit RowCount(const Extent& e)
+        : images(e.positions == 1 ? 1 : e.batch), rows(e.positions == 1 ? e.batch : e.positions) {}
+};
+
+constexpr std::int64_t stretch_elements = 1 << 14;  // far more work than it takes to fetch the next stretch
+
+// The indices [0, count) of something with so many elements each, in stretches. What a thread sums over a
+// stretch is the same whichever thread it is.
+struct Stretches {
+    std::int64_t total, each, count;
+
+    Stretches(std::int64_t total, std::int64_t elements)
+        : total(total),
+          each(std::max<std::int64_t>(1, stretch_elements / std::max<std::int64_t>(elements, 1))),
+          count((total + each - 1) / each) {}
+    std::int64_t begin(std::int64_t i) const { return i * each; }
+    std::int64_t end(std::int64_t i) const { return std::min((i + 1) * each, total); }
+};
+
+}  // namespace usf

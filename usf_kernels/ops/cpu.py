@@ -1,0 +1,106 @@
+"""Operations that the extension runs on the CPU, with gradients: see `usf_kernels.ops.native`.
+
+Second derivatives, and whatever the extension may not see, get the operations as they are in `reference`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usf_kernels.ops import native, reference
+from usf_kernels.ops.dispatch import differentiates_again, gradients_through, on_cpu
+from usf_kernels.ops.matrices import apply_matrix, full_precision
+
+
+class _AdditiveCoupling(torch.autograd.Function):
+    """The gradient of x is that of y as it is, and the shift's a slice of it: nothing is written, unless the
+    slice could be kept as the gradient of a leaf, in the memory of another's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
+        ctx.options = split, inverse
+        return native.shift(x, shift, split, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        split, inverse = ctx.options
+        grad_shift = grad[:, split:]
+        if inverse:
+            return grad, -grad_shift, None, None
+        kept_as_it_is = split == 0 or len(grad) == 1
+        return grad, grad_shift.clone() if kept_as_it_is else grad_shift, None, None
+
+
+@on_cpu("additive_coupling")
+def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
+    if _records(x, shift):
+        return _AdditiveCoupling.apply(x, shift, split, inverse)
+    return native.shift(x, shift, split, inverse)
+
+
+class _AffineCoupling(torch.autograd.Function):
+    """Keeps x and params only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, params: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        ctx.options = options
+        ctx.save_for_backward(x, params)
+        return native.couple(x, params, None, None, None, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
+        x, params = ctx.saved_tensors
+        if differentiates_again():
+
+            def plain(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+                return reference.affine_coupling(x, params, *ctx.options)
+
+            grads = gradients_through(plain, (x, params), (grad, grad_log_det))
+        elif native.fits(grad, grad_log_det, x, params):
+            grads = native.couple_gradient(grad, grad_log_det, x, params, None, None, *ctx.options)[:2]
+        else:
+            grads = reference.affine_coupling_gradients(x, params, *ctx.options, grad, grad_log_det)
+        return *grads, None, None, None
+
+
+@on_cpu("affine_coupling")
+def affine_coupling(
+    x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    if clamp > native.LARGEST_CLAMP:
+        return reference.affine_coupling(x, params, split, clamp, inverse)
+    if _records(x, params):
+        return _AffineCoupling.apply(x, params, split, clamp, inverse)
+    return native.couple(x, params, None, None, None, split, clamp, inverse)
+
+
+class _SquaredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return native.squared_norm(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        if differentiates_again() or not native.fits(grad, z):
+            return 2 * grad.unsqueeze(1) * z
+        return native.squared_norm_gradient(grad, z)
+
+
+@on_cpu("squared_norm")
+def squared_norm(z: Tensor) -> Tensor:
+    return _SquaredNorm.apply(z) if _records(z) else native.squared_norm(z)
+
+
+@on_cpu("linear_squared_norm")
+def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    with full_precision(x):
+        return squared_norm(apply_matrix(matrix, x, bias))
+
+
+def _records(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

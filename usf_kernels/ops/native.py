@@ -1,0 +1,198 @@
+"""Loops of the extension over float32 tensors on the CPU, each one pass over memory.
+
+Where torch needs a pass and fresh memory for every operation, these read each value once. Who calls them has
+asked `fits` first. Tensors go to the extension as addresses and strides. It walks maps and channels-last
+memory, slices of channels or of the batch too; what has other strides is copied first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from usf_kernels import _core
+
+WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
+LARGEST_CLAMP = 80.0  # e^s is then finite, and the loops do not look
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether the extension may read these tensors: memory of float32 values, and nobody looking inside."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:
+        if t is not None and not (
+            type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu and _is_memory(t)
+        ):
+            return False
+    return True
+
+
+def _is_memory(t: Tensor) -> bool:
+    return t.layout is torch.strided and not (
+        t.is_neg() or t._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(t)
+    )
+
+
+def squared_norm(z: Tensor) -> Tensor:
+    """(B, *spatial)."""
+    shape = z.shape
+    out = z.new_empty((shape[0], *shape[2:]))
+    if not _core.squared_norm(shape, _of(z), out.data_ptr(), _threads(z)):
+        z = _formatted(z, z)
+        _core.squared_norm(shape, _of(z), out.data_ptr(), _threads(z))
+    return out
+
+
+def squared_norm_gradient(grad: Tensor, z: Tensor) -> Tensor:
+    """2 grad z, in the format of z."""
+    out, grad = torch.empty_like(z), grad.contiguous()
+    if not _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), _threads(z)):
+        z, out = _formatted(z, z), _formatted_empty(z, z)
+        _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), _threads(z))
+    return out
+
+
+def couple(
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """As `usf_kernels.ops.coupling_step`, of which only plain couplings are inverted; in the format of x.
+
+    None for what is left to torch: a clamp beyond `LARGEST_CLAMP`, an index that is no permutation.
+    """
+    if not _takes(index, clamp):
+        return None
+    shape, y = x.shape, _dense(x)
+    log_det = None if clamp is None else x.new_empty(shape[0])
+    options = split, clamp, inverse
+    index, scale, bias = (None if v is None else v.contiguous() for v in (index, scale, bias))
+    exits, threads = (_address(index), _address(scale), _address(bias)), _threads(x)
+    if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), _address(log_det), threads):
+        x, params, y = _formatted(x, y), _formatted(params, y), _formatted_empty(x, y)
+        if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), _address(log_det), threads):
+            return None
+    return y, x.new_empty(0) if log_det is None else log_det
+
+
+def shift(x: Tensor, values: Tensor, split: int, inverse: bool) -> Tensor:
+    """`usf_kernels.ops.additive_coupling`."""
+    shape, y, threads = x.shape, _dense(x), _threads(x)
+    options = split, None, inverse, None, None, None
+    if not _core.couple(shape, _of(x), _of(values), *options, _of(y), None, threads):
+        x, values, y = _formatted(x, y), _formatted(values, y), _formatted_empty(x, y)
+        _core.couple(shape, _of(x), _of(values), *options, _of(y), None, threads)
+    return y
+
+
+def couple_gradient(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """Gradients of x, params, scale and bias, the last two where a scale is given; None as for `couple`."""
+    if not _takes(index, clamp):
+        return None
+    per_channel = [None if scale is None else torch.empty_like(scale) for _ in range(2)]
+    exits = [None if v is None else v.contiguous() for v in (index, scale)]
+    grad_log_det = grad_log_det.contiguous()
+
+    def run(grad: Tensor, x: Tensor, params: Tensor, grad_x: Tensor, grad_params: Tensor) -> bool:
+        return _core.couple_gradient(
+            x.shape, _of(grad), None if clamp is None else grad_log_det.data_ptr(), _of(x), _of(params),
+            split, clamp, inverse, *map(_address, exits), _of(grad_x), _of(grad_params),
+            *map(_address, per_channel), _threads(x),
+        )  # fmt: skip
+
+    grad_x, grad_params = _dense(x), _dense(params)
+    if run(grad, x, params, grad_x, grad_params):
+        return grad_x, grad_params, *per_channel
+    like = grad_x
+    grad_x, grad_params = _formatted_empty(x, like), _formatted_empty(params, like)
+    done = run(*(_formatted(t, like) for t in (grad, x, params)), grad_x, grad_params)
+    return (grad_x, grad_params, *per_channel) if done else None
+
+
+def uncouple_gradient_(
+    grad: Tensor, grad_log_det: Tensor, x: Tensor, params: Tensor, split: int, clamp: float | None
+) -> Tensor | None:
+    """`usf_kernels.ops.eager.uncouple_gradient_`; None for strides that have no loop."""
+    if not _takes(None, clamp):
+        return None
+    grad_params, grad_log_det = _dense(params), grad_log_det.contiguous()
+    done = _core.couple_gradient(
+        x.shape, _of(grad), None if clamp is None else grad_log_det.data_ptr(), _of(x), _of(params),
+        split, clamp, False, None, None, _of(grad), _of(grad_params), None, None, _threads(x),
+    )  # fmt: skip
+    return grad_params if done else None
+
+
+def uncouple_(
+    y: Tensor, grad: Tensor, params: Tensor, clamp: float | None, grad_log_det: Tensor
+) -> Tensor | None:
+    """`usf_kernels.ops.eager.uncouple_` of the active channels y; None for strides that have no loop."""
+    grad_log_det = None if clamp is None else grad_log_det.expand(y.shape[0]).contiguous()
+    grad_params = _dense(params)
+    done = _takes(None, clamp) and _core.uncouple(
+        y.shape, _of(y), _of(grad), _of(params), clamp, _address(grad_log_det), _of(grad_params), _threads(y)
+    )
+    return grad_params if done else None
+
+
+def _takes(index: Tensor | None, clamp: float | None) -> bool:
+    return (clamp is None or clamp <= LARGEST_CLAMP) and (index is None or index.is_cpu)
+
+
+def _of(t: Tensor) -> tuple[int, tuple[int, ...]]:
+    """A tensor as the extension takes it."""
+    return t.data_ptr(), t.stride()
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Memory for a result of the shape of x, in the format in which torch.cat of its channels would be."""
+    if x.ndim in (4, 5):
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _format(like: Tensor) -> torch.memory_format:
+    """Channels-last where `like` is, contiguous otherwise."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.ndim)
+    contiguous = last is None or like.is_contiguous() or not like.is_contiguous(memory_format=last)
+    return torch.contiguous_format if contiguous else last
+
+
+def _formatted(t: Tensor, like: Tensor) -> Tensor:
+    return t.contiguous(memory_format=_format(like))
+
+
+def _formatted_empty(t: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=_format(like))
+
+
+def _threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= WORTH_THREADS else 1
