@@ -43,10 +43,10 @@ test: install
 test-cpp: install
 	$(BIN)/cmake -S csrc -B build/tests -DUSF_TESTS=ON
 	$(BIN)/cmake --build build/tests --parallel
-	$(BIN)/ctest --test-dir build/tests --output-on-failure
+	$(BIN)/ctest --test-dir build/tests --parallel 2 --output-on-failure
 	$(BIN)/cmake -S csrc -B build/sanitized -DUSF_TESTS=ON -DUSF_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitized --parallel
-	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitized --parallel 2 --output-on-failure
 
 lint: install
 	$(BIN)/ruff format --check .
