@@ -1,6 +1,6 @@
 # make install   .venv with the package and every extra, versions from constraints.txt
 # make demo      train on the embedded textures; tables, pictures and checkpoints in runs/demo
-# make test      the Python tests
+# make test      the Python tests, TEST_WORKERS at a time
 # make test-cpp  the C++ tests, also under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint      ruff and clang-format
 # make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in runs/bench.csv
@@ -15,6 +15,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TEST_WORKERS ?= 2
 EXTRAS := demo,anomalib,export,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -38,7 +39,7 @@ demo: install
 	$(BIN)/usf-kernels demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
 test-cpp: install
 	$(BIN)/cmake -S csrc -B build/tests -DUSF_TESTS=ON

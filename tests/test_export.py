@@ -142,8 +142,7 @@ def model_of(kind, **options):
 
 AFFINE = {"coupling": "affine", "linear": "permutation"}
 MODELS = [
-    (FastFlow, {}, False),
-    (FastFlow, AFFINE, True),
+    (FastFlow, AFFINE, True),  # its plain form: `exported`
     (UFlow, {}, False),
     (UFlow, AFFINE, True),
     (CFlow, {"encoding_channels": 8}, False),
