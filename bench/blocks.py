@@ -23,6 +23,7 @@ from bench.flows import (
     peer_flow,
     truth,
 )
+from bench.machine import dtypes
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 from bench.table import FUSED
 
@@ -57,7 +58,7 @@ def _ours(shape: Shape, x: Tensor) -> Iterator[Provider]:
     for form in FORMS.values():
         flow = our_flow(form.name, shape).to(x.device)
         yield _provider(form, form.name, flow, shape, x, "contiguous", "forward")
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes(x.device):
             fused = flow.fuse(dtype=dtype)
 
             def run(
@@ -143,7 +144,7 @@ def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
 def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
     """The conditioners' convolutions and the C x C products by themselves, in their best memory format."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes(x.device):
         word = str(dtype).removeprefix("torch.")
         for name in ("additive, permutation", SHARED):
             form = FORMS[name]

@@ -46,14 +46,21 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """As the maker calls it."""
+    """As the maker calls it, a processor with the vector instructions that torch uses on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo") as info:
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+            name = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """In which to measure: bfloat16 only where there is arithmetic for it; nobody would use it elsewhere."""
+    known = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if known else (torch.float32,)
 
 
 def results_file(device: torch.device) -> Path:
@@ -77,7 +84,7 @@ def _providers(device: torch.device) -> Sequence[Provider]:
         Provider(COPY, partial(target.copy_, source), LIMIT, gigabytes=2e-9 * COPIED[device.type]),
     ]
     side = SIDE[device.type]
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes(device):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         word = str(dtype).removeprefix("torch.")
         providers.append(

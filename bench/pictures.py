@@ -63,6 +63,17 @@ def overview(rows: Rows) -> Figure | None:
     return figure
 
 
+PANELS = {  # of the blocks, a dtype each: whom ours are compared with, title
+    "float32": ("anomalib", "float32, over anomalib's block"),
+    "bfloat16": ("anomalib, autocast, channels-last", "bfloat16, over its autocast, channels-last"),
+}
+
+
+def _dtypes(rows: Rows) -> list[str]:
+    """Those of `PANELS` that were measured: not every processor has arithmetic for bfloat16."""
+    return [dtype for dtype in PANELS if any(r["dtype"] == dtype for r in rows)]
+
+
 def blocks(rows: Rows) -> Figure | None:
     """Speed-ups over anomalib: one dot per shape, a bar for their geometric mean."""
     rows = [r for r in rows if r["subject"] == "blocks" and r["direction"] == "forward"]
@@ -73,23 +84,17 @@ def blocks(rows: Rows) -> Figure | None:
     names += [name for name in dict.fromkeys(others) if name != "anomalib"]
     if not ours or "anomalib" not in others:
         return None
+    dtypes = _dtypes(rows)
     figure, axes = canvas(
         TOP + BOTTOM + STRIP * len(names),
-        ((2.1, 3.3), (6.3, 3.3)),
+        ((2.1, 3.3), (6.3, 3.3)) if len(dtypes) > 1 else ((2.1, 7.5),),
         "Coupling blocks, inference: over anomalib's",
         f"One dot per shape, batch size and stack; bars are geometric means. {machine(rows)}.",
     )
     legend(figure, dict(KERNELS.values()))
     kernels = {r["case"]: r["kernel"] for r in rows}
-    for axis, dtype, peer, title in (
-        (axes[0], "float32", "anomalib", "float32, over anomalib's block"),
-        (
-            axes[1],
-            "bfloat16",
-            "anomalib, autocast, channels-last",
-            "bfloat16, over its autocast, channels-last",
-        ),
-    ):
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        peer, title = PANELS[dtype]
         groups = []
         for name in names:
             ratios = table.speedups(
@@ -246,15 +251,16 @@ def roofline(rows: Rows) -> Figure | None:
         dots = [r for r in dots if r["role"] == PEER or r["provider"].endswith(table.FUSED)]
     if not limits or not dots:
         return None
+    dtypes = [dtype for dtype in _dtypes(dots) if "matrix product" + dtype in limits]
     figure, axes = canvas(
         4.3,
-        ((0.65, 4.3), (5.85, 4.3)),
+        ((0.65, 4.3), (5.85, 4.3)) if len(dtypes) > 1 else ((0.65, 9.5),),
         "Coupling blocks under the roof of the machine",
         f"One dot per shape; the roof is a copy that no cache holds and a large product. {machine(dots)}.",
     )
     legend(figure, {"ours": OURS_COLOUR, "FrEIA, anomalib": PEER_COLOUR})
     bandwidth = float(limits[COPY + "float32"]["gb_per_s"])
-    for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
+    for axis, dtype in zip(axes, dtypes, strict=True):
         peak = float(limits["matrix product" + dtype]["gflop_per_s"])
         points = {
             role: [

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- speed: begin, written by `python -m bench.report` -->", "<!--
 
 
 def sections(folder: Path) -> str:
-    """One section per file of rows: the CPU's first, then a shorter one for each GPU."""
+    """One section per file of rows: that of the CPU first, then a shorter one for each other device."""
     texts = [section(table.read(folder / "cpu.csv"))]
     for path in sorted(folder.glob("*.csv")):
         if path.name != "cpu.csv" and not path.name.startswith("compile_"):  # which holds no times

@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
             table.forget(output, subject, (case.name for case in SUBJECTS[subject].cases))
     shared = machine.environment(device)
     print(f"{shared['device']}, {shared['threads']} threads; {shared['versions']}")
+    if torch.bfloat16 not in machine.dtypes(device):
+        print("this processor has no arithmetic for bfloat16: nothing is measured in it")
     limits = _limits(device)
     end = time.perf_counter() + 60 * options.minutes if options.minutes else float("inf")
     with progress(len(work), "benchmark") as advance:
@@ -138,7 +140,10 @@ def _started(
     case: Case, device: torch.device, options: argparse.Namespace
 ) -> Iterator[tuple[Provider, float]]:
     """Those to time, each after a first call whose result was right, and that call's seconds."""
+    without_bfloat16 = torch.bfloat16 not in machine.dtypes(device)
     for provider in case.providers(device):
+        if without_bfloat16 and provider.dtype == "bfloat16":
+            continue
         if not any(part in provider.name for part in options.providers or [""]):
             continue
         if provider.compiles and (options.quick or (options.minutes and not case.first)):

@@ -130,12 +130,24 @@ def test_ratios_are_to_the_fastest_peer_of_the_same_kind(measured, capsys):
             Provider("slow", wait(0.008), PEER),
             Provider("slower", wait(0.012), PEER),
             Provider("fast elsewhere", wait(0.001), PEER, direction="inverse"),
-            Provider("fast otherwise", wait(0.001), PEER, dtype="bfloat16"),
+            Provider("fast otherwise", wait(0.001), PEER, dtype="float64"),
         )
     )
     assert table.best_peer(rows[0], rows)["provider"] == "slow"
     ratio = next(line for line in capsys.readouterr().out.splitlines() if "  ours" in line).split("x")[1]
     assert 3 < float(ratio.split()[0]) < 5
+
+
+def test_bfloat16_is_measured_where_there_is_arithmetic_for_it(measured, monkeypatch, capsys):
+    def found():
+        rows = measured(tiny(Provider("wide", lambda: 1), Provider("narrow", lambda: 1, dtype="bfloat16")))
+        return [row["provider"] for row in rows]
+
+    monkeypatch.setattr(run.machine, "dtypes", lambda device: (torch.float32, torch.bfloat16))
+    assert found() == ["wide", "narrow"]
+    monkeypatch.setattr(run.machine, "dtypes", lambda device: (torch.float32,))
+    assert found() == ["wide"]
+    assert "no arithmetic for bfloat16" in capsys.readouterr().out
 
 
 def test_part_of_the_providers_leaves_the_rows_alone(monkeypatch, capsys):

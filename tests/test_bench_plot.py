@@ -7,7 +7,7 @@ pytest.importorskip("matplotlib")
 
 from bench import plot
 from bench.drawing import names_at_ends, strips
-from bench.pictures import PICTURES, blocks, depth, tree
+from bench.pictures import PICTURES, blocks, depth, roofline, tree
 
 MACHINE = {"device": "a machine", "threads": "2", "versions": "python=3 torch=2.14", "cache": "warm"}
 
@@ -40,6 +40,15 @@ def test_every_picture_is_drawn(tmp_path, capsys):
     table.write(tmp_path / "rows.csv", measured())
     assert plot.main([str(tmp_path / "rows.csv"), "--output", str(tmp_path)]) == 0
     assert {path.stem for path in tmp_path.glob("*.png")} == set(PICTURES)
+    assert "do not suffice" not in capsys.readouterr().out
+
+
+def test_a_processor_without_bfloat16_has_one_panel(tmp_path, capsys):
+    rows = [r for r in measured() if r["dtype"] == "float32"]
+    assert texts(blocks(rows)) == ["  3.0x"]
+    assert len(roofline(rows).axes) == 1
+    table.write(tmp_path / "rows.csv", rows)
+    assert plot.main([str(tmp_path / "rows.csv"), "--output", str(tmp_path)]) == 0
     assert "do not suffice" not in capsys.readouterr().out
 
 
