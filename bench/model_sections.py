@@ -39,7 +39,8 @@ def models(rows: Rows) -> Iterator[str]:
             ]
             cells = [_either(map(_speedup, ours, peers)) for ours in best]
             milliseconds = _either(number(table.milliseconds(row)) if row else "" for row in peers)
-            lines.append([model, batch, (*limits, "")[0], milliseconds, *cells])
+            if any(cells):
+                lines.append([model, batch, (*limits, "")[0], milliseconds, *cells])
         if lines:
             header = ["model", "batch", "backbone, ms", "fastest peer, ms", *forms]
             yield from _titled(title, header, lines)
