@@ -44,7 +44,7 @@ def test_every_picture_is_drawn(tmp_path, capsys):
 
 
 def test_a_processor_without_bfloat16_has_one_panel(tmp_path, capsys):
-    rows = [r for r in measured() if r["dtype"] == "float32"]
+    rows = [r for r in measured() if r.get("dtype") != "bfloat16"]
     assert texts(blocks(rows)) == ["  3.0x"]
     assert len(roofline(rows).axes) == 1
     table.write(tmp_path / "rows.csv", rows)

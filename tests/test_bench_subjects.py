@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import accelerate, blocks, flows, models, operations, table, training
+from bench import accelerate, blocks, flows, machine, models, operations, table, training
 from bench.flows import FORMS, Shape
 from bench.measure import CPU
 from bench.memory import saved_bytes
@@ -34,7 +34,7 @@ def test_blocks():
     assert {p.role for p in providers} >= {OURS, LIMIT}
     assert {p.name for p in providers if p.role == OURS} >= set(FORMS)
     limits = {(p.name, p.dtype) for p in providers if p.role == LIMIT}
-    assert len(limits) == 3 * 2  # two kinds of convolutions and a product, in two precisions
+    assert len(limits) == 3 * len(machine.dtypes(CPU))  # two kinds of convolutions and a product, in each
     assert all(p.gigaflops > 0 and p.gigabytes > 0 for p in providers)
 
 
