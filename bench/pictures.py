@@ -256,7 +256,7 @@ def roofline(rows: Rows) -> Figure | None:
         4.3,
         ((0.65, 4.3), (5.85, 4.3)) if len(dtypes) > 1 else ((0.65, 9.5),),
         "Coupling blocks under the roof of the machine",
-        f"One dot per shape; the roof is torch's copy that no cache holds and its large product. {machine(dots)}.",
+        f"One dot per shape; the roof is torch's large copy and product. {machine(dots)}.",
     )
     legend(figure, {"ours": OURS_COLOUR, "FrEIA, anomalib": PEER_COLOUR})
     bandwidth = float(limits[COPY + "float32"]["gb_per_s"])
