@@ -47,7 +47,7 @@ USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, 
         if (scale) {
             const float factor = *scale;
             for (int j = 0; j < count; ++j) grad[j] = factor * from[j];
-            bias_total += sum_of_piece(from, count);
+            bias_total += sum(from, count);
             through = grad;
         }
         if (active) {
@@ -60,7 +60,7 @@ USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, 
         }
         if (scale) {
             for (int j = 0; j < count; ++j) coupled[j] = value[j] * from[j];
-            scale_total += sum_of_piece(coupled, count);
+            scale_total += sum(coupled, count);
         }
     }
     if (scale) {

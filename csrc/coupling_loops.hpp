@@ -10,19 +10,8 @@ constexpr int piece = 256;  // values
 
 // e^x - 1 within a few units in the last place, whether x is near 0 or not, for |x| <= 30.
 USF_INLINE float fast_expm1(float x) {
-    x = std::min(std::max(x, -30.0f), 30.0f);
-    constexpr float to_integer = 12582912.0f;
-    const float n = (x * 1.44269504f + to_integer) - to_integer;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r;  // e^r - 1
-    const float power = std::bit_cast<float>((static_cast<std::int32_t>(n) + 127) << 23);
-    return power * p + (power - 1);
+    const auto [power, rest] = exponential(std::min(std::max(x, -30.0f), 30.0f));
+    return power * rest + (power - 1);
 }
 
 // log_scale = clamp * tanh(raw / 10), of at most `piece` values. With e = e^(raw / 5) - 1, tanh is e / (e +
@@ -40,19 +29,6 @@ USF_INLINE void log_scales(const float* raw, int n, float clamp, float* log_scal
         log_scale[j] = clamp * (e * inverse);
         slope[j] = 4 * (e + 1) * inverse * inverse;
     }
-}
-
-// A sum of at most `piece` values, in many short ones.
-USF_INLINE float sum_of_piece(const float* values, int n) {
-    constexpr int lanes = 16;
-    float part[lanes] = {};
-    int j = 0;
-    for (; j + lanes <= n; j += lanes)
-        for (int lane = 0; lane < lanes; ++lane) part[lane] += values[j + lane];
-    for (int lane = 0; j < n; ++j, ++lane) part[lane] += values[j];
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
-    return part[0];
 }
 
 // What a coupling does to one active value. With a clamp it is affine: `params` are raw scales, and raw
@@ -82,7 +58,7 @@ USF_INLINE double couple_run(const Coupling& coupling, const float* x, const flo
             for (int j = 0; j < count; ++j) to[j] = (from[j] - 0.1f * shift[j]) * fast_exp(-s[j]);
         else
             for (int j = 0; j < count; ++j) to[j] = from[j] * fast_exp(s[j]) + 0.1f * shift[j];
-        total += sum_of_piece(s, count);
+        total += sum(s, count);
     }
     return total;
 }

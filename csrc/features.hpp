@@ -8,13 +8,6 @@
 
 #include "team.hpp"
 
-// What is inlined into a loop that is compiled for several instruction sets is compiled for them too.
-#if defined(__GNUC__)
-#define USF_INLINE inline __attribute__((always_inline))
-#else
-#define USF_INLINE inline
-#endif
-
 namespace usf {
 
 // Elements between neighbours. A channel or position stride is 1 where there is no neighbour.

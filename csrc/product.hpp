@@ -17,9 +17,10 @@
 #include <new>
 #include <utility>
 
+#include "instructions.hpp"
+
 #if defined(__GNUC__)  // also clang: vectors as built-in types
 #define USF_PRODUCTS 1
-#define USF_INLINE inline __attribute__((always_inline))
 
 namespace usf {
 

@@ -8,25 +8,16 @@
 #include <vector>
 
 #include "half.hpp"
+#include "instructions.hpp"
 #include "team.hpp"
-
-// The loops over a row are compiled for several instruction sets, and the loader picks one.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__)
-#if __GNUC__ >= 12  // AVX2 by itself has no instruction for a product and a sum
-#define USF_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
-#else
-#define USF_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-#else
-#define USF_CLONES
-#endif
 
 namespace usf {
 
-// e^x within 2 units in the last place for |x| <= 87, without branches, so that loops of it vectorise.
-inline float fast_exp(float x) {
-    x = std::min(std::max(x, -87.0f), 87.0f);
+// e^x = power * (1 + rest) with a power of 2, for |x| <= 87, without branches, so that loops of it vectorise.
+struct Exponential {
+    float power, rest;
+};
+USF_INLINE Exponential exponential(float x) {
     constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
     const float n = (x * 1.44269504f + to_integer) - to_integer;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -36,8 +27,13 @@ inline float fast_exp(float x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * std::bit_cast<float>((static_cast<std::int32_t>(n) + 127) << 23);
+    return {std::bit_cast<float>((static_cast<std::int32_t>(n) + 127) << 23), p * r * r + r};
+}
+
+// e^x within 2 units in the last place for |x| <= 87.
+inline float fast_exp(float x) {
+    const auto [power, rest] = exponential(std::min(std::max(x, -87.0f), 87.0f));
+    return (rest + 1.0f) * power;
 }
 
 // Within 2^-22 of tanh x, absolutely. NaN gives NaN.
@@ -65,16 +61,16 @@ inline void widen_to(const float* from, int n, float* to) {
 }
 
 // In many short sums, which is both faster and more accurate than one long one.
-inline float sum(const float* values, int n) {
+USF_INLINE float sum(const float* values, int n) {
     constexpr int lanes = 16;
     float part[lanes] = {};
     int j = 0;
     for (; j + lanes <= n; j += lanes)
         for (int lane = 0; lane < lanes; ++lane) part[lane] += values[j + lane];
-    for (; j < n; ++j) part[j % lanes] += values[j];
-    float total = 0;
-    for (const float p : part) total += p;
-    return total;
+    for (int lane = 0; j < n; ++j, ++lane) part[lane] += values[j];
+    for (int half = lanes / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+    return part[0];
 }
 
 // Calls body(begin, end) for stretches of rows; a thread takes one at a time.

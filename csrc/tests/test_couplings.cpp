@@ -5,20 +5,12 @@
 
 #include "check.hpp"
 #include "coupling_gradients.hpp"
+#include "noise.hpp"
 #include "norms.hpp"
 
 using namespace usf;
 
 namespace {
-
-std::mt19937 random_bits(0);
-
-std::vector<float> noise(std::size_t size, float scale = 1) {
-    std::normal_distribution<float> normal(0, scale);
-    std::vector<float> values(size);
-    for (float& value : values) value = normal(random_bits);
-    return values;
-}
 
 // Features in memory of their own, either way around.
 struct Memory {

@@ -2,22 +2,13 @@
 #include <random>
 #include <vector>
 
+#include "check.hpp"
 #include "interleave.hpp"
+#include "noise.hpp"
 
 using namespace usf;
 
 namespace {
-
-int failures = 0;
-
-template <class T>
-std::vector<T> noise(std::size_t size) {
-    std::mt19937 random(1);
-    std::normal_distribution<float> normal;
-    std::vector<T> values(size);
-    for (T& value : values) narrow(normal(random), value);
-    return values;
-}
 
 // Against the definition, with memory around the result that must stay as it is.
 template <class From, class To>

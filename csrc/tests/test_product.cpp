@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "noise.hpp"
 #include "product.hpp"
 
 #ifdef USF_PRODUCTS
@@ -11,14 +12,6 @@
 using namespace usf;
 
 namespace {
-
-std::vector<float> noise(std::size_t size, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    std::vector<float> values(size);
-    for (float& value : values) value = normal(random);
-    return values;
-}
 
 struct Example {
     int rows, inputs, outputs;
@@ -43,9 +36,8 @@ double exact(const std::vector<float>& in, int stride, const std::vector<float>&
 void test_store() {
     for (const auto& [rows, inputs, outputs] : examples()) {
         const int in_stride = inputs + 3;
-        const auto in = noise(rows * in_stride, 0), matrix = noise(outputs * inputs, 1),
-                   bias = noise(outputs, 2);
-        const auto added = noise(rows * outputs, 3);
+        const auto in = noise(rows * in_stride), matrix = noise(outputs * inputs), bias = noise(outputs);
+        const auto added = noise(rows * outputs);
         std::vector<const float*> condition;
         for (int r = 0; r < rows; ++r) condition.push_back(added.data() + r * outputs);
         const Weights weights(matrix.data(), bias.data(), outputs, inputs);
@@ -73,7 +65,7 @@ void test_store() {
 // Rows from anywhere, for each of three taps.
 void test_neighbours() {
     constexpr int rows = 29, taps = 3, inputs = 5, outputs = 21;
-    const auto in = noise(rows * inputs, 0), matrix = noise(outputs * taps * inputs, 1);
+    const auto in = noise(rows * inputs), matrix = noise(outputs * taps * inputs);
     const Weights weights(matrix.data(), nullptr, outputs, taps * inputs);
     std::vector<const float*> pointers;
     for (int tap = 0; tap < taps; ++tap)
@@ -94,9 +86,9 @@ void test_neighbours() {
 
 void test_add() {
     for (const auto& [rows, inputs, outputs] : examples()) {
-        const auto in = noise(rows * inputs, 0), matrix = noise(outputs * inputs, 1);
+        const auto in = noise(rows * inputs), matrix = noise(outputs * inputs);
         const int stride = outputs + 2;
-        const auto before = noise(rows * stride, 2);
+        const auto before = noise(rows * stride);
         std::vector<float> out = before;
         const Weights weights(matrix.data(), nullptr, outputs, inputs);
         multiply(Inputs{in.data(), inputs}, rows, weights, Add{out.data(), stride, -1.0f});
@@ -122,7 +114,7 @@ void test_nan_and_infinity_pass() {
 
 void test_a_row_does_not_depend_on_the_others() {
     constexpr int rows = 23, inputs = 50, outputs = 40;
-    const auto in = noise(rows * inputs, 0), matrix = noise(outputs * inputs, 1);
+    const auto in = noise(rows * inputs), matrix = noise(outputs * inputs);
     const Weights weights(matrix.data(), nullptr, outputs, inputs);
     const int width = weights.outputs();
     std::vector<float> all(rows * width), one(width);

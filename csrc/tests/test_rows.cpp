@@ -3,6 +3,7 @@
 #include <random>
 
 #include "check.hpp"
+#include "noise.hpp"
 #include "rows.hpp"
 
 using namespace usf;
@@ -32,15 +33,6 @@ std::vector<Example> examples() {
         for (const Example& e : {all, none, some, second, shuffled}) found.push_back(e);
     }
     return found;
-}
-
-template <class T>
-std::vector<T> noise(std::size_t size, float scale) {
-    std::mt19937 random(1);
-    std::normal_distribution<float> normal(0, scale);
-    std::vector<T> values(size);
-    for (T& value : values) narrow(normal(random), value);
-    return values;
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "noise.hpp"
 #include "stage_run.hpp"
 
 #ifdef USF_PRODUCTS
@@ -11,15 +12,6 @@
 using namespace usf;
 
 namespace {
-
-std::mt19937 random_bits(0);
-
-std::vector<float> noise(std::size_t size, float scale = 1) {
-    std::normal_distribution<float> normal(0, scale);
-    std::vector<float> values(size);
-    for (float& value : values) value = normal(random_bits);
-    return values;
-}
 
 using Wide = std::vector<double>;  // rows in float64
 

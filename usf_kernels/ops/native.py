@@ -7,6 +7,8 @@ memory, slices of channels or of the batch too; what has other strides is copied
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -90,7 +92,7 @@ def couple(
 
 
 def shift(x: Tensor, values: Tensor, split: int, inverse: bool) -> Tensor:
-    """`usf_kernels.ops.additive_coupling`."""
+    """`usf_kernels.ops.additive_coupling`: a fifth faster than `couple` where tensors are small."""
     shape, y, threads = x.shape, _dense(x), _threads(x)
     options = split, None, inverse, None, None, None
     if not _core.couple(shape, _of(x), _of(values), *options, _of(y), None, threads):
@@ -115,22 +117,14 @@ def couple_gradient(
         return None
     per_channel = [None if scale is None else torch.empty_like(scale) for _ in range(2)]
     exits = [None if v is None else v.contiguous() for v in (index, scale)]
-    grad_log_det = grad_log_det.contiguous()
-
-    def run(grad: Tensor, x: Tensor, params: Tensor, grad_x: Tensor, grad_params: Tensor) -> bool:
-        return _core.couple_gradient(
-            x.shape, _of(grad), None if clamp is None else grad_log_det.data_ptr(), _of(x), _of(params),
-            split, clamp, inverse, *map(_address, exits), _of(grad_x), _of(grad_params),
-            *map(_address, per_channel), _threads(x),
-        )  # fmt: skip
-
+    options = split, clamp, inverse, exits, per_channel
     grad_x, grad_params = _dense(x), _dense(params)
-    if run(grad, x, params, grad_x, grad_params):
-        return grad_x, grad_params, *per_channel
-    like = grad_x
-    grad_x, grad_params = _formatted_empty(x, like), _formatted_empty(params, like)
-    done = run(*(_formatted(t, like) for t in (grad, x, params)), grad_x, grad_params)
-    return (grad_x, grad_params, *per_channel) if done else None
+    if not _write_gradients(grad, grad_log_det, x, params, grad_x, grad_params, *options):
+        grad, x, params = (_formatted(t, grad_x) for t in (grad, x, params))
+        grad_x, grad_params = _formatted_empty(x, grad_x), _formatted_empty(params, grad_x)
+        if not _write_gradients(grad, grad_log_det, x, params, grad_x, grad_params, *options):
+            return None
+    return grad_x, grad_params, *per_channel
 
 
 def uncouple_gradient_(
@@ -139,12 +133,31 @@ def uncouple_gradient_(
     """`usf_kernels.ops.eager.uncouple_gradient_`; None for strides that have no loop."""
     if not _takes(None, clamp):
         return None
-    grad_params, grad_log_det = _dense(params), grad_log_det.contiguous()
-    done = _core.couple_gradient(
-        x.shape, _of(grad), None if clamp is None else grad_log_det.data_ptr(), _of(x), _of(params),
-        split, clamp, False, None, None, _of(grad), _of(grad_params), None, None, _threads(x),
-    )  # fmt: skip
+    grad_params = _dense(params)
+    options = split, clamp, False, (None, None), (None, None)
+    done = _write_gradients(grad, grad_log_det, x, params, grad, grad_params, *options)
     return grad_params if done else None
+
+
+def _write_gradients(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    x: Tensor,
+    params: Tensor,
+    grad_x: Tensor,
+    grad_params: Tensor,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+    exits: Sequence[Tensor | None],
+    per_channel: Sequence[Tensor | None],
+) -> bool:
+    """Into `grad_x`, `grad_params` and `per_channel`; False, and none written, for strides without a loop."""
+    grad_log_det = None if clamp is None else grad_log_det.contiguous()
+    return _core.couple_gradient(
+        x.shape, _of(grad), _address(grad_log_det), _of(x), _of(params), split, clamp, inverse,
+        *map(_address, exits), _of(grad_x), _of(grad_params), *map(_address, per_channel), _threads(x),
+    )  # fmt: skip
 
 
 def uncouple_(

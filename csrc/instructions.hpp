@@ -1,0 +1,21 @@
+// How loops are compiled.
+#pragma once
+
+// For several instruction sets, of which the loader picks one.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#if __GNUC__ >= 12  // AVX2 by itself has no instruction for a product and a sum
+#define USF_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+#else
+#define USF_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#else
+#define USF_CLONES
+#endif
+
+// What is inlined into a loop that is compiled for several instruction sets is compiled for them too.
+#if defined(__GNUC__)
+#define USF_INLINE inline __attribute__((always_inline))
+#else
+#define USF_INLINE inline
+#endif
