@@ -5,13 +5,12 @@
 #include <random>
 #include <vector>
 
+#include "check.hpp"
 #include "max_tree.hpp"
 
 using namespace usf;
 
 namespace {
-
-int failures = 0;
 
 void expect(bool condition, const char* what, std::int64_t height, std::int64_t width) {
     if (condition) return;

@@ -5,11 +5,10 @@
 #include <random>
 #include <vector>
 
+#include "check.hpp"
 #include "nfa.hpp"
 
 namespace {
-
-int failures = 0;
 
 template <class A, class B>
 void same(const A& found, const B& expected, const char* what) {
@@ -17,12 +16,6 @@ void same(const A& found, const B& expected, const char* what) {
     std::printf("%s: found", what);
     for (const auto& value : found) std::printf(" %g", static_cast<double>(value));
     std::printf("\n");
-    ++failures;
-}
-
-void that(bool holds, const char* what) {
-    if (holds) return;
-    std::printf("%s\n", what);
     ++failures;
 }
 

@@ -4,21 +4,14 @@
 #include <numbers>
 #include <stdexcept>
 
+#include "check.hpp"
 #include "tail.hpp"
 
 namespace {
 
-int failures = 0;
-
 void near(double found, double expected, double relative, const char* what) {
     if (std::abs(found - expected) <= relative * std::abs(expected)) return;
     std::printf("%s: expected %.17g, found %.17g\n", what, expected, found);
-    ++failures;
-}
-
-void that(bool holds, const char* what) {
-    if (holds) return;
-    std::printf("%s\n", what);
     ++failures;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from usf_kernels.models.batch_norms import fold_batch_norms
 from usf_kernels.models.timm_networks import EMBEDDED, integer_padding, make_network, own_size
 from usf_kernels.ops.checks import check_int
 
@@ -54,6 +56,17 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the features that a flow models must not move."""
         return super().train(False)
+
+    def fuse(self) -> Backbone:
+        """A copy for inference: batch norms are part of the convolutions in front of them; channels-last."""
+        fused = deepcopy(self).to(memory_format=torch.channels_last)
+        size = (
+            self.input_size
+            or getattr(self.network, "pretrained_cfg", {}).get("input_size", (3, 256, 256))[1:]
+        )
+        images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.mean)
+        fused.network = fold_batch_norms(fused.network, (images - self.mean) / self.std)
+        return fused
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -88,7 +88,7 @@ class FeatureFlow(nn.Module):
         return Null.from_list(self.null_parameters.tolist())
 
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
-        """The same model for inference, faster and without a loss: its flows in their inference form.
+        """The same model for inference, faster and without a loss: backbone and flows in inference form.
 
         Args:
             dtype: of the flows' weights and latents, for example torch.bfloat16; None for their own.
@@ -99,8 +99,8 @@ class FeatureFlow(nn.Module):
         fused = deepcopy(self).eval().requires_grad_(False)
         if not fused.fused:
             fused._fuse_flows(dtype)
+            fused.backbone = fused.backbone.fuse()
             fused.fused = True
-        fused.backbone.to(memory_format=torch.channels_last)
         return fused
 
     def features(self, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,74 @@
+"""Frozen networks for inference: batch norms as part of the convolutions in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+@torch.no_grad()
+def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
+    """A network without the batch norms that directly follow a convolution; the same maps up to rounding.
+
+    Which ones do is seen on an `example`. Where a convolution's result is also used elsewhere, folding would
+    change the maps; the network is then returned as it is.
+
+    Args:
+        network: in evaluation mode, from images to a sequence of maps.
+        example: images that it takes.
+    """
+    pairs, expected = _watch(network, example)
+    if not pairs:
+        return network
+    folded = deepcopy(network)
+    for norm_name, convolution_name in pairs.items():
+        convolution, norm = folded.get_submodule(convolution_name), folded.get_submodule(norm_name)
+        folded.set_submodule(convolution_name, fuse_conv_bn_eval(convolution, norm))
+        folded.set_submodule(norm_name, _without_norm(norm))
+    return folded if _close(folded(example), expected) else network
+
+
+def _watch(network: nn.Module, example: Tensor) -> tuple[dict[str, str], Sequence[Tensor]]:
+    """Of batch norms the convolution whose result they were given, by name; the network's maps."""
+    names = {module: name for name, module in network.named_modules()}
+    returned: dict[int, tuple[nn.Module, Tensor]] = {}  # by identity; held, so that no other tensor gets it
+    pairs = {}
+
+    def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        returned[id(output)] = module, output
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if id(inputs[0]) in returned:
+            pairs[names[module]] = names[returned[id(inputs[0])][0]]
+
+    hooks = [
+        module.register_forward_hook(after)
+        if isinstance(module, nn.Conv2d)
+        else module.register_forward_pre_hook(before)
+        for module in names
+        if isinstance(module, nn.Conv2d)
+        or (isinstance(module, nn.BatchNorm2d) and module.running_var is not None)
+    ]
+    try:
+        return pairs, network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _without_norm(norm: nn.Module) -> nn.Module:
+    """What timm's batch norms do after their norm."""
+    rest = [part for name in ("drop", "act") if (part := getattr(norm, name, None)) is not None]
+    return nn.Sequential(*rest) if rest else nn.Identity()
+
+
+def _close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Up to rounding, which grows over a hundred layers."""
+    return all(
+        bool((ours - truth).abs().max() <= 1e3 * torch.finfo(truth.dtype).eps * truth.abs().max())
+        for ours, truth in zip(found, expected, strict=True)
+    )
