@@ -21,9 +21,9 @@ def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
         network: in evaluation mode, from images to a sequence of maps.
         example: images that it takes.
     """
-    pairs, expected = _watch(network, example)
-    if not pairs:
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
+    pairs, expected = _watch(network, example)
     folded = deepcopy(network)
     for norm_name, convolution_name in pairs.items():
         convolution, norm = folded.get_submodule(convolution_name), folded.get_submodule(norm_name)
