@@ -6,7 +6,7 @@
 # make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in runs/bench.csv
 # make bench-full  all inputs, torch.compile too: an hour or two; rows in bench/results
 # make bench-gpu   what fits into eight minutes on a CUDA device, with GPU_PYTHON's torch
-# make accuracy  what models find, docs/accuracy.md: latent norms, affine against uniformly scaling flows, the threshold
+# make accuracy  what models find, docs/accuracy.md: latent norms, affine against uniformly scaling flows, the threshold, bfloat16
 # make accuracy-quick  the comparison of flows on one texture, two epochs; rows in runs/accuracy
 # make report    pictures and the README's section on speed, from the rows
 # make gpu       test-gpu, then bench-gpu; `make -k gpu` measures even where a test fails (what is wrong is not timed)
@@ -66,6 +66,7 @@ bench-gpu:
 accuracy: install
 	$(BIN)/python -m bench.accuracy.gaussian_mixture
 	$(BIN)/python -m bench.accuracy.nfa
+	$(BIN)/python -m bench.accuracy.precision
 	$(BIN)/python -m bench.accuracy.substitution
 
 accuracy-quick: install

@@ -163,7 +163,7 @@ def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
         for suffix, made in (("", model), (FUSED, model.fuse())):
             call = partial(_without_gradients, run, made, inputs)
             yield Provider(name + suffix, call, OURS, check=partial(check, "float32"))
-        call = partial(_autocast, run, model.fuse(torch.bfloat16), narrow)
+        call = partial(_without_gradients, run, model.fuse(torch.bfloat16), narrow)
         yield Provider(name + FUSED, call, OURS, "bfloat16", check=partial(check, "bfloat16"))
     if run is _map:
         call = partial(_without_gradients, _features, model, inputs)

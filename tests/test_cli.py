@@ -1,8 +1,10 @@
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,9 @@ from usf_kernels import files, metrics, models
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.cli import main
 from usf_kernels.cli.folder import MODELS
+from usf_kernels.cli.options import add_inference, load_for_inference
+from usf_kernels.models import UFlow, USFlow
+from usf_kernels.models.backbones import create_backbone
 from usf_kernels.plotting import Shown
 
 
@@ -172,6 +177,25 @@ def test_empty_folders_are_named(checkpoint, tmp_path, capsys):
     )
     assert str(tmp_path / "none") in fails(capsys, "train", tmp_path / "none", "--output", run)
     assert not run.exists()
+
+
+def test_models_of_something_else_are_refused(folder, tmp_path, capsys):
+    save_checkpoint(tmp_path / "density.pt", USFlow(4, blocks=1))
+    error = fails(capsys, "evaluate", tmp_path / "density.pt", folder)
+    assert f"{tmp_path / 'density.pt'}: expected a FastFlow, CFlow or UFlow, found a USFlow" in error
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_precision_is_that_of_the_whole_model(precision, tmp_path):
+    pytest.importorskip("timm")
+    save_checkpoint(tmp_path / "model.pt", UFlow(create_backbone(out_indices=(0, 1)), steps=1))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--checkpoint", type=Path, default=tmp_path / "model.pt")
+    add_inference(parser)
+    loaded, device = load_for_inference(parser.parse_args(["--device", "cpu", "--precision", precision]))
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    features = loaded.features(torch.rand(1, 3, 32, 32, device=device))
+    assert [x.dtype for x in (*features, *loaded.latents(features)[0])] == [dtype] * 4
 
 
 def test_wrong_checkpoints_are_named(checkpoint, folder, tmp_path, capsys):

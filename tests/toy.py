@@ -66,7 +66,7 @@ class ToyDetector(ToyFlow):
     def calibrate(self, features):
         self.level.fill_(0.75)
 
-    def fuse(self):
+    def fuse(self, dtype=None):
         return self
 
     @torch.no_grad()

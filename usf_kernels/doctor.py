@@ -90,7 +90,9 @@ def _devices(torch: Any) -> list[str]:
         names.append(f"cuda:{index}, {torch.cuda.get_device_name(index)}, {gib:.0f} GiB")
     if torch.backends.mps.is_available():
         names.append("mps")
-    return [*names, f"cpu, {torch.get_num_threads()} threads"]
+    half = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    units = "with" if half else "without"
+    return [*names, f"cpu, {torch.get_num_threads()} threads, {units} arithmetic for bfloat16"]
 
 
 def _triton(torch: Any) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = comparison.section(found, "category")
     title = f"Affine couplings against uniformly scaling ones, {options.dataset}"
     figure = comparison.figure(found, "category", title)
-    publish(options.dataset, folder, figure, f"{options.dataset}.png", text)
+    publish(options.dataset, folder, text, figure, f"{options.dataset}.png")
     print(f"{text}\n\nrows in {rows.path}")
     return 0
 

@@ -273,7 +273,7 @@ def _mean(values: Sequence[float]) -> float:
 def show(folder: Path) -> None:
     """Write and print what the rows in a folder say."""
     rows = rows_in(folder)
-    publish(NAME, folder, draw(rows.read(), latents_in(folder).read()), PICTURE, text(folder))
+    publish(NAME, folder, text(folder), draw(rows.read(), latents_in(folder).read()), PICTURE)
     print(f"{text(folder)}\n\nrows in {rows.path}")
 
 

@@ -230,7 +230,7 @@ def text(folder: Path) -> str:
 def show(folder: Path) -> None:
     """Write and print what the rows in a folder say."""
     rows = rows_in(folder)
-    publish(NAME, folder, figure(rows.read()), PICTURE, text(folder))
+    publish(NAME, folder, text(folder), figure(rows.read()), PICTURE)
     print(f"{text(folder)}\n\nrows in {rows.path}")
 
 

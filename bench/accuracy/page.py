@@ -41,30 +41,31 @@ def markers(name: str) -> tuple[str, str]:
     )
 
 
-def publish(name: str, folder: Path, figure: Figure, picture: str, text: str) -> None:
-    """Put a figure and a text where they belong: into docs for bench/results, else beside the rows.
+def publish(name: str, folder: Path, text: str, figure: Figure | None = None, picture: str = "") -> None:
+    """Put a text and a figure where they belong: into docs for bench/results, else beside the rows.
 
     Args:
         name: of the section, or of the file of the text.
         folder: of the rows.
-        figure: to be written under the name `picture`.
-        text: markdown that refers to it.
+        text: markdown, which refers to the figure.
+        figure: to be written under the name `picture`, if there is one.
     """
+    if figure is not None:
+        save_figure(figure, (DOCS if folder == RESULTS else folder) / picture)
     if folder == RESULTS:
-        save_figure(figure, DOCS / picture)
         page = rewritten(PAGE.read_text(encoding="utf-8"), name, text)
         with atomic_write(PAGE) as file:
             file.write(page.encode("utf-8"))
     else:
-        save_figure(figure, folder / picture)
         (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write pictures and sections; with --check only say whether the sections are up to date."""
-    from bench.accuracy import gaussian_mixture, nfa, substitution  # which publish through this module
+    # Which publish through this module.
+    from bench.accuracy import gaussian_mixture, nfa, precision, substitution
 
-    modules = (gaussian_mixture, substitution, nfa)
+    modules = (gaussian_mixture, substitution, nfa, precision)
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.page", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page differs")
     options = parser.parse_args(arguments)

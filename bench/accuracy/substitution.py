@@ -57,7 +57,8 @@ def show(folder: Path) -> None:
     """Write and print what the rows in a folder say."""
     title = "Affine couplings against uniformly scaling ones"
     rows = rows_in(folder)
-    publish(NAME, folder, comparison.figure(rows.read(), "texture", title), f"{NAME}.png", text(folder))
+    figure = comparison.figure(rows.read(), "texture", title)
+    publish(NAME, folder, text(folder), figure, f"{NAME}.png")
     print(f"{text(folder)}\n\nrows in {rows.path}")
 
 

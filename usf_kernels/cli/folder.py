@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from usf_kernels.cli.options import (
     METRICS,
-    add_device,
+    add_inference,
     image_size,
+    load_for_inference,
     pick_device,
     positive,
     print_table,
@@ -154,7 +155,7 @@ def add_evaluate(commands: Any) -> None:
         "--output", type=Path, help="folder for results.json and panel.png; default: only print"
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
-    add_device(parser)
+    add_inference(parser)
     parser.set_defaults(run=evaluate)
 
 
@@ -164,13 +165,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from usf_kernels import metrics
-    from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
+    from usf_kernels.checkpoint import read_checkpoint
     from usf_kernels.data import FolderDataset
     from usf_kernels.files import write_json
 
     size = read_checkpoint(options.checkpoint)["extra"].get("image_size", (256, 256))
-    device = pick_device(options.device)
-    model = load_checkpoint(options.checkpoint, device=device).fuse()
+    model, device = load_for_inference(options)
     data = FolderDataset(options.folder, "test", size=tuple(size))
     samples, predictions = [], []
     with progress(len(data), "predicting") as advance:

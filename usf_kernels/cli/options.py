@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from usf_kernels.models.feature_flow import FeatureFlow
+
 METRICS = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
@@ -37,10 +39,17 @@ def image_size(text: str) -> tuple[int, int]:
     return parts[0], parts[-1]
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, for commands that only predict."""
+def add_inference(parser: argparse.ArgumentParser) -> None:
+    """`--device` and `--precision`, for commands that only predict."""
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the fastest there is"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("32-true", "bf16-true"),
+        default="32-true",
+        help="bf16-true: all of the model in bfloat16, faster where the device has units for it; "
+        "default: %(default)s",
     )
 
 
@@ -53,6 +62,24 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_for_inference(options: argparse.Namespace) -> tuple[FeatureFlow, torch.device]:
+    """The inference form of the model in `checkpoint`, in the `--precision` and on the `--device` asked for.
+
+    Raises:
+        ValueError, OSError: as `load_checkpoint`; for a model of something else than images, too.
+    """
+    import torch
+
+    from usf_kernels.checkpoint import load_checkpoint
+
+    device = pick_device(options.device)
+    model = load_checkpoint(options.checkpoint, device=device)
+    if not hasattr(model, "calibrate"):  # no masks, then: a density of vectors, for example
+        kind = type(model).__name__
+        raise ValueError(f"{options.checkpoint}: expected a FastFlow, CFlow or UFlow, found a {kind}")
+    return model.fuse(torch.bfloat16 if options.precision == "bf16-true" else None), device
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

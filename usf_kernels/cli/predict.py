@@ -9,7 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usf_kernels.cli.options import add_device, image_size, pick_device, print_table, progress
+from usf_kernels.cli.options import (
+    add_inference,
+    image_size,
+    load_for_inference,
+    print_table,
+    progress,
+)
 
 USUAL = 1 - math.exp(-0.5)  # of the anomaly map, where the latents are what they are on normal images
 
@@ -30,13 +36,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="default: %(default)s")
     parser.add_argument("--image-size", type=image_size, help="size to predict at; default: the training's")
-    add_device(parser)
+    add_inference(parser)
     parser.set_defaults(run=predict)
 
 
 def predict(options: argparse.Namespace) -> int:
     """Predict images and write the results; returns the exit code."""
-    from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
+    from usf_kernels.checkpoint import read_checkpoint
     from usf_kernels.data import read_image
     from usf_kernels.files import write_json
 
@@ -44,8 +50,7 @@ def predict(options: argparse.Namespace) -> int:
     for path in files:
         read_image(path)
     size = options.image_size or read_checkpoint(options.checkpoint)["extra"].get("image_size")
-    device = pick_device(options.device)
-    model = load_checkpoint(options.checkpoint, device=device).fuse()
+    model, device = load_for_inference(options)
     options.output.mkdir(parents=True, exist_ok=True)
     results, rows = [], []
     with progress(len(files), "predicting") as advance:

@@ -57,15 +57,19 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: the features that a flow models must not move."""
         return super().train(False)
 
-    def fuse(self) -> Backbone:
-        """A copy for inference: batch norms are part of the convolutions in front of them; channels-last."""
+    def fuse(self, dtype: torch.dtype | None = None) -> Backbone:
+        """A copy for inference, channels-last: batch norms are part of the convolutions in front of them.
+
+        Args:
+            dtype: of the weights and of the maps; None for their own.
+        """
         fused = deepcopy(self).to(memory_format=torch.channels_last)
         size = (
             self.input_size
             or getattr(self.network, "pretrained_cfg", {}).get("input_size", (3, 256, 256))[1:]
         )
         images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.mean)
-        fused.network = fold_batch_norms(fused.network, (images - self.mean) / self.std)
+        fused.network = fold_batch_norms(fused.network, (images - self.mean) / self.std).to(dtype=dtype)
         return fused
 
     @torch.no_grad()
@@ -90,7 +94,12 @@ class Backbone(nn.Module):
         if self.input_size is not None and (exporting or images.shape[2:] != self.input_size):
             images = interpolate(images, self.input_size, mode="bicubic", align_corners=True)
         with integer_padding() if exporting else nullcontext():
-            return list(self.network((images - self.mean) / self.std))
+            return list(self.network(self._in_its_dtype((images - self.mean) / self.std)))
+
+    def _in_its_dtype(self, images: Tensor) -> Tensor:
+        if isinstance(self.network, _SideBySide):  # which resize and normalise, each for itself
+            return images
+        return images.to(next(self.network.parameters(), images).dtype)
 
 
 def create_backbone(

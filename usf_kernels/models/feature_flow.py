@@ -91,7 +91,8 @@ class FeatureFlow(nn.Module):
         """The same model for inference, faster and without a loss: backbone and flows in inference form.
 
         Args:
-            dtype: of the flows' weights and latents, for example torch.bfloat16; None for their own.
+            dtype: of the weights, the features and the latents, for example torch.bfloat16; None for their
+                own. Images stay what they are, and squared norms are sums in float32.
 
         Returns:
             A copy in evaluation mode, null model included; this model stays as it is.
@@ -99,7 +100,7 @@ class FeatureFlow(nn.Module):
         fused = deepcopy(self).eval().requires_grad_(False)
         if not fused.fused:
             fused._fuse_flows(dtype)
-            fused.backbone = fused.backbone.fuse()
+            fused.backbone = fused.backbone.fuse(dtype)
             fused.fused = True
         return fused
 

@@ -1,0 +1,142 @@
+"""`python -m bench.accuracy.precision`: what a whole model in bfloat16 finds, beside float32.
+
+Backbone, features, flow and latents are in bfloat16 (`model.fuse(torch.bfloat16)`); images are not, and
+squared norms are sums in float32. Training and the null model of the threshold are those of float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import machine
+from bench.accuracy.nfa import FULL, QUICK, QUICK_OUTPUT
+from bench.accuracy.page import publish
+from bench.accuracy.protocol import (
+    BASELINE,
+    MACHINE,
+    METRICS,
+    MODELS,
+    USF,
+    Prepared,
+    describe,
+    prepared,
+    train,
+)
+from bench.accuracy.rows import RESULTS, Row, Rows, complete
+from bench.markdown import prose, table
+from usf_kernels import metrics
+from usf_kernels.cli.options import positive
+from usf_kernels.data import TEXTURES
+from usf_kernels.models import create_backbone
+
+NAME = "precision"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHOWN = {
+    "image_auroc": "image AUROC",
+    "pixel_auroc": "pixel AUROC",
+    "aupro": "AUPRO",
+    "miou_automatic": "mIoU",
+}
+ALARMS = "false_alarms_per_clean_image"
+BATCH = 20  # images at a time
+
+
+def rows_in(folder: Path) -> Rows:
+    """The file of rows in a folder."""
+    return Rows(
+        folder / f"{NAME}.csv", ("texture", "model", "form"), ("recipe",), ("precision", *METRICS, *MACHINE)
+    )
+
+
+def measure(job: Mapping[str, str], prepared: Prepared) -> list[dict[str, object]]:
+    """Train the model that a row names, and test its inference form in each precision."""
+    data, recipe = prepared.data(job["texture"]), prepared.recipe
+    model = train(job["model"], job["form"], data, recipe, seed=0)
+    model.backbone = create_backbone(out_indices=recipe.stages)  # with weights: from images on
+    shared = machine.environment(torch.device("cpu"))
+    found = []
+    for name, dtype in DTYPES.items():
+        fused = model.fuse(dtype)
+        predictions = [fused.predict(images) for images in data.test.images.split(BATCH)]
+        values = metrics.evaluate(predictions, list(data.test.targets.split(BATCH)))
+        found.append({"precision": name, **{key: values[key] for key in METRICS}, **shared})
+    return found
+
+
+def section(rows: Sequence[Row]) -> str:
+    """Table of both precisions, and the largest change, as markdown."""
+    lines = []
+    for model, form in dict.fromkeys((row["model"], row["form"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["form"]) == (model, form)]
+        pairs = {key: [_mean(some, name, key) for name in DTYPES] for key in (*SHOWN, ALARMS)}
+        cells = [f"{before:.3f} / {after:.3f}" for before, after in (pairs[key] for key in SHOWN)]
+        lines.append([model, form, *cells, "{:.2f} / {:.2f}".format(*pairs[ALARMS])])
+    worst = {key: _largest_change(rows, key) for key in ("image_auroc", "pixel_auroc")}
+    textures = ", ".join(dict.fromkeys(row["texture"] for row in rows))
+    intro = (
+        f"Means over {textures} ({'; '.join(sorted({row['recipe'] for row in rows}))}; one seed), float32 / "
+        "bfloat16; false alarms per clean image. The largest change on one texture: "
+        f"{worst['image_auroc']:.4f} of image AUROC, {worst['pixel_auroc']:.4f} of pixel AUROC."
+    )
+    return "\n\n".join([prose(intro), table(["model", "form", *SHOWN.values(), "false alarms"], lines)])
+
+
+def _mean(rows: Sequence[Row], precision: str, key: str) -> float:
+    return float(np.mean([float(row[key]) for row in rows if row["precision"] == precision]))
+
+
+def _largest_change(rows: Sequence[Row], key: str) -> float:
+    runs: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        run = runs.setdefault((row["texture"], row["model"], row["form"]), {})
+        run[row["precision"]] = float(row[key])
+    return max(abs(run["bfloat16"] - run["float32"]) for run in runs.values())
+
+
+def text(folder: Path) -> str:
+    """The page's section, from the rows in a folder."""
+    rows = rows_in(folder).read()
+    return section(rows) if rows else f"No rows yet: `python -m bench.accuracy.{NAME}` measures them."
+
+
+def show(folder: Path) -> None:
+    """Write and print what the rows in a folder say."""
+    publish(NAME, folder, text(folder))
+    print(f"{text(folder)}\n\nrows in {rows_in(folder).path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.accuracy.{NAME}", description=(__doc__ or "").partition(":")[2]
+    )
+    parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--quick", action="store_true", help="one texture, few images and epochs")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of the rows and the text")
+    parser.add_argument("--workers", type=positive, default=2, help="processes (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
+    recipe = QUICK if options.quick else FULL
+    folder = options.output or (QUICK_OUTPUT if options.quick else RESULTS)
+    rows = rows_in(folder)
+    work = [
+        {"texture": texture, "model": model, "form": form, "recipe": describe(recipe)}
+        for texture, model, form in product(textures, options.models, (BASELINE, USF))
+    ]
+    names = list(dict.fromkeys(job["texture"] for job in work if not rows.finished(job)))
+    with prepared(names, recipe) as data:
+        complete(rows, work, partial(measure, prepared=data), title=NAME, workers=options.workers)
+    show(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
