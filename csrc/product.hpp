@@ -3,8 +3,8 @@
 // there.
 //
 // The registers hold a tile of a few rows times two vectors of outputs. Its weights lie one after the other
-// in a panel that stays in the caches while all rows pass, so nothing is blocked over the inputs and every
-// output is written once (the inner loops of K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix
+// in a panel that stays in the caches while all rows pass, so nothing is written in between and every output
+// is written once (the inner loops of K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix
 // Multiplication", ACM TOMS 34(3), 2008). A convolution is the same with pointers to the rows around each row
 // (M. Dukhan, "The Indirect Convolution Algorithm", arXiv:1907.02129).
 #pragma once
@@ -203,19 +203,17 @@ struct Add {
     }
 };
 
-template <class V, int count, class Source, class Finish>
-USF_INLINE void multiply_tile(const Source& in, const Weights& weights, int row, int column,
-                              const Finish& finish) {
+// Adds the products of some inputs of some taps to a tile, in registers; returns where the panel goes on.
+template <class V, int count, class Source>
+USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int row, int tap, int last_tap,
+                                     std::ptrdiff_t first, std::ptrdiff_t last, const float* panel,
+                                     std::ptrdiff_t ahead) {
     constexpr int lanes = sizeof(V) / sizeof(float);
     using U = typename Vector<lanes>::unaligned;
-    const float* panel = weights.panel(column);
-    const std::ptrdiff_t inputs = weights.inputs() / in.taps();
-    const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.inputs();  // the next panel
-    V sums[count][2] = {};
-    for (int tap = 0; tap < in.taps(); ++tap) {
+    for (; tap < last_tap; ++tap) {
         const float* from[count];
         for (int i = 0; i < count; ++i) from[i] = in.row(tap, row + i);
-        for (std::ptrdiff_t k = 0; k < inputs; ++k, panel += 2 * lanes) {
+        for (std::ptrdiff_t k = first; k < last; ++k, panel += 2 * lanes) {
             __builtin_prefetch(panel + ahead, 0, 2);
             if constexpr (lanes == 16) __builtin_prefetch(panel + ahead + lanes, 0, 2);
             const V left = *reinterpret_cast<const U*>(panel);
@@ -228,53 +226,91 @@ USF_INLINE void multiply_tile(const Source& in, const Weights& weights, int row,
             }
         }
     }
-    finish(sums, row, column, std::min(2 * lanes, weights.outputs() - column));
+    return panel;
+}
+
+// Terms that are added up one by one, before their sum is added to those of others: the rounding errors of a
+// sum grow as the square root of the length of such chains.
+constexpr std::ptrdiff_t chain = 256;
+
+template <class V, int count, bool several, class Source, class Finish>
+USF_INLINE void multiply_tile(const Source& in, const Weights& weights, int row, int column,
+                              const Finish& finish) {
+    constexpr int lanes = sizeof(V) / sizeof(float);
+    const float* panel = weights.panel(column);
+    const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.inputs();  // the next panel
+    const std::ptrdiff_t inputs = weights.inputs() / in.taps();
+    V total[count][2] = {};
+    if constexpr (several) {
+        const int taps_each = static_cast<int>(std::max<std::ptrdiff_t>(chain / inputs, 1));
+        for (int tap = 0; tap < in.taps(); tap += taps_each)
+            for (std::ptrdiff_t k = 0; k < inputs; k += chain) {
+                V sums[count][2] = {};
+                panel = add_products<V, count>(sums, in, row, tap, std::min(tap + taps_each, in.taps()), k,
+                                               std::min(k + chain, inputs), panel, ahead);
+                for (int i = 0; i < count; ++i)
+                    for (int half = 0; half < 2; ++half) total[i][half] += sums[i][half];
+            }
+    } else {
+        add_products<V, count>(total, in, row, 0, in.taps(), 0, inputs, panel, ahead);
+    }
+    finish(total, row, column, std::min(2 * lanes, weights.outputs() - column));
 }
 
 // The rows that are left when no more full tile fits.
-template <class V, int count, class Source, class Finish>
+template <class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rest(const Source& in, const Weights& weights, int row, int left, int column,
                               const Finish& finish) {
     if constexpr (count > 0) {
         if (left == count)
-            multiply_tile<V, count>(in, weights, row, column, finish);
+            multiply_tile<V, count, several>(in, weights, row, column, finish);
         else
-            multiply_rest<V, count - 1>(in, weights, row, left, column, finish);
+            multiply_rest<V, count - 1, several>(in, weights, row, left, column, finish);
     }
 }
 
-template <class V, int count, class Source, class Finish>
+template <class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rows(const Source& in, int rows, const Weights& weights, const Finish& finish) {
     for (int column = 0; column < weights.outputs(); column += weights.width()) {
         int row = 0;
-        for (; row + count <= rows; row += count) multiply_tile<V, count>(in, weights, row, column, finish);
-        multiply_rest<V, count - 1>(in, weights, row, rows - row, column, finish);
+        for (; row + count <= rows; row += count)
+            multiply_tile<V, count, several>(in, weights, row, column, finish);
+        multiply_rest<V, count - 1, several>(in, weights, row, rows - row, column, finish);
     }
 }
 
 #if defined(__x86_64__)
-template <class Source, class Finish>
+template <bool several, class Source, class Finish>
 __attribute__((target("avx512f"))) void multiply_avx512(const Source& in, int rows, const Weights& weights,
                                                         const Finish& finish) {
-    multiply_rows<Vector<16>::type, 12>(in, rows, weights, finish);
+    multiply_rows<Vector<16>::type, 12, several>(in, rows, weights, finish);
 }
-template <class Source, class Finish>
+template <bool several, class Source, class Finish>
 __attribute__((target("avx2,fma"))) void multiply_avx2(const Source& in, int rows, const Weights& weights,
                                                        const Finish& finish) {
-    multiply_rows<Vector<8>::type, 6>(in, rows, weights, finish);
+    multiply_rows<Vector<8>::type, 6, several>(in, rows, weights, finish);
 }
 #endif
+
+// One chain or several, not in one function: in one that holds both, GCC puts the sums into memory.
+template <bool several, class Source, class Finish>
+void multiply_in(const Source& in, int rows, const Weights& weights, const Finish& finish) {
+#if defined(__x86_64__)
+    if (weights.width() == 32) return multiply_avx512<several>(in, rows, weights, finish);
+    if (weights.width() == 16) return multiply_avx2<several>(in, rows, weights, finish);
+    multiply_rows<Vector<4>::type, 4, several>(in, rows, weights, finish);
+#else
+    multiply_rows<Vector<4>::type, 8, several>(in, rows, weights, finish);
+#endif
+}
 
 // All outputs of `rows` rows (Inputs, Neighbours), which `finish` (Store, Add) takes tile by tile.
 template <class Source, class Finish>
 void multiply(const Source& in, int rows, const Weights& weights, const Finish& finish) {
-#if defined(__x86_64__)
-    if (weights.width() == 32) return multiply_avx512(in, rows, weights, finish);
-    if (weights.width() == 16) return multiply_avx2(in, rows, weights, finish);
-    multiply_rows<Vector<4>::type, 4>(in, rows, weights, finish);
-#else
-    multiply_rows<Vector<4>::type, 8>(in, rows, weights, finish);
-#endif
+    if (weights.inputs() <= chain)
+        multiply_in<false>(in, rows, weights, finish);
+    else
+        multiply_in<true>(in, rows, weights, finish);
 }
 
 }  // namespace usf

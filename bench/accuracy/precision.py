@@ -73,8 +73,10 @@ def measure(job: Mapping[str, str], prepared: Prepared) -> list[dict[str, object
 def section(rows: Sequence[Row]) -> str:
     """Table of both precisions, and the largest change, as markdown."""
     lines = []
-    for model, form in dict.fromkeys((row["model"], row["form"]) for row in rows):
+    for model, form in product(MODELS, (BASELINE, USF)):
         some = [row for row in rows if (row["model"], row["form"]) == (model, form)]
+        if not some:
+            continue
         pairs = {key: [_mean(some, name, key) for name in DTYPES] for key in (*SHOWN, ALARMS)}
         cells = [f"{before:.3f} / {after:.3f}" for before, after in (pairs[key] for key in SHOWN)]
         lines.append([model, form, *cells, "{:.2f} / {:.2f}".format(*pairs[ALARMS])])

@@ -22,7 +22,7 @@ std::vector<Example> examples() {
     std::vector<Example> found;
     for (int rows = 0; rows <= 25; ++rows) found.push_back({rows, 7, 33});
     for (const int outputs : {1, 2, 15, 16, 17, 31, 32, 64, 100}) found.push_back({13, 20, outputs});
-    for (const int inputs : {1, 2, 3, 129}) found.push_back({13, inputs, 40});
+    for (const int inputs : {1, 2, 3, 129, 256, 257, 800}) found.push_back({13, inputs, 40});
     return found;
 }
 
@@ -31,6 +31,23 @@ double exact(const std::vector<float>& in, int stride, const std::vector<float>&
     double total = 0;
     for (int i = 0; i < inputs; ++i) total += double(in[r * stride + i]) * matrix[o * inputs + i];
     return total;
+}
+
+// One chain of additions would be off by 26 roundings, root mean square.
+void test_long_sums() {
+    const int rows = 12, inputs = 6400, outputs = 32;
+    const auto in = noise(rows * inputs), matrix = noise(outputs * inputs);
+    const Weights weights(matrix.data(), nullptr, outputs, inputs);
+    std::vector<float> out(rows * outputs);
+    multiply(Inputs{in.data(), inputs}, rows, weights, Add{out.data(), outputs, 1.0f});
+    double squares = 0, errors = 0;
+    for (int r = 0; r < rows; ++r)
+        for (int o = 0; o < outputs; ++o) {
+            const double expected = exact(in, inputs, matrix, inputs, r, o);
+            squares += expected * expected;
+            errors += std::pow(out[r * outputs + o] - expected, 2);
+        }
+    CHECK(std::sqrt(errors / squares) <= std::ldexp(10.0, -24));
 }
 
 void test_store() {
@@ -131,6 +148,7 @@ void test_a_row_does_not_depend_on_the_others() {
 
 int main() {
     test_store();
+    test_long_sums();
     test_neighbours();
     test_add();
     test_nan_and_infinity_pass();
