@@ -139,7 +139,8 @@ def _right(run: Run, model: nn.Module, inputs: Inputs, dtype: str, result: Seque
     """Against the model in float64, on these inputs."""
     wide = deepcopy(model).double().cpu()
     expected = _flat(_without_gradients(run, wide, [x.double().cpu() for x in inputs]))
-    return close_to(lambda: expected, dtype)(_flat(result))
+    # The LU maps of a deep flow on 2,048 channels, of condition 60 each, amplify what is rounded before them.
+    return close_to(lambda: expected, dtype, slack=2 if dtype == "float32" else 1)(_flat(result))
 
 
 def _right_gradient(model: nn.Module, inputs: Inputs, _: object) -> str | None:
