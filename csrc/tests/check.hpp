@@ -6,8 +6,7 @@
 
 inline int failures = 0;
 
-inline void that(bool holds, const char* what,
-                 std::source_location where = std::source_location::current()) {
+inline void that(bool holds, const char* what, std::source_location where = std::source_location::current()) {
     if (holds) return;
     std::printf("line %u: %s\n", static_cast<unsigned>(where.line()), what);
     ++failures;
