@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -257,25 +258,26 @@ USF_INLINE void multiply_tile(const Source& in, const Weights& weights, int row,
     finish(total, row, column, std::min(2 * lanes, weights.outputs() - column));
 }
 
-// The rows that are left when no more full tile fits.
+// The rows that are left when no more full tile fits, `count` of them at a time, then half as many: a tile
+// for every number would take long to compile.
 template <class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rest(const Source& in, const Weights& weights, int row, int left, int column,
                               const Finish& finish) {
-    if constexpr (count > 0) {
-        if (left == count)
-            multiply_tile<V, count, several>(in, weights, row, column, finish);
-        else
-            multiply_rest<V, count - 1, several>(in, weights, row, left, column, finish);
+    if (left >= count) {
+        multiply_tile<V, count, several>(in, weights, row, column, finish);
+        row += count, left -= count;
     }
+    if constexpr (count > 1) multiply_rest<V, count / 2, several>(in, weights, row, left, column, finish);
 }
 
 template <class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rows(const Source& in, int rows, const Weights& weights, const Finish& finish) {
+    constexpr int rest = std::bit_floor(count - 1u);
     for (int column = 0; column < weights.outputs(); column += weights.width()) {
         int row = 0;
         for (; row + count <= rows; row += count)
             multiply_tile<V, count, several>(in, weights, row, column, finish);
-        multiply_rest<V, count - 1, several>(in, weights, row, rows - row, column, finish);
+        multiply_rest<V, rest, several>(in, weights, row, rows - row, column, finish);
     }
 }
 
