@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +19,8 @@ import torch
 
 from bench import machine
 from bench.accuracy.page import publish
-from bench.accuracy.protocol import MACHINE, USF, Prepared, describe, prepared, train
-from bench.accuracy.rows import RESULTS, Row, Rows, complete
+from bench.accuracy.protocol import MACHINE, USF, Prepared, complete_on_textures, describe, train
+from bench.accuracy.rows import RESULTS, Row, Rows
 from bench.drawing import FAINT, INK, OURS_COLOUR, PALE, PEER_COLOUR, SECOND, title_of
 from bench.markdown import prose, table
 from usf_kernels import log_nfa, metrics, regions
@@ -234,15 +233,20 @@ def show(folder: Path) -> None:
     print(f"{text(folder)}\n\nrows in {rows.path}")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What this study shares with the one on precision."""
+    parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one texture, few images and epochs")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of the rows, the text and the figure")
+    parser.add_argument("--workers", type=positive, default=2, help="processes (default: %(default)s)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.accuracy.{NAME}", description=(__doc__ or "").partition(":")[2]
     )
-    parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="one texture, few images and epochs")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="of the rows, the text and the figure")
-    parser.add_argument("--workers", type=positive, default=2, help="processes (default: %(default)s)")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
     recipe = QUICK if options.quick else FULL
@@ -252,9 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"texture": texture, "model": model, "recipe": describe(recipe)}
         for texture, model in product(textures, FLOWS)
     ]
-    names = list(dict.fromkeys(job["texture"] for job in work if not rows.finished(job)))
-    with prepared(names, recipe) as data:
-        complete(rows, work, partial(measure, prepared=data), title=NAME, workers=options.workers)
+    complete_on_textures(rows, work, measure, recipe, title=NAME, workers=options.workers)
     show(folder)
     return 0
 

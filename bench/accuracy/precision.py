@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from bench import machine
-from bench.accuracy.nfa import FULL, QUICK, QUICK_OUTPUT
+from bench.accuracy.nfa import FULL, QUICK, QUICK_OUTPUT, add_arguments
 from bench.accuracy.page import publish
 from bench.accuracy.protocol import (
     BASELINE,
@@ -25,14 +24,13 @@ from bench.accuracy.protocol import (
     MODELS,
     USF,
     Prepared,
+    complete_on_textures,
     describe,
-    prepared,
     train,
 )
-from bench.accuracy.rows import RESULTS, Row, Rows, complete
+from bench.accuracy.rows import RESULTS, Row, Rows
 from bench.markdown import prose, table
 from usf_kernels import metrics
-from usf_kernels.cli.options import positive
 from usf_kernels.data import TEXTURES
 from usf_kernels.models import create_backbone
 
@@ -119,11 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.accuracy.{NAME}", description=(__doc__ or "").partition(":")[2]
     )
-    parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
+    add_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--quick", action="store_true", help="one texture, few images and epochs")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="of the rows and the text")
-    parser.add_argument("--workers", type=positive, default=2, help="processes (default: %(default)s)")
     options = parser.parse_args(arguments)
     textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
     recipe = QUICK if options.quick else FULL
@@ -133,9 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"texture": texture, "model": model, "form": form, "recipe": describe(recipe)}
         for texture, model, form in product(textures, options.models, (BASELINE, USF))
     ]
-    names = list(dict.fromkeys(job["texture"] for job in work if not rows.finished(job)))
-    with prepared(names, recipe) as data:
-        complete(rows, work, partial(measure, prepared=data), title=NAME, workers=options.workers)
+    complete_on_textures(rows, work, measure, recipe, title=NAME, workers=options.workers)
     show(folder)
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bench import machine
+from bench.accuracy.rows import Job, Rows, complete
 from usf_kernels import metrics
 from usf_kernels.data import Sample, TextureDataset
 from usf_kernels.demo import Recipe, Split, extract
@@ -163,6 +164,21 @@ def measure(job: Mapping[str, str], prepared: Prepared, column: str) -> list[dic
 def measuring(prepared: Prepared, column: str) -> Callable[[Mapping[str, str]], list[dict[str, object]]]:
     """`measure` for `bench.accuracy.rows.complete`: it can be sent to worker processes."""
     return partial(measure, prepared=prepared, column=column)
+
+
+def complete_on_textures(
+    rows: Rows,
+    jobs: Sequence[Job],
+    measure: Callable[..., Sequence[Mapping[str, object]]],
+    recipe: Recipe,
+    *,
+    title: str,
+    workers: int,
+) -> None:
+    """`bench.accuracy.rows.complete` for `measure(job, prepared=...)`, on the textures of unfinished jobs."""
+    names = list(dict.fromkeys(job["texture"] for job in jobs if not rows.finished(job)))
+    with prepared(names, recipe) as data:
+        complete(rows, jobs, partial(measure, prepared=data), title=title, workers=workers)
 
 
 def describe(recipe: Recipe, images: str | None = None) -> str:
