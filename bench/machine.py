@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.subject import LIMIT, Case, Provider, Subject
+from usf_kernels.doctor import has_bfloat16
 
 PACKAGES = ("torch", "triton", "numpy", "anomalib", "FrEIA", "timm", "higra", "scikit-image", "maxtree")
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +60,7 @@ def device_name(device: torch.device) -> str:
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """In which to measure: bfloat16 only where there is arithmetic for it; nobody would use it elsewhere."""
-    known = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    known = device.type != "cpu" or has_bfloat16()
     return (torch.float32, torch.bfloat16) if known else (torch.float32,)
 
 

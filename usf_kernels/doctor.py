@@ -83,6 +83,13 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor has arithmetic for bfloat16."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _devices(torch: Any) -> list[str]:
     names = []
     for index in range(torch.cuda.device_count()):
@@ -90,8 +97,7 @@ def _devices(torch: Any) -> list[str]:
         names.append(f"cuda:{index}, {torch.cuda.get_device_name(index)}, {gib:.0f} GiB")
     if torch.backends.mps.is_available():
         names.append("mps")
-    half = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    units = "with" if half else "without"
+    units = "with" if has_bfloat16() else "without"
     return [*names, f"cpu, {torch.get_num_threads()} threads, {units} arithmetic for bfloat16"]
 
 

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, Subset
 
 from bench.accuracy import comparison
 from bench.accuracy.page import publish
-from bench.accuracy.protocol import FORMS, VALUES, describe, measuring, prepared
-from bench.accuracy.rows import Rows, complete
-from bench.accuracy.substitution import QUICK_OUTPUT, add_arguments
+from bench.accuracy.protocol import FORMS, QUICK_OUTPUT, VALUES, complete_with_features, describe, measure
+from bench.accuracy.rows import Rows
+from bench.accuracy.substitution import add_arguments
 from usf_kernels.cli.options import positive
 from usf_kernels.data import Sample
 from usf_kernels.demo import Recipe
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     recipe = QUICK if options.quick else FULL
     recipe = replace(recipe, side=options.side or recipe.side, epochs=options.epochs or recipe.epochs)
-    chosen = options.category or there
+    names = options.category or there
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     folder = options.output or QUICK_OUTPUT
     rows = Rows(folder / f"{options.dataset}.csv", ("category", "model", "form", "seed"), ("recipe",), VALUES)
@@ -139,12 +139,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seed": str(seed),
             "recipe": describe(recipe, "all images"),
         }
-        for category, seed, model, form in product(chosen, seeds, options.models, FORMS)
+        for category, seed, model, form in product(names, seeds, options.models, FORMS)
     ]
-    names = list(dict.fromkeys(job["category"] for job in work if not rows.finished(job)))
-    source = partial(splits, root=options.root, dataset=options.dataset)
-    with prepared(names, recipe, source) as data:
-        complete(rows, work, measuring(data, "category"), title=options.dataset, workers=options.workers)
+    complete_with_features(
+        rows,
+        work,
+        partial(measure, column="category"),
+        recipe,
+        title=options.dataset,
+        workers=options.workers,
+        column="category",
+        datasets=partial(splits, root=options.root, dataset=options.dataset),
+    )
     found = rows.read()
     text = comparison.section(found, "category")
     title = f"Affine couplings against uniformly scaling ones, {options.dataset}"

@@ -19,8 +19,16 @@ import torch
 
 from bench import machine
 from bench.accuracy.page import publish
-from bench.accuracy.protocol import MACHINE, USF, Prepared, complete_on_textures, describe, train
-from bench.accuracy.rows import RESULTS, Row, Rows
+from bench.accuracy.protocol import (
+    MACHINE,
+    USF,
+    Prepared,
+    chosen,
+    complete_with_features,
+    describe,
+    train,
+)
+from bench.accuracy.rows import Row, Rows
 from bench.drawing import FAINT, INK, OURS_COLOUR, PALE, PEER_COLOUR, SECOND, title_of
 from bench.markdown import prose, table
 from usf_kernels import log_nfa, metrics, regions
@@ -36,7 +44,6 @@ NAME = "nfa"
 PICTURE = "nfa_threshold.png"
 FULL = Recipe(train=480, validation=64, test=120, epochs=6)
 QUICK = replace(FULL, train=96, validation=32, test=40, epochs=2)
-QUICK_OUTPUT = Path("runs") / "accuracy"
 FLOWS = ("FastFlow", "UFlow")
 THRESHOLDS = (
     *(-100, -50, -30, -20, -10, -7, -5, -4, -3, -2, -1, 0),
@@ -248,15 +255,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
-    recipe = QUICK if options.quick else FULL
-    folder = options.output or (QUICK_OUTPUT if options.quick else RESULTS)
+    textures, recipe, folder = chosen(options, quick=QUICK, full=FULL)
     rows = rows_in(folder)
     work = [
         {"texture": texture, "model": model, "recipe": describe(recipe)}
         for texture, model in product(textures, FLOWS)
     ]
-    complete_on_textures(rows, work, measure, recipe, title=NAME, workers=options.workers)
+    complete_with_features(rows, work, measure, recipe, title=NAME, workers=options.workers)
     show(folder)
     return 0
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench import machine
-from bench.accuracy.nfa import FULL, QUICK, QUICK_OUTPUT, add_arguments
+from bench.accuracy.nfa import FULL, QUICK, add_arguments
 from bench.accuracy.page import publish
 from bench.accuracy.protocol import (
     BASELINE,
@@ -24,14 +24,14 @@ from bench.accuracy.protocol import (
     MODELS,
     USF,
     Prepared,
-    complete_on_textures,
+    chosen,
+    complete_with_features,
     describe,
     train,
 )
-from bench.accuracy.rows import RESULTS, Row, Rows
+from bench.accuracy.rows import Row, Rows
 from bench.markdown import prose, table
 from usf_kernels import metrics
-from usf_kernels.data import TEXTURES
 from usf_kernels.models import create_backbone
 
 NAME = "precision"
@@ -120,15 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     options = parser.parse_args(arguments)
-    textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
-    recipe = QUICK if options.quick else FULL
-    folder = options.output or (QUICK_OUTPUT if options.quick else RESULTS)
+    textures, recipe, folder = chosen(options, quick=QUICK, full=FULL)
     rows = rows_in(folder)
     work = [
         {"texture": texture, "model": model, "form": form, "recipe": describe(recipe)}
         for texture, model, form in product(textures, options.models, (BASELINE, USF))
     ]
-    complete_on_textures(rows, work, measure, recipe, title=NAME, workers=options.workers)
+    complete_with_features(rows, work, measure, recipe, title=NAME, workers=options.workers)
     show(folder)
     return 0
 

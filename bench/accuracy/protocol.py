@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bench import machine
-from bench.accuracy.rows import Job, Rows, complete
+from bench.accuracy.rows import RESULTS, Job, Rows, complete
 from usf_kernels import metrics
-from usf_kernels.data import Sample, TextureDataset
+from usf_kernels.data import TEXTURES, Sample, TextureDataset
 from usf_kernels.demo import Recipe, Split, extract
 from usf_kernels.models import CFlow, FastFlow, UFlow, create_backbone
 from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.training import CachedFeatures, fit
 
+QUICK_OUTPUT = Path("runs") / "accuracy"
 BASELINE, ADDITIVE, USF = "affine", "additive", "additive + LU"
 FORMS = {
     BASELINE: {"coupling": "affine", "linear": "permutation"},
@@ -161,12 +163,7 @@ def measure(job: Mapping[str, str], prepared: Prepared, column: str) -> list[dic
     return [found | {"z2": sum(z2) / len(z2), "seconds": seconds} | machine.environment(torch.device("cpu"))]
 
 
-def measuring(prepared: Prepared, column: str) -> Callable[[Mapping[str, str]], list[dict[str, object]]]:
-    """`measure` for `bench.accuracy.rows.complete`: it can be sent to worker processes."""
-    return partial(measure, prepared=prepared, column=column)
-
-
-def complete_on_textures(
+def complete_with_features(
     rows: Rows,
     jobs: Sequence[Job],
     measure: Callable[..., Sequence[Mapping[str, object]]],
@@ -174,11 +171,27 @@ def complete_on_textures(
     *,
     title: str,
     workers: int,
+    column: str = "texture",
+    datasets: Callable[[str, Recipe], tuple[Dataset[Sample], ...]] = textures,
 ) -> None:
-    """`bench.accuracy.rows.complete` for `measure(job, prepared=...)`, on the textures of unfinished jobs."""
-    names = list(dict.fromkeys(job["texture"] for job in jobs if not rows.finished(job)))
-    with prepared(names, recipe) as data:
+    """`bench.accuracy.rows.complete` for `measure(job, prepared=...)`, with features of what is not finished.
+
+    Args:
+        rows, jobs, title, workers: of `complete`.
+        measure: takes what is `Prepared` besides; with several workers a function of a module, to be pickled.
+        recipe, datasets: of `prepared`.
+        column: of the jobs; it holds the names that `datasets` knows.
+    """
+    names = list(dict.fromkeys(job[column] for job in jobs if not rows.finished(job)))
+    with prepared(names, recipe, datasets) as data:
         complete(rows, jobs, partial(measure, prepared=data), title=title, workers=workers)
+
+
+def chosen(options: argparse.Namespace, *, quick: Recipe, full: Recipe) -> tuple[Sequence[str], Recipe, Path]:
+    """(textures, recipe, folder of the rows) that `--textures`, `--quick` and `--output` ask for."""
+    if options.quick:
+        return options.textures or TEXTURES[:1], quick, options.output or QUICK_OUTPUT
+    return options.textures or TEXTURES, full, options.output or RESULTS
 
 
 def describe(recipe: Recipe, images: str | None = None) -> str:

@@ -10,13 +10,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from bench.accuracy import comparison
 from bench.accuracy.page import publish
-from bench.accuracy.protocol import FORMS, MODELS, VALUES, describe, measuring, prepared
-from bench.accuracy.rows import RESULTS, Rows, complete
+from bench.accuracy.protocol import (
+    FORMS,
+    MODELS,
+    VALUES,
+    chosen,
+    complete_with_features,
+    describe,
+    measure,
+)
+from bench.accuracy.rows import Rows
 from usf_kernels.cli.options import positive
 from usf_kernels.data import TEXTURES
 from usf_kernels.demo import QUICK as QUICK_DEMO
@@ -25,7 +34,6 @@ from usf_kernels.demo import Recipe
 NAME = "substitution"
 FULL = Recipe(epochs=10)
 QUICK = replace(QUICK_DEMO, epochs=2)
-QUICK_OUTPUT = Path("runs") / "accuracy"
 KEYS = ("texture", "model", "form", "seed")
 
 
@@ -81,15 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    textures = options.textures or (TEXTURES[:1] if options.quick else TEXTURES)
+    textures, recipe, folder = chosen(options, quick=QUICK, full=FULL)
     seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    recipe = QUICK if options.quick else FULL
-    folder = options.output or (QUICK_OUTPUT if options.quick else RESULTS)
     rows = rows_in(folder)
     work = jobs(options.models, textures, seeds, recipe)
-    names = list(dict.fromkeys(job["texture"] for job in work if not rows.finished(job)))
-    with prepared(names, recipe) as data:
-        complete(rows, work, measuring(data, "texture"), title=NAME, workers=options.workers)
+    measured = partial(measure, column="texture")
+    complete_with_features(rows, work, measured, recipe, title=NAME, workers=options.workers)
     show(folder)
     return 0
 

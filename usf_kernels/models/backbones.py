@@ -69,7 +69,7 @@ class Backbone(nn.Module):
             or getattr(self.network, "pretrained_cfg", {}).get("input_size", (3, 256, 256))[1:]
         )
         images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.mean)
-        fused.network = fold_batch_norms(fused.network, (images - self.mean) / self.std).to(dtype=dtype)
+        fused.network = fold_batch_norms(fused.network, self._normalised(images)).to(dtype=dtype)
         return fused
 
     @torch.no_grad()
@@ -94,9 +94,11 @@ class Backbone(nn.Module):
         if self.input_size is not None and (exporting or images.shape[2:] != self.input_size):
             images = interpolate(images, self.input_size, mode="bicubic", align_corners=True)
         with integer_padding() if exporting else nullcontext():
-            return list(self.network(self._in_its_dtype((images - self.mean) / self.std)))
+            return list(self.network(self._normalised(images)))
 
-    def _in_its_dtype(self, images: Tensor) -> Tensor:
+    def _normalised(self, images: Tensor) -> Tensor:
+        """As the network takes them, in its dtype."""
+        images = (images - self.mean) / self.std
         if isinstance(self.network, _SideBySide):  # which resize and normalise, each for itself
             return images
         return images.to(next(self.network.parameters(), images).dtype)
