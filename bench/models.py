@@ -136,9 +136,9 @@ def _flat(results: Sequence[Tensor]) -> Tensor:
 
 
 def _right(run: Run, model: nn.Module, inputs: Inputs, dtype: str, result: Sequence[Tensor]) -> str | None:
-    """Against the model in float64, on these inputs."""
-    wide = deepcopy(model).double().cpu()
-    expected = _flat(_without_gradients(run, wide, [x.double().cpu() for x in inputs]))
+    """Against the model in float64, on these inputs (on their device: kernels leave float64 to torch)."""
+    wide = deepcopy(model).to(inputs[0].device, torch.float64)
+    expected = _flat(_without_gradients(run, wide, [x.double() for x in inputs]))
     # The LU maps of a deep flow on 2,048 channels, of condition 60 each, amplify what is rounded before them.
     return close_to(lambda: expected, dtype, slack=2 if dtype == "float32" else 1)(_flat(result))
 
@@ -146,8 +146,8 @@ def _right(run: Run, model: nn.Module, inputs: Inputs, dtype: str, result: Seque
 def _right_gradient(model: nn.Module, inputs: Inputs, _: object) -> str | None:
     """Of the first image."""
     first = [x[:1] for x in inputs]
-    wide = deepcopy(model).double().cpu()
-    expected = _flat(_step(wide, [x.double().cpu() for x in first]))
+    wide = deepcopy(model).double()
+    expected = _flat(_step(wide, [x.double() for x in first]))
     # Most of a gradient may cancel; its rounding errors do not.
     return close_to(lambda: expected, "float32", slack=10)(_flat(_step(model, first)))
 

@@ -53,12 +53,14 @@ def _eager_step(
 
 def _eager_lu(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
     """The matrix as a 1x1 convolution, as Glow's implementations do."""
-    matrix = (torch.tril(lower, -1) + torch.eye(len(lower), device=x.device)) @ torch.triu(upper)
+    unit = torch.tril(lower, -1) + torch.eye(len(lower), device=x.device, dtype=x.dtype)
+    matrix = unit @ torch.triu(upper)
     return F.conv2d(x, matrix[:, :, None, None], bias)
 
 
 def _eager_lu_inverse(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
-    matrix = (torch.tril(lower, -1) + torch.eye(len(lower), device=x.device)) @ torch.triu(upper)
+    unit = torch.tril(lower, -1) + torch.eye(len(lower), device=x.device, dtype=x.dtype)
+    matrix = unit @ torch.triu(upper)
     return F.conv2d(x - bias[:, None, None], torch.linalg.inv(matrix)[:, :, None, None])
 
 

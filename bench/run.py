@@ -129,7 +129,7 @@ def measure(
         row["cache"] = "cold" if options.cold else "warm"
         row["noisy"] = str(int(timing.noisy or busy))
         if key.startswith(GRAPH):
-            row["provider"] += ", CUDA graph"
+            row["provider"] += table.CAPTURED
         else:
             row["first_call_ms"] = f"{seconds * 1e3:.4g}"
             row |= _memory(provider, device)

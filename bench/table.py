@@ -21,6 +21,7 @@ FIELDS = (
     *("device", "threads", "versions", "commit", "date"),
 )
 FUSED = ", fused"
+CAPTURED = ", CUDA graph"
 
 
 def read(path: Path) -> list[Row]:
@@ -79,13 +80,14 @@ def _run(row: Row) -> tuple[str, ...]:
 
 
 def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The fastest peer of a row: same case, precision and direction."""
+    """The fastest peer of a row: same case, precision and direction, in a CUDA graph exactly if that is."""
     peers = (
         other
         for other in rows
         if other["role"] == PEER
         and _run(other) == _run(row)
         and all(other[name] == row[name] for name in ("dtype", "direction"))
+        and other["provider"].endswith(CAPTURED) == row["provider"].endswith(CAPTURED)
     )
     return min(peers, key=milliseconds, default=None)
 

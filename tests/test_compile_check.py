@@ -14,21 +14,44 @@ from bench.compile_check import TARGETS, Code, _inspect_amd, _widest, compile_ca
 ROOT = Path(__file__).parent.parent
 
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
 def test_a_few_kernels_compile_well(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     output, names = (
         tmp_path / "rows.csv",
         ["masked: masked, bfloat16, contiguous", "outer: outer, bfloat16, contiguous"],
     )
     command = [sys.executable, "-m", "bench.compile_check", "--target", "sm_90", "--output", output]
     command += [word for name in names for word in ("--only", name)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader(output.open()))
     assert {row["kernel"] for row in rows} >= {"masked_kernel"}
     for row in rows:
         assert int(row["registers"]) > 0
         assert int(row["load_bytes"]) == 16
+
+
+EVERY_LAUNCH = """
+from bench.compile_check import TARGETS, compile_cases, launches_of
+for case in compile_cases():
+    for kernel, arguments, options in launches_of(case, TARGETS["sm_90"]):
+        for parameter, value in zip(kernel.params, arguments):
+            assert not parameter.is_constexpr, (kernel, parameter.name)
+            numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int)]
+            assert parameter.do_not_specialize or not numbers, (kernel.__name__, parameter.name)
+        rest = {parameter.name for parameter in kernel.params[len(arguments):]}
+        assert rest == set(options) - {"num_warps", "num_stages"}, (kernel.__name__, rest)
+print("checked")
+"""
+
+
+def test_machine_code_depends_on_no_number():
+    """What `launch` keeps of a compiled kernel is found again by the widths of numbers, not their values."""
+    command = [sys.executable, "-c", EVERY_LAUNCH]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.stdout == "checked\n", done.stdout + done.stderr
 
 
 def test_every_case_launches_and_every_need_is_of_a_kernel():

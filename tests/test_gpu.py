@@ -39,17 +39,17 @@ def step(x, params, scale, bias, index):
     return y + log_det[:, None, None, None]
 
 
-def operations(batch=3, side=(5, 6)):
-    """Name, function, floating inputs: every operation with a kernel."""
+def operations(batch=3, side=(5, 6), device="cpu"):
+    """Name, function, floating inputs: every operation with a kernel; its mask and index are on `device`."""
 
     def draw(channels):
         return torch.randn(batch, channels, *side)
 
     lower, upper = torch.randn(7, 7) / 7, torch.randn(7, 7) / 7 + torch.eye(7)
-    scale, bias, index = torch.rand(7) + 0.5, torch.randn(7), torch.randperm(7)
+    scale, bias, index = torch.rand(7) + 0.5, torch.randn(7), torch.randperm(7).to(device)
     first, last = torch.randn(11, 7) / 7, torch.randn(7, 11) / 11
     latents = [draw(7), torch.randn(batch, 5, 3, 2)]
-    mask = torch.rand(side) < 0.5
+    mask = (torch.rand(side) < 0.5).to(device)
     yield "additive", lambda x, s: usf.additive_coupling(x, s, split=3), (draw(7), draw(4))
     yield "masked", lambda x, s: usf.masked_additive_coupling(x, s, mask.to(x.device)), (draw(7), draw(7))
     yield "affine", affine, (draw(7), draw(8))
@@ -127,7 +127,7 @@ def test_operations_compile(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_in_a_cuda_graph(name):
-    call, inputs = find(name)
+    call, inputs = find(name, device=DEVICE)
     leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
 
     def everything():

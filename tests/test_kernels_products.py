@@ -5,11 +5,11 @@ import torch
 from helpers import DEVICE, DTYPES, SHAPES, assert_within_budget, layouts, max_error, shapes
 from hypothesis import given, settings
 
-from usf_kernels.ops import linear_squared_norm
+from usf_kernels.ops import linear_squared_norm, residual_mlp
 from usf_kernels.ops.linear import Linear, Outer
 
 pytest.importorskip("triton")
-from usf_kernels.kernels import linear_norm, products
+from usf_kernels.kernels import block, linear_norm, products
 from usf_kernels.kernels import outer as outer_file
 from usf_kernels.kernels.layout import View
 
@@ -110,13 +110,40 @@ def test_offsets_of_64_bits_walk_the_same(monkeypatch):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+KINDS = ("ieee", "tf32", "half")
+
+
+def test_whatever_is_made_of_the_vendors_products_is_ours(monkeypatch):
+    for shape in SHAPES:
+        x, matrix, bias = draw(shape)
+        hidden = torch.randn(3, *x.shape[2:], device=DEVICE).expand(len(x), 3, *x.shape[2:])
+        first, last = torch.randn(3, shape[1], device=DEVICE), torch.randn(shape[1], 3, device=DEVICE)
+        calls = (
+            lambda x, m=matrix, b=bias: linear_squared_norm(x, m, b, impl="triton"),
+            lambda x, a=first, b=last, h=hidden: residual_mlp(
+                x, a, None, b, None, bias_map=h, inverse=True, impl="triton"
+            ),
+            lambda x: outer(x, x),
+        )
+        for strided in (x, *(v for _, v in layouts(x))):
+            ours = [call(strided) for call in calls]
+            monkeypatch.setattr(products, "VENDOR_CHANNELS", dict.fromkeys(KINDS, (1, 1)))
+            monkeypatch.setattr(outer_file, "_vendor_is_faster", lambda *_: True)
+            for file in (products, block, outer_file, linear_norm):
+                monkeypatch.setattr(file, "launch", None)
+            theirs = [call(strided) for call in calls]
+            monkeypatch.undo()
+            for found, expected in zip(theirs, ours, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_the_vendors_product_is_ours(monkeypatch):
     for shape in SHAPES:
         for bias in (True, False):
             x, matrix, b = draw(shape)
             for strided in (x, *(v for _, v in layouts(x))):
                 ours = products.linear(strided, matrix, b if bias else None)
-                monkeypatch.setattr(products, "VENDOR_CHANNELS", {"ieee": 1, "tf32": 1, "half": 1})
+                monkeypatch.setattr(products, "VENDOR_CHANNELS", dict.fromkeys(KINDS, (1, 1)))
                 monkeypatch.setattr(products, "linear", None)
                 theirs = linear(strided, matrix, b if bias else None)
                 monkeypatch.undo()

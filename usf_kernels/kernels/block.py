@@ -21,6 +21,8 @@ from usf_kernels.kernels.products import (
     place,
     power_of_2,
     product_precision,
+    vendor_is_faster,
+    vendor_linear,
 )
 
 UNSPECIALIZED = [*runtime(*"xay"), "v_n", "v_k", "w_n", "w_k", "N"]
@@ -98,6 +100,8 @@ def residual_mlp(
     if bias_map is not None:
         bias_map = bias_map.expand(x.shape[0], *bias_map.shape[1:])
     hidden, channels = first.shape
+    if vendor_is_faster(x, first):
+        return _two_products(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
     if channels > fused_channels(first.dtype):
         h = linear(x, first, first_bias, bias_map, activation=activation)
         return linear(h, last, last_bias, residual=x, sign=-1 if inverse else 1)
@@ -121,7 +125,26 @@ def residual_mlp(
         return y
 
     candidates = tiles(first, view)
-    return pick("residual_mlp", (x.dtype, first.dtype, *candidates[0].values()), candidates, run, x.device)
+    return pick("residual_mlp", (x.dtype, first.dtype), candidates, run, x.device)
+
+
+def _two_products(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    last: Tensor,
+    last_bias: Tensor | None,
+    bias_map: Tensor | None,
+    activation: str,
+    inverse: bool,
+) -> Tensor:
+    """`residual_mlp` by the vendor's products."""
+    hidden = vendor_linear(x, first, first_bias)
+    if bias_map is not None:
+        hidden += bias_map
+    if activation == "relu":
+        hidden.relu_()
+    return torch.add(x, vendor_linear(hidden, last, last_bias), alpha=-1 if inverse else 1)
 
 
 def fused_channels(dtype: torch.dtype) -> int:
@@ -130,24 +153,26 @@ def fused_channels(dtype: torch.dtype) -> int:
 
 
 def tiles(first: Tensor, view: View) -> list[Config]:
-    """Candidates (positions, hidden units, warps) by number of channels: as large as spills no register.
-    Unmeasured."""
+    """Candidates (positions, hidden units, warps, stages) by number of channels: as large as spills no
+    register."""
     hidden, channels = first.shape
     block_c = power_of_2(channels, 16, 256)
     if first.dtype != torch.float32:
-        shapes = ((64, 32, 4), (64, 32, 8))
+        shapes = ((64, 32, 4, 2), (64, 32, 8, 2))
         if block_c > 128:  # wide warps leave fewer registers to each thread, if there are eight
-            shapes = ((64, 32, 8), (16, 32, 4)) if warp_size() == 32 else ((32, 32, 4), (16, 32, 4))
+            shapes = (
+                ((64, 32, 8, 2), (16, 32, 4, 2)) if warp_size() == 32 else ((32, 32, 4, 2), (16, 32, 4, 2))
+            )
     elif product_precision() == "tf32":
-        shapes = ((32, 32, 4), (16, 32, 4)) if block_c <= 128 else ((16, 16, 4),)
+        shapes = ((64, 16, 4, 3), (32, 32, 4, 2)) if block_c <= 128 else ((64, 16, 4, 3), (16, 16, 4, 2))
     else:
-        shapes = ((64, 16, 4), (64, 32, 8))
+        shapes = ((64, 16, 4, 2), (64, 32, 8, 2))
     return [
         {
             "BLOCK_P": power_of_2(view.positions, 16, block_p), "BLOCK_C": block_c,
-            "BLOCK_N": power_of_2(hidden, 16, block_n), "num_warps": warps, "num_stages": 2,
+            "BLOCK_N": power_of_2(hidden, 16, block_n), "num_warps": warps, "num_stages": stages,
         }
-        for block_p, block_n, warps in shapes
+        for block_p, block_n, warps, stages in shapes
     ]  # fmt: skip
 
 

@@ -7,11 +7,12 @@ call of a key, and the fastest is kept in a file per device under USF_CACHE (~/.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +21,31 @@ import torch
 from usf_kernels.kernels.launch import cdiv, is_recording, warp_size
 
 Config = dict[str, int]
+Key = tuple[Hashable, ...]
 Result = TypeVar("Result")
-# Products whose matrix has both sides at least this long are the vendor's. Unmeasured: below, applying a
-# matrix is limited by memory on a large GPU, or nearly so.
-VENDOR_CHANNELS = {"ieee": 128, "tf32": 512, "half": 512}
+# Products whose matrix has both sides at least this long are the vendor's: with x contiguous, channels-last.
+# Below, applying a matrix is limited by memory, or nearly so.
+VENDOR_CHANNELS = {"ieee": (128, 64), "tf32": (384, 1024), "half": (512, 1024)}
 AUTOTUNE = os.environ.get("USF_AUTOTUNE") == "1"
+Listener = Callable[[str, list[Config], Callable[[Config], Any]], None]
+_listener: Listener | None = None
+
+
+@contextlib.contextmanager
+def hearing(listener: Listener) -> Iterator[None]:
+    """Inside, `listener(name, candidates, attempt)` is called before each choice; `attempt(config)` runs the
+    kernel that is being chosen for with any configuration."""
+    global _listener
+    _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
 
 
 def pick(
     name: str,
-    key: tuple[Hashable, ...],
+    key: Key,
     candidates: list[Config],
     run: Callable[[Config], Result],
     device: torch.device,
@@ -38,7 +54,7 @@ def pick(
 
     Args:
         name: of the kernel.
-        key: what the best choice depends on; keep the number of different keys small.
+        key: what the best choice depends on besides the first candidate; keep the number of keys small.
         candidates: configurations, the pinned one first.
         run: allocates, launches and returns the result; called several times when tuning.
         device: where.
@@ -48,13 +64,15 @@ def pick(
 
 def choose(
     name: str,
-    key: tuple[Hashable, ...],
+    key: Key,
     candidates: list[Config],
     attempt: Callable[[Config], Any],
     device: torch.device,
 ) -> Config:
     """The configuration that `pick` takes. Only tuning calls `attempt`, so that a kernel which changes its
     input can be tried on a copy."""
+    if _listener is not None:
+        _listener(name, candidates, attempt)
     if is_recording():  # the others are to be seen too
         for config in candidates[1:]:
             attempt(config)
@@ -64,19 +82,33 @@ def choose(
 
 
 def elementwise(
-    itemsize: int, operands: int, batch: int, channels: int, positions: int, channels_last: bool
+    itemsize: int,
+    operands: int,
+    batch: int,
+    channels: int,
+    positions: int,
+    channels_last: bool,
+    *,
+    whole: bool = False,
 ) -> list[Config]:
     """Tiles of (channels, positions) for kernels that touch each element of so many operands once.
 
     Some eight loads of 16 bytes per thread in all, fewer where that leaves multiprocessors idle; in the tile
-    that wastes the fewest lanes, then the longest along the contiguous axis. Unmeasured: to be confirmed on a
-    device with USF_AUTOTUNE=1."""
-    return _elementwise(itemsize, operands, batch, channels, positions, channels_last, warp_size())
+    that wastes the fewest lanes, then the longest along the contiguous axis. With `whole` all channels of a
+    position are in one tile where they fit: what gathers them reads every cache line once."""
+    return _elementwise(itemsize, operands, batch, channels, positions, channels_last, whole, warp_size())
 
 
 @functools.lru_cache(4096)  # the search takes longer than a launch
 def _elementwise(
-    itemsize: int, operands: int, batch: int, channels: int, positions: int, channels_last: bool, warp: int
+    itemsize: int,
+    operands: int,
+    batch: int,
+    channels: int,
+    positions: int,
+    channels_last: bool,
+    whole: bool,
+    warp: int,
 ) -> list[Config]:
     loads = 2 ** round(math.log2(8 / operands))
     elements = 16 // itemsize * warp  # of one load by one warp
@@ -91,6 +123,8 @@ def _elementwise(
             (2**k for k in range(shortest, size.bit_length())),
             key=lambda n, size=size: (_lanes(length, n, width, size), -n),
         )
+        if whole:
+            inner = min(size, 2 ** max(length - 1, 0).bit_length())
         block_c, block_p = (inner, size // inner) if channels_last else (size // inner, inner)
         configs.append({"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": warps})
     return _different(configs)
@@ -111,10 +145,10 @@ def reduction(
     """Tiles of (channels, positions) for kernels that walk all channels of some positions (of all images).
 
     Four loads of 16 bytes per thread and step in all; as many positions as leave a program for every
-    multiprocessor, but whole cache lines. Unmeasured: to be confirmed on a device with USF_AUTOTUNE=1."""
+    multiprocessor, but whole cache lines."""
     configs = []
     loads = max(1, 4 // operands)
-    for per_thread, warps in ((loads, 4), (max(1, loads // 2), 4), (loads, 8)):
+    for per_thread, warps in ((loads, 8), (loads, 4), (max(1, loads // 2), 4)):
         size = warps * per_thread * (16 // itemsize) * warp_size()
         if channels_last:
             block_c = min(2 ** max(channels - 1, 0).bit_length(), 1024 // itemsize)
@@ -133,13 +167,13 @@ def reduction(
 
 def _fastest(
     name: str,
-    key: tuple[Hashable, ...],
+    key: Key,
     candidates: list[Config],
     run: Callable[[Config], Any],
     device: torch.device,
 ) -> Config:
     best = _known(device)
-    entry = f"{name} {key}"
+    entry = f"{name} {(*key, *candidates[0].values())}"
     if best.get(entry) not in candidates:
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]  # timing would end the capture

@@ -85,22 +85,24 @@ class Tiles:
         self.channels, self.split = x.shape[1] // self.view.group, split // self.view.group
         self.unit = self.view.unit(self.channels, self.split)
         self.channels_last = self.view.strides[-1].channel == 1
+        self.itemsize = max([tensor.element_size() for tensor in tensors])
 
     def candidates(self, operands: int, permuted: bool = False) -> list[Config]:
-        if permuted and self.channels_last:
+        gathers = permuted and self.channels_last
+        if gathers:
             operands = 8  # an address for every value takes registers
-        itemsize = max(tensor.element_size() for tensor in self.view.tensors)
         return elementwise(
-            itemsize, operands, self.view.batch, self.channels, self.view.positions, self.channels_last
-        )
+            self.itemsize, operands, self.view.batch, self.channels, self.view.positions, self.channels_last,
+            whole=gathers,
+        )  # fmt: skip
 
     def counts(self, config: Config) -> tuple[int, int]:
         """Tiles of channels, tiles of positions."""
         return cdiv(self.channels, config["BLOCK_C"]), cdiv(self.view.positions, config["BLOCK_P"])
 
     def key(self, *flags: object) -> tuple:
-        dtypes = (tensor.dtype for tensor in self.view.tensors)
-        return *dtypes, self.unit, self.channels_last, *self.candidates(2)[0].values(), *flags
+        dtypes = [tensor.dtype for tensor in self.view.tensors]
+        return *dtypes, self.unit, self.channels_last, *flags
 
 
 def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:

@@ -12,6 +12,8 @@ import triton.language as tl
 
 # The interpreter runs kernels on CPU tensors; Triton read the same variable when it was imported.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+# Elsewhere than on CUDA devices, machine code depends on more than `_kinds` knows.
+_BY_TRITON = bool(triton.knobs.runtime.interpret or torch.version.hip)
 
 
 class Launch(NamedTuple):
@@ -77,8 +79,51 @@ def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **
         _recording.launches.append(Launch(kernel, arguments, options))
         return
     # Triton launches on the current device, whatever the tensors' own.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **options)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        if _BY_TRITON:
+            kernel[(programs,)](*arguments, **options)
+        else:
+            _launch(kernel, programs, arguments, options, device)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    device: torch.device,
+) -> None:
+    """As `kernel[(programs,)](...)`, which binds and inspects all arguments at every launch: what it found is
+    kept, and asked for by as little as it depends on."""
+    key = (kernel, device, *options.items(), *_kinds(arguments))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*arguments, **options)
+        names = [parameter.name for parameter in kernel.params[len(arguments) :]]
+        _compiled[key] = compiled, [options[name] for name in names]
+    else:
+        compiled, constants = found
+        compiled[(programs, 1, 1)](*arguments, *constants)
+
+
+def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """What the machine code depends on. Kernels declare that they take any size, stride or factor
+    (`do_not_specialize`): of a number it is the width alone."""
+    kinds: list[Any] = []
+    for value in arguments:
+        if isinstance(value, int):
+            kinds.append(-(2**31) <= value < 2**31)
+        elif isinstance(value, torch.Tensor):
+            kinds += (value.dtype, value.data_ptr() % 16 == 0)
+        elif isinstance(value, tuple):
+            kinds.append(tuple(_kinds(value)))
+        else:
+            kinds.append(value if value is None else type(value))
+    return kinds
 
 
 def cdiv(n: int, block: int) -> int:

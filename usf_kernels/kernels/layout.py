@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,10 @@ def empty_output(x: Tensor, dtype: torch.dtype, channels: int | None = None) -> 
 
 def flat_strides(x: Tensor) -> Strides | None:
     """Strides of x with its spatial dimensions flattened; None where one stride cannot walk them."""
-    sizes, strides = x.shape, x.stride()
+    return _flat(x.shape, x.stride())
+
+
+def _flat(sizes: torch.Size, strides: tuple[int, ...]) -> Strides | None:
     position = expected = None
     for size, stride in zip(reversed(sizes[2:]), reversed(strides[2:]), strict=True):
         if size == 1:
@@ -38,7 +42,7 @@ def flat_strides(x: Tensor) -> Strides | None:
             position = stride
         elif stride != expected:
             # Of an empty tensor nothing is walked.
-            return Strides(0, 0, 0) if x.numel() == 0 else None
+            return Strides(0, 0, 0) if 0 in sizes else None
         expected = stride * size
     return Strides(strides[0] if sizes[0] > 1 else 0, strides[1] if sizes[1] > 1 else 0, position or 0)
 
@@ -59,24 +63,73 @@ class View:
     Attributes:
         batch, positions: after merging. group: the factor by which channel counts are to be divided.
         tensors, strides: of each operand.
+        walk: all but the tensors; one object for equal shapes and strides, made once.
     """
 
+    __slots__ = ("batch", "group", "positions", "strides", "tensors", "walk")
+
     def __init__(self, tensors: Sequence[Tensor], *, group: int = 1, merge_batch: bool = True) -> None:
-        output = tensors[-1]
-        self.batch, self.positions = output.shape[0], math.prod(output.shape[2:])
-        self.tensors, self.strides = [], []
-        for tensor in tensors:
-            strides = flat_strides(tensor)
-            if strides is None:
-                tensor = empty_output(output, tensor.dtype, tensor.shape[1]).copy_(tensor)
-                strides = flat_strides(tensor)
-            self.tensors.append(tensor)
-            self.strides.append(strides)
+        walk = Walk.over(tuple([(t.shape, t.stride()) for t in tensors]), group, merge_batch)
+        if walk is None:
+            output = tensors[-1]
+            tensors = [
+                empty_output(output, t.dtype, t.shape[1]).copy_(t) if flat_strides(t) is None else t
+                for t in tensors
+            ]
+            walk = Walk.over(tuple([(t.shape, t.stride()) for t in tensors]), group, merge_batch)
+        self.tensors, self.walk = tensors, walk
+        self.batch, self.positions, self.group = walk.batch, walk.positions, walk.group
+        self.strides = walk.strides
+
+    def arguments(self) -> list[Any]:
+        """For each operand itself and its strides; None for a channel or position stride of 1, so that
+        contiguity is known when the kernel is compiled."""
+        arguments = []
+        for tensor, steps in zip(self.tensors, self.walk.steps, strict=True):
+            arguments += (tensor, *steps)
+        return arguments
+
+    def unit(self, *channels: int, first: int = 0, last: int | None = None) -> int:
+        """Largest of 8, 4, 2 and 1 that divides every stride but the contiguous one, and the lengths along
+        that (`channels`: all channel counts and offsets): what a kernel must know of its offsets to load 16
+        bytes at a time. Only the operands from `first` to before `last` are looked at."""
+        return self.walk.unit(channels, first, last)
+
+    def is_wide(self) -> bool:
+        """Whether offsets within an image overflow 32 bits."""
+        return self.walk.wide
+
+
+class Walk:
+    """What `View` says of its operands, from their shapes and strides alone."""
+
+    def __init__(
+        self, sizes: Sequence[torch.Size], strides: Sequence[Strides], group: int, merge_batch: bool
+    ) -> None:
+        self.batch, self.positions, self.group = sizes[-1][0], math.prod(sizes[-1][2:]), 1
+        self.strides = strides
         if merge_batch:
             self._merge_batch()
-        self.group = 1
         if group > 1:
-            self._merge_channels(group)
+            self._merge_channels(sizes, group)
+        self.steps = [
+            (s.batch, None if s.channel == 1 else s.channel, None if s.position == 1 else s.position)
+            for s in self.strides
+        ]
+        self.wide = any(
+            (size[1] - 1) * s.channel + (self.positions - 1) * s.position >= 2**31
+            for size, s in zip(sizes, self.strides, strict=True)
+        )
+        self._units: dict[tuple[Any, ...], int] = {}
+
+    @staticmethod
+    @functools.lru_cache(4096)  # what it takes to look at the strides is longer than a kernel on a small map
+    def over(
+        forms: tuple[tuple[torch.Size, tuple[int, ...]], ...], group: int, merge_batch: bool
+    ) -> Walk | None:
+        """For operands of these shapes and strides; None where one of them cannot be walked."""
+        strides = [_flat(*form) for form in forms]
+        return None if None in strides else Walk([size for size, _ in forms], strides, group, merge_batch)
 
     def _merge_batch(self) -> None:
         if self.positions == 1:
@@ -87,41 +140,21 @@ class View:
             return
         self.batch, self.positions = 1, self.batch * self.positions
 
-    def _merge_channels(self, group: int) -> None:
-        sizes = [tensor.shape[1] for tensor in self.tensors]
+    def _merge_channels(self, sizes: Sequence[torch.Size], group: int) -> None:
         if all(
-            s.position == 1 and (size == 1 or s.channel == self.positions)
+            s.position == 1 and (size[1] == 1 or s.channel == self.positions)
             for size, s in zip(sizes, self.strides, strict=True)
         ):
             self.strides = [Strides(s.batch, s.channel * group, 1) for s in self.strides]
             self.group, self.positions = group, self.positions * group
 
-    def arguments(self) -> list[Any]:
-        """For each operand itself and its strides; None for a channel or position stride of 1, so that
-        contiguity is known when the kernel is compiled."""
-        arguments = []
-        for tensor, (batch, channel, position) in zip(self.tensors, self.strides, strict=True):
-            arguments += (
-                tensor,
-                batch,
-                None if channel == 1 else channel,
-                None if position == 1 else position,
-            )
-        return arguments
-
-    def unit(self, *channels: int, operands: slice = slice(None)) -> int:
-        """Largest of 8, 4, 2 and 1 that divides every stride but the contiguous one, and the lengths along
-        that (`channels`: all channel counts and offsets): what a kernel must know of its offsets to load 16
-        bytes at a time. `operands` selects those to look at."""
-        unit = 8
-        for batch, channel, position in self.strides[operands]:
-            along_channels = channels if channel == 1 else (channel,)
-            unit = math.gcd(unit, batch, *along_channels, self.positions if position == 1 else position)
-        return unit
-
-    def is_wide(self) -> bool:
-        """Whether offsets within an image overflow 32 bits."""
-        return any(
-            (t.shape[1] - 1) * s.channel + (self.positions - 1) * s.position >= 2**31
-            for t, s in zip(self.tensors, self.strides, strict=True)
-        )
+    def unit(self, channels: tuple[int, ...], first: int, last: int | None) -> int:
+        """As `View.unit`."""
+        key = channels, first, last
+        if key not in self._units:
+            unit = 8
+            for batch, channel, position in self.strides[first:last]:
+                along_channels = channels if channel == 1 else (channel,)
+                unit = math.gcd(unit, batch, *along_channels, self.positions if position == 1 else position)
+            self._units[key] = unit
+        return self._units[key]

@@ -17,7 +17,10 @@ from usf_kernels.kernels.products import (
     place,
     product_precision,
     tiles,
+    vendor_is_faster,
+    vendor_linear,
 )
+from usf_kernels.kernels.score import squared_norm
 
 UNSPECIALIZED = [*runtime(*"xu"), "m_n", "m_k", "N", "K", "run"]
 
@@ -52,6 +55,8 @@ def squared_norm_kernel(
 
 def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`||matrix @ x + bias||^2` at every position, (B, *spatial) in float32; arguments as in `linear`."""
+    if vendor_is_faster(x, matrix):
+        return squared_norm(vendor_linear(x, matrix, bias))
     outputs, inputs = matrix.shape
     matrix_arguments_, matrix_unit = matrix_arguments(matrix)
     sizes = x.shape[0], x.shape[2:]
@@ -65,7 +70,7 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
         runs = cdiv(outputs, length)
         u = x.new_empty((sizes[0], runs, *sizes[1]), dtype=torch.float32)
         view = View([whole.tensors[0], u])
-        unit = min(view.unit(inputs, operands=slice(1)), view.unit(runs, operands=slice(1, 2)))
+        unit = min(view.unit(inputs, last=1), view.unit(runs, first=1, last=2))
         programs = runs * view.batch * cdiv(view.positions, config["BLOCK_P"])
         launch(
             squared_norm_kernel, programs, *view.arguments(), *matrix_arguments_, bias, outputs, inputs,
@@ -75,7 +80,7 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
         return u[:, 0] if runs == 1 else u.sum(1)
 
     candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, whole)
-    key = (x.dtype, matrix.dtype, *candidates[0].values())
+    key = (x.dtype, matrix.dtype)
     return pick("linear_squared_norm", key, candidates, run, x.device)
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, runtime, walk
+from usf_kernels.kernels.launch import aligned, bound, cdiv, is_recording, launch, runtime, walk
 from usf_kernels.kernels.layout import View
 from usf_kernels.kernels.products import dot, power_of_2, product_precision
+from usf_kernels.ops.matrices import full_precision
 
 UNSPECIALIZED = [*runtime(*"ax"), "M", "N", "blocks", "run"]
 
@@ -69,8 +70,12 @@ def outer(a: Tensor, x: Tensor) -> Tensor:
     a (B, M, *spatial), x (B, N, *spatial), multiplied in their dtype where it is one, else in float32.
 
     In two stages, so that the same input gives the same bits: sums over runs of positions, then their sum.
+    Long float32 ones are the vendor's, of which cuBLAS promises the same.
     """
     rows, columns = a.shape[1], x.shape[1]
+    if _vendor_is_faster(a, x):
+        with full_precision(x):
+            return _flat(a) @ _flat(x).mT
     view = View([a, x])
 
     def run(config: Config) -> Tensor:
@@ -90,6 +95,7 @@ def outer(a: Tensor, x: Tensor) -> Tensor:
         shapes = ((64, 64, 64, 4), (128, 128, 64, 8))
     elif product_precision() == "tf32":
         shapes = ((64, 64, 32, 4), (128, 128, 32, 8))
+        shapes = shapes[::-1] if min(rows, columns) >= 384 else shapes
     else:
         shapes = ((64, 32, 16, 4),)
     candidates = [
@@ -99,7 +105,21 @@ def outer(a: Tensor, x: Tensor) -> Tensor:
         }
         for block_m, block_n, block_p, warps in shapes
     ]  # fmt: skip
-    return pick("outer", (a.dtype, x.dtype, *candidates[0].values()), candidates, run, a.device)
+    return pick("outer", (a.dtype, x.dtype), candidates, run, a.device)
+
+
+def _vendor_is_faster(a: Tensor, x: Tensor) -> bool:
+    if is_recording() or not (a.dtype == x.dtype == torch.float32):
+        return False
+    channels_last = a.ndim == 2 or (a.stride(1) == 1 and x.stride(1) == 1)
+    return min(a.shape[1], x.shape[1]) >= 64 and (channels_last or product_precision() == "ieee")
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(C, B * positions), without a copy where x is channels-last."""
+    if x.ndim > 2 and x.stride(1) != 1:
+        return x.movedim(1, 0).flatten(1)
+    return x.movedim(1, -1).flatten(0, -2).mT
 
 
 def outer_work(a: Tensor, x: Tensor) -> Work:

@@ -6,12 +6,12 @@ tensor cores want at least 64 rows, which maps have, while channels may be as fe
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,6 +32,7 @@ from usf_kernels.kernels.launch import (
     warp_size,
 )
 from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.ops.matrices import apply_matrix, full_precision
 
 
 def product_precision() -> str:
@@ -154,25 +155,40 @@ def matrix_arguments(matrix: Tensor) -> tuple[list[Any], int]:
     return [matrix, *(None if s == 1 else s for s in strides)], math.gcd(8, *numbers)
 
 
+def kind_of(dtype: torch.dtype) -> str:
+    """Of products in this dtype: "half", or how float32 is rounded."""
+    return product_precision() if dtype == torch.float32 else "half"
+
+
 def tiles(dtype: torch.dtype, matrix: Tensor, view: View) -> list[Config]:
     """Candidates for a product of this dtype with a (N, K) matrix at the positions of a view. As many outputs
-    in a tile as hold x to few reads, and positions halved until the tiles occupy a large GPU. Unmeasured."""
-    outputs, inputs = matrix.shape
-    if dtype == torch.float32 and product_precision() == "ieee":
-        shapes = ((64, 64, 16, 8), (128, 32, 16, 8))  # no tensor cores: operands come to registers
+    in a tile as hold x to few reads, and positions halved until the tiles occupy a large GPU."""
+    channels_last = view.strides[0].channel == 1
+    return _tiles(kind_of(dtype), *matrix.shape, view.batch, view.positions, channels_last, warp_size())
+
+
+@functools.lru_cache(4096)
+def _tiles(
+    kind: str, outputs: int, inputs: int, batch: int, positions: int, channels_last: bool, warp: int
+) -> list[Config]:
+    if kind == "ieee":  # no tensor cores: operands come to registers
+        shapes = ((128, 64, 32, 4, 3), (64, 64, 16, 8, 3))
+    elif kind == "half":
+        shapes = ((64, 128, 64, 4, 3), (64, 64, 32, 4, 3))
+    elif channels_last:
+        shapes = ((64, 128, 32, 4, 4), (128, 128, 32, 8, 3))
     else:
-        line = 128 // dtype.itemsize
-        shapes = ((64, 128, line, 4), (64, 64, line // 2, 4))
+        shapes = ((32, 64, 32, 4, 3), (64, 128, 32, 4, 3))
     configs = []
-    for most_p, most_n, most_k, warps in shapes:
+    for most_p, most_n, most_k, warps, stages in shapes:
         block_n = power_of_2(outputs, 16, most_n)
-        block_p = power_of_2(view.positions, 16, most_p)
-        while block_p > 16 and view.batch * cdiv(view.positions, block_p) * cdiv(outputs, block_n) < 128:
+        block_p = power_of_2(positions, 16, most_p)
+        while block_p > 16 and batch * cdiv(positions, block_p) * cdiv(outputs, block_n) < 128:
             block_p //= 2
         config = {"BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": power_of_2(inputs, 16, most_k)}
         # Fewer where the tile is small, so that each thread still loads 16 bytes at a time.
-        warps = max(1, min(warps, block_p * block_n // (16 * warp_size())))
-        configs.append({**config, "num_warps": warps, "num_stages": 3})
+        warps = max(1, min(warps, block_p * block_n // (16 * warp)))
+        configs.append({**config, "num_warps": warps, "num_stages": stages})
     return configs
 
 
@@ -215,28 +231,27 @@ def linear(
         return y
 
     candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, view)
-    return pick("linear", (x.dtype, matrix.dtype, unit, *candidates[0].values()), candidates, run, x.device)
+    return pick("linear", (x.dtype, matrix.dtype, unit), candidates, run, x.device)
 
 
 def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` by torch, which calls the vendor's library, in the layout that `linear` returns."""
     dtype = torch.promote_types(x.dtype, matrix.dtype)
-    x, matrix = x.to(dtype), matrix.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if x.ndim == 2 or x.stride(1) == 1:
-        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
-    matrices, flat = matrix.expand(x.shape[0], *matrix.shape), x.flatten(2)
-    y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
-    return y.view(x.shape[0], matrix.shape[0], *x.shape[2:])
+    with full_precision(x):
+        return apply_matrix(matrix.to(dtype), x.to(dtype), bias)
+
+
+def vendor_is_faster(x: Tensor, matrix: Tensor) -> bool:
+    """Whether products of this size, precision and layout are the vendor's."""
+    channels_last = x.ndim == 2 or x.stride(1) == 1
+    least = VENDOR_CHANNELS[kind_of(torch.promote_types(x.dtype, matrix.dtype))][channels_last]
+    return min(matrix.shape) >= least and not is_recording()
 
 
 def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` by whichever is faster at this size: `linear` or `vendor_linear`."""
-    dtype = torch.promote_types(x.dtype, matrix.dtype)
-    kind = product_precision() if dtype == torch.float32 else "half"
-    if min(matrix.shape) >= VENDOR_CHANNELS[kind] and not is_recording():
-        return vendor_linear(x, matrix, bias)
-    return linear(x, matrix, bias)
+    return (vendor_linear if vendor_is_faster(x, matrix) else linear)(x, matrix, bias)
 
 
 # ---------------------------------------------------------------------------------- work, compiled offline

@@ -121,7 +121,7 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
         return out
 
     candidates = _elementwise(rows, chosen)
-    return pick("select_rows", (rows.dtype, unit, *candidates[0].values()), candidates, run, rows.device)
+    return pick("select_rows", (rows.dtype, unit), candidates, run, rows.device)
 
 
 def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
@@ -136,7 +136,7 @@ def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
         )  # fmt: skip
 
     candidates = _elementwise(values, chosen)
-    key = (rows.dtype, values.dtype, unit, *candidates[0].values())
+    key = (rows.dtype, values.dtype, unit)
     _launch_in_place("add_rows", key, candidates, launch_on, rows)
 
 
@@ -157,7 +157,7 @@ def affine_rows(
 
     itemsize = max(rows.element_size(), outputs.element_size())
     candidates = reduction(itemsize, 4, chosen, count, channels_last=True)
-    key = (rows.dtype, outputs.dtype, unit, *candidates[0].values())
+    key = (rows.dtype, outputs.dtype, unit)
     _launch_in_place("affine_rows", key, candidates, launch_on, rows)
     return log_det
 

@@ -139,7 +139,7 @@ def squared_norm_backward(grad: Tensor, z: Tensor) -> Tensor:
     grad_z = empty_output(z, z.dtype)
     view = View([grad.unsqueeze(1), z, grad_z])
     channels, channels_last = z.shape[1], view.strides[-1].channel == 1
-    unit = view.unit(channels, operands=slice(1, None))
+    unit = view.unit(channels, first=1)
 
     def run(config: Config) -> Tensor:
         blocks = view.batch * cdiv(channels, config["BLOCK_C"]) * cdiv(view.positions, config["BLOCK_P"])
@@ -150,7 +150,7 @@ def squared_norm_backward(grad: Tensor, z: Tensor) -> Tensor:
         return grad_z
 
     candidates = elementwise(z.element_size(), 2, view.batch, channels, view.positions, channels_last)
-    key = (z.dtype, grad.dtype, unit, channels_last, *candidates[0].values())
+    key = (z.dtype, grad.dtype, unit, channels_last)
     return pick("squared_norm_backward", key, candidates, run, z.device)
 
 
@@ -162,7 +162,7 @@ def reduce(
     strides = list(zip(*(view.arguments()[1:4] for view in views), strict=True))
     channels, positions = tuple(z.shape[1] for z in latents), [view.positions for view in views]
     widths = [z.shape[-1] if neighbours else 1 for z in latents]
-    units = tuple(view.unit(view.tensors[0].shape[1], operands=slice(0, 1)) for view in views)
+    units = tuple(view.unit(view.tensors[0].shape[1], last=1) for view in views)
     row_units = tuple(math.gcd(8, width) for width in widths)
     wide, batch = any(view.is_wide() for view in views), views[0].batch
 
@@ -181,7 +181,7 @@ def reduce(
     channels_last = views[largest].strides[0].channel == 1
     itemsize, operands = max(z.element_size() for z in latents), 4 if neighbours else 1
     candidates = reduction(itemsize, operands, channels[largest], batch * sum(positions), channels_last)
-    key = (latents[largest].dtype, neighbours, units[largest], channels_last, *candidates[0].values())
+    key = (latents[largest].dtype, neighbours, units[largest], channels_last)
     return pick("reduce", key, candidates, run, maps.device)
 
 

@@ -7,6 +7,7 @@ remains is `map, coupling, map, coupling, ..., map`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -144,9 +145,9 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _lu_map(layer: LUConv1x1) -> LinearMap:
-    lower, upper, bias = layer.factors()
-    bias = torch.zeros(layer.channels, dtype=WIDE) if bias is None else _wide(bias)
-    return LinearMap(lu_matrix(_wide(lower), _wide(upper)), bias)
+    lower, upper, bias = (v if v is None else v.detach() for v in deepcopy(layer).to("cpu", WIDE).factors())
+    bias = torch.zeros(layer.channels, dtype=WIDE) if bias is None else bias
+    return LinearMap(lu_matrix(lower, upper), bias)
 
 
 def alternate(flow: Sequence[LinearMap | Coupling]) -> tuple[list[LinearMap], list[Coupling]]:

@@ -23,6 +23,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 _library = torch.library.Library("usf_kernels", "FRAGMENT")
 _kernels: dict[str, Callable] = {}
 _on_cpu: dict[str, Callable] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
 F = TypeVar("F", bound=Callable)
 
 
@@ -131,7 +132,33 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(f"usf_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.usf_kernels, name).default
+    op = getattr(torch.ops.usf_kernels, name).default
+
+    def call(*arguments: Any) -> Any:
+        if _nobody_looks(arguments):  # PyTorch's way to the launcher takes as long as a kernel
+            return _load(launcher)(*arguments)
+        return op(*arguments)
+
+    return call
+
+
+def _nobody_looks(arguments: tuple[Any, ...]) -> bool:
+    """Whether an operation may run past PyTorch's dispatcher: CUDA tensors, none of them of a subclass, and
+    neither gradients nor a compiler, a transform, a mode or a tracer that would have to see it."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for value in arguments:
+        if isinstance(value, Tensor) and not (type(value) in _PLAIN and value.is_cuda):
+            return False
+        if isinstance(value, list) and not _nobody_looks(tuple(value)):
+            return False
+    return True
 
 
 def differentiates_again() -> bool:

@@ -124,6 +124,6 @@ def _lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, in
     grad = torch.is_grad_enabled()
     matrix = (_Matrix.apply if grad else _matrix_op)(lower, upper, inverse, dtype)
     if inverse and bias is not None:
-        with full_precision(x):
-            bias = -torch.mv(matrix.float(), bias.float())
+        # No matrix product: autocast would round its gradient's, whatever surrounds this one.
+        bias = -(matrix.float() * bias.float()).sum(1)
     return (Linear.apply if grad else linear_op)(x, matrix, bias)
