@@ -112,7 +112,8 @@ def _launch(
 
 def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
     """What the machine code depends on. Kernels declare that they take any size, stride or factor
-    (`do_not_specialize`): of a number it is the width alone."""
+    (`do_not_specialize`): of a number it is the width alone. In tuples Triton does not heed that: it is a
+    constant where it is 1, and known to be a multiple of 16 where it is one."""
     kinds: list[Any] = []
     for value in arguments:
         if isinstance(value, int):
@@ -121,6 +122,7 @@ def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
             kinds += (value.dtype, value.data_ptr() % 16 == 0)
         elif isinstance(value, tuple):
             kinds.append(tuple(_kinds(value)))
+            kinds += [(v == 1, v % 16 == 0) for v in value if isinstance(v, int)]
         else:
             kinds.append(value if value is None else type(value))
     return kinds
