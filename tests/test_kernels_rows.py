@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from usf_kernels.nn import FlowSequence, FlowStep
+from usf_kernels import ops
+from usf_kernels.nn import FlowSequence, FlowStep, USFBlock, fused_blocks
 from usf_kernels.nn import rows as nn_rows
 from usf_kernels.nn.stage_extension import StageExtension
 from usf_kernels.ops import rows as ops_rows
@@ -187,6 +188,10 @@ def pointwise(c_in, c_out):
     return nn.Sequential(nn.Conv2d(c_in, 5, 1), nn.ReLU(), nn.Conv2d(5, c_out, 1))
 
 
+def vector_subnet(c_in, c_out):
+    return nn.Sequential(nn.Linear(c_in, 5), nn.ReLU(), nn.Linear(5, c_out))
+
+
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Turns the dispatch to the kernels on and off, and lists the operations that they did; without the
@@ -241,6 +246,39 @@ def test_a_fused_flow_is_the_same_with_kernels(kernel_calls, coupling, expected,
         # Roundings differ by chance, and of two sums eager's may be lucky both times.
         assert_within_budget(actual, plain, exact, factor=4.0 if actual.numel() > 9 else 16.0)
     assert torch.equal(fused(x[:0])[0], x[:0].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cond_channels", [0, 3])
+@pytest.mark.parametrize("subnet", [pointwise, vector_subnet])
+def test_a_fused_residual_block_is_the_same_as_one_kernel(
+    kernel_calls, monkeypatch, subnet, cond_channels, dtype
+):
+    options = {"subnet": subnet, "zero_init": False, "cond_channels": cond_channels}
+    flow = randomise_(FlowSequence([USFBlock(9, **options) for _ in range(2)])).eval()
+    fused = flow.to(DEVICE).fuse(dtype)
+    sizes = (2,) if subnet is vector_subnet else (2, 4, 5)
+    x = torch.randn(sizes[0], 9, *sizes[1:], device=DEVICE)
+    cond = torch.randn(sizes[0], 3, *sizes[1:], device=DEVICE) if cond_channels else None
+    calls = []
+
+    def residual_mlp(*arguments, **options):
+        calls.append(options["bias_map"])
+        return ops.residual_mlp(*arguments, impl="triton", **options)
+
+    def results(model):
+        return [model(x, cond)[0], model.inverse(x, cond)[0]]
+
+    kernel_calls(False)
+    monkeypatch.setattr(fused_blocks, "multiplies_in_kernels", lambda rows: False)
+    eager, truth = results(fused), results(flow.double().fuse())
+    monkeypatch.setattr(fused_blocks, "multiplies_in_kernels", lambda rows: True)
+    monkeypatch.setattr(fused_blocks, "residual_mlp", residual_mlp)
+    for actual, plain, exact in zip(results(fused), eager, truth, strict=True):
+        assert_within_budget(actual, plain, exact, factor=4.0)
+    assert len(calls) == 4
+    assert all((call is None) == (cond is None) for call in calls)
+    assert fused(x[:0], None if cond is None else cond[:0])[0].shape == x[:0].shape
 
 
 def test_exports_see_torch_operations(kernel_calls, monkeypatch):

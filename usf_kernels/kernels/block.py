@@ -21,7 +21,7 @@ from usf_kernels.kernels.products import (
     place,
     power_of_2,
     product_precision,
-    vendor_is_faster,
+    vendor_channels,
     vendor_linear,
 )
 
@@ -100,7 +100,7 @@ def residual_mlp(
     if bias_map is not None:
         bias_map = bias_map.expand(x.shape[0], *bias_map.shape[1:])
     hidden, channels = first.shape
-    if vendor_is_faster(x, first):
+    if channels >= vendor_channels(x, first):
         return _two_products(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
     if channels > fused_channels(first.dtype):
         h = linear(x, first, first_bias, bias_map, activation=activation)
@@ -158,13 +158,11 @@ def tiles(first: Tensor, view: View) -> list[Config]:
     hidden, channels = first.shape
     block_c = power_of_2(channels, 16, 256)
     if first.dtype != torch.float32:
-        shapes = ((64, 32, 4, 2), (64, 32, 8, 2))
-        if block_c > 128:  # wide warps leave fewer registers to each thread, if there are eight
-            shapes = (
-                ((64, 32, 8, 2), (16, 32, 4, 2)) if warp_size() == 32 else ((32, 32, 4, 2), (16, 32, 4, 2))
-            )
+        shapes = ((64, 64, 4, 2), (64, 32, 8, 2))
+        if block_c > 128:  # wide warps leave fewer registers to each thread
+            shapes = (((64, 32, 4, 3) if warp_size() == 32 else (32, 32, 4, 2)), (16, 32, 4, 2))
     elif product_precision() == "tf32":
-        shapes = ((64, 16, 4, 3), (32, 32, 4, 2)) if block_c <= 128 else ((64, 16, 4, 3), (16, 16, 4, 2))
+        shapes = ((64, 16, 4, 3), (32, 32, 4, 2)) if block_c <= 128 else ((32, 16, 4, 3), (16, 16, 4, 2))
     else:
         shapes = ((64, 16, 4, 2), (64, 32, 8, 2))
     return [

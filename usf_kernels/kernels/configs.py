@@ -25,7 +25,7 @@ Key = tuple[Hashable, ...]
 Result = TypeVar("Result")
 # Products whose matrix has both sides at least this long are the vendor's: with x contiguous, channels-last.
 # Below, applying a matrix is limited by memory, or nearly so.
-VENDOR_CHANNELS = {"ieee": (128, 64), "tf32": (384, 1024), "half": (512, 1024)}
+VENDOR_CHANNELS = {"ieee": (128, 64), "tf32": (512, 1024), "half": (1024, 1024)}
 AUTOTUNE = os.environ.get("USF_AUTOTUNE") == "1"
 Listener = Callable[[str, list[Config], Callable[[Config], Any]], None]
 _listener: Listener | None = None
@@ -139,27 +139,23 @@ def _lanes(length: int, inner: int, width: int, size: int) -> int:
     return cdiv(length, inner) * cdiv(width, size // inner) * size
 
 
-def reduction(
-    itemsize: int, operands: int, channels: int, positions: int, channels_last: bool
-) -> list[Config]:
+def reduction(itemsize: int, operands: int, channels: int, channels_last: bool) -> list[Config]:
     """Tiles of (channels, positions) for kernels that walk all channels of some positions (of all images).
 
-    Four loads of 16 bytes per thread and step in all; as many positions as leave a program for every
-    multiprocessor, but whole cache lines."""
-    configs = []
-    loads = max(1, 4 // operands)
-    for per_thread, warps in ((loads, 8), (loads, 4), (max(1, loads // 2), 4)):
-        size = warps * per_thread * (16 // itemsize) * warp_size()
-        if channels_last:
-            block_c = min(2 ** max(channels - 1, 0).bit_length(), 1024 // itemsize)
-            block_p = size // block_c
-        else:
-            block_p = 512 // itemsize
-            while block_p > 128 // itemsize and positions < 132 * block_p:
-                block_p //= 2
-            block_c = size // block_p
-        configs.append({"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": warps})
-    return _different(configs)
+    Few positions and many channels at a time: then there are programs for every multiprocessor, and each
+    has many loads on their way before it waits. Channels-last, of four operands or more, whole rows."""
+    most = 2 ** max(channels - 1, 0).bit_length()
+    if channels_last:
+        block_c = min(most, 256 if operands < 4 else 1024 // itemsize)
+        size = warp_size() * 16 // itemsize * max(1, 2 // operands)  # of one warp
+        shapes = [(block_c, max(1, warps * size // block_c), warps) for warps in (4, 8)]
+    elif operands > 1:
+        shapes = [(32, 64, 4), (64, 32, 4)]
+    elif channels > 64:
+        shapes = [(256, 64 // itemsize, 8), (128, 32, 4)]
+    else:
+        shapes = [(64, 32, 4), (32, 64, 4)]
+    return [{"BLOCK_C": c, "BLOCK_P": p, "num_warps": warps} for c, p, warps in shapes]
 
 
 # ------------------------------------------------------------------------------------------------- tuning

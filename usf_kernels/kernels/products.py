@@ -174,9 +174,11 @@ def _tiles(
     if kind == "ieee":  # no tensor cores: operands come to registers
         shapes = ((128, 64, 32, 4, 3), (64, 64, 16, 8, 3))
     elif kind == "half":
-        shapes = ((64, 128, 64, 4, 3), (64, 64, 32, 4, 3))
+        shapes = ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3))
+        shapes = shapes[::-1] if outputs >= 512 else shapes
     elif channels_last:
         shapes = ((64, 128, 32, 4, 4), (128, 128, 32, 8, 3))
+        shapes = shapes[::-1] if outputs >= 384 else shapes
     else:
         shapes = ((32, 64, 32, 4, 3), (64, 128, 32, 4, 3))
     configs = []
@@ -244,9 +246,15 @@ def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 def vendor_is_faster(x: Tensor, matrix: Tensor) -> bool:
     """Whether products of this size, precision and layout are the vendor's."""
+    return min(matrix.shape) >= vendor_channels(x, matrix)
+
+
+def vendor_channels(x: Tensor, matrix: Tensor) -> float:
+    """From how many channels on products of x with matrices like this are the vendor's."""
+    if is_recording():
+        return math.inf
     channels_last = x.ndim == 2 or x.stride(1) == 1
-    least = VENDOR_CHANNELS[kind_of(torch.promote_types(x.dtype, matrix.dtype))][channels_last]
-    return min(matrix.shape) >= least and not is_recording()
+    return VENDOR_CHANNELS[kind_of(torch.promote_types(x.dtype, matrix.dtype))][channels_last]
 
 
 def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from usf_kernels.kernels.arithmetic import tanh
 from usf_kernels.kernels.configs import Config, choose, elementwise, pick, reduction
-from usf_kernels.kernels.launch import Case, aligned, cdiv, launch, narrow, walk
+from usf_kernels.kernels.launch import Case, cdiv, launch, narrow, walk
 
 # Sizes, strides and factors: values that compile no new kernel when they change.
 UNSPECIALIZED = ["N", "M", "rows_n", "rows_c", "values_n", "values_c", "factor", "clamp"]
@@ -20,8 +19,9 @@ UNSPECIALIZED = ["N", "M", "rows_n", "rows_c", "values_n", "values_c", "factor",
 
 @triton.jit
 def columns_at(rows, rows_n, rows_c, n, column):
-    """Where the elements of these rows and columns are. No compiler knows the order of the columns, so that
-    nothing is gained by knowing what divides the strides."""
+    """Where the elements of these rows and columns are. No compiler knows the order of the columns, and none
+    is to know what divides the strides of the other operands: it would give vectors of them to each thread,
+    and the threads of a warp would then gather from many rows at once."""
     return rows + n * rows_n + walk(column, rows_c, 1)
 
 
@@ -40,9 +40,8 @@ def select_rows_kernel(
     out,  # (N, M) contiguous
     index,  # (M,)
     N, M,
-    UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    M = aligned(M, UNIT)
     n, m = rows_tile(M, BLOCK_C, BLOCK_P)
     inside = (n < N) & (m < M)
     column = tl.load(index + m, mask=m < M, other=0)
@@ -56,14 +55,13 @@ def add_rows_kernel(
     values, values_n, values_c,  # (N, M) in
     index,  # (M,)
     N, M, factor,
-    UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    M = aligned(M, UNIT)
     n, m = rows_tile(M, BLOCK_C, BLOCK_P)
     inside = (n < N) & (m < M)
     column = tl.load(index + m, mask=m < M, other=0)
     at = columns_at(rows, rows_n, rows_c, n, column)
-    values_at = values + n * aligned(values_n, UNIT) + walk(m, values_c, UNIT)
+    values_at = values + n * values_n + walk(m, values_c, 1)
     more = tl.load(values_at, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + factor * more
     tl.store(at, narrow(total, rows), mask=inside)
@@ -76,20 +74,19 @@ def affine_rows_kernel(
     index, shift,  # (M,) each
     log_det,  # (N,) out
     N, M, clamp,
-    INVERSE: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program owns whole rows: their log-determinants need no other pass, and no atomics."""
-    M = aligned(M, UNIT)
     n = (tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     m = tl.arange(0, BLOCK_C)[None, :]
-    values_at = values + n * aligned(values_n, UNIT)
+    values_at = values + n * values_n
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for _ in range(0, M, BLOCK_C):
         inside = (n < N) & (m < M)
         column = tl.load(index + m, mask=m < M, other=0)
         offset = tl.load(shift + m, mask=m < M, other=0.0).to(tl.float32)
-        raw = tl.load(values_at + walk(m, values_c, UNIT), mask=inside, other=0.0).to(tl.float32)
-        t = tl.load(values_at + walk(M + m, values_c, UNIT), mask=inside, other=0.0).to(tl.float32)
+        raw = tl.load(values_at + walk(m, values_c, 1), mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(values_at + walk(M + m, values_c, 1), mask=inside, other=0.0).to(tl.float32)
         at = columns_at(rows, rows_n, rows_c, n, column)
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         log_scale = clamp * tanh(raw)
@@ -111,32 +108,30 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Launch: see `usf_kernels.ops.rows.select_rows`."""
     count, chosen = rows.shape[0], index.shape[0]
     out = rows.new_empty(count, chosen)
-    unit = math.gcd(8, chosen)
 
     def run(config: Config) -> Tensor:
         launch(
             select_rows_kernel, _programs(count, chosen, config), *_walked(rows), out, index.contiguous(),
-            count, chosen, UNIT=unit, device=rows.device, **config,
+            count, chosen, device=rows.device, **config,
         )  # fmt: skip
         return out
 
     candidates = _elementwise(rows, chosen)
-    return pick("select_rows", (rows.dtype, unit), candidates, run, rows.device)
+    return pick("select_rows", (rows.dtype,), candidates, run, rows.device)
 
 
 def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
     """Launch: see `usf_kernels.ops.rows.add_rows`."""
     count, chosen = values.shape
-    unit = _unit(values, chosen)
 
     def launch_on(target: Tensor, config: Config) -> None:
         launch(
             add_rows_kernel, _programs(count, chosen, config), *_walked(target), *_walked(values),
-            index.contiguous(), count, chosen, float(factor), UNIT=unit, device=rows.device, **config,
+            index.contiguous(), count, chosen, float(factor), device=rows.device, **config,
         )  # fmt: skip
 
     candidates = _elementwise(values, chosen)
-    key = (rows.dtype, values.dtype, unit)
+    key = (rows.dtype, values.dtype)
     _launch_in_place("add_rows", key, candidates, launch_on, rows)
 
 
@@ -145,19 +140,18 @@ def affine_rows(
 ) -> Tensor:
     """Launch: see `usf_kernels.ops.rows.affine_rows`."""
     count, chosen = rows.shape[0], index.shape[0]
-    unit = _unit(outputs, chosen)
     log_det = rows.new_empty(count, dtype=torch.float32)
 
     def launch_on(target: Tensor, config: Config) -> None:
         launch(
             affine_rows_kernel, cdiv(count, config["BLOCK_P"]), *_walked(target), *_walked(outputs),
             index.contiguous(), shift.contiguous(), log_det, count, chosen, clamp,
-            INVERSE=inverse, UNIT=unit, device=rows.device, **config,
+            INVERSE=inverse, device=rows.device, **config,
         )  # fmt: skip
 
     itemsize = max(rows.element_size(), outputs.element_size())
-    candidates = reduction(itemsize, 4, chosen, count, channels_last=True)
-    key = (rows.dtype, outputs.dtype, unit)
+    candidates = reduction(itemsize, 4, chosen, channels_last=True)
+    key = (rows.dtype, outputs.dtype)
     _launch_in_place("affine_rows", key, candidates, launch_on, rows)
     return log_det
 
@@ -195,13 +189,6 @@ def _walked(rows: Tensor) -> tuple[Tensor, int, int | None]:
     return rows, rows.stride(0), None if rows.stride(1) == 1 else rows.stride(1)
 
 
-def _unit(values: Tensor, chosen: int) -> int:
-    """Largest of 8, 4, 2 and 1 that divides the number of chosen columns, and the stride between rows or,
-    if columns are apart, both strides."""
-    steps = values.stride() if values.stride(1) != 1 else values.stride()[:1]
-    return math.gcd(8, chosen, *steps)
-
-
 # ------------------------------------------------------------------------------------------ compiled offline
 
 
@@ -211,22 +198,13 @@ def _cases(dtype: torch.dtype) -> list[Case]:
 
     rows, values, outputs, shift = meta(8 * 784, 256), meta(8 * 784, 128), meta(8 * 784, 256), meta(128)
     index = meta(128, dtype=torch.int64)
-    # The rows themselves are gathered one value at a time.
     calls = {
-        "select": (lambda: select_rows(rows, index), {"select_rows_kernel": "vector stores"}),
-        "add": (lambda: add_rows(rows, index, values, 1), {"add_rows_kernel": "vector loads"}),
-        "affine": (
-            lambda: affine_rows(rows, index, outputs, shift, 2.0, False),
-            {"affine_rows_kernel": "vector loads"},
-        ),
-        "affine inverse": (
-            lambda: affine_rows(rows, index, outputs, shift, 2.0, True),
-            {"affine_rows_kernel": "vector loads"},
-        ),
+        "select": lambda: select_rows(rows, index),
+        "add": lambda: add_rows(rows, index, values, 1),
+        "affine": lambda: affine_rows(rows, index, outputs, shift, 2.0, False),
+        "affine inverse": lambda: affine_rows(rows, index, outputs, shift, 2.0, True),
     }
-    return [
-        Case(f"{name}, {dtype}".replace("torch.", ""), call, needs) for name, (call, needs) in calls.items()
-    ]
+    return [Case(f"{name}, {dtype}".replace("torch.", ""), call, {}) for name, call in calls.items()]
 
 
 COMPILE_CASES = [case for dtype in (torch.float32, torch.bfloat16) for case in _cases(dtype)]

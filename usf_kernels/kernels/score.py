@@ -180,7 +180,7 @@ def reduce(
     largest = max(range(len(views)), key=lambda i: latents[i].numel())
     channels_last = views[largest].strides[0].channel == 1
     itemsize, operands = max(z.element_size() for z in latents), 4 if neighbours else 1
-    candidates = reduction(itemsize, operands, channels[largest], batch * sum(positions), channels_last)
+    candidates = reduction(itemsize, operands, channels[largest], channels_last)
     key = (latents[largest].dtype, neighbours, units[largest], channels_last)
     return pick("reduce", key, candidates, run, maps.device)
 

@@ -8,6 +8,8 @@ Those with `in_place` write to the rows that they are given.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,9 @@ from usf_kernels.nn.folding import Coupling, LinearMap
 from usf_kernels.nn.fused_conditioner import FusedConditioner, to_maps
 from usf_kernels.nn.rows import add_, affine_, select
 from usf_kernels.nn.usf_block import CheckerboardCoupling, checkerboard
+from usf_kernels.ops.block import residual_mlp
 from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.rows import multiplies_in_kernels
 
 Result = tuple[Tensor, Tensor | None]
 Sizes = tuple[int, ...]
@@ -122,9 +126,18 @@ class ProjectedBlock(nn.Module):
         last = self.conditioner.take_last()
         self.offset = last.bias
         self.register_buffer("weight", last.matrix.mT)
+        self._first = self.conditioner.first_of_two()
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
         """Apply, or undo."""
+        if self._first is not None and multiplies_in_kernels(rows):
+            layer, conditioned = self._first
+            maps = rows.view(sizes[0], math.prod(sizes[1:]), rows.shape[1]).mT
+            cond = cond.mT if conditioned else None
+            maps = residual_mlp(
+                maps, layer.weight, layer.bias, self.weight.mT, None, bias_map=cond, inverse=inverse
+            )
+            return maps.mT.reshape(rows.shape), None
         return rows.addmm_(self.conditioner(rows, sizes, cond), self.weight, alpha=-1 if inverse else 1), None
 
 

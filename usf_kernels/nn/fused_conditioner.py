@@ -131,6 +131,15 @@ class FusedConditioner(nn.Module):
                 return None
         return found
 
+    def first_of_two(self) -> tuple[nn.Linear, bool] | None:
+        """(layer, whether a condition is added to it) where this is one nn.Linear and a ReLU, or None."""
+        found = self.linear_layers() if self.shift is None else None
+        if found is None or len(found) != 1:
+            return None
+        layer, conditioned, activation = found[0]
+        fits = isinstance(layer, nn.Linear) and type(activation) is nn.ReLU
+        return (layer, conditioned) if fits else None
+
     @property
     def shift(self) -> Tensor | None:
         """What is added to the rows in front of the layers."""
