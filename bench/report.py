@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import table
+from bench import gpu_sections, table
 from bench.machine import RESULTS
 from bench.sections import section
 from usf_kernels.files import atomic_write
 
 README = Path(__file__).parents[1] / "README.md"
+OTHER_TABLES = ("compile_", "tune-")
 BEGIN, END = "<!-- speed: begin, written by `python -m bench.report` -->", "<!-- speed: end -->"
 
 
@@ -20,9 +21,10 @@ def sections(folder: Path) -> str:
     """One section per file of rows: that of the CPU first, then a shorter one for each other device."""
     texts = [section(table.read(folder / "cpu.csv"))]
     for path in sorted(folder.glob("*.csv")):
-        if path.name != "cpu.csv" and not path.name.startswith("compile_"):  # which holds no times
+        if path.name != "cpu.csv" and not path.name.startswith(OTHER_TABLES):
             rows = table.read(path)
-            texts.append(section(rows, where=rows[0]["device"]))
+            on_gpu = any(row["provider"].endswith(table.CAPTURED) for row in rows)
+            texts += gpu_sections.section(rows) if on_gpu else [section(rows, where=rows[0]["device"])]
     return "\n\n".join(texts)
 
 

@@ -1,0 +1,93 @@
+"""What the rows of a GPU say, in Markdown: alone and in CUDA graphs, since there a launch is most of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bench import markdown, table
+from bench.markdown import number, prose, times
+from bench.subject import OURS
+
+OPERATIONS = ("coupling", "lu_conv", "residual", "score")
+DTYPES = ("float32", "bfloat16")
+
+
+def section(rows: Sequence[table.Row]) -> Iterator[str]:
+    """Everything that they say."""
+    yield f"### On a GPU: {rows[0]['device']}"
+    cases = len({(row["subject"], row["case"]) for row in rows})
+    yield prose(
+        f"{cases} cases, float32 without TF32. Two ratios to the fastest peer (eager, torch.compile; for blocks "
+        "anomalib and FrEIA) in the same precision: *as called* from Python, where such small maps wait for the "
+        "processor, and *in a CUDA graph* (`FusedFlow.capture`, or any graph of yours), peers captured as well, "
+        "which is what the GPU itself takes. Again: `make bench-gpu`; each kernel's configurations: "
+        "`python -m bench.tune`."
+    )
+    blocks = [row for row in rows if row["subject"] == "blocks" and row["direction"] == "forward"]
+    if blocks:
+        yield markdown.table(*_compared(blocks, "ms", table.FUSED, "8 blocks"))
+    operations = [row for row in rows if row["subject"] in OPERATIONS]
+    if operations:
+        yield markdown.table(*_compared(operations, "us", "", "operation"))
+    steps = [row for row in rows if row["subject"] == "training_step"]
+    if steps:
+        yield markdown.table(*_training(steps))
+
+
+def _compared(
+    rows: Sequence[table.Row], unit: str, ending: str, first: str
+) -> tuple[list[str], list[list[str]]]:
+    """Per case and provider of ours: time in a graph, and both ratios, in each precision."""
+    scale = 1e3 if unit == "us" else 1.0
+    header = [first, "input"]
+    for dtype in DTYPES:
+        header += [f"{dtype}, {unit}", "as called", "in a graph"]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        name = row["provider"]
+        if row["role"] != OURS or not name.endswith(ending):
+            continue
+        for dtype in DTYPES:
+            alone, captured = (
+                _find(rows, row, provider=name + more, dtype=dtype) for more in ("", table.CAPTURED)
+            )
+            time = number(scale * table.milliseconds(captured)) if captured else ""
+            key = _words(row, name.removesuffix(ending))
+            lines.setdefault(key, [*key]).extend([time, _ratio(alone, rows), _ratio(captured, rows)])
+    return header, [line[: len(header)] for line in lines.values()]
+
+
+def _words(row: table.Row, name: str) -> tuple[str, str]:
+    """What and on which input."""
+    shown = row["case"].replace("^2", "²")
+    if row["subject"] == "blocks":
+        return name, shown.removesuffix(", 8 blocks")
+    what, _, size = shown.partition(", ")
+    way = ", inverse" if row["direction"] == "inverse" else ""
+    return what + way, size.removesuffix(", forward").removesuffix(", inverse")
+
+
+def _find(rows: Sequence[table.Row], like: table.Row, **values: str) -> table.Row | None:
+    wanted = {name: like[name] for name in ("subject", "case", "direction")} | values
+    return next((row for row in rows if all(row[k] == v for k, v in wanted.items())), None)
+
+
+def _ratio(row: table.Row | None, rows: Sequence[table.Row]) -> str:
+    peer = table.best_peer(row, rows) if row else None
+    if peer is None:
+        return ""
+    ratio = times(table.milliseconds(peer) / table.milliseconds(row))
+    return f"**{ratio}**" if row["provider"].endswith(table.CAPTURED) else ratio
+
+
+def _training(rows: Sequence[table.Row]) -> tuple[list[str], list[list[str]]]:
+    lines = []
+    for row in rows:
+        if row["role"] == OURS:
+            anomalib = _find(rows, row, provider="anomalib")
+            saved = ""
+            if anomalib and row["saved_mb"]:
+                saved = f"{float(row['saved_mb']) / float(anomalib['saved_mb']):.2f}"
+            size = row["case"].replace("^2", "²").removesuffix(", 8 blocks")
+            lines.append([row["provider"], size, number(table.milliseconds(row)), _ratio(row, rows), saved])
+    return ["training step, 8 blocks", "input", "ms", "as called", "memory / anomalib's"], lines
