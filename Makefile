@@ -6,6 +6,7 @@
 # make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in runs/bench.csv
 # make bench-full  all inputs, torch.compile too: an hour or two; rows in bench/results
 # make bench-gpu   what fits into eight minutes on a CUDA device, with GPU_PYTHON's torch
+# make tune-gpu    every configuration of every kernel on a CUDA device; rows in bench/results
 # make accuracy  what models find, docs/accuracy.md: latent norms, affine against uniformly scaling flows, the threshold, bfloat16
 # make accuracy-quick  the comparison of flows on one texture, two epochs; rows in runs/accuracy
 # make report    pictures and the README's section on speed, from the rows
@@ -19,15 +20,16 @@ TEST_WORKERS ?= 2
 EXTRAS := demo,anomalib,export,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cpp test-gpu lint bench bench-full bench-gpu report accuracy accuracy-quick gpu clean
+.PHONY: install demo test test-cpp test-gpu lint bench bench-full bench-gpu tune-gpu report accuracy accuracy-quick gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/extension
 
-# Two stamps, so that a change in csrc rebuilds the extension and nothing else.
+# Two stamps, so that a change in csrc rebuilds the extension and nothing else; the first builds none.
 $(VENV)/packages: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(PIP) -e ".[$(EXTRAS)]"
+	PIP_CONSTRAINT=constraints.txt $(PIP) --config-settings=wheel.cmake=false \
+	  --config-settings=wheel.py-api=py3 -e ".[$(EXTRAS)]"
 	$(PIP) --no-build-isolation maxtree==0.2.5 || echo "maxtree does not build here: the bench goes on without it"
 	touch $@
 
@@ -62,6 +64,9 @@ bench-full: install
 
 bench-gpu:
 	$(GPU_PYTHON) -m bench.run --device cuda --minutes 8
+
+tune-gpu:
+	$(GPU_PYTHON) -m bench.tune
 
 accuracy: install
 	$(BIN)/python -m bench.accuracy.gaussian_mixture

@@ -1,4 +1,4 @@
-"""What the rows of a GPU say, in Markdown: alone and in CUDA graphs, since there a launch is most of the time."""
+"""What the rows of a GPU say, in Markdown: as called from Python and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def section(rows: Sequence[table.Row]) -> Iterator[str]:
     yield f"### On a GPU: {rows[0]['device']}"
     cases = len({(row["subject"], row["case"]) for row in rows})
     yield prose(
-        f"{cases} cases, float32 without TF32. Two ratios to the fastest peer (eager, torch.compile; for blocks "
-        "anomalib and FrEIA) in the same precision: *as called* from Python, where such small maps wait for the "
-        "processor, and *in a CUDA graph* (`FusedFlow.capture`, or any graph of yours), peers captured as well, "
-        "which is what the GPU itself takes. Again: `make bench-gpu`; each kernel's configurations: "
-        "`python -m bench.tune`."
+        f"{cases} cases, float32 without TF32. Two ratios to the fastest peer (eager, torch.compile; for "
+        "blocks anomalib and FrEIA) in the same precision: *as called* from Python, where such small maps "
+        "wait for the processor, and *in a CUDA graph* (`FusedFlow.capture`, or any graph of yours), peers "
+        "captured as well, which is what the GPU itself takes. Again: `make bench-gpu`; each kernel's "
+        "configurations: `python -m bench.tune`."
     )
     blocks = [row for row in rows if row["subject"] == "blocks" and row["direction"] == "forward"]
     if blocks:

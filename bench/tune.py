@@ -1,6 +1,6 @@
 """Times every configuration that a kernel may run with, on the CUDA device here.
 
-    python -m bench.tune [--only linear] [--output bench/results/tune-nvidia-h100.csv]
+    python -m bench.tune [--only linear] [--output ROWS.csv]
 
 What `usf_kernels.kernels.configs` pins follows from these rows. Caches are emptied before every call, which
 counts without its launch: memory and arithmetic alone. Prints, per call, each configuration's time beside the
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.machine import results_file
 from bench.measure import alternate, captured
 from usf_kernels.kernels import (
     anomaly_map,
@@ -267,15 +268,19 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="calls whose words begin with this regular expression")
-    parser.add_argument("--output", type=Path, help="write the rows here as CSV")
+    parser.add_argument("--output", type=Path, help="default: bench/results/tune-<device>.csv")
     parser.add_argument("--part", default="0/1", help="every n-th call, from k on: k/n")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache, time nothing")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it needs a CUDA device")
     part, parts = map(int, options.part.split("/"))
     with contextlib.ExitStack() as stack:
         writer = None
-        if options.output is not None:
-            file = stack.enter_context(options.output.open("w", newline="", buffering=1))
+        if not options.compile_only:
+            results = results_file(torch.device("cuda"))
+            output = options.output or results.with_name(f"tune-{results.name}")
+            file = stack.enter_context(output.open("w", newline="", buffering=1))
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
         for i, (where, call) in enumerate(calls()):

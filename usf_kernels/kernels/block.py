@@ -159,8 +159,8 @@ def tiles(first: Tensor, view: View) -> list[Config]:
     block_c = power_of_2(channels, 16, 256)
     if first.dtype != torch.float32:
         shapes = ((64, 64, 4, 2), (64, 32, 8, 2))
-        if block_c > 128:  # wide warps leave fewer registers to each thread
-            shapes = (((64, 32, 4, 3) if warp_size() == 32 else (32, 32, 4, 2)), (16, 32, 4, 2))
+        if block_c > 128:  # wide warps leave fewer registers to each thread, and have less shared memory
+            shapes = ((32, 32, 4, 3 if warp_size() == 32 else 2), (16, 32, 4, 2))
     elif product_precision() == "tf32":
         shapes = ((64, 16, 4, 3), (32, 32, 4, 2)) if block_c <= 128 else ((32, 16, 4, 3), (16, 16, 4, 2))
     else:

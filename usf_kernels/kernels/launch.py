@@ -115,16 +115,21 @@ def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
     (`do_not_specialize`): of a number it is the width alone. In tuples Triton does not heed that: it is a
     constant where it is 1, and known to be a multiple of 16 where it is one."""
     kinds: list[Any] = []
+    add = kinds.append
     for value in arguments:
-        if isinstance(value, int):
-            kinds.append(-(2**31) <= value < 2**31)
+        kind = type(value)
+        if kind is int:
+            add(-(2**31) <= value < 2**31)
+        elif value is None:
+            add(None)
+        elif kind is tuple:
+            add(tuple(_kinds(value)))
+            kinds += [(v == 1, v % 16 == 0) for v in value if type(v) is int]
         elif isinstance(value, torch.Tensor):
-            kinds += (value.dtype, value.data_ptr() % 16 == 0)
-        elif isinstance(value, tuple):
-            kinds.append(tuple(_kinds(value)))
-            kinds += [(v == 1, v % 16 == 0) for v in value if isinstance(v, int)]
+            add(value.dtype)
+            add(value.data_ptr() % 16 == 0)
         else:
-            kinds.append(value if value is None else type(value))
+            add(kind)
     return kinds
 
 

@@ -79,7 +79,7 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
         )  # fmt: skip
         return u[:, 0] if runs == 1 else u.sum(1)
 
-    candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, whole)
+    candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, whole, sums=True)
     key = (x.dtype, matrix.dtype)
     return pick("linear_squared_norm", key, candidates, run, x.device)
 

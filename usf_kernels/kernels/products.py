@@ -160,19 +160,28 @@ def kind_of(dtype: torch.dtype) -> str:
     return product_precision() if dtype == torch.float32 else "half"
 
 
-def tiles(dtype: torch.dtype, matrix: Tensor, view: View) -> list[Config]:
-    """Candidates for a product of this dtype with a (N, K) matrix at the positions of a view. As many outputs
-    in a tile as hold x to few reads, and positions halved until the tiles occupy a large GPU."""
-    channels_last = view.strides[0].channel == 1
-    return _tiles(kind_of(dtype), *matrix.shape, view.batch, view.positions, channels_last, warp_size())
+def tiles(dtype: torch.dtype, matrix: Tensor, view: View, *, sums: bool = False) -> list[Config]:
+    """Candidates for a product of this dtype with a (N, K) matrix at the positions of a view, `sums` where
+    the kernel has sums of its own in registers. As many outputs in a tile as hold x to few reads, and
+    positions halved until the tiles occupy a large GPU."""
+    last = view.strides[0].channel == 1
+    return _tiles(kind_of(dtype), *matrix.shape, view.batch, view.positions, last, sums, warp_size())
 
 
 @functools.lru_cache(4096)
 def _tiles(
-    kind: str, outputs: int, inputs: int, batch: int, positions: int, channels_last: bool, warp: int
+    kind: str,
+    outputs: int,
+    inputs: int,
+    batch: int,
+    positions: int,
+    channels_last: bool,
+    sums: bool,
+    warp: int,
 ) -> list[Config]:
     if kind == "ieee":  # no tensor cores: operands come to registers
-        shapes = ((128, 64, 32, 4, 3), (64, 64, 16, 8, 3))
+        large = (128, 64, 32, 4, 2 if sums else 3)
+        shapes = ((64, 64, 32, 4, 3) if sums and channels_last else large, (64, 64, 16, 8, 3))
     elif kind == "half":
         shapes = ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3))
         shapes = shapes[::-1] if outputs >= 512 else shapes

@@ -14,6 +14,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
 from usf_kernels.ops.eager import uncouple_
+from usf_kernels.ops.function import Function
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
@@ -32,7 +33,7 @@ def zero_last_layer(subnet: nn.Module) -> bool:
     return zeroed
 
 
-class _Fork(torch.autograd.Function):
+class _Fork(Function):
     """(the first channels, all channels) of x. The backward writes their gradients into one tensor in one
     pass; a slice's own would fill a second one with zeros first, and then add the two."""
 

@@ -19,6 +19,7 @@ from usf_kernels.ops.checks import (
     compute_dtype,
     count_positions,
 )
+from usf_kernels.ops.function import Function
 from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
 
 if TYPE_CHECKING:
@@ -229,10 +230,11 @@ def accurate_inverse(matrix: Tensor) -> Tensor:
     """Found in float64, of the product as it was rounded: the inverses of its factors would be up to 25 times
     further from undoing it, and every step of a reversible backward pass adds to the error."""
     device = "cpu" if matrix.device.type == "mps" else matrix.device  # which has no float64
-    return torch.linalg.inv(matrix.to(device, torch.float64)).to(matrix)
+    # Without waiting for a GPU to say whether it is singular: what is made of it then is not finite.
+    return torch.linalg.inv_ex(matrix.to(device, torch.float64)).inverse.to(matrix)
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(Function):
     """Channels in a permuted order. The backward gathers too: indexing's own would scatter."""
 
     generate_vmap_rule = True

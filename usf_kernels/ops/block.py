@@ -10,6 +10,7 @@ from torch import Tensor
 from usf_kernels.kernels.layout import empty_output
 from usf_kernels.ops.checks import check_choice, check_features, check_float, check_shape, promoted_dtype
 from usf_kernels.ops.dispatch import define, implementation, kernel
+from usf_kernels.ops.function import Function
 from usf_kernels.ops.linear import Linear, Outer, position_sum
 
 ACTIVATIONS = ("relu", "none")
@@ -88,7 +89,7 @@ _residual_mlp_op = define(
 )
 
 
-class _ResidualMLP(torch.autograd.Function):
+class _ResidualMLP(Function):
     """Keeps its inputs only; the hidden units are made again for the gradients."""
 
     generate_vmap_rule = True

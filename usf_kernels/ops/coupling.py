@@ -17,6 +17,7 @@ from usf_kernels.ops.checks import (
     promoted_dtype,
 )
 from usf_kernels.ops.dispatch import define, implementation, kernel
+from usf_kernels.ops.function import Function
 from usf_kernels.ops.step import fused_step
 
 
@@ -149,7 +150,7 @@ _masked_op = define(
 )
 
 
-class _Additive(torch.autograd.Function):
+class _Additive(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -169,7 +170,7 @@ class _Additive(torch.autograd.Function):
         return grad.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
 
 
-class _Masked(torch.autograd.Function):
+class _Masked(Function):
     """x + (1 - mask) * shift, or without x the second term alone, which is its own gradient's form."""
 
     generate_vmap_rule = True

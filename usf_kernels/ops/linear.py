@@ -10,6 +10,7 @@ from torch import Tensor
 from usf_kernels.kernels.layout import empty_output
 from usf_kernels.ops.checks import check_features, check_float, check_shape, promoted_dtype
 from usf_kernels.ops.dispatch import define, implementation, kernel
+from usf_kernels.ops.function import Function
 
 
 def linear_squared_norm(
@@ -84,7 +85,7 @@ def _linear_gradients(
     )
 
 
-class Linear(torch.autograd.Function):
+class Linear(Function):
     """`matrix @ x + bias` at every position, (B, N, *spatial) in the promoted dtype of x and matrix.
 
     With `Outer` a family that is closed under differentiation: each is the gradient of the other.
@@ -107,7 +108,7 @@ class Linear(torch.autograd.Function):
         return _linear_gradients(ctx.needs_input_grad, *ctx.saved_tensors, ctx.bias_dtype, grad)
 
 
-class Outer(torch.autograd.Function):
+class Outer(Function):
     """Sum over the batch and all positions of `a x^T`, (M, N) in float32."""
 
     generate_vmap_rule = True
@@ -129,7 +130,7 @@ class Outer(torch.autograd.Function):
         )
 
 
-class _LinearSquaredNorm(torch.autograd.Function):
+class _LinearSquaredNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 from usf_kernels.ops import reference
 from usf_kernels.ops.checks import check_features, check_float, check_int, check_shape, promoted_dtype
 from usf_kernels.ops.dispatch import define, implementation, kernel
+from usf_kernels.ops.function import Function
 from usf_kernels.ops.linear import Linear, linear_op
 from usf_kernels.ops.matrices import full_precision
 
@@ -90,7 +91,7 @@ _matrix_op = define(
 )
 
 
-class _Matrix(torch.autograd.Function):
+class _Matrix(Function):
     """`L U`, or `U^-1 L^-1`, (C, C), computed in float32."""
 
     generate_vmap_rule = True

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usf_kernels.ops.checks import compute_dtype, promoted_dtype
+from usf_kernels.ops.function import Function
 from usf_kernels.ops.matrices import apply_lu, apply_matrix, full_precision, lu_inverse
 
 # ---------------------------------------------------------------------------------------------- couplings
 
 
-class _AdditiveCoupling(torch.autograd.Function):
+class _AdditiveCoupling(Function):
     """The gradient of x is that of y as it is, and the shift's a slice of it: nothing is written."""
 
     generate_vmap_rule = True
@@ -51,7 +52,7 @@ def masked_additive_coupling(x: Tensor, shift: Tensor, mask: Tensor, inverse: bo
     return torch.addcmul(x, keep, shift, value=-1 if inverse else 1)
 
 
-class _AffineCoupling(torch.autograd.Function):
+class _AffineCoupling(Function):
     """Keeps x and params only: what else the gradients need is cheaper to compute again than to keep."""
 
     generate_vmap_rule = True

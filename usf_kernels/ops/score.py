@@ -18,6 +18,7 @@ from usf_kernels.ops.dispatch import (
     implementation,
     kernel,
 )
+from usf_kernels.ops.function import Function
 from usf_kernels.ops.map_gradients import anomaly_map_gradients
 
 
@@ -111,7 +112,7 @@ _map_op = define(
 )
 
 
-class _SquaredNorm(torch.autograd.Function):
+class _SquaredNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -130,7 +131,7 @@ class _SquaredNorm(torch.autograd.Function):
         return _norm_backward_op(grad, z)
 
 
-class _AnomalyMap(torch.autograd.Function):
+class _AnomalyMap(Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -23,6 +23,7 @@ from usf_kernels.ops.dispatch import (
     implementation,
     kernel,
 )
+from usf_kernels.ops.function import Function
 from usf_kernels.ops.lu_conv import lu_conv1x1
 from usf_kernels.ops.matrices import factors_pay, lu_matrix
 
@@ -141,7 +142,7 @@ _backward_op = define(
 )
 
 
-class _Step(torch.autograd.Function):
+class _Step(Function):
     """Keeps the input and the parameters only; scales and shifts are computed again."""
 
     generate_vmap_rule = True
