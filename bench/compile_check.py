@@ -61,7 +61,8 @@ def compile_cases(only: Sequence[str] = ("",)) -> Iterator[Case]:
 
 def launches_of(case: Case, target: GPUTarget) -> list[Launch]:
     """What a case would launch there, with every candidate of the tuner."""
-    with record(target.warp_size) as launches:
+    capability = target.arch if target.backend == "cuda" else 0
+    with record(target.warp_size, capability) as launches:
         case.call()
     return launches
 

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, walk, warp_size
+from usf_kernels.kernels.launch import (
+    Case,
+    aligned,
+    bound,
+    capability,
+    cdiv,
+    launch,
+    narrow,
+    runtime,
+    walk,
+    warp_size,
+)
 from usf_kernels.kernels.layout import View, empty_output
 from usf_kernels.kernels.products import (
     activate,
@@ -157,12 +168,16 @@ def tiles(first: Tensor, view: View) -> list[Config]:
     register."""
     hidden, channels = first.shape
     block_c = power_of_2(channels, 16, 256)
-    if first.dtype != torch.float32:
-        shapes = ((64, 64, 4, 2), (64, 32, 8, 2))
-        if block_c > 128:  # wide warps leave fewer registers to each thread, and have less shared memory
-            shapes = ((32, 32, 4, 3 if warp_size() == 32 else 2), (16, 32, 4, 2))
+    hopper = capability(first.device) == 90  # where they were measured; others have fewer registers for them
+    if first.dtype != torch.float32 and block_c <= 128:
+        shapes = ((64, 64, 4, 2) if hopper else (64, 32, 4, 2), (64, 32, 8, 2))
+    elif first.dtype != torch.float32:
+        other = (64, 32, 8, 2) if warp_size() == 32 else (32, 32, 4, 2)  # wide warps leave fewer to a thread
+        shapes = ((32, 32, 4, 3) if hopper else other, (16, 32, 4, 2))
+    elif product_precision() == "tf32" and block_c <= 128:
+        shapes = ((64, 16, 4, 3) if hopper else (32, 32, 4, 2), (16, 32, 4, 2))
     elif product_precision() == "tf32":
-        shapes = ((64, 16, 4, 3), (32, 32, 4, 2)) if block_c <= 128 else ((32, 16, 4, 3), (16, 16, 4, 2))
+        shapes = ((32, 16, 4, 3) if hopper else (16, 16, 4, 2),)
     else:
         shapes = ((64, 16, 4, 2), (64, 32, 8, 2))
     return [

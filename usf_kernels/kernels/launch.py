@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -42,17 +43,19 @@ class Case(NamedTuple):
 class _Recording(NamedTuple):
     launches: list[Launch]
     warp_size: int
+    capability: int
 
 
 _recording: _Recording | None = None
 
 
 @contextlib.contextmanager
-def record(warp_size: int = 32) -> Iterator[list[Launch]]:
-    """Note the launches made inside instead of making them, as on a device with warps of this size. With
-    tensors on the meta device this shows what such a device would be asked to compile."""
+def record(warp_size: int = 32, capability: int = 90) -> Iterator[list[Launch]]:
+    """Note the launches made inside instead of making them, as on a device with warps of this size and of
+    this compute capability (90 for 9.0; 0 on AMD). With tensors on the meta device this shows what such a
+    device would be asked to compile."""
     global _recording
-    _recording = _Recording([], warp_size)
+    _recording = _Recording([], warp_size, capability)
     try:
         yield _recording.launches
     finally:
@@ -69,6 +72,19 @@ def warp_size() -> int:
     if _recording is not None:
         return _recording.warp_size
     return 64 if torch.version.hip else 32
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability of a CUDA device, 90 for 9.0; 0 of any other."""
+    if _recording is not None:
+        return _recording.capability
+    return _capability(device.index) if device.type == "cuda" and not torch.version.hip else 0
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **options: Any) -> None:

@@ -23,6 +23,7 @@ from usf_kernels.kernels.launch import (
     Case,
     aligned,
     bound,
+    capability,
     cdiv,
     is_recording,
     launch,
@@ -164,8 +165,9 @@ def tiles(dtype: torch.dtype, matrix: Tensor, view: View, *, sums: bool = False)
     """Candidates for a product of this dtype with a (N, K) matrix at the positions of a view, `sums` where
     the kernel has sums of its own in registers. As many outputs in a tile as hold x to few reads, and
     positions halved until the tiles occupy a large GPU."""
-    last = view.strides[0].channel == 1
-    return _tiles(kind_of(dtype), *matrix.shape, view.batch, view.positions, last, sums, warp_size())
+    last, hopper = view.strides[0].channel == 1, capability(matrix.device) == 90
+    sizes = *matrix.shape, view.batch, view.positions
+    return _tiles(kind_of(dtype), *sizes, last, sums, hopper, warp_size())
 
 
 @functools.lru_cache(4096)
@@ -177,14 +179,17 @@ def _tiles(
     positions: int,
     channels_last: bool,
     sums: bool,
+    hopper: bool,
     warp: int,
 ) -> list[Config]:
     if kind == "ieee":  # no tensor cores: operands come to registers
         large = (128, 64, 32, 4, 2 if sums else 3)
-        shapes = ((64, 64, 32, 4, 3) if sums and channels_last else large, (64, 64, 16, 8, 3))
+        large = (64, 64, 32, 4, 3) if sums and channels_last else large
+        # Measured on Hopper, the others run out of registers.
+        shapes = (large if hopper else (128, 64, 16, 8, 3), (64, 64, 16, 8, 3))
     elif kind == "half":
-        shapes = ((64, 128, 64, 4, 3), (128, 128, 64, 8, 3))
-        shapes = shapes[::-1] if outputs >= 512 else shapes
+        shapes = ((64, 128, 64, 4, 3), (64, 64, 32, 4, 3))
+        shapes = ((128, 128, 64, 8, 3), *shapes) if outputs >= 512 else shapes
     elif channels_last:
         shapes = ((64, 128, 32, 4, 4), (128, 128, 32, 8, 3))
         shapes = shapes[::-1] if outputs >= 384 else shapes

@@ -98,7 +98,7 @@ class FlowStep(Fusible, nn.Module):
             return {"index": index}
         scale, bias = self.act_norm.log_scale.exp(), self.act_norm.bias
         if index is not None:
-            scale, bias = scale[index], bias[index]
+            scale, bias = scale.index_select(0, index), bias.index_select(0, index)
         return {"index": index, "scale": scale, "bias": bias}
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
