@@ -1,6 +1,7 @@
 """The reversible backward pass and what is around it: random states, buffers, autocast, hooks, processes."""
 
 import copy
+import os
 from datetime import timedelta
 
 import pytest
@@ -156,12 +157,17 @@ def distributed_gradients(rank, file, x):
     return [p.grad for p in flow.parameters()]
 
 
+def in_the_other_process(*arguments):
+    distributed_gradients(*arguments)
+    os._exit(0)  # PyTorch's threads may still run when the interpreter ends, and would abort it
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_distributed_gradients_are_averages(tmp_path):
     x, threads = torch.randn(4, 4, 5, 5), torch.get_num_threads()
     other = torch.multiprocessing.get_context("spawn").Process(
-        target=distributed_gradients, args=(1, tmp_path / "store", x)
+        target=in_the_other_process, args=(1, tmp_path / "store", x)
     )
     other.start()
     actual = distributed_gradients(0, tmp_path / "store", x)

@@ -183,10 +183,12 @@ def _tiles(
     warp: int,
 ) -> list[Config]:
     if kind == "ieee":  # no tensor cores: operands come to registers
-        large = (128, 64, 32, 4, 2 if sums else 3)
-        large = (64, 64, 32, 4, 3) if sums and channels_last else large
-        # Measured on Hopper, the others run out of registers.
-        shapes = (large if hopper else (128, 64, 16, 8, 3), (64, 64, 16, 8, 3))
+        small = (64, 64, 16, 8, 3)
+        if hopper:  # others run out of registers with these
+            large = (64, 64, 32, 4, 3) if sums and channels_last else (128, 64, 32, 4, 2 if sums else 3)
+        else:
+            large = small if sums else (128, 64, 16, 8, 3)
+        shapes = (large, small)
     elif kind == "half":
         shapes = ((64, 128, 64, 4, 3), (64, 64, 32, 4, 3))
         shapes = ((128, 128, 64, 8, 3), *shapes) if outputs >= 512 else shapes
