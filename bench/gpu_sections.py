@@ -8,7 +8,6 @@ from bench import markdown, table
 from bench.markdown import number, prose, times
 from bench.subject import OURS
 
-OPERATIONS = ("coupling", "lu_conv", "residual", "score")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -26,7 +25,7 @@ def section(rows: Sequence[table.Row]) -> Iterator[str]:
     blocks = [row for row in rows if row["subject"] == "blocks" and row["direction"] == "forward"]
     if blocks:
         yield markdown.table(*_compared(blocks, "ms", table.FUSED, "8 blocks"))
-    operations = [row for row in rows if row["subject"] in OPERATIONS]
+    operations = [row for row in rows if row["subject"] in table.OPERATIONS]
     if operations:
         yield markdown.table(*_compared(operations, "us", "", "operation"))
     steps = [row for row in rows if row["subject"] == "training_step"]
@@ -42,19 +41,22 @@ def _compared(
     header = [first, "input"]
     for dtype in DTYPES:
         header += [f"{dtype}, {unit}", "as called", "in a graph"]
-    lines: dict[tuple[str, str], list[str]] = {}
+    lines = []
     for row in rows:
         name = row["provider"]
-        if row["role"] != OURS or not name.endswith(ending):
+        if row["role"] != OURS or row["dtype"] != DTYPES[0] or not name.endswith(ending):
             continue
+        if name.endswith(table.CAPTURED):  # beside the one it was captured from
+            continue
+        line = [*_words(row, name.removesuffix(ending))]
         for dtype in DTYPES:
             alone, captured = (
                 _find(rows, row, provider=name + more, dtype=dtype) for more in ("", table.CAPTURED)
             )
             time = number(scale * table.milliseconds(captured)) if captured else ""
-            key = _words(row, name.removesuffix(ending))
-            lines.setdefault(key, [*key]).extend([time, _ratio(alone, rows), _ratio(captured, rows)])
-    return header, [line[: len(header)] for line in lines.values()]
+            line += [time, _ratio(alone, rows), _ratio(captured, rows)]
+        lines.append(line)
+    return header, lines
 
 
 def _words(row: table.Row, name: str) -> tuple[str, str]:

@@ -36,9 +36,7 @@ def section(rows: Sequence[table.Row], *, where: str = "") -> str:
     for name, write in writers.items():
         if name in by_subject:
             parts += write(by_subject[name])
-    operations = [
-        row for name in ("coupling", "lu_conv", "residual", "score") for row in by_subject.get(name, [])
-    ]
+    operations = [row for name in table.OPERATIONS for row in by_subject.get(name, [])]
     if operations:
         parts += _operations(operations)
     parts += _losses(rows)

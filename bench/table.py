@@ -22,6 +22,7 @@ FIELDS = (
 )
 FUSED = ", fused"
 CAPTURED = ", CUDA graph"
+OPERATIONS = ("coupling", "lu_conv", "residual", "score")  # subjects
 
 
 def read(path: Path) -> list[Row]:

@@ -73,8 +73,6 @@ MORE["resize"] = tuple(
     {"BLOCK_Y": y, "BLOCK_X": x, "num_warps": warps}
     for y, x, warps in ((2, 128, 2), (4, 64, 2), (8, 128, 8), (1, 256, 2), (2, 64, 1), (2, 128, 4))
 )
-
-
 FIELDS = ("call", "where", "kernel", "config", "kind", "us", "gb_per_s", "tflop_per_s", "host_us")
 
 
@@ -116,7 +114,7 @@ def elementwise_calls(dtype: torch.dtype, last: bool, batch: int, channels: int,
     yield Call("squared norm", lambda: score.squared_norm(x), _bytes(x, norms))
     yield Call("squared norm backward", lambda: score.squared_norm_backward(norms, x), _bytes(x, x, norms))
     if last:
-        flat, half = x.movedim(1, -1).reshape(-1, channels), index[:split].contiguous()
+        flat = x.movedim(1, -1).reshape(-1, channels)
         chosen, outputs = t.movedim(1, -1).reshape(len(flat), -1), full.movedim(1, -1).reshape(len(flat), -1)
         half = index[: chosen.shape[1]].sort().values  # as fused flows have it
         yield Call("select rows", lambda: rows.select_rows(flat, half), 2 * _bytes(chosen))
@@ -154,21 +152,13 @@ def product_calls(dtype: torch.dtype, last: bool, channels: int, side: int) -> I
     vendor = partial(products.vendor_linear, x, matrix, bias)
     yield Call("linear", lambda: products.linear(x, matrix, bias), _bytes(x, x, matrix), flops, vendor)
 
-    def two_products() -> Tensor:
-        hidden = products.vendor_linear(x, first, b).relu_()
-        return products.vendor_linear(hidden, final, bias).add_(x)
-
-    one = partial(block.residual_mlp, x, first, b, final, bias, None, "relu", False)
-    yield Call("residual MLP", one, _bytes(x, x, matrix), flops, two_products)
+    layers = x, first, b, final, bias, None, "relu", False
+    one, two = partial(block.residual_mlp, *layers), partial(block.two_products, *layers)
+    yield Call("residual MLP", one, _bytes(x, x, matrix), flops, two)
     norm = partial(linear_norm.linear_squared_norm, x, matrix, bias)
     vendor_norm = lambda: score.squared_norm(products.vendor_linear(x, matrix, bias))  # noqa: E731
     yield Call("squared norm of linear", norm, _bytes(x, matrix), flops, vendor_norm)
-    sides = [(t.movedim(1, 0) if not last else t.movedim(1, -1)) for t in (x, x)]
-
-    def vendor_outer() -> Tensor:
-        flat = sides[0].reshape(channels, -1) if not last else sides[0].reshape(-1, channels).mT
-        return flat @ flat.mT
-
+    vendor_outer = partial(outer.vendor_outer, x, x)
     yield Call("outer", lambda: outer.outer(x, x), _bytes(x, x, matrix), flops, vendor_outer)
 
 
@@ -190,7 +180,7 @@ def calls() -> Iterator[tuple[str, Call]]:
 
 
 def candidates_of(name: str, candidates: list[Config]) -> list[Config]:
-    """The candidates, then what else might be faster, fitted to the problem as they are."""
+    """The candidates, then what else might be faster, with the first one's sizes where it names none."""
     found = list(candidates)
     for extra in MORE.get(name, ()):
         config = {**candidates[0], **extra}

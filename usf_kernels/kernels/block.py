@@ -112,7 +112,7 @@ def residual_mlp(
         bias_map = bias_map.expand(x.shape[0], *bias_map.shape[1:])
     hidden, channels = first.shape
     if channels >= vendor_channels(x, first):
-        return _two_products(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
+        return two_products(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
     if channels > fused_channels(first.dtype):
         h = linear(x, first, first_bias, bias_map, activation=activation)
         return linear(h, last, last_bias, residual=x, sign=-1 if inverse else 1)
@@ -139,7 +139,7 @@ def residual_mlp(
     return pick("residual_mlp", (x.dtype, first.dtype), candidates, run, x.device)
 
 
-def _two_products(
+def two_products(
     x: Tensor,
     first: Tensor,
     first_bias: Tensor | None,

@@ -119,12 +119,13 @@ def _elementwise(
         size = warps * per_thread * elements
         length, width = (channels, positions) if channels_last else (positions, channels)
         shortest = min((128 // itemsize).bit_length() - 1, max(length - 1, 0).bit_length())  # a cache line
-        inner = min(
-            (2**k for k in range(shortest, size.bit_length())),
-            key=lambda n, size=size: (_lanes(length, n, width, size), -n),
-        )
         if whole:
-            inner = min(size, 2 ** max(length - 1, 0).bit_length())
+            inner = min(size, _power_of_2(length))
+        else:
+            inner = min(
+                (2**k for k in range(shortest, size.bit_length())),
+                key=lambda n, size=size: (_lanes(length, n, width, size), -n),
+            )
         block_c, block_p = (inner, size // inner) if channels_last else (size // inner, inner)
         configs.append({"BLOCK_C": block_c, "BLOCK_P": block_p, "num_warps": warps})
     return _different(configs)
@@ -132,6 +133,11 @@ def _elementwise(
 
 def _different(configs: list[Config]) -> list[Config]:
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is at least n."""
+    return 2 ** max(n - 1, 0).bit_length()
 
 
 def _lanes(length: int, inner: int, width: int, size: int) -> int:
@@ -144,9 +150,8 @@ def reduction(itemsize: int, operands: int, channels: int, channels_last: bool) 
 
     Few positions and many channels at a time: then there are programs for every multiprocessor, and each
     has many loads on their way before it waits. Channels-last, of four operands or more, whole rows."""
-    most = 2 ** max(channels - 1, 0).bit_length()
     if channels_last:
-        block_c = min(most, 256 if operands < 4 else 1024 // itemsize)
+        block_c = min(_power_of_2(channels), 256 if operands < 4 else 1024 // itemsize)
         size = warp_size() * 16 // itemsize * max(1, 2 // operands)  # of one warp
         shapes = [(block_c, max(1, warps * size // block_c), warps) for warps in (4, 8)]
     elif operands > 1:

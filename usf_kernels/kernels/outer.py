@@ -74,8 +74,7 @@ def outer(a: Tensor, x: Tensor) -> Tensor:
     """
     rows, columns = a.shape[1], x.shape[1]
     if _vendor_is_faster(a, x):
-        with full_precision(x):
-            return _flat(a) @ _flat(x).mT
+        return vendor_outer(a, x)
     view = View([a, x])
 
     def run(config: Config) -> Tensor:
@@ -113,6 +112,12 @@ def _vendor_is_faster(a: Tensor, x: Tensor) -> bool:
         return False
     channels_last = a.ndim == 2 or (a.stride(1) == 1 and x.stride(1) == 1)
     return min(a.shape[1], x.shape[1]) >= 64 and (channels_last or product_precision() == "ieee")
+
+
+def vendor_outer(a: Tensor, x: Tensor) -> Tensor:
+    """`outer` by the vendor's product, of one dtype."""
+    with full_precision(x):
+        return _flat(a) @ _flat(x).mT
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 _library = torch.library.Library("usf_kernels", "FRAGMENT")
 _kernels: dict[str, Callable] = {}
 _on_cpu: dict[str, Callable] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
 F = TypeVar("F", bound=Callable)
 
 
@@ -145,16 +144,10 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
 def _nobody_looks(arguments: tuple[Any, ...]) -> bool:
     """Whether an operation may run past PyTorch's dispatcher: CUDA tensors, none of them of a subclass, and
     neither gradients nor a compiler, a transform, a mode or a tracer that would have to see it."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    ):
+    if native.somebody_looks() or torch.is_grad_enabled():
         return False
     for value in arguments:
-        if isinstance(value, Tensor) and not (type(value) in _PLAIN and value.is_cuda):
+        if isinstance(value, Tensor) and not (type(value) in native.PLAIN and value.is_cuda):
             return False
         if isinstance(value, list) and not _nobody_looks(tuple(value)):
             return False

@@ -17,22 +17,27 @@ from usf_kernels import _core
 
 WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
 LARGEST_CLAMP = 80.0  # e^s is then finite, and the loops do not look
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
-def fits(*tensors: Tensor | None) -> bool:
-    """Whether the extension may read these tensors: memory of float32 values, and nobody looking inside."""
-    if (
+def somebody_looks() -> bool:
+    """Whether a compiler, a transform, a mode or a tracer would have to see an operation."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-    ):
+    )
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether the extension may read these tensors: memory of float32 values, and nobody looking inside."""
+    if somebody_looks():
         return False
     for t in tensors:
         if t is not None and not (
-            type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu and _is_memory(t)
+            type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and _is_memory(t)
         ):
             return False
     return True
