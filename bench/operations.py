@@ -44,11 +44,11 @@ def _eager_masked(x: Tensor, shift: Tensor, mask: Tensor) -> Tensor:
 def _eager_step(
     coupling: Callable[..., object], x: Tensor, params: Tensor, index: Tensor, scale: Tensor, bias: Tensor
 ) -> Tensor:
-    """A coupling, a permutation as the dense convolution that FrEIA and anomalib run, scale and bias."""
+    """A coupling, scale and bias, a permutation as the dense convolution that FrEIA and anomalib run."""
     y = coupling(x, params)
+    y = (y[0] if isinstance(y, tuple) else y) * scale[:, None, None] + bias[:, None, None]
     matrix = torch.eye(len(index), device=x.device, dtype=x.dtype)[index]
-    y = F.conv2d(y[0] if isinstance(y, tuple) else y, matrix[:, :, None, None])
-    return y * scale[:, None, None] + bias[:, None, None]
+    return F.conv2d(y, matrix[:, :, None, None])
 
 
 def _eager_lu(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
 
 namespace usf {
 
-// Of an exit's scale and bias, by channel in front of the permutation: the sums over grad_y * coupled x and
-// over grad_y, as parts of which each belongs to one stretch.
+// Of an exit's scale and bias: the sums over grad_y * coupled x and over grad_y, as parts of which each
+// belongs to one stretch.
 struct ExitSums {
     std::int64_t channels = 0;
     std::vector<float> scale, bias;  // [parts, channels]
@@ -16,7 +16,7 @@ struct ExitSums {
         scale.assign(parts * n, 0.0f);
         bias.assign(parts * n, 0.0f);
     }
-    void finish(const Exit& exit, float* grad_scale, float* grad_bias) const {
+    void finish(float* grad_scale, float* grad_bias) const {
         const std::int64_t parts = channels == 0 ? 0 : static_cast<std::int64_t>(bias.size()) / channels;
         std::vector<double> totals(2 * channels);
         for (std::int64_t part = 0; part < parts; ++part) {
@@ -26,8 +26,8 @@ struct ExitSums {
             }
         }
         for (std::int64_t j = 0; j < channels; ++j) {
-            grad_scale[exit.channel(j)] = static_cast<float>(totals[2 * j]);
-            grad_bias[exit.channel(j)] = static_cast<float>(totals[2 * j + 1]);
+            grad_scale[j] = static_cast<float>(totals[2 * j]);
+            grad_bias[j] = static_cast<float>(totals[2 * j + 1]);
         }
     }
 };
@@ -69,15 +69,16 @@ USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, 
     }
 }
 
-// Of rows of neighbouring channels; `scale` [channels] is in front of the permutation. Adds to the sums.
+// Of rows of neighbouring channels. Adds to the sums.
 USF_CLONES inline void gradient_of_rows(const Coupling& coupling, std::int64_t split, std::int64_t channels,
-                                        const Exit& exit, const float* __restrict scale, const float* grad_y,
-                                        std::int64_t grad_row, const float* x, std::int64_t x_row,
+                                        const Exit& exit, const float* grad_y, std::int64_t grad_row,
+                                        const float* x, std::int64_t x_row,
                                         const float* params, std::int64_t params_row, std::int64_t apart,
                                         std::int64_t rows, const float* grad_log_det, std::int64_t step,
                                         float* grad_x, std::int64_t grad_x_row, float* grad_params,
                                         std::int64_t grad_params_row, float* __restrict scale_sum,
                                         float* __restrict bias_sum, float* __restrict scratch) {
+    const float* __restrict const scale = exit.scale;
     for (std::int64_t r = 0; r < rows; ++r) {
         const float* from = grad_y + r * grad_row;
         if (!exit.to.empty()) {
@@ -135,7 +136,7 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
                     const bool active = j >= split;
                     const std::int64_t to = exit.channel(j), at = image * channels + j;
                     gradient_of_plane(
-                        coupling, active, grad_y.at(image, to, 0), exit.scale ? exit.scale + to : nullptr,
+                        coupling, active, grad_y.at(image, to, 0), exit.scale ? exit.scale + j : nullptr,
                         x.at(image, j, 0), active ? params.at(image, j - split, 0) : nullptr, apart,
                         positions, coupling.affine() ? grad_log_det[image] : 0, grad_x.at(image, j, 0),
                         active ? grad_params.at(image, j - split, 0) : nullptr,
@@ -149,13 +150,11 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
         const RowsOf<float> grad_x_rows(grad_x, positions), grad_params_rows(grad_params, positions);
         const Stretches rows(count.rows, channels);
         const bool own = positions == 1;
-        std::vector<float> scale(exit.scale ? channels : 0);
-        for (std::size_t j = 0; j < scale.size(); ++j) scale[j] = exit.scale[exit.channel(j)];
         if (exit.scale) sums.make(count.images * rows.count, channels);
         team_for(count.images * rows.count, threads, [&, channels = channels](std::int64_t i) {
             const std::int64_t image = i / rows.count, begin = rows.begin(i % rows.count);
             std::vector<float> scratch(exit.to.size());
-            gradient_of_rows(coupling, split, channels, exit, exit.scale ? scale.data() : nullptr,
+            gradient_of_rows(coupling, split, channels, exit,
                              grad_rows.at(image, begin), grad_rows.row, x_rows.at(image, begin), x_rows.row,
                              params_rows.at(image, begin), params_rows.row, apart,
                              rows.end(i % rows.count) - begin,
@@ -165,7 +164,7 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
                              exit.scale ? &sums.bias[i * channels] : nullptr, scratch.data());
         });
     }
-    if (exit.scale) sums.finish(exit, grad_scale, grad_bias);
+    if (exit.scale) sums.finish(grad_scale, grad_bias);
     return true;
 }
 

@@ -1,4 +1,4 @@
-// A coupling, then a permutation, a scale and a shift of the channels, in one pass; and back.
+// A coupling, then a scale, a shift and a permutation of the channels, in one pass; and back.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace usf {
 
-// out[:, to[j]] = scale[to[j]] * coupled[:, j] + bias[to[j]]
+// out[:, to[j]] = scale[j] * coupled[:, j] + bias[j]
 struct Exit {
     std::vector<std::int64_t> to;  // empty for none
     const float *scale = nullptr, *bias = nullptr;
@@ -61,8 +61,8 @@ inline double couple_planes(const Coupling& coupling, std::int64_t split, const 
         // Without an exit, neighbouring planes are one long one.
         const std::int64_t planes = dense && exit.nothing() ? (passes ? std::min(end, split) : end) - j : 1;
         const std::int64_t to = exit.channel(j), n = planes * positions;
-        const float *scale = exit.scale ? exit.scale + to : nullptr,
-                    *bias = exit.scale ? exit.bias + to : nullptr;
+        const float *scale = exit.scale ? exit.scale + j : nullptr,
+                    *bias = exit.scale ? exit.bias + j : nullptr;
         if (passes)
             pass_plane(x.at(image, j, 0), n, scale, bias, out.at(image, to, 0));
         else
@@ -86,14 +86,14 @@ USF_CLONES inline void couple_rows(const Coupling& coupling, std::int64_t split,
         std::copy_n(x, split, row);
         const double total = couple_run(coupling, x + split, params, apart, channels - split, row + split);
         if (totals) totals[r * step] += total;
-        if (gathers)
-            for (std::int64_t j = 0; j < channels; ++j) out[to[j]] = row[j];
         if (exit.scale) {
             const float* __restrict scale = exit.scale;
             const float* __restrict bias = exit.bias;
-            float* __restrict values = out;
-            for (std::int64_t i = 0; i < channels; ++i) values[i] = scale[i] * values[i] + bias[i];
+            float* __restrict values = row;
+            for (std::int64_t j = 0; j < channels; ++j) values[j] = scale[j] * values[j] + bias[j];
         }
+        if (gathers)
+            for (std::int64_t j = 0; j < channels; ++j) out[to[j]] = row[j];
     }
 }
 

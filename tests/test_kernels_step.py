@@ -10,6 +10,8 @@ from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.step import coupling_step
 
 pytest.importorskip("triton")
+from usf_kernels.kernels import coupling_backward
+
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
@@ -65,6 +67,21 @@ def test_at_any_shape_and_split(shape, data):
 def test_error_budget(shape, fused, inverse):
     inputs, options = draw(shape, permuted=fused, scaled=fused)
     assert_right(inputs, options | {"inverse": inverse})
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_programs_that_run_over_several_tiles(monkeypatch, channels_last, inverse):
+    monkeypatch.setattr(coupling_backward, "PROGRAMS", 1)
+    runs = []
+    largest = coupling_backward.largest_run
+    monkeypatch.setattr(coupling_backward, "largest_run", lambda n: runs.append(largest(n)) or runs[-1])
+    inputs, options = draw((2, 6, 61, 37))
+    if channels_last:
+        inputs |= {n: inputs[n].to(memory_format=torch.channels_last) for n in ("x", "params")}
+    assert_right(inputs, options | {"inverse": inverse})
+    assert runs
+    assert min(runs) > 1
 
 
 @pytest.mark.parametrize("narrow", DTYPES[1:])

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from usf_kernels.ops import eager, reference
-from usf_kernels.ops.matrices import factors_pay
-from usf_kernels.ops.step import coupling_lu, coupling_step
+from usf_kernels.ops.step import coupling_matrix, coupling_step
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -35,9 +34,8 @@ def draw_exits(channels, kind, dtype=torch.float64):
 
 
 def draw_matrix(channels, dtype=torch.float64):
-    lower, upper = (torch.randn(channels, channels, dtype=dtype) / channels**0.5 for _ in range(2))
-    upper += 2 * torch.eye(channels, dtype=dtype)
-    return [v.requires_grad_() for v in (lower, upper, torch.randn(channels, dtype=dtype))]
+    matrix = torch.randn(channels, channels, dtype=dtype) / channels**0.5
+    return [v.requires_grad_() for v in (matrix, torch.randn(channels, dtype=dtype))]
 
 
 def gradients(results, inputs):
@@ -47,9 +45,9 @@ def gradients(results, inputs):
     return torch.autograd.grad(results, inputs, weighted)
 
 
-def plain_lu(x, params, lower, upper, bias, *, split, clamp):
+def plain_matrix(x, params, matrix, bias, *, split, clamp):
     y, log_det = reference.coupling_step(x, params, None, None, None, split, clamp, False)
-    return reference.lu_conv1x1(y, lower, upper, bias, False), log_det
+    return reference.linear(y, matrix, bias), log_det
 
 
 @given(shapes(), st.sampled_from(["all", "index", "scale", "none"]), st.sampled_from(CLAMPS))
@@ -71,13 +69,13 @@ def test_gather_step_is_the_plain_one(shape, kind, clamp):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matrix_step_is_the_plain_one(shape, clamp):
     x, params, split = draw(shape, clamp)
-    factors = draw_matrix(shape[1])
-    for bias in (factors[2], None):
-        inputs = x, params, *factors[:2], bias
+    matrix, some_bias = draw_matrix(shape[1])
+    for bias in (some_bias, None):
+        inputs = x, params, matrix, bias
         options = {"split": split, "clamp": clamp}
-        actual = coupling_lu(*inputs, **options)
-        expected = plain_lu(*inputs, **options)
-        assert ("MatrixStep" in type(actual[0].grad_fn).__name__) != factors_pay(x, shape[1])
+        actual = coupling_matrix(*inputs, **options)
+        expected = plain_matrix(*inputs, **options)
+        assert "MatrixStep" in type(actual[0].grad_fn).__name__
         for a, e in zip(actual, expected, strict=True):
             assert max_error(a, e) < 1e-12
         for a, e in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
@@ -96,7 +94,7 @@ def test_gradients_match_numerical_ones_twice(clamp):
         return y if clamp is None else (y, log_det)
 
     def matrix(*inputs):
-        y, log_det = coupling_lu(*inputs, split=split, clamp=clamp)
+        y, log_det = coupling_matrix(*inputs, split=split, clamp=clamp)
         return y if clamp is None else (y, log_det)
 
     for function, inputs in ((gather, (x, params, scale, bias)), (matrix, (x, params, *draw_matrix(3)))):
@@ -110,17 +108,20 @@ def test_any_strides(clamp):
     shape = (2, 6, 4, 3)
     x, params, split = (v.detach() if isinstance(v, torch.Tensor) else v for v in draw(shape, clamp))
     index, scale, bias = draw_exits(6, "all")
-    factors = draw_matrix(6)
+    matrix = draw_matrix(6)
     options = {"split": split, "clamp": clamp}
     exits = {"index": index, "scale": scale, "bias": bias}
-    truths = coupling_step(x, params, **options, **exits)[0], coupling_lu(x, params, *factors, **options)[0]
+    truths = (
+        coupling_step(x, params, **options, **exits)[0],
+        coupling_matrix(x, params, *matrix, **options)[0],
+    )
     before = x.clone(), params.clone()
     for name, view in layouts(x):
         for _, other in layouts(params):
             view, other = view.detach().requires_grad_(), other.detach().requires_grad_()
             results = (
                 coupling_step(view, other, **options, **exits)[0],
-                coupling_lu(view, other, *factors, **options)[0],
+                coupling_matrix(view, other, *matrix, **options)[0],
             )
             for result, truth in zip(results, truths, strict=True):
                 assert max_error(result, truth) < 1e-12, name

@@ -15,6 +15,7 @@ OPERATIONS = (
     "affine_coupling",
     "coupling_step",
     "lu_conv1x1",
+    "linear",
     "linear_squared_norm",
     "residual_mlp",
     "squared_norm",

@@ -60,7 +60,7 @@ void check_coupling(const Extent& e, std::int64_t split, const Coupling& couplin
         for (std::int64_t j = 0; j < e.channels; ++j) {
             const std::int64_t to = exit.channel(j);
             for (std::int64_t p = 0; p < e.positions; ++p) {
-                const double value = x.at(b, j, p), gradient = grad_y.at(b, to, p) * (scales ? scale[to] : 1);
+                const double value = x.at(b, j, p), gradient = grad_y.at(b, to, p) * (scales ? scale[j] : 1);
                 double coupled = value, to_x = gradient;
                 if (j >= split) {
                     const double raw = params.at(b, j - split, p);
@@ -81,10 +81,10 @@ void check_coupling(const Extent& e, std::int64_t split, const Coupling& couplin
                     }
                     CHECK(near(grad_params.at(b, j - split, p), to_raw));
                 }
-                CHECK(near(y.at(b, to, p), scales ? scale[to] * coupled + bias[to] : coupled));
+                CHECK(near(y.at(b, to, p), scales ? scale[j] * coupled + bias[j] : coupled));
                 CHECK(near(grad_x.at(b, j, p), to_x));
-                scale_sums[to] += coupled * grad_y.at(b, to, p);
-                bias_sums[to] += grad_y.at(b, to, p);
+                scale_sums[j] += coupled * grad_y.at(b, to, p);
+                bias_sums[j] += grad_y.at(b, to, p);
             }
         }
         if (coupling.affine()) CHECK(near(log_det[b], total));

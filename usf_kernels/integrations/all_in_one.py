@@ -120,8 +120,8 @@ class AllInOneMixin(Faster):
             split=split,
             clamp=self.clamp,
             index=order,
-            scale=scale[order],
-            bias=offset[order],
+            scale=scale,
+            bias=offset,
             inverse=rev,
         )
         return (y.index_select(1, order) if self.reverse_pre_permute and rev else y), log_det

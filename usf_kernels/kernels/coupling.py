@@ -1,5 +1,5 @@
 """Couplings with a split in one pass over their tensors: additive and affine, forward, inverse and backward,
-with the permutation and the scale and shift that stand around them in a flow."""
+with the scale, the shift and the permutation that follow them in a flow."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def coupling_kernel(
     AFFINE: tl.constexpr, INVERSE: tl.constexpr, PER_POSITION: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Coupled channel `inner` meets channel `outer` of the other side, inner = index[outer]. Forward: x is
-    the inner side and y = scale * coupled + bias the outer; the inverse goes the other way."""
+    """Coupled channel `inner`, scaled and shifted, is channel `outer` of the other side, with inner =
+    index[outer]. Forward: x is the inner side and y the outer; the inverse goes the other way."""
     C = bound(C, y_c, UNIT)
     P = bound(P, y_p, UNIT)
     split = bound(split, y_c, UNIT)
@@ -44,8 +44,8 @@ def coupling_kernel(
     active = inside & (inner >= split)
     value = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     if INVERSE and scale is not None:
-        gain = tl.load(scale + outer, mask=outer < C, other=1.0).to(tl.float32)
-        value = (value - tl.load(bias + outer, mask=outer < C, other=0.0).to(tl.float32)) / gain
+        gain = tl.load(scale + inner, mask=outer < C, other=1.0).to(tl.float32)
+        value = (value - tl.load(bias + inner, mask=outer < C, other=0.0).to(tl.float32)) / gain
     if AFFINE:
         raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
         shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
@@ -64,8 +64,8 @@ def coupling_kernel(
         shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
         value = value - shift if INVERSE else value + shift
     if not INVERSE and scale is not None:
-        gain = tl.load(scale + outer, mask=outer < C, other=1.0).to(tl.float32)
-        value = value * gain + tl.load(bias + outer, mask=outer < C, other=0.0).to(tl.float32)
+        gain = tl.load(scale + inner, mask=outer < C, other=1.0).to(tl.float32)
+        value = value * gain + tl.load(bias + inner, mask=outer < C, other=0.0).to(tl.float32)
     tl.store(y_at, narrow(value, y), mask=inside)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from usf_kernels.kernels.arithmetic import tanh
 from usf_kernels.kernels.configs import Config, pick
 from usf_kernels.kernels.coupling import Tiles, contiguous, coupling_case_inputs, coupling_cases
-from usf_kernels.kernels.launch import Case, aligned, bound, launch, narrow, runtime, tile, walk
+from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
 from usf_kernels.kernels.layout import empty_output
 
 
@@ -25,76 +25,99 @@ def coupling_backward_kernel(
     gx, gx_b, gx_c, gx_p,  # (b, C, P) out
     grad_log_det,  # (b,) or, per position, (P,)
     index, scale, bias,  # (C,) each, or None
-    grad_scale, grad_bias,  # (tiles of positions in all images, C) out, sums over a tile; or None
+    grad_scale, grad_bias,  # (runs of tiles in all images, C) out, sums over a run; or None
     C, P, split, clamp,
     AFFINE: tl.constexpr, INVERSE: tl.constexpr, PER_POSITION: tl.constexpr,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
+    """RUN tiles of positions, one after the other: fewer sums to write, and to add up after it."""
     C = bound(C, gx_c, UNIT)
     P = bound(P, gx_p, UNIT)
     split = bound(split, gx_c, UNIT)
-    b, outer, p = tile(C, P, BLOCK_C, BLOCK_P, WIDE)
-    inside = (outer < C) & (p < P)
+    b, outer, first = tile(C, P, BLOCK_C, BLOCK_P, WIDE, RUN)
     inner = outer
     if index is not None:
         inner = tl.load(index + outer, mask=outer < C, other=0).to(outer.dtype)
-    active = inside & (inner >= split)
     x_c_at = outer if INVERSE else inner  # x and its gradient are on one side, the result's on the other
     g_c_at = inner if INVERSE else outer
-    value = tl.load(x + b * aligned(x_b, UNIT) + walk(x_c_at, x_c, UNIT) + walk(p, x_p, UNIT),
-                    mask=inside, other=0.0).to(tl.float32)  # fmt: skip
-    grad = tl.load(g + b * aligned(g_b, UNIT) + walk(g_c_at, g_c, UNIT) + walk(p, g_p, UNIT),
-                   mask=inside, other=0.0).to(tl.float32)  # fmt: skip
-    t_at = t + b * aligned(t_b, UNIT) + walk(inner - split, t_c, UNIT) + walk(p, t_p, UNIT)
-    gt_at = gt + b * aligned(gt_b, UNIT) + walk(inner - split, gt_c, UNIT) + walk(p, gt_p, UNIT)
-    grad_result = grad
+    x_row = x + b * aligned(x_b, UNIT) + walk(x_c_at, x_c, UNIT)
+    g_row = g + b * aligned(g_b, UNIT) + walk(g_c_at, g_c, UNIT)
+    t_row = t + b * aligned(t_b, UNIT) + walk(inner - split, t_c, UNIT)
+    gt_row = gt + b * aligned(gt_b, UNIT) + walk(inner - split, gt_c, UNIT)
+    gx_row = gx + b * aligned(gx_b, UNIT) + walk(x_c_at, gx_c, UNIT)
     if scale is not None:
-        gain = tl.load(scale + outer, mask=outer < C, other=1.0).to(tl.float32)
-        if INVERSE:
-            value = (value - tl.load(bias + outer, mask=outer < C, other=0.0).to(tl.float32)) / gain
+        gain = tl.load(scale + inner, mask=outer < C, other=1.0).to(tl.float32)
+        offset = tl.load(bias + inner, mask=outer < C, other=0.0).to(tl.float32)
+        scale_sum = tl.zeros((BLOCK_C, 1), tl.float32)
+        bias_sum = tl.zeros((BLOCK_C, 1), tl.float32)
+    for step in range(RUN):
+        p = first + step * BLOCK_P
+        inside = (outer < C) & (p < P)
+        active = inside & (inner >= split)
+        value = tl.load(x_row + walk(p, x_p, UNIT), mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(g_row + walk(p, g_p, UNIT), mask=inside, other=0.0).to(tl.float32)
+        t_at = t_row + walk(p, t_p, UNIT)
+        gt_at = gt_row + walk(p, gt_p, UNIT)
+        grad_result = grad
+        if scale is not None:
+            if INVERSE:
+                value = (value - offset) / gain
+            else:
+                grad = grad * gain
+        coupled = value
+        if AFFINE:
+            raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
+            shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
+            bounded = tanh(0.1 * raw)
+            slope = 0.1 * clamp * (1 - bounded * bounded)
+            if PER_POSITION:
+                of_log_det = tl.load(grad_log_det + p, mask=p < P, other=0.0).to(tl.float32)
+            else:
+                of_log_det = tl.load(grad_log_det + b).to(tl.float32)
+            if INVERSE:
+                factor = tl.exp(-clamp * bounded)
+                grad_shift = -0.1 * grad * factor
+                grad_raw = -slope * (grad * (value - shift) * factor + of_log_det)
+            else:
+                factor = tl.exp(clamp * bounded)
+                coupled = value * factor + shift
+                grad_shift = 0.1 * grad
+                grad_raw = slope * (grad * value * factor + of_log_det)
+            grad = grad * factor
+            tl.store(gt_at, narrow(grad_raw, gt), mask=active)
+            tl.store(gt_at + walk(C - split, gt_c, UNIT), narrow(grad_shift, gt), mask=active)
         else:
-            grad = grad * gain
-    coupled = value
-    if AFFINE:
-        raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
-        shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
-        bounded = tanh(0.1 * raw)
-        slope = 0.1 * clamp * (1 - bounded * bounded)
-        if PER_POSITION:
-            of_log_det = tl.load(grad_log_det + p, mask=p < P, other=0.0).to(tl.float32)
-        else:
-            of_log_det = tl.load(grad_log_det + b).to(tl.float32)
-        if INVERSE:
-            factor = tl.exp(-clamp * bounded)
-            grad_shift = -0.1 * grad * factor
-            grad_raw = -slope * (grad * (value - shift) * factor + of_log_det)
-        else:
-            factor = tl.exp(clamp * bounded)
-            coupled = value * factor + shift
-            grad_shift = 0.1 * grad
-            grad_raw = slope * (grad * value * factor + of_log_det)
-        grad = grad * factor
-        tl.store(gt_at, narrow(grad_raw, gt), mask=active)
-        tl.store(gt_at + walk(C - split, gt_c, UNIT), narrow(grad_shift, gt), mask=active)
-    else:
-        shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
-        coupled = value if INVERSE else value + shift
-        tl.store(gt_at, narrow(-grad if INVERSE else grad, gt), mask=active)
-    if INVERSE and scale is not None:
-        grad = grad / gain
-    tl.store(gx + b * aligned(gx_b, UNIT) + walk(x_c_at, gx_c, UNIT) + walk(p, gx_p, UNIT),
-             narrow(grad, gx), mask=inside)  # fmt: skip
-    if grad_scale is not None:
-        # y = scale * v + bias going forward; v = (y - bias) / scale, with `value` for v, going back.
-        of_scale = -grad * value if INVERSE else grad_result * coupled
-        of_bias = -grad if INVERSE else grad_result
-        tiles_p = tl.cdiv(P, BLOCK_P)
-        row = (b * tiles_p + tl.program_id(0) % tiles_p) * C + outer
-        tl.store(grad_scale + row, tl.sum(of_scale, 1, keep_dims=True), mask=outer < C)
-        tl.store(grad_bias + row, tl.sum(of_bias, 1, keep_dims=True), mask=outer < C)
+            shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
+            coupled = value if INVERSE else value + shift
+            tl.store(gt_at, narrow(-grad if INVERSE else grad, gt), mask=active)
+        if INVERSE and scale is not None:
+            grad = grad / gain
+        tl.store(gx_row + walk(p, gx_p, UNIT), narrow(grad, gx), mask=inside)
+        if scale is not None:
+            # y = scale * v + bias going forward; v = (y - bias) / scale, with `value` for v, going back.
+            of_scale = -grad * value if INVERSE else grad_result * coupled
+            of_bias = -grad if INVERSE else grad_result
+            scale_sum += tl.sum(of_scale, 1, keep_dims=True)
+            bias_sum += tl.sum(of_bias, 1, keep_dims=True)
+    if scale is not None:
+        runs = tl.cdiv(P, BLOCK_P * RUN)
+        row = (b * runs + tl.program_id(0) % runs) * C + inner
+        tl.store(grad_scale + row, scale_sum, mask=outer < C)
+        tl.store(grad_bias + row, bias_sum, mask=outer < C)
 
 
 # --------------------------------------------------------------------------------------------- launchers
+
+PROGRAMS = 1024  # that keep any device busy
+LONGEST_RUN = 32
+
+
+def largest_run(tiles: int) -> int:
+    """Tiles for one program, a power of 2: as many as leave enough programs."""
+    run = 1
+    while run < LONGEST_RUN and tiles >= 2 * run * PROGRAMS:
+        run *= 2
+    return run
 
 
 def coupling_step_backward(
@@ -118,13 +141,16 @@ def coupling_step_backward(
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles_c, tiles_p = tiles.counts(config)
-        rows = view.batch * tiles_p
-        sums = [x.new_empty((rows, tiles.channels), dtype=torch.float32) if scaled else None for _ in "sb"]
+        tile_count = view.batch * tiles_c * tiles_p
+        run = largest_run(tile_count) if scaled else 1
+        runs = cdiv(tiles_p, run)
+        shape = view.batch * runs, tiles.channels
+        sums = [x.new_empty(shape, dtype=torch.float32) if scaled else None for _ in "sb"]
         launch(
-            coupling_backward_kernel, view.batch * tiles_c * tiles_p, *view.arguments(), grad_log_det,
+            coupling_backward_kernel, view.batch * tiles_c * runs, *view.arguments(), grad_log_det,
             index, scale, bias, *sums, tiles.channels, view.positions, tiles.split, clamp or 0.0,
-            AFFINE=affine, INVERSE=inverse, PER_POSITION=tiles.per_position,
-            UNIT=tiles.unit, WIDE=view.is_wide(), device=x.device, **config,
+            AFFINE=affine, INVERSE=inverse, PER_POSITION=tiles.per_position, UNIT=tiles.unit,
+            WIDE=view.is_wide(), RUN=run, device=x.device, **config,
         )  # fmt: skip
         if not scaled:
             return grad_x, grad_params, x.new_empty(0), x.new_empty(0)
@@ -141,13 +167,18 @@ def coupling_step_backward(
 def _cases(dtype: torch.dtype, channels_last: bool) -> list[Case]:
     x, no_exit, full_exit = coupling_case_inputs(dtype, channels_last)
     log_det = torch.empty(8, device="meta")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def backward(params: Tensor, exits: tuple, clamp: float | None) -> Callable:
+    def backward(
+        params: Tensor, exits: tuple, clamp: float | None, x: Tensor = x, log_det: Tensor = log_det
+    ) -> Callable:
         return lambda: coupling_step_backward(x, log_det, x, params, *exits, 128, clamp, False)
 
+    many = x.repeat(8, 1, 4, 4).to(memory_format=memory_format)  # so that a program runs over many tiles
     calls = {
         "affine backward": backward(x, no_exit, 2.0),
         "affine step backward": backward(x, full_exit, 2.0),
+        "affine step backward, runs": backward(many, full_exit, 2.0, many, log_det.repeat(8)),
         "additive step backward": backward(x[:, 128:], full_exit, None),
     }
     return coupling_cases(calls, "coupling_backward_kernel", dtype, channels_last)

@@ -184,10 +184,13 @@ def bound(size, stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
-    """Image b (64 bits), channels (BLOCK_C, 1) and positions (1, BLOCK_P) of this program."""
+def tile(
+    C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr, RUN: tl.constexpr = 1
+):  # fmt: skip
+    """Image b (64 bits), channels (BLOCK_C, 1) and positions (1, BLOCK_P) of this program, of which the first
+    of RUN tiles where it has several."""
     program = tl.program_id(0)
-    tiles_p = tl.cdiv(P, BLOCK_P)
+    tiles_p = tl.cdiv(P, BLOCK_P * RUN)
     tiles_c = tl.cdiv(C, BLOCK_C)
     p0 = program % tiles_p
     rest = program // tiles_p
@@ -196,7 +199,7 @@ def tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr)
         p0 = p0.to(tl.int64)
         c0 = c0.to(tl.int64)
     c = c0 * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = p0 * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = p0 * (BLOCK_P * RUN) + tl.arange(0, BLOCK_P)
     return (rest // tiles_c).to(tl.int64), c[:, None], p[None, :]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,16 @@ from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, Subnet
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1, Permutation
 from usf_kernels.nn.reversible import ReconstructionCheck, Tape, run_reversibly
-from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, count_positions
-from usf_kernels.ops.step import coupling_lu, coupling_step
+from usf_kernels.ops.checks import (
+    check_choice,
+    check_features,
+    check_int,
+    compute_dtype,
+    count_positions,
+    promoted_dtype,
+)
+from usf_kernels.ops.matrices import factors_pay
+from usf_kernels.ops.step import coupling_matrix, coupling_step
 
 AUTO_STEPS = 4
 
@@ -77,29 +86,35 @@ class FlowStep(Fusible, nn.Module):
         x, params = self.coupling.conditioned(x, cond)
         if self.training and self.act_norm is not None:
             self.act_norm.initialize_(lambda: self.coupling.couple(x, params)[0])
-        split, clamp, positions = self.coupling.split, self.coupling.clamp, count_positions(x)
-        if isinstance(self.linear, LUConv1x1):
-            factors = self.linear.factors(self.act_norm)
-            z, coupling_log_det = coupling_lu(x, params, *factors, split=split, clamp=clamp)
+        options = {"split": self.coupling.split, "clamp": self.coupling.clamp}
+        z, log_dets = self._exit(x, params, options)
+        if not log_dets:
+            return z, z.new_zeros((), dtype=compute_dtype(z))
+        return z, sum(log_dets[1:], log_dets[0])
+
+    def _exit(self, x: Tensor, params: Tensor, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+        """(z, log-dets to add up) of the coupling and what follows it, given the conditioner's output."""
+        positions = count_positions(x)
+        if isinstance(self.linear, LUConv1x1) and not factors_pay(x, self.linear.channels):
+            matrix, bias, of_map = self.linear.map(compute_dtype(x, params, self.linear.upper), self.act_norm)
+            matrix = matrix.to(promoted_dtype(x, params, self.linear.upper))
+            z, of_coupling = coupling_matrix(x, params, matrix, bias, **options)
+            constant = [positions * of_map]
+        elif isinstance(self.linear, LUConv1x1):
+            y, of_coupling = coupling_step(x, params, **options)
+            z, of_map = self.linear.run(y, inverse=False, act_norm=self.act_norm)
+            constant = [of_map]
         else:
-            z, coupling_log_det = coupling_step(
-                x, params, split=split, clamp=clamp, **self._channels_in_order()
-            )
-        log_det = z.new_zeros((), dtype=compute_dtype(z)) if clamp is None else coupling_log_det
-        for layer in (self.act_norm, self.linear):
-            if isinstance(layer, (ActNorm, LUConv1x1)):
-                log_det = log_det + layer.log_det(positions)
-        return z, log_det
+            z, of_coupling = coupling_step(x, params, **options, **self._channels_in_order())
+            constant = [] if self.act_norm is None else [self.act_norm.log_det(positions)]
+        return z, constant if self.coupling.clamp is None else [of_coupling, *constant]
 
     def _channels_in_order(self) -> dict[str, Tensor | None]:
         """The ActNorm, then the permutation, as `coupling_step` takes them."""
         index = None if self.linear is None else self.linear.index
         if self.act_norm is None:
             return {"index": index}
-        scale, bias = self.act_norm.log_scale.exp(), self.act_norm.bias
-        if index is not None:
-            scale, bias = scale.index_select(0, index), bias.index_select(0, index)
-        return {"index": index, "scale": scale, "bias": bias}
+        return {"index": index, "scale": self.act_norm.log_scale.exp(), "bias": self.act_norm.bias}
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo: (x, log_det)."""

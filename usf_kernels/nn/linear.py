@@ -18,9 +18,12 @@ from usf_kernels.ops.checks import (
     check_shape,
     compute_dtype,
     count_positions,
+    promoted_dtype,
 )
 from usf_kernels.ops.function import Function
-from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
+from usf_kernels.ops.linear import linear
+from usf_kernels.ops.lu_map import lu_map
+from usf_kernels.ops.matrices import apply_matrix, factors_pay, full_precision, matrix_gradient
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
@@ -188,9 +191,20 @@ class LUConv1x1(Fusible, nn.Module):
         """Undo: (x, log_det)."""
         return self.run(z, inverse=True)
 
+    def map(self, wide: torch.dtype, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(matrix, bias, log-det per position), in float32 or float64, of this map or of `act_norm` followed
+        by it: see `usf_kernels.ops.lu_map`."""
+        exit_values = (None, None) if act_norm is None else (act_norm.log_scale, act_norm.bias)
+        given = (self.lower, self.upper, self.signs, self.log_diagonal, self.bias, *exit_values)
+        return lu_map(*(None if v is None else v.to(wide) for v in given))
+
     def run(self, x: Tensor, *, inverse: bool, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor]:
         """Either direction, of this map or of `act_norm` followed by it."""
         check_features("z" if inverse else "x", x, self.channels)
+        if not inverse and not factors_pay(x, self.channels):
+            matrix, bias, log_det = self.map(compute_dtype(x, self.upper), act_norm)
+            matrix = matrix.to(promoted_dtype(x, self.upper))
+            return linear(x, matrix, bias), count_positions(x) * log_det
         lower, upper, bias = self.factors(act_norm)
         log_det = self.log_det(count_positions(x))
         if act_norm is not None:
@@ -206,11 +220,8 @@ class LUConv1x1(Fusible, nn.Module):
         z, grad_z = z.to(wide), grad_z.to(wide)
         with full_precision(z):
             with torch.enable_grad():
-                lower, upper, bias = (None if t is None else t.to(wide) for t in self.factors(act_norm))
-                matrix = lu_matrix(lower, upper)
-                log_det = self.log_det(count_positions(z))
-                if act_norm is not None:
-                    log_det = log_det + act_norm.log_det(count_positions(z))
+                matrix, bias, log_det = self.map(wide, act_norm)
+                log_det = count_positions(z) * log_det
             if bias is not None:
                 z.sub_(bias.detach().view(-1, *[1] * (z.ndim - 2)))
             x = apply_matrix(accurate_inverse(matrix.detach()), z, None).to(out)

@@ -12,7 +12,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1, accurate_inverse
 from usf_kernels.ops import masked_additive_coupling
 from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, promoted_dtype
-from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_inverse, lu_matrix, matrix_gradient
+from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_inverse, matrix_gradient
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
@@ -163,10 +163,9 @@ class USFBlock(Fusible, nn.Module):
         """Q, b and R in the compute dtype."""
         wide = compute_dtype(x, self.linear.upper)
         with full_precision(x):
-            lower, upper, bias = (t.to(wide) for t in self.linear.factors())
-            matrix = lu_matrix(lower, upper)
+            matrix, bias, _ = self.linear.map(wide)
             if torch.compiler.is_exporting():  # ONNX has no general inverse
-                inverse = lu_inverse(lower.double(), upper.double()).to(wide)
+                inverse = lu_inverse(*(t.double() for t in self.linear.factors()[:2])).to(wide)
             else:
                 inverse = accurate_inverse(matrix)
         if self.mask == "checkerboard":

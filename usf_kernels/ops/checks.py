@@ -17,12 +17,14 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that PyTorch's promotion gives the tensors together: what a result is returned in."""
-    return reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype sums are accumulated in: the promoted one, but at least float32."""
-    return torch.promote_types(promoted_dtype(*tensors), torch.float32)
+    dtype = promoted_dtype(*tensors)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def count_positions(x: Tensor) -> int:

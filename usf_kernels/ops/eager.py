@@ -123,7 +123,7 @@ def uncouple_(
 
 
 class _GatherStep(torch.autograd.Function):
-    """The coupling, then a permutation, a scale and a shift. Keeps its input and params, and its output where
+    """The coupling, then a scale, a shift and a permutation. Keeps its input and params, and its output where
     it is not the extension that finds it again."""
 
     @staticmethod
@@ -142,7 +142,7 @@ class _GatherStep(torch.autograd.Function):
             found = native.couple(x, params, index, scale, bias, split, clamp, inverse=False)
         ctx.native = found is not None
         if found is None:
-            y, log_det = couple(x, params, split, clamp, _put(index, scale), _put(index, bias))
+            y, log_det = couple(x, params, split, clamp, scale, bias)
             found = y if index is None else y.index_select(1, index), log_det
         ctx.save_for_backward(x, params, index, scale, bias, None if ctx.native else found[0])
         return found
@@ -166,16 +166,16 @@ class _GatherStep(torch.autograd.Function):
             inputs = (x, params) if scale is None else (x, params, scale, bias)
             grads = gradients_through(plain, inputs, (grad, grad_log_det))
             return *grads[:2], None, *(grads[2:] or (None, None)), None, None
-        grad_scale = grad_bias = spare = None
-        if scale is not None:
-            spare = torch.sub(y, _per_channel(bias, x))
-            grad_bias, grad_scale = _sums(grad), _sums(spare.mul_(grad)) / scale
         if index is None:
             grad_x = grad.clone()
         else:
-            grad_x = torch.index_select(grad, 1, _put(index, torch.arange(len(index))), out=spare)
+            back = torch.empty_like(index).index_copy_(0, index, torch.arange(len(index)))
+            grad_x, y = grad.index_select(1, back), None if scale is None else y.index_select(1, back)
+        grad_scale = grad_bias = None
         if scale is not None:
-            grad_x.mul_(_per_channel(_put(index, scale), x))
+            grad_bias = _sums(grad_x)
+            grad_scale = _sums((y - _per_channel(bias, x)).mul_(grad_x)) / scale
+            grad_x.mul_(_per_channel(scale, x))
         grad_params = uncouple_gradient_(grad_x, grad_log_det, x, params, *ctx.options)
         return grad_x, grad_params, None, grad_scale, grad_bias, None, None
 
@@ -225,13 +225,6 @@ def _sums(value: Tensor) -> Tensor:
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 2))
-
-
-def _put(index: Tensor | None, values: Tensor | None) -> Tensor | None:
-    """Values per channel behind the permutation, where those channels are in front of it."""
-    return (
-        values if index is None or values is None else torch.empty_like(values).index_copy_(0, index, values)
-    )
 
 
 def gather_step(

@@ -43,6 +43,14 @@ def linear_squared_norm(
     return implementation("linear_squared_norm", impl, x, matrix, bias)(x, matrix, bias)
 
 
+def linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`matrix @ x + bias` at every position of x (B, C, *spatial), in the promoted dtype of x and matrix.
+
+    Of full precision under autocast. Unchecked: what the modules are made of.
+    """
+    return implementation("linear", None, x, matrix, bias)(x, matrix, bias)
+
+
 # ------------------------------------------------------------------------------------- as torch ops, Triton
 
 
@@ -78,9 +86,10 @@ def _linear_gradients(
     needed: tuple[bool, ...], x: Tensor, matrix: Tensor, bias_dtype: torch.dtype | None, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, matrix and bias, given that of `matrix @ x + bias`."""
+    linear, outer = (Linear.apply, Outer.apply) if torch.is_grad_enabled() else (linear_op, _outer_op)
     return (
-        Linear.apply(grad, matrix.mT, None).to(x.dtype) if needed[0] else None,
-        Outer.apply(grad, x).to(matrix.dtype) if needed[1] else None,
+        linear(grad, matrix.mT, None).to(x.dtype) if needed[0] else None,
+        outer(grad, x).to(matrix.dtype) if needed[1] else None,
         position_sum(grad).to(bias_dtype) if needed[2] else None,
     )
 
@@ -106,6 +115,11 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return _linear_gradients(ctx.needs_input_grad, *ctx.saved_tensors, ctx.bias_dtype, grad)
+
+
+@kernel("linear")
+def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return (Linear.apply if torch.is_grad_enabled() else linear_op)(x, matrix, bias)
 
 
 class Outer(Function):

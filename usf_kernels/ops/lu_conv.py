@@ -84,7 +84,7 @@ def _matrix_fake(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype
     return lower.new_empty(lower.shape, dtype=dtype)
 
 
-_matrix_op = define(
+matrix_op = define(
     "lu_matrix(Tensor lower, Tensor upper, bool inverse, ScalarType dtype) -> Tensor",
     _matrix_fake,
     "lu_conv.lu_matrix",
@@ -98,7 +98,7 @@ class _Matrix(Function):
 
     @staticmethod
     def forward(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
-        return _matrix_op(lower, upper, inverse, dtype)
+        return matrix_op(lower, upper, inverse, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -123,7 +123,7 @@ class _Matrix(Function):
 def _lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
     dtype = promoted_dtype(x, lower, upper, bias)
     grad = torch.is_grad_enabled()
-    matrix = (_Matrix.apply if grad else _matrix_op)(lower, upper, inverse, dtype)
+    matrix = (_Matrix.apply if grad else matrix_op)(lower, upper, inverse, dtype)
     if inverse and bias is not None:
         # No matrix product: autocast would round its gradient's, whatever surrounds this one.
         bias = -(matrix.float() * bias.float()).sum(1)

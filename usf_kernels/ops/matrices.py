@@ -52,8 +52,9 @@ def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:
 
 def factors_pay(x: Tensor, channels: int) -> bool:
     """Whether U and then L take fewer multiplications than their product: where positions are fewer than
-    channels, with gradients as without. Not in traced graphs, which are for any number of positions."""
-    return not torch.compiler.is_compiling() and x.numel() < channels * channels
+    channels, with gradients as without. Not on a GPU, where it is the number of operations that counts, and
+    not in traced graphs, which are for any number of positions."""
+    return not (x.is_cuda or torch.compiler.is_compiling()) and x.numel() < channels * channels
 
 
 def apply_lu(lower: Tensor, upper: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -131,18 +131,18 @@ def coupling_step(
 ) -> tuple[Tensor, Tensor]:
     out, wide = promoted_dtype(x, params), compute_dtype(x, params, scale)
     per_channel = (-1, *[1] * (x.ndim - 2))
-    if inverse and scale is not None:
-        x = (x.to(wide) - bias.to(wide).view(per_channel)) / scale.to(wide).view(per_channel)
     if inverse and index is not None:
         x = x.index_select(1, torch.argsort(index))
+    if inverse and scale is not None:
+        x = (x.to(wide) - bias.to(wide).view(per_channel)) / scale.to(wide).view(per_channel)
     if clamp is None:
         y, log_det = additive_coupling(x, params, split, inverse), x.new_empty(0, dtype=wide)
     else:
         y, log_det = affine_coupling(x, params, split, clamp, inverse)
-    if not inverse and index is not None:
-        y = y.index_select(1, index)
     if not inverse and scale is not None:
         y = y.to(wide) * scale.to(wide).view(per_channel) + bias.to(wide).view(per_channel)
+    if not inverse and index is not None:
+        y = y.index_select(1, index)
     return y.to(out), log_det
 
 
@@ -167,6 +167,12 @@ def lu_log_det(upper: Tensor, positions: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------- products and what follows
+
+
+def linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    out, wide = promoted_dtype(x, matrix), compute_dtype(x, matrix, bias)
+    with full_precision(x):
+        return apply_matrix(matrix.to(wide), x.to(wide), None if bias is None else bias.to(wide)).to(out)
 
 
 def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

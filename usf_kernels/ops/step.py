@@ -24,8 +24,7 @@ from usf_kernels.ops.dispatch import (
     kernel,
 )
 from usf_kernels.ops.function import Function
-from usf_kernels.ops.lu_conv import lu_conv1x1
-from usf_kernels.ops.matrices import factors_pay, lu_matrix
+from usf_kernels.ops.linear import linear
 
 
 def coupling_step(
@@ -40,10 +39,10 @@ def coupling_step(
     inverse: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A coupling, then a permutation and an ActNorm of its channels: a Glow step but for its conditioner.
+    """A coupling, then an ActNorm and a permutation of its channels: a Glow step but for its conditioner.
 
-    `y[:, i] = scale[i] * v[:, index[i]] + bias[i]` with v the coupled x: additive with the shift `params`
-    where `clamp` is None, otherwise affine. The inverse, with the same arguments, undoes it.
+    `y[:, i] = scale[j] * v[:, j] + bias[j]` with j = index[i] and v the coupled x: additive with the shift
+    `params` where `clamp` is None, otherwise affine. The inverse, with the same arguments, undoes it.
 
     Args:
         x: (B, C, *spatial), the input, or for the inverse the output.
@@ -89,28 +88,27 @@ def coupling_step(
     return run(x, params, index, scale, bias, split, clamp, inverse)
 
 
-def coupling_lu(
+def coupling_matrix(
     x: Tensor,
     params: Tensor,
-    lower: Tensor,
-    upper: Tensor,
+    matrix: Tensor,
     bias: Tensor | None,
     *,
     split: int,
     clamp: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A coupling, then `lu_conv1x1` of its result: `coupling_step` with a matrix in place of a permutation.
+    """A coupling, then `matrix @ y + bias` at every position: `coupling_step` with a matrix (C, C) in place
+    of a permutation. Of full precision under autocast; the matrix and bias (C,) are unchecked.
 
     Args:
         x, params, split, clamp: as for `coupling_step`.
-        lower, upper, bias: as for `lu_conv1x1`.
 
-    Returns, raises: as `coupling_step` and `lu_conv1x1`.
+    Returns, raises: as `coupling_step`.
     """
-    if not factors_pay(x, len(lower)) and eager.by_hand(x, params, lower, upper, bias):
-        return eager.matrix_step(x, params, lu_matrix(lower, upper), bias, split, clamp)
+    if eager.by_hand(x, params, matrix, bias):
+        return eager.matrix_step(x, params, matrix, bias, split, clamp)
     y, log_det = coupling_step(x, params, split=split, clamp=clamp)
-    return lu_conv1x1(y, lower, upper, bias), log_det
+    return linear(y, matrix, bias), log_det
 
 
 # ------------------------------------------------------------------------------------------- as torch ops

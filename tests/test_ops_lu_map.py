@@ -1,0 +1,150 @@
+"""An LU map from its parameters: values against NumPy, gradients to the second order, who runs it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_within_budget, max_error
+from torch.autograd import gradcheck, gradgradcheck
+
+from usf_kernels.nn import ActNorm, LUConv1x1
+from usf_kernels.ops import lu_map as module
+from usf_kernels.ops.lu_map import lu_map
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+FREE, BIAS, ACT_NORM = "log_diagonal", "bias", "act_norm"
+CHOICES = [set(c) for n in range(4) for c in itertools.combinations((FREE, BIAS, ACT_NORM), n)]
+
+
+def draw(channels, choice, dtype=torch.float64):
+    """The arguments, those of `choice` given and the others None. Below and above the triangles is noise."""
+    lower, upper = torch.randn(2, channels, channels, dtype=dtype) / channels**0.5
+    signs = torch.randn(channels, dtype=dtype).sign()
+    vectors = torch.randn(4, channels, dtype=dtype) / 2
+    given = (FREE in choice, BIAS in choice, ACT_NORM in choice, ACT_NORM in choice)
+    optional = [
+        v.clone().requires_grad_() if there else None for v, there in zip(vectors, given, strict=True)
+    ]
+    return lower.requires_grad_(), upper.requires_grad_(), signs, *optional
+
+
+def tensors(values):
+    return [v for v in values if v is not None]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_matches_numpy(choice, with_gradients):
+    for channels in (1, 2, 7):
+        given = draw(channels, choice)
+        with torch.set_grad_enabled(with_gradients):
+            matrix, bias, log_det = lu_map(*given)
+        zeros = np.zeros(channels)
+        lower, upper, signs, log_diagonal, shift, log_scale, offset = (
+            zeros if v is None else v.detach().numpy() for v in given
+        )
+        diagonal = signs * np.exp(log_diagonal)
+        a = (np.tril(lower, -1) + np.eye(channels)) @ (np.triu(upper, 1) + np.diag(diagonal))
+        np.testing.assert_allclose(matrix.detach(), a * np.exp(log_scale), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(log_det.item(), np.linalg.slogdet(matrix.detach())[1], atol=1e-12)
+        if choice & {BIAS, ACT_NORM}:
+            np.testing.assert_allclose(bias.detach(), shift + a @ offset, rtol=1e-12, atol=1e-14)
+        else:
+            assert bias is None
+        assert (matrix.grad_fn is not None and "Map" in matrix.grad_fn.name()) == with_gradients
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_gradients_match_numerical_ones_twice(choice):
+    given = draw(3, choice)
+
+    def some(*values):
+        values = iter(values)
+        return tuple(tensors(lu_map(*(v if v is None else next(values) for v in given))))
+
+    assert gradcheck(some, tensors(given), check_batched_grad=True)
+    assert gradgradcheck(some, tensors(given))
+
+
+def test_gradients_of_one_result_alone():
+    for choice in ({FREE, BIAS, ACT_NORM}, set()):
+        for i in range(3):
+            given = draw(5, choice)
+            outputs, plain = lu_map(*given), module._plain(*given)
+            if outputs[i] is None or not plain[i].requires_grad:
+                continue
+            inputs = [v for v in tensors(given) if v.requires_grad]
+            found, truth = (
+                torch.autograd.grad(out[i].square().sum(), inputs, materialize_grads=True)
+                for out in (outputs, plain)
+            )
+            for f, t in zip(found, truth, strict=True):
+                assert max_error(f, t) < 1e-13
+
+
+def test_errs_as_the_operations_written_out():
+    given = draw(64, {FREE, BIAS, ACT_NORM}, torch.float32)
+
+    def run(function, dtype):
+        inputs = [v.detach().to(dtype).requires_grad_() for v in given]
+        outputs = function(*inputs)
+        weighted = [torch.linspace(0.3, 2, v.numel(), dtype=dtype).view_as(v) for v in outputs]
+        leaves = [v for i, v in enumerate(inputs) if i != 2]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, weighted)]
+
+    results = run(lu_map, torch.float32), run(module._plain, torch.float32), run(module._plain, torch.float64)
+    for actual, eager, truth in zip(*results, strict=True):
+        assert_within_budget(actual, eager, truth, factor=4.0)
+
+
+def test_transforms_and_compilers_see_the_operations():
+    given = draw(4, {FREE, BIAS, ACT_NORM})
+
+    def norm(lower):
+        return lu_map(lower, *given[1:])[0].square().sum()
+
+    found = torch.func.grad(norm)(given[0])
+    assert max_error(found, torch.autograd.grad(norm(given[0]), given[0])[0]) < 1e-12
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    assert max_error(torch.autograd.grad(compiled(given[0]), given[0])[0], found) < 1e-12
+
+
+def test_autocast_rounds_neither_the_map_nor_its_gradients():
+    linear, act_norm = LUConv1x1(16, init="orthogonal"), ActNorm(16)
+    with torch.no_grad():
+        act_norm.log_scale.normal_()
+        act_norm.bias.normal_()
+
+    def run(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = linear.map(torch.float32, act_norm)
+            loss = sum(v.square().sum() for v in outputs)
+            return [*outputs, *torch.autograd.grad(loss, [*linear.parameters(), *act_norm.parameters()])]
+
+    for actual, truth in zip(run(True), run(False), strict=True):
+        assert torch.equal(actual, truth)
+
+
+def test_triton_forms_the_matrix_where_it_runs(monkeypatch):
+    pytest.importorskip("triton")
+    given = draw(20, {FREE, BIAS, ACT_NORM}, torch.float32)
+    expected = lu_map(*given)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    calls = []
+
+    def matrix(*arguments):
+        calls.append(arguments)
+        return matrix_op(*arguments)
+
+    matrix_op = module.matrix_op
+    monkeypatch.setattr(module, "matrix_op", matrix)
+    monkeypatch.setattr(module, "runs_triton", lambda *_: True)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = lu_map(*(v.to(device) for v in given))
+        for actual, truth in zip(found, expected, strict=True):
+            assert max_error(actual.cpu(), truth) < 1e-5
+    assert len(calls) == 2

@@ -1,0 +1,133 @@
+"""The matrix, bias and log-determinant of an LU-parameterised map from its parameters, as one operation.
+
+Written out it is a dozen operations on small tensors, each with a node in autograd's graph: on a GPU, and for
+small maps, they take longer than applying the matrix. Here they are one node, and its gradient is by hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usf_kernels.ops.dispatch import differentiates_again, gradients_through, runs_triton
+from usf_kernels.ops.lu_conv import matrix_op
+from usf_kernels.ops.matrices import full_precision, lu_matrix
+from usf_kernels.ops.native import somebody_looks
+
+
+def lu_map(
+    lower: Tensor,
+    upper: Tensor,
+    signs: Tensor,
+    log_diagonal: Tensor | None,
+    bias: Tensor | None,
+    log_scale: Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`y = L U (exp(log_scale) x + offset) + bias` as `matrix @ x + bias`: an ActNorm, then an LU map.
+
+    Args:
+        lower, upper: (C, C); only the strict triangles are read. L has ones on its diagonal, U has `signs *
+            exp(log_diagonal)`.
+        signs, log_diagonal: (C,); of the second None is zeros.
+        bias, log_scale, offset: (C,) each, or None; the last two both or neither.
+
+    All of one dtype, float32 or float64.
+
+    Returns:
+        matrix (C, C); bias (C,), None where there is nothing to shift by; log-determinant per position, 0-d.
+    """
+    run = _Map.apply if torch.is_grad_enabled() and not somebody_looks() else _plain
+    if log_scale is None:
+        matrix, _, log_det = run(lower, upper, signs, log_diagonal, None, None, None)
+        return matrix, bias, log_det
+    return run(lower, upper, signs, log_diagonal, bias, log_scale, offset)
+
+
+def _plain(
+    lower: Tensor,
+    upper: Tensor,
+    signs: Tensor,
+    log_diagonal: Tensor | None,
+    bias: Tensor | None,
+    log_scale: Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    diagonal = signs if log_diagonal is None else signs * log_diagonal.exp()
+    log_det = signs.new_zeros(()) if log_diagonal is None else log_diagonal.sum()
+    with full_precision(upper):
+        matrix = _product(lower, torch.triu(upper, 1) + torch.diag(diagonal))
+        if log_scale is None:
+            return matrix, None, log_det
+        moved = torch.mv(matrix, offset)
+    bias = moved if bias is None else bias + moved
+    return matrix * log_scale.exp(), bias, log_det + log_scale.sum()
+
+
+def _product(lower: Tensor, upper: Tensor) -> Tensor:
+    if runs_triton("lu_conv1x1", lower, upper):  # of full precision whatever the setting for TF32
+        return matrix_op(lower, upper, False, lower.dtype)
+    return lu_matrix(lower, upper)
+
+
+class _Map(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        lower, upper, signs, log_diagonal, bias, log_scale, offset = given
+        diagonal = signs if log_diagonal is None else signs * log_diagonal.exp()
+        log_det = signs.new_zeros(()) if log_diagonal is None else log_diagonal.sum()
+        upper = torch.triu(upper, 1)
+        upper.diagonal().copy_(diagonal)
+        scale = None
+        with full_precision(upper):
+            matrix = _product(lower, upper)
+            if log_scale is not None:
+                bias = torch.mv(matrix, offset) if bias is None else torch.addmv(bias, matrix, offset)
+                scale, log_det = log_scale.exp(), log_det + log_scale.sum()
+                matrix *= scale
+        ctx.given = [v is not None for v in given]
+        ctx.save_for_backward(*(v for v in given if v is not None), upper, diagonal, matrix, scale)
+        return matrix, bias, log_det
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
+        *saved, upper, diagonal, matrix, scale = ctx.saved_tensors
+        given = [saved.pop(0) if there else None for there in ctx.given]
+        if differentiates_again():
+            return _again(given, (grad, grad_bias, grad_log_det))
+        lower, *_, offset = given
+        with full_precision(grad):
+            of_product, of_log_scale, of_offset = grad, None, None
+            if scale is not None:
+                of_product = torch.addr(grad * scale, grad_bias, offset)
+                of_log_scale = (grad * matrix).sum(0) + grad_log_det
+                of_offset = torch.mv(matrix.mT, grad_bias).div_(scale)
+            of_lower = torch.mm(of_product, upper.mT).tril_(-1)
+            of_upper = torch.addmm(of_product, torch.tril(lower, -1).mT, of_product)
+        of_log_diagonal = None
+        if given[3] is not None:
+            of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
+        of_bias = None if given[4] is None else grad_bias
+        return of_lower, of_upper.triu_(1), None, of_log_diagonal, of_bias, of_log_scale, of_offset
+
+
+def _again(given: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients as something that has gradients."""
+    places = [i for i, value in enumerate(given) if value is not None]
+
+    def plain(*some: Tensor) -> tuple[Tensor, ...]:
+        every: list[Tensor | None] = [None] * len(given)
+        for i, value in zip(places, some, strict=True):
+            every[i] = value
+        return tuple(v for v in _plain(*every) if v is not None)
+
+    found = gradients_through(
+        plain, tuple(given[i] for i in places), tuple(g for g in grads if g is not None)
+    )
+    result: list[Tensor | None] = [None] * len(given)
+    for i, value in zip(places, found, strict=True):
+        result[i] = value
+    result[2] = None  # signs
+    return tuple(result)
