@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16")
 
 def section(rows: Sequence[table.Row]) -> Iterator[str]:
     """Everything that they say."""
-    yield f"### On a GPU: {rows[0]['device']}"
+    yield f"## {rows[0]['device']}"
     cases = len({(row["subject"], row["case"]) for row in rows})
     yield prose(
         f"{cases} cases, float32 without TF32. Two ratios to the fastest peer (eager, torch.compile; for "

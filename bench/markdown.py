@@ -35,9 +35,9 @@ def mean(ratios: Mapping[object, float], worst: Callable[[Iterable[float]], floa
     return f"**{average:.2f}x** ({extreme:.2f}x)" if worst is min else f"{average:.2f} ({extreme:.2f})"
 
 
-def picture(name: str, text: str) -> list[str]:
-    """One of docs; nothing where it has not been drawn."""
-    return [f"![{text}](docs/{name})"] if (DOCS / name).exists() else []
+def picture(name: str, text: str, *, folder: str = "") -> list[str]:
+    """One of docs, seen from there or from where `folder` is docs; nothing where it has not been drawn."""
+    return [f"![{text}]({folder}{name})"] if (DOCS / name).exists() else []
 
 
 def prose(text: str) -> str:

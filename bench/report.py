@@ -1,4 +1,4 @@
-"""`python -m bench.report`: write the README's section on speed from the rows in bench/results."""
+"""`python -m bench.report`: write docs/speed.md and the README's section on speed from bench/results."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import gpu_sections, table
+from bench import gpu_sections, summary, table
 from bench.machine import RESULTS
+from bench.markdown import DOCS
 from bench.sections import section
 from usf_kernels.files import atomic_write
 
-README = Path(__file__).parents[1] / "README.md"
+README = DOCS.parent / "README.md"
+PAGE = DOCS / "speed.md"
 OTHER_TABLES = ("compile_", "tune-")
 BEGIN, END = "<!-- speed: begin, written by `python -m bench.report` -->", "<!-- speed: end -->"
+TITLE = "# Speed\n\n<!-- written by `python -m bench.report` from bench/results -->"
 
 
-def sections(folder: Path) -> str:
-    """One section per file of rows: that of the CPU first, then a shorter one for each other device."""
-    texts = [section(table.read(folder / "cpu.csv"))]
-    for path in sorted(folder.glob("*.csv")):
-        if path.name != "cpu.csv" and not path.name.startswith(OTHER_TABLES):
-            rows = table.read(path)
-            on_gpu = any(row["provider"].endswith(table.CAPTURED) for row in rows)
-            texts += gpu_sections.section(rows) if on_gpu else [section(rows, where=rows[0]["device"])]
-    return "\n\n".join(texts)
+def files(folder: Path) -> list[list[table.Row]]:
+    """The rows of each device, those of cpu.csv first: the pictures are drawn from them."""
+    paths = sorted(folder.glob("*.csv"), key=lambda path: (path.name != "cpu.csv", path.name))
+    return [table.read(path) for path in paths if not path.name.startswith(OTHER_TABLES)]
+
+
+def page(devices: Sequence[Sequence[table.Row]]) -> str:
+    """docs/speed.md: everything, one device after the other."""
+    parts = [TITLE]
+    for i, rows in enumerate(devices):
+        on_gpu = any(row["provider"].endswith(table.CAPTURED) for row in rows)
+        parts += gpu_sections.section(rows) if on_gpu else [section(rows, pictures=i == 0)]
+    return "\n\n".join(parts) + "\n"
 
 
 def rewritten(readme: str, text: str) -> str:
@@ -42,18 +49,23 @@ def rewritten(readme: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the section; with --check only say whether it is up to date."""
+    """Write both; with --check only say whether they are up to date."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if one of them differs")
     options = parser.parse_args(arguments)
-    readme = README.read_text(encoding="utf-8")
-    text = rewritten(readme, sections(RESULTS))
-    if options.check:
-        print("README.md is " + ("up to date" if text == readme else "out of date: python -m bench.report"))
-        return int(text != readme)
-    with atomic_write(README) as file:
-        file.write(text.encode("utf-8"))
-    return 0
+    devices = files(RESULTS)
+    readme = rewritten(README.read_text(encoding="utf-8"), summary.section(devices))
+    stale = 0
+    for path, text in ((README, readme), (PAGE, page(devices))):
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale = 1
+        if options.check:
+            print(f"{path.name} is out of date: python -m bench.report")
+            continue
+        with atomic_write(path) as file:
+            file.write(text.encode("utf-8"))
+    return stale if options.check else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from bench import machine, table
+from bench import machine, summary, table
 from bench.measure import BUSY, Neighbours, Timing, alternate, captured, first_call, usable_cores
 from bench.memory import peak_bytes, saved_bytes
 from bench.registry import SUBJECTS
@@ -62,6 +62,9 @@ def run(options: argparse.Namespace) -> int:
     print("\nx: how much longer the fastest peer takes, in the same precision and direction; %: of the limit")
     if output is not None:
         print(f"rows in {output}")
+        rows = [row for row in table.read(output) if row["device"] == shared["device"]]
+        if rows:
+            print(f"\n{summary.page([rows])}")
     return 0
 
 

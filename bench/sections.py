@@ -18,12 +18,12 @@ REVERSIBLE = ", reversible"
 TREE = {"white": "white noise, float32", "smooth": "smooth, float32", "smooth_8bit": "smooth, uint8"}
 
 
-def section(rows: Sequence[table.Row], *, where: str = "") -> str:
-    """Everything that the rows of a device say; with `where` in every heading, and then without pictures."""
+def section(rows: Sequence[table.Row], *, pictures: bool = True) -> str:
+    """Everything that the rows of a device say, with the pictures that are drawn from them or without."""
     by_subject: dict[str, list[table.Row]] = {}
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
-    parts = [_introduction(rows)]
+    parts = [f"## {rows[0]['device']}", _introduction(rows)]
     parts += picture("speed.png", "How much longer the fastest peer takes, per operation")
     writers: dict[str, Callable[[list[table.Row]], Iterator[str]]] = {
         "blocks": _blocks,
@@ -39,11 +39,7 @@ def section(rows: Sequence[table.Row], *, where: str = "") -> str:
     operations = [row for name in table.OPERATIONS for row in by_subject.get(name, [])]
     if operations:
         parts += _operations(operations)
-    parts += _losses(rows)
-    if where:
-        headed = [f"{part} ({where})" if part.startswith("### ") else part for part in parts]
-        parts = [part for part in headed if "](docs/speed" not in part]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if pictures or "](speed" not in part)
 
 
 def _introduction(rows: Sequence[table.Row]) -> str:
@@ -215,9 +211,8 @@ def _operations(rows: list[table.Row]) -> Iterator[str]:
     yield markdown.table(["operation", "ratio"], lines)
 
 
-def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
-    """Where a peer is faster, in the same precision and direction."""
-    lines = []
+def losses(rows: Sequence[table.Row]) -> Iterator[str]:
+    """Where a peer is faster, in the same precision and direction: a line for each subject."""
     for subject in dict.fromkeys(row["subject"] for row in rows):
         some = [row for row in rows if row["subject"] == subject]
         pairs = [(row, peer) for row in table.ours_to_use(some) if (peer := table.best_peer(row, some))]
@@ -227,17 +222,11 @@ def _losses(rows: Sequence[table.Row]) -> Iterator[str]:
             ratio, row, peer = lost[0]
             way = f", {row['direction']}" if row["direction"] == "inverse" else ""
             noisy = ", on a noisy machine" if "1" in (row["noisy"], peer["noisy"]) else ""
-            lines.append(
-                f"- `{subject}`: {len(lost)} of {len(pairs)} comparisons; worst {ratio:.2f}x: "
-                f"{row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}{way}, "
+            yield (
+                f"- `{subject}`, {row['device']}: {len(lost)} of {len(pairs)} comparisons; worst "
+                f"{ratio:.2f}x: {row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}{way}, "
                 f"against {peer['provider']}{noisy}"
             )
-    yield "### Where we do not win"
-    yield (
-        "Against the fastest peer in the same precision and direction:\n\n" + "\n".join(lines)
-        if lines
-        else "Nowhere in these rows."
-    )
 
 
 def _ours(rows: Iterable[table.Row], ending: str) -> list[str]:

@@ -1,14 +1,16 @@
 import pytest
 from test_bench_compare import row
 
-from bench import report, table
+from bench import report, summary, table
 from bench.machine import RESULTS
-from bench.sections import section
+from bench.registry import SUBJECTS
+from bench.sections import losses, section
 
 
-def test_the_readme_says_what_the_rows_say():
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.rewritten(readme, report.sections(RESULTS)) == readme, "run: python -m bench.report"
+def test_the_readme_and_its_page_say_what_the_rows_say():
+    readme, devices = report.README.read_text(encoding="utf-8"), report.files(RESULTS)
+    assert report.rewritten(readme, summary.section(devices)) == readme, "run: python -m bench.report"
+    assert report.page(devices) == report.PAGE.read_text(encoding="utf-8"), "run: python -m bench.report"
 
 
 def test_a_readme_without_markers():
@@ -16,13 +18,54 @@ def test_a_readme_without_markers():
         report.rewritten("# Title", "")
 
 
-def test_a_gpu_gets_a_section_of_its_own_without_pictures(tmp_path):
+def test_each_device_has_a_part_of_the_page_and_the_first_the_pictures(tmp_path):
     table.write(tmp_path / "cpu.csv", blocks())
+    table.write(tmp_path / "another.csv", [r | {"device": "Another"} for r in blocks()])
     table.write(tmp_path / "compile_sm90.csv", [])
-    table.write(tmp_path / "some-gpu.csv", [r | {"device": "Some GPU"} for r in blocks()])
-    text = report.sections(tmp_path)
-    assert text.count("### Blocks, inference\n") == text.count("### Blocks, inference (Some GPU)\n") == 1
-    assert "![" not in text.split("(Some GPU)")[1]
+    devices = report.files(tmp_path)
+    assert [rows[0]["device"] for rows in devices] == ["cpu", "Another"]
+    text = report.page(devices)
+    assert text.count("### Blocks, inference\n") == 2
+    assert "![" in text.split("## Another")[0]
+    assert "![" not in text.split("## Another")[1]
+
+
+def quick(case, times, *, device="cpu", dtype="float32", **shared):
+    """Rows of a block's fused form and of its peers."""
+    shared |= {"subject": "blocks", "direction": "forward", "device": device, "dtype": dtype}
+    shared |= {"case": case, "versions": "torch=2"}
+    yield row("additive, LU, fused", times[0], **shared)
+    for name, time in zip(("anomalib", "FrEIA 0.2", "anomalib, torch.compile"), times[1:], strict=False):
+        yield row(name, time, "peer", **shared)
+
+
+def test_the_summary_is_of_the_quick_cases_and_of_all_on_a_gpu():
+    small, other, large = "64 @ 64^2, k=1, batch 8", "64 @ 64^2, k=3, batch 8", "816 @ 28^2, k=3, batch 32"
+    cpu = [*quick(small, (1, 4, 9, 0.5)), *quick(other, (2, 2, 8)), *quick(large, (1, 100))]
+    gpu = [*quick(large, (1, 0.5), device="GPU", dtype="bfloat16")]
+    gpu += [
+        r | {"provider": r["provider"] + table.CAPTURED, "p50_ms": "3"} for r in gpu if r["role"] == "peer"
+    ]
+    gpu += [r | {"provider": r["provider"] + table.CAPTURED} for r in gpu if r["role"] == "ours"]
+    assert summary.page([cpu, gpu]) == (
+        "|  | over the fastest of | cpu, float32 | GPU, bfloat16 |\n| --- | --- | --- | --- |\n"
+        "| coupling blocks: additive, LU | anomalib, FrEIA | **2.0x** (1.00x) | **3.0x** |"
+    )
+    assert summary.page([cpu]).count("|") == 3 * 4
+    text = summary.section([cpu, gpu])
+    assert "With torch 2." in text
+    assert "- `blocks`, cpu: 1 of 3 comparisons; worst 0.50x" in text
+
+
+def test_the_summary_knows_every_case_of_the_quick_run():
+    rows = []
+    for name in ("blocks", "training_step", "models", "accelerate", "tree", "nfa"):
+        for case in SUBJECTS[name].cases:
+            provider = {"models": "additive, LU", "accelerate": "accelerate"}.get(name, "conjugated")
+            rows.append(row(provider, 1, subject=name, case=case.name, direction="forward"))
+    known = {summary._line(r) for r in rows} - {""}
+    assert known <= {name for name, _ in summary._lines(rows)}
+    assert len(known) == 2 + 9 + 3 + 2
 
 
 def blocks():
@@ -44,14 +87,16 @@ def test_blocks_are_means_over_shapes():
     assert "| additive, LU | **2.83x** (2.00x) | 1.41 (2.00) | 2.00 (2.00) |" in text
     assert "| additive, LU, 8 in a row | **2.83x** (2.00x) |" in text
     assert "torch 2" in text
-    assert "Nowhere in these rows." in text  # the form that is not fused is slower, and not what one uses
+    assert not list(losses(list(blocks())))  # the form that is not fused is slower, and not what one uses
 
 
 def test_what_is_lost_is_said():
     rows = [r | {"p50_ms": "3"} if r["role"] == "peer" and r["case"] == "b8" else r for r in blocks()]
     rows = [r | {"p50_ms": "5"} if "fused" in r["provider"] and r["case"] == "b8" else r for r in rows]
-    lost = section(rows).split("### Where we do not win")[1]
-    assert "- `blocks`: 1 of 4 comparisons; worst 0.60x: additive, LU, fused at b8, float32" in lost
+    assert list(losses(rows)) == [
+        "- `blocks`, cpu: 1 of 4 comparisons; worst 0.60x: additive, LU, fused at b8, float32, "
+        "against anomalib"
+    ]
 
 
 def test_training_memory_is_a_share_of_the_peers():
@@ -94,10 +139,8 @@ def test_every_part_of_the_models_has_a_table():
     assert "| UFlow resnet18 256² | 8 |  | 3 | **1.50x** |" in whole
     assert "The flow alone" not in whole
     assert "| UFlow resnet18 256² | 8 | 3 | **0.75x** |" in training
-    assert (
-        "- `models`: 1 of 5 comparisons; worst 0.75x: additive, LU at UFlow resnet18 256², batch 8"
-        in training
-    )
+    (lost,) = losses(rows)
+    assert "1 of 5 comparisons; worst 0.75x: additive, LU at UFlow resnet18 256², batch 8" in lost
 
 
 def accelerated(part, times, **shared):
@@ -115,5 +158,5 @@ def test_accelerated_models_are_beside_the_originals():
     assert "| CFlow resnet18 256² | 1 | whole model | 9 | 3 | **3.0x** | **1.50x** | **2.0x** |" in text
     assert "| CFlow resnet18 256² | 60 | 36 | 40 % |" in text
     text = section([whole[0], whole[2]])
-    assert "| CFlow resnet18 256² | 1 | whole model | 9 | 3 | **3.0x** |\n" in text
+    assert "| CFlow resnet18 256² | 1 | whole model | 9 | 3 | **3.0x** |" in text
     assert "checkpoint" not in text

@@ -22,9 +22,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.linear import LUConv1x1, Permutation
 from usf_kernels.ops.checks import compute_dtype
 
 CHECKED_SAMPLES = 8
+SETTLED = (ActNorm, LUConv1x1, Permutation)
 
 
 class Tape:
@@ -94,15 +96,15 @@ class _State:
         self.autocast = torch.is_autocast_enabled(self.device)
         self.autocast_dtype = torch.get_autocast_dtype(self.device) if self.autocast else None
         self.rng = (torch.get_rng_state(), *get_device_states(x))
-        # An ActNorm's buffers are set by the forward pass for good; others (running averages, power
-        # iterations) have to be what they were, and their second update goes nowhere.
+        # The buffers of flow modules are set for good; others (running averages, power iterations) have to be
+        # what they were, and their second update goes nowhere.
         self._before = [
             [
                 (f"{path}.{name}" if path else name, b, b._version, b.clone())
                 for name, b in module.named_buffers(recurse=False)
             ]
             for path, module in step.named_modules()
-            if not isinstance(module, ActNorm)
+            if not isinstance(module, SETTLED)
         ]
         self.buffers: dict[str, Tensor] = {}
 

@@ -1,0 +1,142 @@
+"""The rows in one table: a line for what a user waits for, a column for a device and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bench import markdown, table
+from bench.accelerate import ACCELERATED
+from bench.markdown import picture, prose, times
+from bench.models import FLOW, TRAINING
+from bench.registry import SUBJECTS
+from bench.sections import losses
+from bench.subject import PEER
+
+Rows = Sequence[table.Row]
+FORMS = ("affine, permutation", "additive, permutation", "additive, LU", "conjugated")
+REVERSIBLE = ", reversible"
+COMPILED = "torch.compile"
+PARTS = {"": "from image to map", FLOW: "flow alone", TRAINING: "training step"}
+LIBRARIES = "anomalib, FrEIA"
+HEADER = ("", "over the fastest of")
+
+
+def section(files: Sequence[Rows]) -> str:
+    """The README's section on speed, from the rows of each device."""
+    some = [row for rows in files for row in rows]
+    parts = [
+        prose(
+            "How many times longer the fastest peer takes: geometric mean over shapes and forms, in "
+            "brackets the worst. On a CPU (2 threads) over the cases of `make bench`, which prints this table for your "
+            "machine; on a GPU in CUDA graphs, peers captured as well, but for training, which is as called. "
+            "Milliseconds, all shapes, larger batches and peers under torch.compile are in "
+            "[docs/speed.md](docs/speed.md)."
+        ),
+        page(files),
+        *picture("speed.png", "How much longer the fastest peer takes, per operation", folder="docs/"),
+        *picture(
+            "speed_depth.png", "Memory and time of a training step over the number of blocks", folder="docs/"
+        ),
+        "Where we do not win, against the fastest peer in the same precision and direction, torch.compile "
+        "included:\n\n" + "\n".join(line for rows in files for line in losses(rows)),
+        prose(f"With {_versions(some)}."),
+    ]
+    return "\n\n".join(parts)
+
+
+def _versions(rows: Rows) -> str:
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for version in row["versions"].split():
+            name, _, number = version.partition("=")
+            found.setdefault(name, set()).add(number)
+    return ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in sorted(found, key=str.lower))
+
+
+def page(files: Sequence[Rows]) -> str:
+    """The table, from the rows of each device."""
+    columns = {}
+    for rows in files:
+        title = rows[0]["device"]
+        for dtype in ("float32", "bfloat16"):
+            found = _means([row for row in _comparable(rows) if _wide(row) == (dtype == "float32")])
+            if found:
+                columns[f"{title}, {dtype}"] = found
+    lines = [
+        [name, peers, *(column.get(name, "") for column in columns.values())]
+        for name, peers in _lines([row for rows in files for row in rows])
+        if any(name in column for column in columns.values())
+    ]
+    return markdown.table([*HEADER, *columns], lines)
+
+
+def _wide(row: table.Row) -> bool:
+    return row["dtype"] != "bfloat16"
+
+
+def _comparable(rows: Rows) -> list[table.Row]:
+    """Rows of the cases of `make bench`, where peers are not compiled; of a GPU all, in CUDA graphs where
+    there are any of the case."""
+    graphs = {_case(row) for row in rows if row["provider"].endswith(table.CAPTURED)}
+    if graphs:
+        return [row for row in rows if row["provider"].endswith(table.CAPTURED) or _case(row) not in graphs]
+    quick = {(s.name, case.name) for s in SUBJECTS.values() for case in s.cases if case.quick}
+    return [row for row in rows if _case(row) in quick and COMPILED not in row["provider"]]
+
+
+def _case(row: table.Row) -> tuple[str, str]:
+    return row["subject"], row["case"]
+
+
+def _means(rows: Rows) -> dict[str, str]:
+    """Geometric mean, and the worst, of the speed-ups that belong to a line."""
+    groups: dict[str, list[float]] = {}
+    peers = [row for row in rows if row["role"] == PEER]
+    for row in table.ours_to_use(rows):
+        name = _line(row)
+        peer = table.best_peer(row, peers) if name else None
+        if peer:
+            groups.setdefault(name, []).append(table.milliseconds(peer) / table.milliseconds(row))
+    return {name: _cell(ratios) for name, ratios in groups.items()}
+
+
+def _cell(ratios: Sequence[float]) -> str:
+    worst = f" ({times(min(ratios))})" if len(ratios) > 1 else ""
+    return f"**{times(table.geometric_mean(ratios))}**{worst}"
+
+
+def _line(row: table.Row) -> str:
+    """What the row counts for; nothing for what only the whole report has."""
+    subject, provider = row["subject"], row["provider"].removesuffix(table.CAPTURED)
+    form = provider.removesuffix(table.FUSED).removesuffix(REVERSIBLE)
+    if subject == "blocks" and form in FORMS and row["direction"] == "forward":
+        return f"coupling blocks: {form}"
+    if subject == "training_step" and form in FORMS:
+        return f"training step of blocks{REVERSIBLE if provider.endswith(REVERSIBLE) else f': {form}'}"
+    if subject == "models":
+        model, _, *part = row["case"].split(", ")
+        return f"{model.split()[0]}, {PARTS[', '.join(part)]}"
+    if subject == "accelerate" and provider == ACCELERATED and row["case"].endswith("whole model"):
+        return f"anomalib's {row['case'].split()[0]}, accelerated"
+    if subject in ("tree", "nfa"):
+        return {"tree": "component tree", "nfa": "a-contrario test"}[subject]
+    return ""
+
+
+def _lines(rows: Rows) -> Iterator[tuple[str, str]]:
+    """Every line there may be, in order, and whom it compares with."""
+    yield "component tree", "Higra, scikit-image, maxtree"
+    yield "a-contrario test", "the authors' algorithm in Python"
+    for form in FORMS:
+        yield f"coupling blocks: {form}", LIBRARIES
+    models = dict.fromkeys(
+        row["case"].split()[0] for row in rows if row["subject"] in ("models", "accelerate")
+    )
+    for part in PARTS.values():
+        for model in models:
+            yield f"{model}, {part}", "anomalib"
+    for model in models:
+        yield f"anomalib's {model}, accelerated", "itself before"
+    for form in FORMS:
+        yield f"training step of blocks: {form}", LIBRARIES
+    yield f"training step of blocks{REVERSIBLE}", LIBRARIES
