@@ -85,11 +85,14 @@ def _ratio(row: table.Row | None, rows: Sequence[table.Row]) -> str:
 def _training(rows: Sequence[table.Row]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for row in rows:
-        if row["role"] == OURS:
+        if row["role"] == OURS and not row["provider"].endswith(table.CAPTURED):
             anomalib = _find(rows, row, provider="anomalib")
+            graph = _find(rows, row, provider=row["provider"] + table.CAPTURED)
             saved = ""
             if anomalib and row["saved_mb"]:
                 saved = f"{float(row['saved_mb']) / float(anomalib['saved_mb']):.2f}"
             size = row["case"].replace("^2", "²").removesuffix(", 8 blocks")
-            lines.append([row["provider"], size, number(table.milliseconds(row)), _ratio(row, rows), saved])
-    return ["training step, 8 blocks", "input", "ms", "as called", "memory / anomalib's"], lines
+            ratios = _ratio(row, rows), _ratio(graph, rows)
+            lines.append([row["provider"], size, number(table.milliseconds(row)), *ratios, saved])
+    header = ["training step, 8 blocks", "input", "ms", "as called", "in a graph", "memory / anomalib's"]
+    return header, lines

@@ -26,9 +26,9 @@ def section(files: Sequence[Rows]) -> str:
     some = [row for rows in files for row in rows]
     parts = [
         prose(
-            "How many times longer the fastest peer takes: geometric mean over shapes and forms, in "
-            "brackets the worst. On a CPU (2 threads) over the cases of `make bench`, which prints this table for your "
-            "machine; on a GPU in CUDA graphs, peers captured as well, but for training, which is as called. "
+            "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets "
+            "the worst. On a CPU (2 threads) over the cases of `make bench`, which prints this table for any "
+            "machine; on a GPU in CUDA graphs, peers captured as well, training as it is called. "
             "Milliseconds, all shapes, larger batches and peers under torch.compile are in "
             "[docs/speed.md](docs/speed.md)."
         ),
@@ -75,11 +75,15 @@ def _wide(row: table.Row) -> bool:
 
 
 def _comparable(rows: Rows) -> list[table.Row]:
-    """Rows of the cases of `make bench`, where peers are not compiled; of a GPU all, in CUDA graphs where
-    there are any of the case."""
-    graphs = {_case(row) for row in rows if row["provider"].endswith(table.CAPTURED)}
-    if graphs:
-        return [row for row in rows if row["provider"].endswith(table.CAPTURED) or _case(row) not in graphs]
+    """Rows of the cases of `make bench`, where peers are not compiled; of a GPU all, and of what was captured
+    in a CUDA graph only that."""
+    graphs = {(*_case(row), row["provider"]) for row in rows if row["provider"].endswith(table.CAPTURED)}
+    if graphs:  # peers are found captured where ours are
+        return [
+            row
+            for row in rows
+            if (*_case(row), row["provider"] + table.CAPTURED) not in graphs or row["role"] == PEER
+        ]
     quick = {(s.name, case.name) for s in SUBJECTS.values() for case in s.cases if case.quick}
     return [row for row in rows if _case(row) in quick and COMPILED not in row["provider"]]
 

@@ -18,7 +18,8 @@ DIRECTION = "training step"
 CURVE = Shape(256, 32, 3, 2)  # where memory and time are followed over the depth
 DEPTHS = (4, 8, 16, 32, 64)
 # The modes of FlowSequence, by what the rows call them.
-MODES = {"": {"memory": "standard"}, ", reversible": {"memory": "reversible"}}
+REVERSIBLE = ", reversible"
+MODES = {"": {"memory": "standard"}, REVERSIBLE: {"memory": "reversible"}}
 
 
 def loss(flow: nn.Module, x: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def _provider(
         saves=partial(loss, flow, x),
         live=live,
         peak=True,
-        capture=False,
+        # A reversible pass looks at the states of random generators, and at what it has rebuilt.
+        capture=not name.endswith(REVERSIBLE),
     )
 
 

@@ -255,6 +255,34 @@ def test_rows_past_two_to_the_31():
     assert rows[:8].eq(0).all()
 
 
+@pytest.mark.parametrize("linear", ["permutation", "lu"])
+def test_a_training_step_is_captured(linear):
+    steps = [FlowStep(8, subnet=conv_subnet, linear=linear, zero_init=False) for _ in range(3)]
+    flow = randomise_(FlowSequence(steps, memory="standard")).to(DEVICE)
+    x = torch.randn(2, 8, 6, 5, device=DEVICE)
+
+    def step():
+        for parameter in flow.parameters():
+            parameter.grad = None
+        z, log_det = flow(x)
+        (0.5 * z.square().sum() - log_det).backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and the ActNorms take their statistics
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = [parameter.grad for parameter in flow.parameters()]
+    x.mul_(-0.5)
+    graph.replay()
+    step()
+    for parameter, grad in zip(flow.parameters(), captured, strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_mixed_precision_trains():
     flow = FlowSequence([FlowStep(8, subnet=conv_subnet) for _ in range(3)]).to(DEVICE)
     x = torch.randn(4, 8, 6, 6, device=DEVICE) * 3 + 1
