@@ -109,7 +109,7 @@ def ours_to_use(rows: Iterable[Row]) -> list[Row]:
     """Our rows, without those of modules whose inference form, the one to use, has a row in the same case."""
 
     def place(row: Row) -> tuple[str, str, str]:
-        return row["subject"], row["case"], row["provider"].replace(FUSED, "")
+        return row["subject"], row["case"], row["provider"].removesuffix(CAPTURED).removesuffix(FUSED)
 
     ours = [row for row in rows if row["role"] == OURS]
     fused = {place(row) for row in ours if FUSED in row["provider"]}
