@@ -26,6 +26,11 @@ std::vector<float> values_of(const std::optional<Bias>& values) {
     return {values->data(), values->data() + values->shape(0)};
 }
 
+Maps maps_of(const Matrix& rows, std::int64_t height, std::int64_t width) {
+    const auto count = static_cast<std::int64_t>(rows.shape(0));
+    return {count / std::max<std::int64_t>(height * width, 1), height, width};
+}
+
 Half channels_of(const Channels& index, const StageRun& run) {
     return Half(index.data(), static_cast<int>(index.shape(0)), run.channels());
 }
@@ -39,22 +44,30 @@ void bind_stage_run(nb::module_& m) {
                int kernel_width) {
                 const int outputs = static_cast<int>(weight.shape(0)),
                           inputs = static_cast<int>(weight.shape(1));
-                new (self) Layer{{weight.data(), bias.data(), outputs, inputs},
-                                 relu,
-                                 conditioned,
-                                 kernel_height,
-                                 kernel_width};
+                new (self) Layer(weight.data(), bias.data(), outputs, inputs, relu, conditioned,
+                                 kernel_height, kernel_width);
             },
             "weight"_a.noconvert(), "bias"_a.noconvert(), "relu"_a, "conditioned"_a, "kernel_height"_a,
-            "kernel_width"_a);
+            "kernel_width"_a)
+        .def(
+            "run",
+            [](const Layer& layer, Matrix rows, State out, std::int64_t height, std::int64_t width,
+               int threads) {
+                nb::gil_scoped_release unlocked;
+                const Maps maps = maps_of(rows, height, width);
+                const Inputs in{rows.data(), static_cast<std::ptrdiff_t>(rows.shape(1))};
+                apply(layer, in, Call{maps, threads}, out.data());
+            },
+            "rows"_a.noconvert(), "out"_a.noconvert(), "height"_a, "width"_a, "threads"_a);
     nb::class_<StageRun>(m, "StageRun")
         .def(nb::init<int>(), "channels"_a)
         .def(
-            "product", [](StageRun& run, const Layer& layer) { run.add(Product{layer.weights}); }, "layer"_a)
+            "product", [](StageRun& run, const Layer& layer) { run.add(Product{layer.weights()}); },
+            "layer"_a)
         .def(
             "residual",
             [](StageRun& run, const Layers& layers, const Layer& last, float factor) {
-                run.add(Residual{{{}, layers}, last.weights, factor});
+                run.add(Residual{{{}, layers}, last.weights(), factor});
             },
             "layers"_a, "last"_a, "factor"_a)
         .def(
@@ -95,10 +108,8 @@ void bind_stage_run(nb::module_& m) {
                     conditions.push_back({share.data(), static_cast<std::int64_t>(share.shape(0)),
                                           static_cast<int>(share.shape(2))});
                 nb::gil_scoped_release unlocked;
-                const auto count = static_cast<std::int64_t>(rows.shape(0));
-                const Maps maps{count / std::max<std::int64_t>(height * width, 1), height, width};
-                run.run(rows.data(), state.data(), maps, conditions, log_det ? log_det->data() : nullptr,
-                        threads);
+                run.run(rows.data(), state.data(), maps_of(rows, height, width), conditions,
+                        log_det ? log_det->data() : nullptr, threads);
             },
             "rows"_a.noconvert(), "state"_a.noconvert(), "height"_a, "width"_a, "shares"_a,
             "log_det"_a.noconvert().none(), "threads"_a);

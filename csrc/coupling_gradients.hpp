@@ -72,10 +72,10 @@ USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, 
 // Of rows of neighbouring channels. Adds to the sums.
 USF_CLONES inline void gradient_of_rows(const Coupling& coupling, std::int64_t split, std::int64_t channels,
                                         const Exit& exit, const float* grad_y, std::int64_t grad_row,
-                                        const float* x, std::int64_t x_row,
-                                        const float* params, std::int64_t params_row, std::int64_t apart,
-                                        std::int64_t rows, const float* grad_log_det, std::int64_t step,
-                                        float* grad_x, std::int64_t grad_x_row, float* grad_params,
+                                        const float* x, std::int64_t x_row, const float* params,
+                                        std::int64_t params_row, std::int64_t apart, std::int64_t rows,
+                                        const float* grad_log_det, std::int64_t step, float* grad_x,
+                                        std::int64_t grad_x_row, float* grad_params,
                                         std::int64_t grad_params_row, float* __restrict scale_sum,
                                         float* __restrict bias_sum, float* __restrict scratch) {
     const float* __restrict const scale = exit.scale;
@@ -129,20 +129,20 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
     if (layout == Layout::maps) {
         if (exit.scale) sums.make(batch, channels);
         const Stretches planes(channels, positions);
-        team_for(
-            batch * planes.count, threads, [&, channels = channels, positions = positions](std::int64_t i) {
-                const std::int64_t image = i / planes.count, s = i % planes.count;
-                for (std::int64_t j = planes.begin(s); j < planes.end(s); ++j) {
-                    const bool active = j >= split;
-                    const std::int64_t to = exit.channel(j), at = image * channels + j;
-                    gradient_of_plane(
-                        coupling, active, grad_y.at(image, to, 0), exit.scale ? exit.scale + j : nullptr,
-                        x.at(image, j, 0), active ? params.at(image, j - split, 0) : nullptr, apart,
-                        positions, coupling.affine() ? grad_log_det[image] : 0, grad_x.at(image, j, 0),
-                        active ? grad_params.at(image, j - split, 0) : nullptr,
-                        exit.scale ? &sums.scale[at] : nullptr, exit.scale ? &sums.bias[at] : nullptr);
-                }
-            });
+        team_for(batch * planes.count, threads,
+                 [&, channels = channels, positions = positions](std::int64_t i) {
+                     const std::int64_t image = i / planes.count, s = i % planes.count;
+                     for (std::int64_t j = planes.begin(s); j < planes.end(s); ++j) {
+                         const bool active = j >= split;
+                         const std::int64_t to = exit.channel(j), at = image * channels + j;
+                         gradient_of_plane(
+                             coupling, active, grad_y.at(image, to, 0), exit.scale ? exit.scale + j : nullptr,
+                             x.at(image, j, 0), active ? params.at(image, j - split, 0) : nullptr, apart,
+                             positions, coupling.affine() ? grad_log_det[image] : 0, grad_x.at(image, j, 0),
+                             active ? grad_params.at(image, j - split, 0) : nullptr,
+                             exit.scale ? &sums.scale[at] : nullptr, exit.scale ? &sums.bias[at] : nullptr);
+                     }
+                 });
     } else {
         const RowCount count(extent);
         const RowsOf<const float> grad_rows(grad_y, positions), x_rows(x, positions),
@@ -154,10 +154,9 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
         team_for(count.images * rows.count, threads, [&, channels = channels](std::int64_t i) {
             const std::int64_t image = i / rows.count, begin = rows.begin(i % rows.count);
             std::vector<float> scratch(exit.to.size());
-            gradient_of_rows(coupling, split, channels, exit,
-                             grad_rows.at(image, begin), grad_rows.row, x_rows.at(image, begin), x_rows.row,
-                             params_rows.at(image, begin), params_rows.row, apart,
-                             rows.end(i % rows.count) - begin,
+            gradient_of_rows(coupling, split, channels, exit, grad_rows.at(image, begin), grad_rows.row,
+                             x_rows.at(image, begin), x_rows.row, params_rows.at(image, begin),
+                             params_rows.row, apart, rows.end(i % rows.count) - begin,
                              coupling.affine() ? grad_log_det + (own ? begin : image) : nullptr, own,
                              grad_x_rows.at(image, begin), grad_x_rows.row, grad_params_rows.at(image, begin),
                              grad_params_rows.row, exit.scale ? &sums.scale[i * channels] : nullptr,

@@ -16,6 +16,8 @@
 // What is inlined into a loop that is compiled for several instruction sets is compiled for them too.
 #if defined(__GNUC__)
 #define USF_INLINE inline __attribute__((always_inline))
+#define USF_LAMBDA __attribute__((always_inline))
 #else
 #define USF_INLINE inline
+#define USF_LAMBDA
 #endif

@@ -24,7 +24,7 @@ public:
         if (const Conditioner* conditioner = conditioner_of(stage)) {
             if (conditioner->passive) widest_ = std::max(widest_, conditioner->passive->size());
             for (const Layer& layer : conditioner->layers) {
-                widest_ = std::max(widest_, layer.weights.outputs());
+                widest_ = std::max(widest_, layer.outputs());
                 conditions += layer.conditioned;
             }
         }
@@ -38,7 +38,7 @@ public:
     // stage is affine.
     void run(const float* from, float* state, const Maps& maps, const std::vector<Condition>& conditions,
              float* log_det, int threads) const {
-        const Call call{state, log_det, maps, conditions.data(), threads};
+        const Call call{maps, threads, conditions.data(), state, log_det};
         for (auto stage = stages_.begin(); stage != stages_.end();) {
             auto next = stage;
             while (next != stages_.end() && is_pointwise(next->stage)) ++next;
@@ -59,48 +59,6 @@ private:
         Stage stage;
         int first_condition;
     };
-    struct Call {
-        float* state;
-        float* log_det;
-        Maps maps;
-        const Condition* conditions;
-        int threads;
-    };
-    // Of a thread, kept from call to call: fresh memory costs more than what is done with it.
-    struct Scratch {
-        Floats outputs[2];
-        Floats zeros;
-        std::vector<float> affine, log_det;
-        std::vector<const float*> pointers, condition;
-    };
-    static Scratch& scratch_of_thread() {
-        static thread_local Scratch scratch;
-        return scratch;
-    }
-    // Some rows, and where they lie among all.
-    struct Stretch {
-        const Call& call;
-        std::int64_t first;
-        int rows;
-        Scratch& scratch;
-    };
-
-    // Calls body for stretches of rows that stay in the second cache with `floats` numbers to each, equally
-    // many for each thread, and whole tiles.
-    template <class Body>
-    void for_stretches(const Call& call, std::int64_t floats, Body&& body) const {
-        constexpr std::int64_t cache = 384 << 8, least = 48, tile = 12;
-        const std::int64_t rows = call.maps.rows(), most = std::max(least, cache / floats);
-        std::int64_t count = (rows + most - 1) / most;
-        count = std::max<std::int64_t>(1, (count + call.threads - 1) / call.threads * call.threads);
-        const std::int64_t length = ((rows + count - 1) / count + tile - 1) / tile * tile;
-        if (rows == 0) return;
-        team_for((rows + length - 1) / length, call.threads, [&](std::int64_t i) {
-            const std::int64_t first = i * length;
-            body(Stretch{call, first, static_cast<int>(std::min(length, rows - first)), scratch_of_thread()});
-        });
-    }
-
     void copy(const float* from, const Call& call) const {
         for_stretches(call, 2 * channels_, [&](const Stretch& on) {
             std::copy_n(from + on.first * channels_, std::int64_t{on.rows} * channels_, state(on));
@@ -138,17 +96,15 @@ private:
         const std::size_t whole = all - !std::holds_alternative<Residual>(step.stage);
         for (std::size_t i = 0; i < whole; ++i) {
             const Layer& layer = conditioner.layers[i];
-            const int width = layer.weights.outputs();
+            const int width = layer.outputs();
             float* const out = memory[i % 2].at_least(rows * width);
-            for_stretches(call, in.stride + width, [&](const Stretch& on) {
-                apply(layer, in, on, out + on.first * width, condition);
-            });
+            apply(layer, in, call, out, condition);
             in = {out, width};
             condition += layer.conditioned;
         }
         const Layer* const last = whole < all ? &conditioner.layers.back() : nullptr;
-        const std::int64_t width = last ? last->weights.outputs() : in.stride;
-        for_stretches(call, in.stride + width + channels_, [&](const Stretch& on) {
+        const std::int64_t width = last ? last->outputs() : in.stride;
+        const auto update_stretch = [&](const Stretch& on) {
             Inputs outputs{in.data + on.first * in.stride, in.stride};
             if (last) {
                 float* const out = on.scratch.outputs[0].at_least(width * on.rows);
@@ -160,52 +116,12 @@ private:
                     if constexpr (requires { stage.conditioner; }) update(stage, outputs, on);
                 },
                 step.stage);
-        });
-    }
-
-    // A layer's outputs of a stretch, where `all` are the inputs of all rows.
-    void apply(const Layer& layer, const Inputs& all, const Stretch& on, float* out, int condition) const {
-        const int width = layer.weights.outputs();
-        const Store store{out, width, layer.weights.bias(), layer.relu,
-                          layer.conditioned ? rows_of_condition(condition, on) : nullptr};
-        if (layer.taps() > 1)
-            multiply(neighbours(layer, all, on), on.rows, layer.weights, store);
+        };
+        const std::int64_t floats = in.stride + width + channels_;
+        if (last)
+            for_stretches_of(*last, call, floats, update_stretch);
         else
-            multiply(Inputs{all.data + on.first * all.stride, all.stride}, on.rows, layer.weights, store);
-    }
-
-    static Neighbours neighbours(const Layer& layer, const Inputs& all, const Stretch& on) {
-        const auto [images, height, width] = on.call.maps;
-        const int channels = layer.weights.inputs() / layer.taps();
-        float* const zeros = on.scratch.zeros.at_least(channels);
-        std::fill_n(zeros, channels, 0.0f);
-        std::vector<const float*>& pointers = on.scratch.pointers;
-        pointers.resize(static_cast<std::size_t>(layer.taps()) * on.rows);
-        const std::int64_t above = layer.kernel_height / 2, left = layer.kernel_width / 2;
-        for (int r = 0; r < on.rows; ++r) {
-            const std::int64_t row = on.first + r, y = row / width % height, x = row % width;
-            const float** pointer = pointers.data() + r;
-            for (std::int64_t dy = -above; dy < layer.kernel_height - above; ++dy) {
-                const bool inside = y + dy >= 0 && y + dy < height;
-                for (std::int64_t dx = -left; dx < layer.kernel_width - left; ++dx, pointer += on.rows)
-                    *pointer = inside && x + dx >= 0 && x + dx < width
-                                   ? all.data + (row + dy * width + dx) * all.stride
-                                   : zeros;
-            }
-        }
-        return {pointers.data(), on.rows, layer.taps()};
-    }
-
-    static const float* const* rows_of_condition(int index, const Stretch& on) {
-        const Condition& condition = on.call.conditions[index];
-        const std::int64_t positions = on.call.maps.positions();
-        on.scratch.condition.resize(on.rows);
-        for (int r = 0; r < on.rows; ++r) {
-            const std::int64_t row = on.first + r;
-            on.scratch.condition[r] =
-                condition.data + (condition.images == 1 ? row % positions : row) * condition.width;
-        }
-        return on.scratch.condition.data();
+            for_stretches(call, floats, update_stretch);
     }
 
     float* state(const Stretch& on) const { return on.call.state + on.first * channels_; }
@@ -223,10 +139,10 @@ private:
             next = 1 - next;
         }
         for (const Layer& layer : conditioner.layers) {
-            const int width = layer.weights.outputs();
+            const int width = layer.outputs();
             float* const out = on.scratch.outputs[next].at_least(static_cast<std::size_t>(width) * on.rows);
-            multiply(in, on.rows, layer.weights,
-                     Store{out, width, layer.weights.bias(), layer.relu,
+            multiply(in, on.rows, layer.weights(),
+                     Store{out, width, layer.weights().bias(), layer.relu,
                            layer.conditioned ? rows_of_condition(condition++, on) : nullptr});
             in = {out, width};
             next = 1 - next;

@@ -7,22 +7,12 @@
 #include <variant>
 #include <vector>
 
-#include "product.hpp"
+#include "layer.hpp"
 #include "rows.hpp"
 
 #ifdef USF_PRODUCTS
 
 namespace usf {
-
-// A linear layer or a convolution (stride 1, padded with zeros to the same size), its activation behind it.
-struct Layer {
-    Weights weights;  // of a convolution [outputs, taps * inputs]
-    bool relu;
-    bool conditioned;  // a condition's share is added in front of the activation
-    int kernel_height = 1, kernel_width = 1;
-
-    int taps() const { return kernel_height * kernel_width; }
-};
 
 // Layers, and what they see of the state: the channels of `passive` plus a shift, or all of them.
 struct Conditioner {
@@ -93,21 +83,6 @@ inline bool is_pointwise(const Stage& stage) {
     const Conditioner* const conditioner = conditioner_of(stage);
     return !conditioner || conditioner->pointwise();
 }
-
-// The maps that the rows make up.
-struct Maps {
-    std::int64_t images, height, width;
-
-    std::int64_t positions() const { return height * width; }
-    std::int64_t rows() const { return images * positions(); }
-};
-
-// What a conditioned layer adds: rows [images, positions, width], one image's for all if `images` is 1.
-struct Condition {
-    const float* data;
-    std::int64_t images;
-    int width;
-};
 
 }  // namespace usf
 #endif

@@ -32,8 +32,8 @@ struct Plain {
 
     Layer made(bool conditioned = false) const {
         const int taps = kernel_height * kernel_width;
-        return {Weights(matrix.data(), bias.data(), outputs, taps * inputs), relu, conditioned, kernel_height,
-                kernel_width};
+        return {matrix.data(), bias.data(), outputs,       taps * inputs,
+                relu,          conditioned, kernel_height, kernel_width};
     }
     Wide of(const Wide& x, const Maps& maps, const Condition* condition = nullptr) const {
         Wide y(maps.rows() * outputs);
@@ -146,8 +146,8 @@ void test_residual(const Case& c) {
     const Plain map(channels, channels, false),
         enter(channels, c.hidden, true, c.kernel_height, c.kernel_width), leave(c.hidden, channels, false);
     StageRun run(channels);
-    run.add(Product{map.made().weights});
-    run.add(Residual{{{}, {enter.made()}}, leave.made().weights, -1});
+    run.add(Product{map.made().weights()});
+    run.add(Residual{{{}, {enter.made()}}, leave.made().weights(), -1});
     std::vector<std::int32_t> index(channels);
     std::iota(index.begin(), index.end(), 0);
     std::shuffle(index.begin(), index.end(), random_bits);
@@ -185,7 +185,7 @@ int main() {
         {{5, 10, 10}, 1, 64, 64, 1, 1}, {{4, 1, 7}, 4, 2, 3, 1, 1},   {{0, 2, 2}, 1, 16, 16, 1, 1},
         {{2, 9, 11}, 1, 10, 17, 3, 3},  {{1, 1, 1}, 1, 6, 4, 3, 3},   {{3, 2, 20}, 3, 7, 16, 3, 3},
         {{2, 1, 30}, 1, 5, 6, 1, 5},    {{1, 6, 1}, 1, 4, 4, 5, 3},   {{0, 3, 3}, 1, 4, 4, 3, 3},
-        {{1, 40, 40}, 1, 32, 32, 3, 3},
+        {{1, 40, 40}, 1, 32, 32, 3, 3}, {{3, 7, 9}, 3, 43, 37, 3, 3}, {{2, 1, 5}, 1, 40, 20, 3, 3},
     };
     for (const Case& c : cases) {
         test(c);

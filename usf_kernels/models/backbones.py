@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from usf_kernels.models.batch_norms import fold_batch_norms
+from usf_kernels.models.convolutions import tile_convolutions_
 from usf_kernels.models.timm_networks import EMBEDDED, integer_padding, make_network, own_size
 from usf_kernels.ops.checks import check_int
 
@@ -58,7 +59,8 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def fuse(self, dtype: torch.dtype | None = None) -> Backbone:
-        """A copy for inference, channels-last: batch norms are part of the convolutions in front of them.
+        """A copy for inference, channels-last: batch norms are part of the convolutions in front of them, and
+        3 x 3 convolutions in float32 on the CPU run in tiles (`TiledConv2d`).
 
         Args:
             dtype: of the weights and of the maps; None for their own.
@@ -69,7 +71,8 @@ class Backbone(nn.Module):
             or getattr(self.network, "pretrained_cfg", {}).get("input_size", (3, 256, 256))[1:]
         )
         images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.mean)
-        fused.network = fold_batch_norms(fused.network, self._normalised(images)).to(dtype=dtype)
+        folded = fold_batch_norms(fused.network, self._normalised(images))
+        fused.network = tile_convolutions_(folded).to(dtype=dtype)
         return fused
 
     @torch.no_grad()

@@ -1,0 +1,224 @@
+// Layers of conditioners on the rows [images * height * width, channels] of maps, a stretch of them at a
+// time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "product.hpp"
+#include "team.hpp"
+#include "winograd.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// A linear layer or a convolution (stride 1, padded with zeros to the same size), its activation behind it.
+class Layer {
+public:
+    // The matrix of a convolution is [outputs, taps * inputs].
+    Layer(const float* matrix, const float* bias, int outputs, int inputs, bool relu, bool conditioned,
+          int kernel_height = 1, int kernel_width = 1)
+        : relu(relu),
+          conditioned(conditioned),
+          kernel_height(kernel_height),
+          kernel_width(kernel_width),
+          weights_(of(matrix, bias, outputs, inputs, kernel_height, kernel_width)) {}
+
+    const bool relu;
+    const bool conditioned;  // a condition's share is added in front of the activation
+    const int kernel_height, kernel_width;
+
+    int taps() const { return kernel_height * kernel_width; }
+    int outputs() const {
+        return std::visit([](const auto& weights) { return weights.outputs(); }, weights_);
+    }
+    const Weights& weights() const { return std::get<Weights>(weights_); }
+    const Winograd* winograd() const { return std::get_if<Winograd>(&weights_); }  // null for none
+
+private:
+    using Either = std::variant<Weights, Winograd>;
+    static constexpr int fewest = 16;  // channels: with less, going to points takes longer than it saves
+
+    static Either of(const float* matrix, const float* bias, int outputs, int inputs, int height, int width) {
+        if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= fewest)
+            return Winograd(matrix, bias, outputs, inputs / 9);
+        return Weights(matrix, bias, outputs, inputs);
+    }
+    Either weights_;
+};
+
+// The maps that the rows make up.
+struct Maps {
+    std::int64_t images, height, width;
+
+    std::int64_t positions() const { return height * width; }
+    std::int64_t rows() const { return images * positions(); }
+};
+
+// What a conditioned layer adds: rows [images, positions, width], one image's for all if `images` is 1.
+struct Condition {
+    const float* data;
+    std::int64_t images;
+    int width;
+};
+
+// What a call works on. `state` and `log_det` are those of a StageRun.
+struct Call {
+    Maps maps;
+    int threads;
+    const Condition* conditions = nullptr;
+    float *state = nullptr, *log_det = nullptr;
+};
+// Of a thread, kept from call to call: fresh memory costs more than what is done with it.
+struct Scratch {
+    Floats outputs[2];
+    Floats zeros;
+    std::vector<float> affine, log_det;
+    std::vector<const float*> pointers, condition;
+    std::vector<WinogradTile> tiles;
+    Floats points[2];
+};
+inline Scratch& scratch_of_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
+// Some rows, and where they lie among all.
+struct Stretch {
+    const Call& call;
+    std::int64_t first;
+    int rows;
+    Scratch& scratch;
+};
+
+// Numbers that stay in the second cache, and rows or tiles that are worth fetching a layer's weights for.
+constexpr std::int64_t cache_numbers = 384 << 8, least_rows = 48;
+
+// Of stretches of at most so many units, equally many for each thread.
+inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int threads) {
+    const std::int64_t count = std::max<std::int64_t>(1, (units + most - 1) / most);
+    const std::int64_t each = (count + threads - 1) / threads * threads;
+    return std::max<std::int64_t>(1, (units + each - 1) / each);
+}
+
+// Calls body for stretches of rows that stay in the cache with `numbers` to each, and whole tiles of a
+// product.
+template <class Body>
+void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
+    constexpr std::int64_t tile = 12;
+    const std::int64_t rows = call.maps.rows(), most = std::max(least_rows, cache_numbers / numbers);
+    const std::int64_t length = (stretch_length(rows, most, call.threads) + tile - 1) / tile * tile;
+    team_for((rows + length - 1) / length, call.threads, [&](std::int64_t i) {
+        const std::int64_t first = i * length;
+        body(Stretch{call, first, static_cast<int>(std::min(length, rows - first)), scratch_of_thread()});
+    });
+}
+
+// The same for stretches that the layer can take: of whole pairs of a map's rows where that needs tiles.
+template <class Body>
+void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers, Body&& body) {
+    const Winograd* const winograd = layer.winograd();
+    if (!winograd) return for_stretches(call, numbers, body);
+    const auto [images, height, width] = call.maps;
+    if (call.maps.rows() == 0) return;
+    const std::int64_t each = (height + 1) / 2, pairs = images * each, tiles = (width + 1) / 2;
+    numbers = 4 * numbers + Winograd::points * (winograd->inputs() + winograd->outputs());  // to a tile
+    const std::int64_t most =
+        std::max<std::int64_t>(1, std::max(least_rows, cache_numbers / numbers) / tiles);
+    const std::int64_t length = stretch_length(pairs, most, call.threads);
+    const auto row = [each, height = height, width = width](std::int64_t pair) {
+        return pair / each * height * width + pair % each * 2 * width;
+    };
+    team_for((pairs + length - 1) / length, call.threads, [&](std::int64_t i) {
+        const std::int64_t first = row(i * length), last = row(std::min((i + 1) * length, pairs));
+        body(Stretch{call, first, static_cast<int>(last - first), scratch_of_thread()});
+    });
+}
+
+// The tiles of a stretch of whole pairs of a map's rows.
+inline void find_tiles(const Winograd& layer, const Inputs& all, const Stretch& on, float* out,
+                       const float* const* shares) {
+    const auto [images, height, width] = on.call.maps;
+    float* const zeros = on.scratch.zeros.at_least(layer.inputs());
+    std::fill_n(zeros, layer.inputs(), 0.0f);
+    on.scratch.tiles.clear();
+    for (std::int64_t row = on.first; row < on.first + on.rows;) {
+        const std::int64_t top = row / width % height;
+        for (std::int64_t left = 0; left < width; left += Winograd::side) {
+            WinogradTile& tile = on.scratch.tiles.emplace_back();
+            for (int i = 0; i < Winograd::points; ++i) {
+                const std::int64_t dy = i / Winograd::patch - 1, x = left + i % Winograd::patch - 1;
+                const bool inside = top + dy >= 0 && top + dy < height && x >= 0 && x < width;
+                tile.from[i] = inside ? all.data + (row + dy * width + x) * all.stride : zeros;
+            }
+            for (int i = 0; i < 4; ++i) {
+                const std::int64_t dy = i / Winograd::side, x = left + i % Winograd::side;
+                const bool inside = top + dy < height && x < width;
+                const std::int64_t at = row - on.first + dy * width + x;
+                tile.to[i] = inside ? out + at * layer.outputs() : nullptr;
+                tile.condition[i] = inside && shares ? shares[at] : nullptr;
+            }
+        }
+        row += std::min<std::int64_t>(Winograd::side, height - top) * width;
+    }
+}
+
+inline Neighbours neighbours(const Layer& layer, const Inputs& all, const Stretch& on) {
+    const auto [images, height, width] = on.call.maps;
+    const int channels = layer.weights().inputs() / layer.taps();
+    float* const zeros = on.scratch.zeros.at_least(channels);
+    std::fill_n(zeros, channels, 0.0f);
+    std::vector<const float*>& pointers = on.scratch.pointers;
+    pointers.resize(static_cast<std::size_t>(layer.taps()) * on.rows);
+    const std::int64_t above = layer.kernel_height / 2, left = layer.kernel_width / 2;
+    for (int r = 0; r < on.rows; ++r) {
+        const std::int64_t row = on.first + r, y = row / width % height, x = row % width;
+        const float** pointer = pointers.data() + r;
+        for (std::int64_t dy = -above; dy < layer.kernel_height - above; ++dy) {
+            const bool inside = y + dy >= 0 && y + dy < height;
+            for (std::int64_t dx = -left; dx < layer.kernel_width - left; ++dx, pointer += on.rows)
+                *pointer = inside && x + dx >= 0 && x + dx < width
+                               ? all.data + (row + dy * width + dx) * all.stride
+                               : zeros;
+        }
+    }
+    return {pointers.data(), on.rows, layer.taps()};
+}
+
+inline const float* const* rows_of_condition(int index, const Stretch& on) {
+    const Condition& condition = on.call.conditions[index];
+    const std::int64_t positions = on.call.maps.positions();
+    on.scratch.condition.resize(on.rows);
+    for (int r = 0; r < on.rows; ++r) {
+        const std::int64_t row = on.first + r;
+        on.scratch.condition[r] =
+            condition.data + (condition.images == 1 ? row % positions : row) * condition.width;
+    }
+    return on.scratch.condition.data();
+}
+
+// A layer's outputs of a stretch, where `all` are the inputs of all rows.
+inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, float* out, int condition) {
+    const float* const* const shares = layer.conditioned ? rows_of_condition(condition, on) : nullptr;
+    if (const Winograd* const winograd = layer.winograd()) {
+        find_tiles(*winograd, all, on, out, shares);
+        return convolve(on.scratch.tiles, *winograd, layer.relu, on.scratch.points[0], on.scratch.points[1]);
+    }
+    const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu, shares};
+    if (layer.taps() > 1)
+        multiply(neighbours(layer, all, on), on.rows, layer.weights(), store);
+    else
+        multiply(Inputs{all.data + on.first * all.stride, all.stride}, on.rows, layer.weights(), store);
+}
+
+// Of all rows.
+inline void apply(const Layer& layer, const Inputs& in, const Call& call, float* out, int condition = 0) {
+    const std::int64_t width = layer.outputs();
+    for_stretches_of(layer, call, in.stride + width,
+                     [&](const Stretch& on) { apply(layer, in, on, out + on.first * width, condition); });
+}
+
+}  // namespace usf
+#endif

@@ -1,0 +1,128 @@
+"""Convolutions in tiles: against float64, in any memory, and left to PyTorch where they have to be."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import layouts, max_error
+from torch import nn
+
+from usf_kernels.models import create_backbone
+from usf_kernels.models.convolutions import AVAILABLE, TiledConv2d, tile_convolutions_
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_memory"),
+    pytest.mark.skipif(not AVAILABLE, reason="the extension has no products here"),
+]
+
+
+def draw(inputs=24, outputs=40, bias=True):
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+    return conv, TiledConv2d.of(conv)
+
+
+def runs_in_tiles(conv, x):
+    """The result, of which it is known that the extension made it."""
+    conv._layer = None
+    y = conv(x)
+    assert conv._layer is not None
+    return y
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(2, 24, 9, 7), (1, 24, 1, 1), (3, 24, 16, 32), (0, 24, 4, 4), (2, 24, 1, 9)]
+)
+@torch.no_grad()
+def test_matches_float64(shape, bias):
+    conv, tiled = draw(bias=bias)
+    x = torch.randn(shape)
+    truth = copy.deepcopy(conv).double()(x.double())
+    for _, view in [("contiguous", x), *layouts(x)]:
+        y = runs_in_tiles(tiled, view)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert max_error(y, truth) < 2e-6
+
+
+@torch.no_grad()
+def test_any_number_of_threads_gives_the_same_bits():
+    _, tiled = draw(64, 64)
+    x, threads = torch.randn(2, 64, 20, 22), torch.get_num_threads()
+    try:
+        results = [torch.set_num_threads(n) or tiled(x) for n in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+def test_gradients_other_precisions_and_compilers_are_pytorchs():
+    conv, tiled = draw()
+    x = torch.randn(2, 24, 6, 6)
+    y = tiled(x)
+    assert tiled._layer is None
+    y.sum().backward()
+    assert torch.equal(conv.weight.grad, tiled.weight.grad)
+    tiled.requires_grad_(False)
+    assert tiled(x.requires_grad_()).requires_grad
+    with torch.no_grad():
+        wide = copy.deepcopy(tiled).double()
+        assert torch.equal(wide(x.double()), copy.deepcopy(conv).double()(x.double()))
+        torch._dynamo.reset()
+        compiled = torch.compile(tiled, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), conv(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert tiled(x).dtype == torch.bfloat16
+        assert tiled._layer is None
+        assert wide._layer is None
+    with pytest.raises(RuntimeError, match="channels"):
+        tiled(torch.randn(2, 23, 6, 6))
+
+
+@torch.no_grad()
+def test_what_happens_to_the_weights_is_seen():
+    conv, tiled = draw()
+    x = torch.randn(1, 24, 6, 6)
+    before = tiled(x)
+    conv.weight.mul_(2)
+    conv.bias.zero_()
+    assert max_error(tiled(x), conv(x)) < 1e-5
+    assert max_error(tiled(x), before) > 0.1
+    for other in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled))):
+        assert torch.equal(other(x), tiled(x))
+    tiled.load_state_dict(draw()[0].state_dict())
+    assert max_error(tiled(x), conv(x)) < 1e-5  # which shares its parameters
+
+
+def test_what_is_replaced():
+    network = nn.Sequential(
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, padding="same", bias=False),
+        nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3)),
+        nn.Conv2d(16, 16, 3, padding=1, stride=2),
+        nn.Conv2d(16, 16, 3, padding=2, dilation=2),
+        nn.Conv2d(16, 16, 3, padding=1, groups=2),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(16, 16, 5, padding=2),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1)),
+    )
+    before = network.state_dict()
+    assert tile_convolutions_(network) is network
+    tiled = [name for name, module in network.named_modules() if isinstance(module, TiledConv2d)]
+    assert tiled == ["0", "1"]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_fused_backbones_have_them():
+    torch.manual_seed(0)
+    backbone = create_backbone("resnet18", out_indices=(1, 2), weights=None)
+    for parameter in backbone.parameters():  # its last norms start as zeros, which would hide convolutions
+        parameter.data.add_(0.1 * torch.rand_like(parameter))
+    fused, images = backbone.fuse(), torch.rand(2, 3, 70, 66)
+    convolutions = [module for module in fused.modules() if isinstance(module, TiledConv2d)]
+    assert len(convolutions) == 7
+    for ours, truth in zip(fused(images), backbone.double()(images.double()), strict=True):
+        assert max_error(ours, truth) < 2e-5 * truth.abs().max()
+    assert all(convolution._layer is not None for convolution in convolutions)
+    narrow = backbone.float().fuse(torch.bfloat16)
+    assert narrow(images)[0].dtype == torch.bfloat16
