@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from usf_kernels.integrations.anomalib_graph import FastGraphINN
 from usf_kernels.integrations.faster import Faster
+from usf_kernels.models.convolutions import tile_convolutions_, untile_convolutions_
 from usf_kernels.models.scoring import TAIL, TESTS
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.fused_conditioner import to_rows
@@ -41,23 +42,31 @@ class Accelerated(Faster):
     Attributes:
         exact: keep the original's values where `accelerate` would correct them.
         one_step: train Cflow with one optimiser step per batch of images.
+        network: name of the frozen network in front of the flows; nothing for none.
     """
 
     exact = False
     one_step = False
+    network = ""
 
     def begin_fast(self, *, exact: bool, one_step: bool) -> None:
         """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
         self.exact, self.one_step = exact, one_step
+        if self.network and tile_convolutions_(network := getattr(self, self.network)):
+            network.to(memory_format=torch.channels_last)
 
     def end_fast(self) -> None:
         """Leave nothing behind."""
         for name in ("exact", "one_step"):
             self.__dict__.pop(name, None)
+        if self.network:
+            untile_convolutions_(getattr(self, self.network).to(memory_format=torch.contiguous_format))
 
 
 class FastFastflowModel(Accelerated, FastflowModel):
     """`anomalib.models.image.fastflow.torch_model.FastflowModel`, for images of any size."""
+
+    network = "feature_extractor"
 
     def forward(self, input_tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | InferenceBatch:
         """As the original; the map has the size of the images."""
@@ -98,6 +107,7 @@ class FastUflowModel(Accelerated, UflowModel):
             on held-out ones; None for the chi-square of white latents. It is no part of the state_dict.
     """
 
+    network = "feature_extractor"
     null: Null | None = None
 
     def end_fast(self) -> None:
@@ -154,6 +164,8 @@ class FastCflowModel(Accelerated, CflowModel):
     score of an image is its own: `sigmoid(-log p)`, p the likelihood per dimension, whose log-sigmoid is what
     training maximises; the mean over scales. The original divides by the largest likelihood of the batch.
     """
+
+    network = "encoder"
 
     def begin_fast(self, **options: bool) -> None:
         super().begin_fast(**options)

@@ -71,8 +71,8 @@ class Backbone(nn.Module):
             or getattr(self.network, "pretrained_cfg", {}).get("input_size", (3, 256, 256))[1:]
         )
         images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.mean)
-        folded = fold_batch_norms(fused.network, self._normalised(images))
-        fused.network = tile_convolutions_(folded).to(dtype=dtype)
+        fused.network = fold_batch_norms(fused.network, self._normalised(images)).to(dtype=dtype)
+        tile_convolutions_(fused.network)
         return fused
 
     @torch.no_grad()

@@ -19,19 +19,11 @@ class TiledConv2d(nn.Conv2d):
     """`nn.Conv2d` of 3 x 3 kernels that keep the size, by Winograd's minimal filtering F(2 x 2, 3 x 3): 16
     multiplications for four outputs instead of 36 (arXiv:1509.09308), with rounding errors of the same size.
 
-    In float32 on the CPU, without gradients, and in channels-last memory; anything else is PyTorch's.
+    In float32 on the CPU, without gradients, and in channels-last memory; anything else is PyTorch's. Made by
+    `tile_convolutions_`.
     """
 
     _layer: tuple[Any, Any] | None = None  # the parameters' versions, and the extension's copy of them
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> TiledConv2d:
-        """With the parameters of a convolution that `takes` accepts."""
-        made = cls(
-            conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None, device="meta"
-        )
-        made.weight, made.bias = conv.weight, conv.bias
-        return made.train(conv.training)
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
@@ -76,9 +68,20 @@ class TiledConv2d(nn.Conv2d):
         return {name: value for name, value in self.__dict__.items() if name != "_layer"}
 
 
-def tile_convolutions_(network: nn.Module) -> nn.Module:
-    """Replace, in place, the convolutions of a network that `TiledConv2d.takes`; returns the network."""
-    for name, module in list(network.named_modules()):
-        if TiledConv2d.takes(module):
-            network.set_submodule(name, TiledConv2d.of(module))
-    return network
+def tile_convolutions_(network: nn.Module) -> bool:
+    """Make a `TiledConv2d`, in place, of every convolution of a network that it takes; whether there was one.
+
+    Parameters, hooks and the state_dict stay what they are. `untile_convolutions_` undoes it.
+    """
+    found = [module for module in network.modules() if TiledConv2d.takes(module)]
+    for module in found:
+        module.__class__ = TiledConv2d
+    return bool(found)
+
+
+def untile_convolutions_(network: nn.Module) -> None:
+    """Make them `nn.Conv2d` again."""
+    for module in network.modules():
+        if type(module) is TiledConv2d:
+            module.__class__ = nn.Conv2d
+            module.__dict__.pop("_layer", None)
