@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from exporting import DYNAMIC, assert_same, onnx_program, run, run_openvino
 from helpers import conv_subnet, randomise_
 from test_fastflow import Pyramid, perturbed
 from torch import nn
@@ -19,9 +19,7 @@ from usf_kernels.models import (
     CFlow,
     FastFlow,
     Mahalanobis,
-    NonUSFlow,
     UFlow,
-    USFlow,
     create_backbone,
     export,
     export_onnx,
@@ -31,35 +29,9 @@ from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1, USFBlock
 from usf_kernels.ops.matrices import triangular_inverse
 
 onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
-DYNAMIC = torch.export.Dim.DYNAMIC
 SHAPES = [(1, 7, 6, 5), (3, 7, 7, 9), (2, 7, 1, 1)]
 IMAGES = [(1, 24, 16), (3, 33, 26)]
-
-
-def run(content, *arrays):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    return session.run(None, dict(zip(names, arrays, strict=True)))
-
-
-def onnx_program(module, x, dims):
-    """(torch's program, ONNX's)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, (x,), dynamic_shapes=(dims,))
-        return program, torch.onnx.export(program, dynamo=True, verbose=False)
-
-
-def assert_same(found, expected):
-    """Equal to 1e-4, relative to the largest value of each output."""
-    for ours, truth in zip(found, expected, strict=True):
-        assert ours.shape == tuple(truth.shape)
-        scale = max(1.0, truth.abs().max().item())
-        np.testing.assert_allclose(ours / scale, truth.numpy() / scale, rtol=0, atol=1e-4)
 
 
 class BothWays(nn.Module):
@@ -86,7 +58,7 @@ FLOWS = {
 
 # An export takes ten seconds: the inference form of the first is that of models, below.
 @pytest.mark.parametrize(("name", "fused"), [("glow", False), ("conjugated", False), ("conjugated", True)])
-def test_flows_in_onnx_runtime(name, fused, tmp_path):
+def test_flows_in_onnx_runtime_and_openvino(name, fused, tmp_path):
     flow = randomise_(FLOWS[name]).eval().requires_grad_(False)
     module = BothWays(flow.fuse() if fused else flow)
     dims = {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}
@@ -97,27 +69,8 @@ def test_flows_in_onnx_runtime(name, fused, tmp_path):
         x = torch.randn(shape)
         expected = module(x)
         assert_same([value.numpy() for value in program.module()(x)], expected)
-        assert_same(run(tmp_path / "flow.onnx", x.numpy()), expected)
-
-
-class Density(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x)[0], self.model.log_prob(x)
-
-
-@pytest.mark.parametrize(("kind", "fused"), [(USFlow, False), (NonUSFlow, True)])
-def test_density_models_in_onnx_runtime(kind, fused, tmp_path):
-    model = kind((4, 3, 5), blocks=1, mask="checkerboard", hidden=6, layers=1)
-    model = randomise_(model).eval().requires_grad_(False)
-    module = Density(model.fuse() if fused else model)
-    onnx_program(module, torch.randn(2, 4, 3, 5), {0: DYNAMIC})[1].save(tmp_path / "flow.onnx")
-    for batch in (1, 3):
-        x = torch.randn(batch, 4, 3, 5)
-        assert_same(run(tmp_path / "flow.onnx", x.numpy()), module(x))
+        for runtime in (run, run_openvino):
+            assert_same(runtime(tmp_path / "flow.onnx", x.numpy()), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 64, 100])
@@ -158,14 +111,15 @@ def scores(model, images):
 
 
 @pytest.mark.parametrize(("kind", "options", "fused"), MODELS)
-def test_models_in_onnx_runtime(kind, options, fused, tmp_path):
+def test_models_in_onnx_runtime_and_openvino(kind, options, fused, tmp_path):
     model = model_of(kind, **options)
     model = model.fuse() if fused else model
     export_onnx(model, tmp_path / "model.onnx", image_size=(16, 16))
     for batch, height, width in IMAGES:
         images = torch.rand(batch, 3, height, width)
         with torch.no_grad():
-            assert_same(run(tmp_path / "model.onnx", images.numpy()), scores(model, images))
+            for runtime in (run, run_openvino):
+                assert_same(runtime(tmp_path / "model.onnx", images.numpy()), scores(model, images))
 
 
 @pytest.fixture(scope="module")
@@ -241,15 +195,11 @@ def test_masks_from_the_file_alone(exported):
 
 
 def test_openvino(exported):
-    openvino = pytest.importorskip("openvino")
     model, folder = exported
-    compiled = openvino.Core().compile_model(
-        folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
     for shape in ((1, 3, 64, 96), (3, 3, 50, 67)):
         images = torch.rand(shape)
         with torch.no_grad():
-            assert_same(list(compiled(images.numpy()).values()), scores(model, images))
+            assert_same(run_openvino(folder / "model.onnx", images.numpy()), scores(model, images))
 
 
 def test_one_size_and_the_baseline(tmp_path):

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Laplace, Normal, StudentT
+from torch.distributions import Distribution, Independent, Laplace, Normal
 
 from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture
 from usf_kernels.models.radial import RadialBase
+from usf_kernels.models.traceable import TraceableStudentT
 from usf_kernels.ops.checks import check_choice, check_int
 
 
@@ -75,7 +76,7 @@ class LaplaceBase(NormalBase):
 class StudentTBase(NormalBase):
     """Independent Student t distributions; `df` are the degrees of freedom, trained where `trainable`."""
 
-    family = StudentT
+    family = TraceableStudentT
 
     def __init__(
         self,
@@ -116,9 +117,18 @@ class NormalMixtureBase(_FromTorch):
 
     def distribution(self) -> Distribution:
         """The distribution as it is now."""
-        normals = Normal(self.loc + self.means, self.log_scale.exp(), validate_args=False)
-        normals = Independent(normals, len(self.shape), validate_args=False)
+        normals = Independent(self._normals(), len(self.shape), validate_args=False)
         return mixture(self.logits, normals)
+
+    def _normals(self) -> Normal:
+        return Normal(self.loc + self.means, self.log_scale.exp(), validate_args=False)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of every sample, (B,)."""
+        parts = self._normals().log_prob(self._checked(z)[:, None]).flatten(2)
+        # Inside of the sum: to what is behind one, OpenVINO adds a vector along the wrong axis.
+        weights = torch.log_softmax(self.logits, 0) / max(self.dimensions, 1)
+        return (parts + weights[:, None]).sum(2).logsumexp(1)
 
 
 BASES: dict[str, type[BaseDistribution]] = {

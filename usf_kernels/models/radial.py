@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Gamma, Laplace, LogNormal, Normal
+from torch.distributions import Distribution, Laplace, LogNormal, Normal
 
 from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture
+from usf_kernels.models.traceable import TraceableGamma
 from usf_kernels.ops.checks import check_choice, check_int
 
 
@@ -68,7 +69,7 @@ class RadialBase(BaseDistribution):
         """Of the norm to the power of 2 (p = 2) or 1, as it is now."""
         shape = self.log_shape.exp()
         if self.norm_family == "gamma":
-            family = Gamma(shape, shape * (-self.log_mean).exp(), validate_args=False)
+            family = TraceableGamma(shape, shape * (-self.log_mean).exp(), validate_args=False)
         else:  # about as wide, on the logarithmic scale, as a gamma distribution of this shape
             family = LogNormal(self.log_mean, shape.rsqrt(), validate_args=False)
         return mixture(self.logits, family)

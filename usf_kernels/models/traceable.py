@@ -1,0 +1,50 @@
+"""Distributions of torch whose log densities go through `torch.export` and have an ONNX form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import Chi2, Distribution, Gamma, StudentT
+from torch.distributions.utils import broadcast_all
+
+SHIFT = 8
+
+
+def log_gamma(x: Tensor) -> Tensor:
+    """`log Gamma(x)` of positive x. ONNX has no operation for it: in exported graphs it is Stirling's series
+    at x + 8 (Abramowitz and Stegun, 6.1.41), less the logarithm of x (x + 1) ... (x + 7)."""
+    if not torch.compiler.is_exporting():
+        return torch.lgamma(x)
+    far, product = x + SHIFT, x
+    for i in range(1, SHIFT):
+        product = product * (x + i)
+    inverse = 1 / far
+    square = inverse * inverse
+    rest = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
+    return (far - 0.5) * far.log() - far + 0.5 * math.log(2 * math.pi) + rest - product.log()
+
+
+class TraceableGamma(Gamma):
+    """`torch.distributions.Gamma` of positive values."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density."""
+        shape, rate = self.concentration, self.rate
+        return shape * rate.log() + (shape - 1) * value.log() - rate * value - log_gamma(shape)
+
+
+class TraceableStudentT(StudentT):
+    """`torch.distributions.StudentT`, which looks at its values when it is made."""
+
+    def __init__(self, df: Tensor, loc: Tensor, scale: Tensor, validate_args: bool = False) -> None:
+        self.df, self.loc, self.scale = broadcast_all(df, loc, scale)
+        self._chi2 = Chi2(self.df, validate_args=False)
+        Distribution.__init__(self, self.df.size(), validate_args=validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density."""
+        y, half = (value - self.loc) / self.scale, 0.5 * self.df
+        normaliser = log_gamma(half) - log_gamma(half + 0.5) + 0.5 * (math.pi * self.df).log()
+        return -(half + 0.5) * torch.log1p(y.square() / self.df) - normaliser - self.scale.log()
