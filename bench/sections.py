@@ -45,10 +45,12 @@ def section(rows: Sequence[table.Row], *, pictures: bool = True) -> str:
 def _introduction(rows: Sequence[table.Row]) -> str:
     devices = sorted({f"{row['device']}, {count(row['threads'], 'thread')}" for row in rows})
     versions = sorted({version for row in rows for version in row["versions"].split()})
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
     noisy = sum(row["noisy"] == "1" for row in rows)
     noise = f" ({noisy} of {len(rows)} are marked as noisy)" if noisy else ""
     return prose(
-        f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}). "
+        f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}; commits "
+        f"{commits}). "
         "Medians; all of a case are timed in turn in one process, after each was checked against float64. "
         f"**2x** means that the peer takes twice as long. Rows: `bench/results`{noise}; again: `make bench` "
         "(small inputs, minutes), `make bench-full`, and `python -m bench.compare OLD.csv NEW.csv`."

@@ -46,15 +46,8 @@ def lu_map(
     return run(lower, upper, signs, log_diagonal, bias, log_scale, offset)
 
 
-def _plain(
-    lower: Tensor,
-    upper: Tensor,
-    signs: Tensor,
-    log_diagonal: Tensor | None,
-    bias: Tensor | None,
-    log_scale: Tensor | None,
-    offset: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _plain(*given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    lower, upper, signs, log_diagonal, bias, log_scale, offset = given
     diagonal = signs if log_diagonal is None else signs * log_diagonal.exp()
     log_det = signs.new_zeros(()) if log_diagonal is None else log_diagonal.sum()
     with full_precision(upper):
