@@ -13,14 +13,16 @@ from bench.pictures import PICTURES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw every picture that the rows suffice for."""
+    """Draw every picture that the rows suffice for, each of the file that has most rows of its subject."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("rows", nargs="?", type=Path, default=RESULTS / "cpu.csv", metavar="ROWS.csv")
+    parser.add_argument(
+        "rows", nargs="*", type=Path, default=sorted(RESULTS.glob("cpu*.csv")), metavar="ROWS.csv"
+    )
     parser.add_argument("--output", type=Path, default=DOCS, help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
-    rows = table.read(options.rows)
-    for name, draw in PICTURES.items():
-        figure = draw(rows)
+    files = [table.read(path) for path in options.rows]
+    for name, (draw, subject) in PICTURES.items():
+        figure = draw(max(files, key=lambda rows: sum(row["subject"] == subject for row in rows)))
         if figure is None:
             print(f"{name}: the rows do not suffice")
             continue

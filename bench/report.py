@@ -21,7 +21,7 @@ TITLE = "# Speed\n\n<!-- written by `python -m bench.report` from bench/results 
 
 
 def files(folder: Path) -> list[list[table.Row]]:
-    """The rows of each device, those of cpu.csv first: the pictures are drawn from them."""
+    """The rows of each device, those of cpu.csv first."""
     paths = sorted(folder.glob("*.csv"), key=lambda path: (path.name != "cpu.csv", path.name))
     return [table.read(path) for path in paths if not path.name.startswith(OTHER_TABLES)]
 

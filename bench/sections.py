@@ -19,7 +19,7 @@ TREE = {"white": "white noise, float32", "smooth": "smooth, float32", "smooth_8b
 
 
 def section(rows: Sequence[table.Row], *, pictures: bool = True) -> str:
-    """Everything that the rows of a device say, with the pictures that are drawn from them or without."""
+    """Everything that the rows of a device say, with the pictures or without."""
     by_subject: dict[str, list[table.Row]] = {}
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
