@@ -14,7 +14,6 @@ PEERS = {  # of blocks: title to dtype of ours, provider and dtype
     "bfloat16: anomalib in float32": ("bfloat16", "anomalib", "float32"),
     "bfloat16: its autocast, channels-last": ("bfloat16", "anomalib, autocast, channels-last", "bfloat16"),
 }
-REVERSIBLE = ", reversible"
 TREE = {"white": "white noise, float32", "smooth": "smooth, float32", "smooth_8bit": "smooth, uint8"}
 
 
@@ -128,11 +127,13 @@ def _training(rows: list[table.Row]) -> Iterator[str]:
     yield from picture("speed_depth.png", "Memory and time of a training step over the number of blocks")
     lines = []
     eight = [row for row in rows if row["depth"] == "8"]
-    for name in sorted(_ours(rows, ""), key=lambda name: name.removesuffix(REVERSIBLE)):
-        anomalib, standard = {"provider": "anomalib"}, {"provider": name.removesuffix(REVERSIBLE)}
+    for name in sorted(_ours(rows, ""), key=lambda name: name.removesuffix(table.REVERSIBLE)):
+        anomalib, standard = {"provider": "anomalib"}, {"provider": name.removesuffix(table.REVERSIBLE)}
         one = [row for row in rows if row["depth"] == "1"]
         saved = table.speedups(eight, anomalib, {"provider": name}, column="saved_mb")
-        slower = table.speedups(eight, standard, {"provider": name}) if name.endswith(REVERSIBLE) else {}
+        slower = (
+            table.speedups(eight, standard, {"provider": name}) if name.endswith(table.REVERSIBLE) else {}
+        )
         cells = [
             mean(table.speedups(one, {"provider": name}, anomalib)),
             mean(table.speedups(eight, {"provider": name}, anomalib)),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bench import markdown, table
 from bench.accelerate import ACCELERATED
+from bench.flows import FORMS
 from bench.markdown import picture, prose, times
 from bench.models import FLOW, TRAINING
 from bench.registry import SUBJECTS
@@ -13,8 +14,6 @@ from bench.sections import losses
 from bench.subject import PEER
 
 Rows = Sequence[table.Row]
-FORMS = ("affine, permutation", "additive, permutation", "additive, LU", "conjugated")
-REVERSIBLE = ", reversible"
 COMPILED = "torch.compile"
 PARTS = {"": "from image to map", FLOW: "flow alone", TRAINING: "training step"}
 LIBRARIES = "anomalib, FrEIA"
@@ -112,11 +111,12 @@ def _cell(ratios: Sequence[float]) -> str:
 def _line(row: table.Row) -> str:
     """What the row counts for; nothing for what only the whole report has."""
     subject, provider = row["subject"], row["provider"].removesuffix(table.CAPTURED)
-    form = provider.removesuffix(table.FUSED).removesuffix(REVERSIBLE)
+    form = provider.removesuffix(table.FUSED).removesuffix(table.REVERSIBLE)
     if subject == "blocks" and form in FORMS and row["direction"] == "forward":
         return f"coupling blocks: {form}"
     if subject == "training_step" and form in FORMS:
-        return f"training step of blocks{REVERSIBLE if provider.endswith(REVERSIBLE) else f': {form}'}"
+        reversible = provider.endswith(table.REVERSIBLE)
+        return f"training step of blocks{table.REVERSIBLE if reversible else f': {form}'}"
     if subject == "models":
         model, _, *part = row["case"].split(", ")
         return f"{model.split()[0]}, {PARTS[', '.join(part)]}"
@@ -143,4 +143,4 @@ def _lines(rows: Rows) -> Iterator[tuple[str, str]]:
         yield f"anomalib's {model}, accelerated", "itself before"
     for form in FORMS:
         yield f"training step of blocks: {form}", LIBRARIES
-    yield f"training step of blocks{REVERSIBLE}", LIBRARIES
+    yield f"training step of blocks{table.REVERSIBLE}", LIBRARIES

@@ -20,8 +20,8 @@ FIELDS = (
     *("mpixel_per_s", "gb_per_s", "gflop_per_s", "of_limit", "peak_mb", "saved_mb"),
     *("device", "threads", "versions", "commit", "date"),
 )
-FUSED = ", fused"
-CAPTURED = ", CUDA graph"
+# Endings of providers' names.
+FUSED, CAPTURED, REVERSIBLE = ", fused", ", CUDA graph", ", reversible"
 OPERATIONS = ("coupling", "lu_conv", "residual", "score")  # subjects
 
 

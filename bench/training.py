@@ -10,6 +10,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from bench import table
 from bench.blocks import SHAPES
 from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, convolutions, our_flow, peer_flow
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
@@ -18,8 +19,7 @@ DIRECTION = "training step"
 CURVE = Shape(256, 32, 3, 2)  # where memory and time are followed over the depth
 DEPTHS = (4, 8, 16, 32, 64)
 # The modes of FlowSequence, by what the rows call them.
-REVERSIBLE = ", reversible"
-MODES = {"": {"memory": "standard"}, REVERSIBLE: {"memory": "reversible"}}
+MODES = {"": {"memory": "standard"}, table.REVERSIBLE: {"memory": "reversible"}}
 
 
 def loss(flow: nn.Module, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _provider(
         live=live,
         peak=True,
         # A reversible pass looks at the states of random generators, and at what it has rebuilt.
-        capture=not name.endswith(REVERSIBLE),
+        capture=not name.endswith(table.REVERSIBLE),
     )
 
 

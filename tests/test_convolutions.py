@@ -10,11 +10,11 @@ from torch import nn
 
 from usf_kernels.models import create_backbone
 from usf_kernels.models.convolutions import (
-    AVAILABLE,
     TiledConv2d,
     tile_convolutions_,
     untile_convolutions_,
 )
+from usf_kernels.nn.stage_extension import AVAILABLE
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),

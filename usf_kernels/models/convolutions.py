@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usf_kernels import _core
 from usf_kernels.nn.conditioner_layers import keeps_size
+from usf_kernels.nn.stage_extension import AVAILABLE, layer_of
 from usf_kernels.ops import native
 
-AVAILABLE = hasattr(_core, "Layer")  # compilers without vector types build none
 FEWEST_CHANNELS = 16  # of fewer, tiles cost more than they save
 
 
@@ -58,10 +57,7 @@ class TiledConv2d(nn.Conv2d):
         # Inference tensors have no versions: nobody writes to them.
         versions = [(t.data_ptr(), None if t.is_inference() else t._version) for t in parameters]
         if self._layer is None or self._layer[0] != versions:
-            weight = self.weight.detach()
-            bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach()
-            matrix = weight.movedim(1, -1).flatten(1).contiguous()
-            self._layer = versions, _core.Layer(matrix, bias, False, False, 3, 3)
+            self._layer = versions, layer_of(self.weight, self.bias)
         return self._layer[1]
 
     def __getstate__(self) -> dict[str, Any]:

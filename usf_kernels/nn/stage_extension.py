@@ -103,11 +103,11 @@ class StageExtension:
         for stage, layers in reversed(steps) if inverse else steps:
             if isinstance(stage, Product):
                 undone = (stage.inverse_weight, stage.inverse_bias)
-                run.product(_layer(*(undone if inverse else (stage.weight, stage.bias))))
+                run.product(layer_of(*(undone if inverse else (stage.weight, stage.bias))))
             elif isinstance(stage, Reorder):
                 run.reorder(*stage.undo() if inverse else (stage.index, stage.scale, stage.bias))
             elif isinstance(stage, ProjectedBlock):
-                run.residual(layers, _layer(stage.weight.mT, None), factor)
+                run.residual(layers, layer_of(stage.weight.mT, None), factor)
             elif isinstance(stage, AdditiveBlock):
                 run.additive(layers, *_seen_by(stage), stage.active, factor)
             else:
@@ -120,7 +120,7 @@ def _layers(stage: nn.Module) -> list[Any]:
     if not hasattr(stage, "conditioner"):
         return []
     return [
-        _layer(linear.weight, linear.bias, relu=activation is not None, conditioned=conditioned)
+        layer_of(linear.weight, linear.bias, relu=activation is not None, conditioned=conditioned)
         for linear, conditioned, activation in stage.conditioner.linear_layers()
     ]
 
@@ -131,8 +131,8 @@ def _seen_by(stage: AdditiveBlock | AffineBlock) -> tuple[Tensor, Tensor | None]
     return stage.passive, None if shift is None else shift.detach()
 
 
-def _layer(weight: Tensor, bias: Tensor | None, *, relu: bool = False, conditioned: bool = False) -> Any:
-    """Of a weight (outputs, inputs, *kernel)."""
+def layer_of(weight: Tensor, bias: Tensor | None, *, relu: bool = False, conditioned: bool = False) -> Any:
+    """The extension's, of a weight (outputs, inputs, *kernel)."""
     weight, kernel = weight.detach(), (1, 1, *weight.shape[2:])[-2:]
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
     return _core.Layer(weight.movedim(1, -1).flatten(1).contiguous(), bias, relu, conditioned, *kernel)

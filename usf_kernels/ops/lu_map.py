@@ -80,14 +80,12 @@ class _Map(torch.autograd.Function):
                 bias = torch.mv(matrix, offset) if bias is None else torch.addmv(bias, matrix, offset)
                 scale, log_det = log_scale.exp(), log_det + log_scale.sum()
                 matrix *= scale
-        ctx.given = [v is not None for v in given]
-        ctx.save_for_backward(*(v for v in given if v is not None), upper, diagonal, matrix, scale)
+        ctx.save_for_backward(*given, upper, diagonal, matrix, scale)
         return matrix, bias, log_det
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
-        *saved, upper, diagonal, matrix, scale = ctx.saved_tensors
-        given = [saved.pop(0) if there else None for there in ctx.given]
+        *given, upper, diagonal, matrix, scale = ctx.saved_tensors
         if differentiates_again():
             return _again(given, (grad, grad_bias, grad_log_det))
         lower, *_, offset = given
