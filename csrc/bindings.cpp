@@ -5,6 +5,7 @@ NB_MODULE(_core, m) {
     usf::bind_component_tree(m);
     usf::bind_nfa(m);
     usf::bind_stage_run(m);
+    usf::bind_convolutions(m);
     usf::bind_rows(m);
     usf::bind_ops(m);
 }

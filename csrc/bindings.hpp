@@ -30,6 +30,7 @@ nb::ndarray<nb::numpy, T> to_numpy(Memory<T> data, std::initializer_list<std::si
 void bind_component_tree(nb::module_& m);
 void bind_nfa(nb::module_& m);
 void bind_stage_run(nb::module_& m);
+void bind_convolutions(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_ops(nb::module_& m);
 

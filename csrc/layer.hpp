@@ -40,11 +40,9 @@ public:
 
 private:
     using Either = std::variant<Weights, Winograd>;
-    static constexpr int fewest = 16;  // channels: with less, going to points takes longer than it saves
-
     static Either of(const float* matrix, const float* bias, int outputs, int inputs, int height, int width) {
-        if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= fewest)
-            return Winograd(matrix, bias, outputs, inputs / 9);
+        if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= Winograd::fewest)
+            return Winograd({matrix, outputs, inputs / 9, inputs, 1, inputs / 9}, bias);
         return Weights(matrix, bias, outputs, inputs);
     }
     Either weights_;
@@ -103,6 +101,25 @@ inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int th
     return std::max<std::int64_t>(1, (units + each - 1) / each);
 }
 
+// Rows of tiles: pairs of a map's rows, and what is left at its bottom.
+struct TileRows {
+    Maps maps;
+    std::int64_t each = (maps.height + 1) / 2, tiles = (maps.width + 1) / 2;  // of a map, of a row of tiles
+    std::int64_t count = maps.images * each;
+
+    explicit TileRows(const Maps& maps) : maps(maps) {}
+    std::int64_t holding(std::int64_t some_tiles) const {
+        return std::max<std::int64_t>(1, some_tiles / tiles);
+    }
+    std::int64_t first_row(std::int64_t i) const {
+        return i / each * maps.positions() + i % each * Winograd::side * maps.width;
+    }
+    Stretch stretch(const Call& call, std::int64_t begin, std::int64_t end) const {
+        const std::int64_t first = first_row(begin);
+        return {call, first, static_cast<int>(first_row(end) - first), scratch_of_thread()};
+    }
+};
+
 // Calls body for stretches of rows that stay in the cache with `numbers` to each, and whole tiles of a
 // product.
 template <class Body>
@@ -116,33 +133,35 @@ void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
     });
 }
 
-// The same for stretches that the layer can take: of whole pairs of a map's rows where that needs tiles.
+// The same for stretches of whole pairs of a map's rows, which tiles cover.
 template <class Body>
-void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers, Body&& body) {
-    const Winograd* const winograd = layer.winograd();
-    if (!winograd) return for_stretches(call, numbers, body);
-    const auto [images, height, width] = call.maps;
+void for_stretches_of(const Winograd& winograd, const Call& call, std::int64_t numbers, Body&& body) {
     if (call.maps.rows() == 0) return;
-    const std::int64_t each = (height + 1) / 2, pairs = images * each, tiles = (width + 1) / 2;
-    numbers = 4 * numbers + Winograd::points * (winograd->inputs() + winograd->outputs());  // to a tile
-    const std::int64_t most =
-        std::max<std::int64_t>(1, std::max(least_rows, cache_numbers / numbers) / tiles);
-    const std::int64_t length = stretch_length(pairs, most, call.threads);
-    const auto row = [each, height = height, width = width](std::int64_t pair) {
-        return pair / each * height * width + pair % each * 2 * width;
-    };
-    team_for((pairs + length - 1) / length, call.threads, [&](std::int64_t i) {
-        const std::int64_t first = row(i * length), last = row(std::min((i + 1) * length, pairs));
-        body(Stretch{call, first, static_cast<int>(last - first), scratch_of_thread()});
+    const TileRows rows(call.maps);
+    numbers = 4 * numbers + Winograd::points * (winograd.inputs() + winograd.outputs());  // to a tile
+    const std::int64_t most = rows.holding(std::max(least_rows, cache_numbers / numbers));
+    const std::int64_t length = stretch_length(rows.count, most, call.threads);
+    team_for((rows.count + length - 1) / length, call.threads, [&](std::int64_t i) {
+        body(rows.stretch(call, i * length, std::min((i + 1) * length, rows.count)));
     });
 }
 
-// The tiles of a stretch of whole pairs of a map's rows.
-inline void find_tiles(const Winograd& layer, const Inputs& all, const Stretch& on, float* out,
-                       const float* const* shares) {
+// The same for stretches that the layer can take.
+template <class Body>
+void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers, Body&& body) {
+    if (const Winograd* const winograd = layer.winograd())
+        for_stretches_of(*winograd, call, numbers, body);
+    else
+        for_stretches(call, numbers, body);
+}
+
+// The tiles of a stretch of whole pairs of a map's rows. `out` are the stretch's outputs, `beside` a row for
+// each of them; both may be null.
+inline void find_tiles(int inputs, int outputs, const Inputs& all, const Stretch& on, float* out,
+                       const float* const* beside) {
     const auto [images, height, width] = on.call.maps;
-    float* const zeros = on.scratch.zeros.at_least(layer.inputs());
-    std::fill_n(zeros, layer.inputs(), 0.0f);
+    float* const zeros = on.scratch.zeros.at_least(inputs);
+    std::fill_n(zeros, inputs, 0.0f);
     on.scratch.tiles.clear();
     for (std::int64_t row = on.first; row < on.first + on.rows;) {
         const std::int64_t top = row / width % height;
@@ -157,8 +176,8 @@ inline void find_tiles(const Winograd& layer, const Inputs& all, const Stretch& 
                 const std::int64_t dy = i / Winograd::side, x = left + i % Winograd::side;
                 const bool inside = top + dy < height && x < width;
                 const std::int64_t at = row - on.first + dy * width + x;
-                tile.to[i] = inside ? out + at * layer.outputs() : nullptr;
-                tile.condition[i] = inside && shares ? shares[at] : nullptr;
+                tile.to[i] = inside && out ? out + at * outputs : nullptr;
+                tile.beside[i] = inside && beside ? beside[at] : nullptr;
             }
         }
         row += std::min<std::int64_t>(Winograd::side, height - top) * width;
@@ -199,13 +218,16 @@ inline const float* const* rows_of_condition(int index, const Stretch& on) {
     return on.scratch.condition.data();
 }
 
-// A layer's outputs of a stretch, where `all` are the inputs of all rows.
+// The outputs of a stretch, where `all` are the inputs of all rows.
+inline void apply(const Winograd& winograd, Ending ending, const Inputs& all, const Stretch& on, float* out,
+                  const float* const* beside) {
+    find_tiles(winograd.inputs(), winograd.outputs(), all, on, out, beside);
+    convolve(on.scratch.tiles, winograd, ending, on.scratch.points[0], on.scratch.points[1]);
+}
 inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, float* out, int condition) {
     const float* const* const shares = layer.conditioned ? rows_of_condition(condition, on) : nullptr;
-    if (const Winograd* const winograd = layer.winograd()) {
-        find_tiles(*winograd, all, on, out, shares);
-        return convolve(on.scratch.tiles, *winograd, layer.relu, on.scratch.points[0], on.scratch.points[1]);
-    }
+    if (const Winograd* const winograd = layer.winograd())
+        return apply(*winograd, layer.relu ? Ending::relu : Ending::plain, all, on, out, shares);
     const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu, shares};
     if (layer.taps() > 1)
         multiply(neighbours(layer, all, on), on.rows, layer.weights(), store);
@@ -214,6 +236,13 @@ inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, floa
 }
 
 // Of all rows.
+inline void apply(const Winograd& winograd, Ending ending, const Inputs& in, const Call& call, float* out) {
+    const std::int64_t width = winograd.outputs();
+    for_stretches_of(winograd, call, in.stride + width, [&](const Stretch& on) {
+        const float* const* const beside = call.conditions ? rows_of_condition(0, on) : nullptr;
+        apply(winograd, ending, in, on, out + on.first * width, beside);
+    });
+}
 inline void apply(const Layer& layer, const Inputs& in, const Call& call, float* out, int condition = 0) {
     const std::int64_t width = layer.outputs();
     for_stretches_of(layer, call, in.stride + width,

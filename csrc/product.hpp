@@ -54,28 +54,61 @@ struct Vector {
     typedef float unaligned __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
 };
 
-// What the processor's registers allow.
-struct Tile {
-    int lanes;  // of a vector
-    int rows;   // of a tile, which is two vectors wide
-};
-
-inline Tile best_tile() {
+// What the processor's registers allow: vectors of so many lanes, and tiles of two of them times so many
+// rows.
+inline int best_lanes() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) return {16, 12};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {8, 6};
-#elif defined(__aarch64__)
-    return {4, 8};
+    if (__builtin_cpu_supports("avx512f")) return 16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
 #endif
-    return {4, 4};
+    return 4;
+}
+constexpr int rows_of_tile(int lanes) {
+#if defined(__aarch64__)
+    if (lanes == 4) return 8;
+#endif
+    return lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
 }
 
-// A matrix [outputs, inputs] in panels of two vectors of outputs, the last one padded with zeros, and a bias,
-// which may be null. Copies share both.
+// Calls body.operator()<lanes>(), compiled for the instructions that vectors of so many lanes take.
+#if defined(__x86_64__)
+template <class Body>
+__attribute__((target("avx512f"))) void with_avx512(const Body& body) {
+    body.template operator()<16>();
+}
+template <class Body>
+__attribute__((target("avx2,fma"))) void with_avx2(const Body& body) {
+    body.template operator()<8>();
+}
+#endif
+template <class Body>
+void with_lanes(int lanes, const Body& body) {
+#if defined(__x86_64__)
+    if (lanes == 16) return with_avx512(body);
+    if (lanes == 8) return with_avx2(body);
+#endif
+    body.template operator()<4>();
+}
+
+// A matrix [outputs, inputs] in panels of two vectors of outputs, input after input; what stands behind the
+// last output is computed with and dropped. And a bias of as many numbers as the panels have outputs.
+struct Panels {
+    const float* data;
+    const float* bias;
+    int outputs, inputs, width;
+
+    const float* panel(int first_output) const {
+        return data + static_cast<std::ptrdiff_t>(first_output) * inputs;
+    }
+    static int best_width() { return 2 * best_lanes(); }
+    static int padded(int outputs, int width) { return (outputs + width - 1) / width * width; }
+};
+
+// A matrix as panels, padded with zeros, and a bias, which may be null. Copies share both.
 class Weights {
 public:
     Weights(const float* matrix, const float* bias, int outputs, int inputs)
-        : outputs_(outputs), inputs_(inputs), width_(2 * best_tile().lanes) {
+        : outputs_(outputs), inputs_(inputs), width_(Panels::best_width()) {
         const std::size_t columns = padded(), size = columns * (inputs + std::size_t{1});
         auto memory = std::make_shared<Floats>();
         float* const panels = memory->at_least(size);
@@ -92,14 +125,12 @@ public:
     }
     int outputs() const { return outputs_; }
     int inputs() const { return inputs_; }
-    int width() const { return width_; }
-    int padded() const { return (outputs_ + width_ - 1) / width_ * width_; }
-    const float* panel(int first_output) const {
-        return memory_->data() + static_cast<std::size_t>(first_output) * inputs_;
-    }
-    const float* bias() const { return panel(padded()); }
+    const float* bias() const { return memory_->data() + static_cast<std::size_t>(padded()) * inputs_; }
+    operator Panels() const { return {memory_->data(), bias(), outputs_, inputs_, width_}; }
 
 private:
+    int padded() const { return Panels::padded(outputs_, width_); }
+
     int outputs_, inputs_, width_;
     std::shared_ptr<const Floats> memory_;
 };
@@ -110,7 +141,18 @@ struct Inputs {
     std::ptrdiff_t stride;
 
     static constexpr int taps() { return 1; }
+    static constexpr int step() { return 1; }  // from one input to the next
     USF_INLINE const float* row(int, int r) const { return data + r * stride; }
+};
+
+// Columns to be multiplied: input after input, those of all columns side by side.
+struct Columns {
+    const float* data;
+    std::ptrdiff_t stride;
+
+    static constexpr int taps() { return 1; }
+    USF_INLINE std::ptrdiff_t step() const { return stride; }
+    USF_INLINE const float* row(int, int r) const { return data + r; }
 };
 
 // Rows around rows: for each tap of a kernel, `count` pointers. The weights' inputs are those of tap after
@@ -121,6 +163,7 @@ struct Neighbours {
     int kernel;  // taps
 
     int taps() const { return kernel; }
+    static constexpr int step() { return 1; }
     USF_INLINE const float* row(int tap, int r) const {
         return rows[static_cast<std::ptrdiff_t>(tap) * count + r];
     }
@@ -221,7 +264,7 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
             const V right = *reinterpret_cast<const U*>(panel + lanes);
 #pragma GCC unroll 12
             for (int i = 0; i < count; ++i) {
-                const float x = from[i][k];
+                const float x = from[i][k * in.step()];
                 sums[i][0] += x * left;
                 sums[i][1] += x * right;
             }
@@ -235,12 +278,12 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
 constexpr std::ptrdiff_t chain = 256;
 
 template <class V, int count, bool several, class Source, class Finish>
-USF_INLINE void multiply_tile(const Source& in, const Weights& weights, int row, int column,
+USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, int column,
                               const Finish& finish) {
     constexpr int lanes = sizeof(V) / sizeof(float);
     const float* panel = weights.panel(column);
-    const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.inputs();  // the next panel
-    const std::ptrdiff_t inputs = weights.inputs() / in.taps();
+    const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.inputs;  // the next panel
+    const std::ptrdiff_t inputs = weights.inputs / in.taps();
     V total[count][2] = {};
     if constexpr (several) {
         const int taps_each = static_cast<int>(std::max<std::ptrdiff_t>(chain / inputs, 1));
@@ -255,13 +298,13 @@ USF_INLINE void multiply_tile(const Source& in, const Weights& weights, int row,
     } else {
         add_products<V, count>(total, in, row, 0, in.taps(), 0, inputs, panel, ahead);
     }
-    finish(total, row, column, std::min(2 * lanes, weights.outputs() - column));
+    finish(total, row, column, std::min(2 * lanes, weights.outputs - column));
 }
 
 // The rows that are left when no more full tile fits, `count` of them at a time, then half as many: a tile
 // for every number would take long to compile.
 template <class V, int count, bool several, class Source, class Finish>
-USF_INLINE void multiply_rest(const Source& in, const Weights& weights, int row, int left, int column,
+USF_INLINE void multiply_rest(const Source& in, const Panels& weights, int row, int left, int column,
                               const Finish& finish) {
     if (left >= count) {
         multiply_tile<V, count, several>(in, weights, row, column, finish);
@@ -271,9 +314,9 @@ USF_INLINE void multiply_rest(const Source& in, const Weights& weights, int row,
 }
 
 template <class V, int count, bool several, class Source, class Finish>
-USF_INLINE void multiply_rows(const Source& in, int rows, const Weights& weights, const Finish& finish) {
+USF_INLINE void multiply_rows(const Source& in, int rows, const Panels& weights, const Finish& finish) {
     constexpr int rest = std::bit_floor(count - 1u);
-    for (int column = 0; column < weights.outputs(); column += weights.width()) {
+    for (int column = 0; column < weights.outputs; column += weights.width) {
         int row = 0;
         for (; row + count <= rows; row += count)
             multiply_tile<V, count, several>(in, weights, row, column, finish);
@@ -281,35 +324,18 @@ USF_INLINE void multiply_rows(const Source& in, int rows, const Weights& weights
     }
 }
 
-#if defined(__x86_64__)
-template <bool several, class Source, class Finish>
-__attribute__((target("avx512f"))) void multiply_avx512(const Source& in, int rows, const Weights& weights,
-                                                        const Finish& finish) {
-    multiply_rows<Vector<16>::type, 12, several>(in, rows, weights, finish);
-}
-template <bool several, class Source, class Finish>
-__attribute__((target("avx2,fma"))) void multiply_avx2(const Source& in, int rows, const Weights& weights,
-                                                       const Finish& finish) {
-    multiply_rows<Vector<8>::type, 6, several>(in, rows, weights, finish);
-}
-#endif
-
 // One chain or several, not in one function: in one that holds both, GCC puts the sums into memory.
 template <bool several, class Source, class Finish>
-void multiply_in(const Source& in, int rows, const Weights& weights, const Finish& finish) {
-#if defined(__x86_64__)
-    if (weights.width() == 32) return multiply_avx512<several>(in, rows, weights, finish);
-    if (weights.width() == 16) return multiply_avx2<several>(in, rows, weights, finish);
-    multiply_rows<Vector<4>::type, 4, several>(in, rows, weights, finish);
-#else
-    multiply_rows<Vector<4>::type, 8, several>(in, rows, weights, finish);
-#endif
+void multiply_in(const Source& in, int rows, const Panels& weights, const Finish& finish) {
+    with_lanes(weights.width / 2, [&]<int lanes>() USF_LAMBDA {
+        multiply_rows<typename Vector<lanes>::type, rows_of_tile(lanes), several>(in, rows, weights, finish);
+    });
 }
 
 // All outputs of `rows` rows (Inputs, Neighbours), which `finish` (Store, Add) takes tile by tile.
 template <class Source, class Finish>
-void multiply(const Source& in, int rows, const Weights& weights, const Finish& finish) {
-    if (weights.inputs() <= chain)
+void multiply(const Source& in, int rows, const Panels& weights, const Finish& finish) {
+    if (weights.inputs <= chain)
         multiply_in<false>(in, rows, weights, finish);
     else
         multiply_in<true>(in, rows, weights, finish);

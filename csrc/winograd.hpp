@@ -1,59 +1,105 @@
 // 3 x 3 convolutions with 16 products for 4 outputs, where a sum over taps takes 36: Winograd's minimal
 // filtering F(2 x 2, 3 x 3) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks",
 // arXiv:1509.09308, section 4.1). Maps are covered by tiles of 2 x 2 outputs; each sees 4 x 4 inputs, which
-// become 16 points, as the kernel does once and for all. At each point the tiles are rows of a matrix
-// product.
+// become 16 points, as the kernel does. At each point the tiles are rows of a matrix product.
 #pragma once
 
 #include <array>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "product.hpp"
+#include "team.hpp"
 
 #ifdef USF_PRODUCTS
 
 namespace usf {
 
+// [outputs, inputs, 3, 3] in memory of any strides: from one output, input or tap to the next.
+struct Kernel {
+    const float* data;
+    int outputs, inputs;
+    std::ptrdiff_t output, input, tap;
+
+    // That of the convolution which takes a gradient of the outputs to the one of the inputs.
+    Kernel adjoint() const { return {data + 8 * tap, inputs, outputs, input, output, -tap}; }
+};
+
+// One input's kernels for `count` outputs at all points, one vector of `width` outputs at each.
+USF_CLONES inline void kernel_to_points(const Kernel& kernel, int input, int first_output, int count,
+                                        int width, float* __restrict to, std::size_t apart) {
+    constexpr int widest = 32;
+    float g[9][widest] = {}, rows[4][3][widest];
+    for (int o = 0; o < count; ++o)
+        for (int tap = 0; tap < 9; ++tap)
+            g[tap][o] =
+                kernel.data[(first_output + o) * kernel.output + input * kernel.input + tap * kernel.tap];
+    for (int x = 0; x < 3; ++x)
+        for (int o = 0; o < width; ++o) {
+            const float sum = 0.5f * (g[x][o] + g[6 + x][o]), middle = 0.5f * g[3 + x][o];
+            rows[0][x][o] = g[x][o], rows[3][x][o] = g[6 + x][o];
+            rows[1][x][o] = sum + middle, rows[2][x][o] = sum - middle;
+        }
+    for (int y = 0; y < 4; ++y, to += 4 * apart)
+        for (int o = 0; o < width; ++o) {
+            const float sum = 0.5f * (rows[y][0][o] + rows[y][2][o]), middle = 0.5f * rows[y][1][o];
+            to[o] = rows[y][0][o], to[3 * apart + o] = rows[y][2][o];
+            to[apart + o] = sum + middle, to[2 * apart + o] = sum - middle;
+        }
+}
+
+// A kernel at all points, and a bias, which may be null.
 class Winograd {
 public:
     static constexpr int side = 2, patch = 4, points = patch * patch;
+    static constexpr int fewest = 16;  // channels: with less, going to points takes longer than it saves
 
-    // From a matrix [outputs, 9 * inputs], tap after tap, and a bias.
-    Winograd(const float* matrix, const float* bias, int outputs, int inputs) : bias_(bias, bias + outputs) {
-        constexpr double g[patch][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
-        std::vector<float> at_point(static_cast<std::size_t>(outputs) * inputs);
-        weights_.reserve(points);
-        for (int point = 0; point < points; ++point) {
-            std::size_t place = 0;
-            for (int o = 0; o < outputs; ++o) {
-                const float* const kernel = matrix + std::size_t{9} * o * inputs;
-                for (int i = 0; i < inputs; ++i) {
-                    double sum = 0;
-                    for (int tap = 0; tap < 9; ++tap)
-                        sum += g[point / patch][tap / 3] * g[point % patch][tap % 3] *
-                               kernel[static_cast<std::size_t>(tap) * inputs + i];
-                    at_point[place++] = static_cast<float>(sum);
-                }
-            }
-            weights_.emplace_back(at_point.data(), nullptr, outputs, inputs);
-        }
+    // Memory that is given must be nobody else's as long as this is used.
+    Winograd(const Kernel& kernel, const float* bias, int threads = 1,
+             std::shared_ptr<Floats> memory = std::make_shared<Floats>())
+        : outputs_(kernel.outputs), inputs_(kernel.inputs), width_(Panels::best_width()) {
+        const std::size_t all = points * apart();
+        float* const to = memory->at_least(all + 2 * padded());
+        constexpr int together = 8;
+        team_for((inputs_ + together - 1) / together, threads, [&](std::int64_t some) {
+            const int begin = static_cast<int>(some) * together, end = std::min(begin + together, inputs_);
+            for (int first = 0; first < outputs_; first += width_)
+                for (int i = begin; i < end; ++i)
+                    kernel_to_points(kernel, i, first, std::min(width_, outputs_ - first), width_,
+                                     to + static_cast<std::size_t>(first) * inputs_ + i * width_, apart());
+        });
+        std::fill_n(to + all, 2 * padded(), 0.0f);  // the points' bias, none, and that of the outputs
+        if (bias) std::copy_n(bias, outputs_, to + all + padded());
+        memory_ = std::move(memory);
     }
-    int outputs() const { return weights_[0].outputs(); }
-    int inputs() const { return weights_[0].inputs(); }
-    int width() const { return weights_[0].width(); }
-    const Weights& at(int point) const { return weights_[point]; }
-    const float* bias() const { return bias_.data(); }
+    int outputs() const { return outputs_; }
+    int inputs() const { return inputs_; }
+    int lanes() const { return width_ / 2; }
+    Panels at(int point) const {
+        const float* const data = memory_->data();
+        return {data + point * apart(), data + points * apart(), outputs_, inputs_, width_};
+    }
+    const float* bias() const { return memory_->data() + points * apart() + padded(); }
 
 private:
-    std::vector<Weights> weights_;
-    std::vector<float> bias_;
+    std::size_t padded() const { return Panels::padded(outputs_, width_); }
+    std::size_t apart() const { return padded() * inputs_; }
+
+    int outputs_, inputs_, width_;
+    std::shared_ptr<const Floats> memory_;
 };
 
-// A tile's inputs, and where its outputs go: null for those outside of the map.
+// What becomes of outputs: nothing, or 0 where they are negative, or where what stands beside them is not
+// positive.
+enum class Ending { plain, relu, masked };
+
+// A tile's inputs, where its outputs go, and rows beside these: to be added, but for Ending::masked. Null for
+// outputs outside of the map, and for no rows.
 struct WinogradTile {
     std::array<const float*, Winograd::points> from;
     std::array<float*, 4> to;
-    std::array<const float*, 4> condition;  // rows to be added, or null
+    std::array<const float*, 4> beside;
 };
 
 // In one direction: 4 inputs to 4 points, 4 points to 2 outputs; every `step`-th value of an array.
@@ -82,11 +128,11 @@ USF_INLINE void enter_channels(const WinogradTile& tile, std::ptrdiff_t apart, i
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) to_points(d + 4 * i, 1);
 #pragma GCC unroll 16
-    for (int i = 0; i < Winograd::points; ++i) *reinterpret_cast<U*>(to + i * apart + channel) = d[i];
+    for (int i = 0; i < Winograd::points; ++i) *reinterpret_cast<U*>(to + i * apart) = d[i];
 }
 
 template <int lanes>
-USF_INLINE void leave_channels(const float* from, std::ptrdiff_t apart, const float* bias, bool relu,
+USF_INLINE void leave_channels(const float* from, std::ptrdiff_t apart, const float* bias, Ending ending,
                                int channel, const WinogradTile& tile) {
     using V = typename Vector<lanes>::type;
     using U = typename Vector<lanes>::unaligned;
@@ -102,8 +148,14 @@ USF_INLINE void leave_channels(const float* from, std::ptrdiff_t apart, const fl
     for (int i = 0; i < 4; ++i) {
         if (!tile.to[i]) continue;
         V value = m[i / 2 * 4 + i % 2] + shift;
-        if (tile.condition[i]) value += *reinterpret_cast<const U*>(tile.condition[i] + channel);
-        if (relu) value = value < 0 ? V{} : value;  // in this order NaN stays NaN
+        if (tile.beside[i]) {
+            const V beside = *reinterpret_cast<const U*>(tile.beside[i] + channel);
+            if (ending == Ending::masked)
+                value = beside <= 0 ? V{} : value;
+            else
+                value += beside;
+        }
+        if (ending == Ending::relu) value = value < 0 ? V{} : value;  // in this order NaN stays NaN
         *reinterpret_cast<U*>(tile.to[i] + channel) = value;
     }
 }
@@ -117,75 +169,44 @@ USF_INLINE void for_channels(int channels, Body&& body) {
     for (; channel < channels; ++channel) body.template operator()<1>(channel);
 }
 
-// Inputs of all tiles to [points, tiles, channels], and back.
-template <int lanes>
-USF_INLINE void enter_tiles(const WinogradTile* tiles, int count, int channels, float* to) {
-    const std::ptrdiff_t apart = std::ptrdiff_t{count} * channels;
-    for (int t = 0; t < count; ++t, to += channels)
-        for_channels<lanes>(channels, [&]<int n>(int channel)
-                                          USF_LAMBDA { enter_channels<n>(tiles[t], apart, channel, to); });
+// Inputs of tiles to [points, tiles, channels].
+inline void enter(const WinogradTile* tiles, int count, int channels, int lanes, float* to) {
+    with_lanes(lanes, [&]<int widest>() USF_LAMBDA {
+        const std::ptrdiff_t apart = std::ptrdiff_t{count} * channels;
+        float* row = to;
+        for (int t = 0; t < count; ++t, row += channels)
+            for_channels<widest>(
+                channels, [&]<int n>(int c) USF_LAMBDA { enter_channels<n>(tiles[t], apart, c, row + c); });
+    });
 }
-template <int lanes>
-USF_INLINE void leave_tiles(const float* from, int count, const Winograd& layer, bool relu,
-                            const WinogradTile* tiles) {
-    const std::ptrdiff_t apart = std::ptrdiff_t{count} * layer.outputs();
-    for (int t = 0; t < count; ++t, from += layer.outputs())
-        for_channels<lanes>(layer.outputs(), [&]<int n>(int channel) USF_LAMBDA {
-            leave_channels<n>(from, apart, layer.bias(), relu, channel, tiles[t]);
-        });
-}
-
-#if defined(__x86_64__)
-__attribute__((target("avx512f"))) inline void enter_avx512(const WinogradTile* tiles, int count,
-                                                            int channels, float* to) {
-    enter_tiles<16>(tiles, count, channels, to);
-}
-__attribute__((target("avx512f"))) inline void leave_avx512(const float* from, int count,
-                                                            const Winograd& layer, bool relu,
-                                                            const WinogradTile* tiles) {
-    leave_tiles<16>(from, count, layer, relu, tiles);
-}
-__attribute__((target("avx2,fma"))) inline void enter_avx2(const WinogradTile* tiles, int count, int channels,
-                                                           float* to) {
-    enter_tiles<8>(tiles, count, channels, to);
-}
-__attribute__((target("avx2,fma"))) inline void leave_avx2(const float* from, int count,
-                                                           const Winograd& layer, bool relu,
-                                                           const WinogradTile* tiles) {
-    leave_tiles<8>(from, count, layer, relu, tiles);
-}
-#endif
-
-inline void enter(const WinogradTile* tiles, int count, const Winograd& layer, float* to) {
-#if defined(__x86_64__)
-    if (layer.width() == 32) return enter_avx512(tiles, count, layer.inputs(), to);
-    if (layer.width() == 16) return enter_avx2(tiles, count, layer.inputs(), to);
-#endif
-    enter_tiles<4>(tiles, count, layer.inputs(), to);
-}
-inline void leave(const float* from, int count, const Winograd& layer, bool relu, const WinogradTile* tiles) {
-#if defined(__x86_64__)
-    if (layer.width() == 32) return leave_avx512(from, count, layer, relu, tiles);
-    if (layer.width() == 16) return leave_avx2(from, count, layer, relu, tiles);
-#endif
-    leave_tiles<4>(from, count, layer, relu, tiles);
+// And back.
+inline void leave(const float* from, int count, const Winograd& layer, Ending ending,
+                  const WinogradTile* tiles) {
+    with_lanes(layer.lanes(), [&]<int widest>() USF_LAMBDA {
+        const std::ptrdiff_t apart = std::ptrdiff_t{count} * layer.outputs();
+        const float* row = from;
+        for (int t = 0; t < count; ++t, row += layer.outputs())
+            for_channels<widest>(layer.outputs(), [&]<int n>(int c) USF_LAMBDA {
+                leave_channels<n>(row, apart, layer.bias(), ending, c, tiles[t]);
+            });
+    });
 }
 
 // The outputs of some tiles; `entered` and `left` are scratch.
-inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& layer, bool relu,
+inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& layer, Ending ending,
                      Floats& entered, Floats& left) {
     const int count = static_cast<int>(tiles.size());
     const std::ptrdiff_t in = std::ptrdiff_t{count} * layer.inputs(),
                          out = std::ptrdiff_t{count} * layer.outputs();
     float* const from = entered.at_least(Winograd::points * in);
     float* const to = left.at_least(Winograd::points * out);
-    enter(tiles.data(), count, layer, from);
+    enter(tiles.data(), count, layer.inputs(), layer.lanes(), from);
     for (int point = 0; point < Winograd::points; ++point) {
-        const Weights& weights = layer.at(point);
+        const Panels weights = layer.at(point);
         multiply(Inputs{from + point * in, layer.inputs()}, count, weights,
-                 Store{to + point * out, layer.outputs(), weights.bias(), false, nullptr});
+                 Store{to + point * out, layer.outputs(), weights.bias, false, nullptr});
     }
-    leave(to, count, layer, relu, tiles.data());
+    leave(to, count, layer, ending, tiles.data());
 }
 
 }  // namespace usf

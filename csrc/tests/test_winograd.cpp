@@ -2,8 +2,8 @@
 #include <vector>
 
 #include "check.hpp"
-#include "layer.hpp"
 #include "noise.hpp"
+#include "winograd_gradient.hpp"
 
 #ifdef USF_PRODUCTS
 
@@ -46,6 +46,44 @@ void test(const Maps& maps, int inputs, int outputs, bool relu, std::int64_t con
     }
 }
 
+// Gradients of inputs and kernels, against sums over taps in float64; the first also where a mask is
+// positive.
+void test_gradients(const Maps& maps, int inputs, int outputs, int threads) {
+    const auto kernel = noise(std::size_t{9} * inputs * outputs, 1 / std::sqrt(9.0f * outputs));
+    const auto x = noise(maps.rows() * inputs), mask = noise(maps.rows() * inputs);
+    const auto grad = noise(maps.rows() * outputs, 1 / std::sqrt(1.0f + maps.rows()));
+    std::vector<double> of_x(x.size()), of_kernel(kernel.size());
+    for (std::int64_t row = 0; row < maps.rows(); ++row) {
+        const std::int64_t top = row / maps.width % maps.height, left = row % maps.width;
+        for (int tap = 0; tap < 9; ++tap) {
+            const std::int64_t dy = tap / 3 - 1, dx = tap % 3 - 1, from = row + dy * maps.width + dx;
+            if (top + dy < 0 || top + dy >= maps.height || left + dx < 0 || left + dx >= maps.width) continue;
+            for (int o = 0; o < outputs; ++o)
+                for (int i = 0; i < inputs; ++i) {
+                    const std::size_t at = (std::size_t{1} * o * inputs + i) * 9 + tap;
+                    const double g = grad[row * outputs + o];
+                    of_x[from * inputs + i] += g * kernel[at];
+                    of_kernel[at] += g * x[from * inputs + i];
+                }
+        }
+    }
+    const Kernel forward{kernel.data(), outputs, inputs, 9 * std::ptrdiff_t{inputs}, 9, 1};
+    const Winograd back(forward.adjoint(), nullptr, threads);
+    const Condition beside{mask.data(), maps.images, inputs};
+    std::vector<float> found(x.size(), NAN), masked = found, gradient(kernel.size(), NAN), again = gradient;
+    const Inputs of_outputs{grad.data(), outputs};
+    apply(back, Ending::plain, of_outputs, Call{maps, threads}, found.data());
+    apply(back, Ending::masked, of_outputs, Call{maps, threads, &beside}, masked.data());
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        CHECK(std::abs(found[i] - of_x[i]) <= 4e-6);
+        CHECK(masked[i] == (mask[i] > 0 ? found[i] : 0));
+    }
+    kernel_gradient({x.data(), inputs}, of_outputs, inputs, outputs, maps, threads, gradient.data());
+    kernel_gradient({x.data(), inputs}, of_outputs, inputs, outputs, maps, threads, again.data());
+    CHECK(gradient == again);
+    for (std::size_t i = 0; i < kernel.size(); ++i) CHECK(std::abs(gradient[i] - of_kernel[i]) <= 1e-5);
+}
+
 // Values that are not finite stay near where they were, and ReLU does not hide them.
 void test_not_a_number() {
     const int channels = 20;
@@ -74,6 +112,13 @@ int main() {
     test({0, 3, 3}, 16, 16, false, 1);
     test({1, 40, 40}, 64, 32, true, 0);
     test({2, 5, 6}, 15, 30, true, 2);
+    test_gradients({1, 8, 8}, 16, 16, 1);
+    test_gradients({3, 7, 9}, 43, 37, 2);
+    test_gradients({2, 1, 5}, 40, 20, 3);
+    test_gradients({5, 6, 1}, 17, 80, 2);
+    test_gradients({1, 1, 1}, 64, 48, 4);
+    test_gradients({0, 3, 3}, 16, 16, 2);
+    test_gradients({1, 40, 40}, 20, 33, 2);
     test_not_a_number();
     return failures != 0;
 }

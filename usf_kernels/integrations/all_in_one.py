@@ -14,6 +14,7 @@ from torch import Tensor
 from usf_kernels.integrations.couplings import may_overwrite, scale_and_shift
 from usf_kernels.integrations.faster import Faster
 from usf_kernels.nn import AffineCoupling
+from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.nn.folding import WIDE, Coupling, LinearMap
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.fusing import fuse_parts
@@ -172,7 +173,7 @@ class AllInOneMixin(Faster):
         return x.index_select(1, self._inverse_order if inverse else self._order)
 
     def _params(self, passive: Tensor, c: list[Tensor]) -> Tensor:
-        return self.subnet(torch.cat([passive, *c], dim=1) if c else passive)
+        return evaluate(self.subnet, torch.cat([passive, *c], dim=1) if c else passive)
 
     def _rotation(self) -> Tensor:
         """(C, C), orthogonal."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels.integrations.faster import Faster, clamp_atan, named
+from usf_kernels.nn.conditioner_layers import evaluate
 
 _BASE = ("split_len1", "split_len2", "clamp", "f_clamp")
 
@@ -118,8 +119,8 @@ class RNVPMixin(_AffineMixin):
 
     def _coefficients(self, inputs: Tensor, active: int) -> tuple[Tensor, Tensor]:
         if active:
-            return self.subnet_s1(inputs), self.subnet_t1(inputs)
-        return self.subnet_s2(inputs), self.subnet_t2(inputs)
+            return evaluate(self.subnet_s1, inputs), evaluate(self.subnet_t1, inputs)
+        return evaluate(self.subnet_s2, inputs), evaluate(self.subnet_t2, inputs)
 
 
 class GLOWMixin(_AffineMixin):
@@ -129,5 +130,5 @@ class GLOWMixin(_AffineMixin):
 
     def _coefficients(self, inputs: Tensor, active: int) -> tuple[Tensor, Tensor]:
         channels = self.split_len2 if active else self.split_len1
-        params = (self.subnet1 if active else self.subnet2)(inputs)
+        params = evaluate(self.subnet1 if active else self.subnet2, inputs)
         return params[:, :channels], params[:, channels:]

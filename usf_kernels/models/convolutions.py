@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.conditioner_layers import keeps_size
-from usf_kernels.nn.stage_extension import AVAILABLE, layer_of
+from usf_kernels.nn.stage_extension import layer_of
 from usf_kernels.ops import native
-
-FEWEST_CHANNELS = 16  # of fewer, tiles cost more than they save
+from usf_kernels.ops.convolution import in_tiles
 
 
 class TiledConv2d(nn.Conv2d):
@@ -27,13 +26,7 @@ class TiledConv2d(nn.Conv2d):
     @staticmethod
     def takes(module: nn.Module) -> bool:
         """Whether a module is such a convolution, and worth it."""
-        return (
-            AVAILABLE
-            and type(module) is nn.Conv2d
-            and keeps_size(module)
-            and module.kernel_size == (3, 3)
-            and min(module.in_channels, module.out_channels) >= FEWEST_CHANNELS
-        )
+        return type(module) is nn.Conv2d and keeps_size(module) and in_tiles(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W)."""

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
 from usf_kernels.ops.eager import uncouple_
 from usf_kernels.ops.function import Function
+from usf_kernels.ops.native import memory_format
 
 if TYPE_CHECKING:
     from usf_kernels.nn.reversible import Tape
@@ -41,7 +43,7 @@ class _Fork(Function):
 
     @staticmethod
     def forward(x: Tensor, split: int) -> tuple[Tensor, Tensor]:
-        return x[:, :split].clone(memory_format=torch.contiguous_format), x.view_as(x)
+        return x[:, :split].clone(memory_format=memory_format(x)), x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
@@ -83,7 +85,7 @@ def _with_condition(subnet: nn.Module, x: Tensor, cond: Tensor) -> Tensor:
         for layer in list(subnet)[1:]:
             hidden = layer(hidden)
         return hidden
-    return subnet(torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:])], dim=1))
+    return evaluate(subnet, torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:])], dim=1))
 
 
 def _is_plain_pointwise(conv: nn.Conv2d) -> bool:
@@ -122,7 +124,9 @@ class Conditioned(Fusible, nn.Module):
     def condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """The conditioner's output for its input x."""
         check_condition(x, cond, self.cond_channels)
-        output = self.subnet(x) if cond is None else _with_condition(self.subnet, x, cond.to(x.dtype))
+        output = (
+            evaluate(self.subnet, x) if cond is None else _with_condition(self.subnet, x, cond.to(x.dtype))
+        )
         expected = (x.shape[0], self.outputs, *x.shape[2:])
         check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
         return output
@@ -172,7 +176,7 @@ class _Coupling(Conditioned):
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
-        out, passive = z.dtype, z[:, : self.split].clone(memory_format=torch.contiguous_format)
+        out, passive = z.dtype, z[:, : self.split].clone(memory_format=memory_format(z))
         passive.requires_grad_()  # the same in x: one evaluation serves both
         with tape.replay():
             params = self.condition(passive, tape.cond)

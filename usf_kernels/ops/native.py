@@ -197,19 +197,19 @@ def _dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _format(like: Tensor) -> torch.memory_format:
-    """Channels-last where `like` is, contiguous otherwise."""
+def memory_format(like: Tensor) -> torch.memory_format:
+    """Channels-last where `like` has the channels of a position side by side, contiguous otherwise."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.ndim)
     contiguous = last is None or like.is_contiguous() or not like.is_contiguous(memory_format=last)
     return torch.contiguous_format if contiguous else last
 
 
 def _formatted(t: Tensor, like: Tensor) -> Tensor:
-    return t.contiguous(memory_format=_format(like))
+    return t.contiguous(memory_format=memory_format(like))
 
 
 def _formatted_empty(t: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=_format(like))
+    return torch.empty_like(t, memory_format=memory_format(like))
 
 
 def _threads(x: Tensor) -> int:

@@ -1,0 +1,65 @@
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+
+#include "bindings.hpp"
+#include "winograd_gradient.hpp"
+
+namespace usf {
+
+#ifdef USF_PRODUCTS
+
+using Address = std::uintptr_t;
+// Images, height and width of maps whose positions are rows.
+using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+const float* values_at(std::optional<Address> address) {
+    return address ? reinterpret_cast<const float*>(*address) : nullptr;
+}
+
+// Tensors come as addresses, in the shapes that `usf_kernels.ops.convolution` has checked.
+void bind_convolutions(nb::module_& m) {
+    using namespace nb::literals;
+    m.attr("FEWEST_CHANNELS") = Winograd::fewest;
+    m.def(
+        "convolve",
+        [](const Sizes& sizes, Address rows, Address weight, const std::tuple<int, int>& channels,
+           const std::tuple<std::int64_t, std::int64_t, std::int64_t>& strides, bool adjoint,
+           std::optional<Address> bias, bool relu, std::optional<Address> mask, Address out, int threads) {
+            nb::gil_scoped_release unlocked;
+            static thread_local auto memory = std::make_shared<Floats>();
+            const auto [outputs, inputs] = channels;
+            const auto [output, input, tap] = strides;
+            const Kernel kernel{values_at(weight), outputs, inputs, output, input, tap};
+            const Winograd winograd(adjoint ? kernel.adjoint() : kernel, values_at(bias), threads, memory);
+            const auto [images, height, width] = sizes;
+            const Condition beside{values_at(mask), images, winograd.outputs()};
+            apply(winograd,
+                  mask   ? Ending::masked
+                  : relu ? Ending::relu
+                         : Ending::plain,
+                  Inputs{values_at(rows), winograd.inputs()},
+                  Call{{images, height, width}, threads, mask ? &beside : nullptr},
+                  reinterpret_cast<float*>(out));
+        },
+        "sizes"_a, "rows"_a, "weight"_a, "channels"_a, "strides"_a, "adjoint"_a, "bias"_a.none(), "relu"_a,
+        "mask"_a.none(), "out"_a, "threads"_a);
+    m.def(
+        "kernel_gradient",
+        [](const Sizes& sizes, Address rows, Address grad, const std::tuple<int, int>& channels, Address out,
+           int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [outputs, inputs] = channels;
+            const auto [images, height, width] = sizes;
+            kernel_gradient(Inputs{values_at(rows), inputs}, Inputs{values_at(grad), outputs}, inputs,
+                            outputs, {images, height, width}, threads, reinterpret_cast<float*>(out));
+        },
+        "sizes"_a, "rows"_a, "grad"_a, "channels"_a, "out"_a, "threads"_a);
+}
+
+#else
+
+void bind_convolutions(nb::module_&) {}
+
+#endif
+
+}  // namespace usf

@@ -1,0 +1,136 @@
+// Gradients of 3 x 3 kernels with 16 products where a sum over positions takes 36: those of outputs go to the
+// points by the adjoint of the way on which outputs leave them; at each point, the kernel's gradient is a
+// product over tiles; and it returns by the adjoint of the kernel's way to the points.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "layer.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// In one direction: the gradients of 2 outputs to those of 4 points.
+template <class V>
+USF_INLINE void gradient_to_points(V* g, int step) {
+    g[3 * step] = -g[step];
+    g[2 * step] = g[0] - g[step];
+    g[step] += g[0];
+}
+
+// The rows beside a tile, which are the gradients of its outputs; none is zeros.
+template <int lanes>
+USF_INLINE void enter_gradients(const WinogradTile& tile, std::ptrdiff_t apart, int channel, float* to) {
+    using V = typename Vector<lanes>::type;
+    using U = typename Vector<lanes>::unaligned;
+    V g[Winograd::points];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        g[i / 2 * 4 + i % 2] =
+            tile.beside[i] ? V(*reinterpret_cast<const U*>(tile.beside[i] + channel)) : V{};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) gradient_to_points(g + i, 4);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) gradient_to_points(g + 4 * i, 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < Winograd::points; ++i) *reinterpret_cast<U*>(to + i * apart) = g[i];
+}
+
+// Inputs of tiles as panels of [inputs, tiles] at each point, gradients as [tiles, outputs].
+inline void enter_both(const std::vector<WinogradTile>& tiles, int inputs, int outputs, int lanes,
+                       float* panels, float* gradients) {
+    with_lanes(lanes, [&]<int widest>() USF_LAMBDA {
+        constexpr int width = 2 * widest;
+        const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(tiles.size());
+        const std::ptrdiff_t apart = count * Panels::padded(inputs, width);
+        for (std::ptrdiff_t t = 0; t < count; ++t) {
+            for (int first = 0; first < inputs; first += width) {
+                float* const to = panels + first * count + t * width;
+                for_channels<widest>(std::min(width, inputs - first), [&]<int n>(int c) USF_LAMBDA {
+                    enter_channels<n>(tiles[t], apart, first + c, to + c);
+                });
+            }
+            float* const to = gradients + t * outputs;
+            for_channels<widest>(outputs, [&]<int n>(int c) USF_LAMBDA {
+                enter_gradients<n>(tiles[t], count * outputs, c, to + c);
+            });
+        }
+    });
+}
+
+// Kernels of one output from their gradients at all points, [inputs] each; to [inputs, 9].
+USF_CLONES inline void kernels_from_points(const float* at_points, std::size_t apart, int inputs,
+                                           float* __restrict to) {
+    constexpr int some = 32;
+    for (int first = 0; first < inputs; first += some) {
+        const int count = std::min(some, inputs - first);
+        float rows[3][4][some], g[9][some];
+        for (int x = 0; x < 4; ++x) {
+            const float* const m = at_points + x * apart + first;
+            const std::size_t down = 4 * apart;
+            for (int i = 0; i < count; ++i) {
+                const float sum = 0.5f * (m[down + i] + m[2 * down + i]);
+                rows[0][x][i] = m[i] + sum, rows[2][x][i] = sum + m[3 * down + i];
+                rows[1][x][i] = 0.5f * (m[down + i] - m[2 * down + i]);
+            }
+        }
+        for (int y = 0; y < 3; ++y)
+            for (int i = 0; i < count; ++i) {
+                const float sum = 0.5f * (rows[y][1][i] + rows[y][2][i]);
+                g[3 * y][i] = rows[y][0][i] + sum, g[3 * y + 2][i] = sum + rows[y][3][i];
+                g[3 * y + 1][i] = 0.5f * (rows[y][1][i] - rows[y][2][i]);
+            }
+        for (int i = 0; i < count; ++i)
+            for (int tap = 0; tap < 9; ++tap) to[(first + i) * 9 + tap] = g[tap][i];
+    }
+}
+
+// Gradient [outputs, inputs, 9] of a kernel, from the rows of inputs and of the outputs' gradients. The same
+// bits whenever it is computed by as many threads.
+inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int outputs, const Maps& maps,
+                            int threads, float* out) {
+    static thread_local Floats memory;
+    const TileRows rows(maps);
+    const int groups = static_cast<int>(std::clamp<std::int64_t>(rows.count, 1, threads));
+    const std::size_t apart = static_cast<std::size_t>(outputs) * inputs, size = Winograd::points * apart;
+    float* const sums = memory.at_least(groups * size);
+    const int lanes = best_lanes(), padded = Panels::padded(inputs, 2 * lanes);
+    constexpr std::int64_t together = 128;  // tiles: the sums go through memory once for so many
+    const std::int64_t length = rows.holding(together);
+    const Condition gradients{grad.data, maps.images, static_cast<int>(grad.stride)};
+    const Call call{maps, threads, &gradients};
+    team_for(groups, threads, [&](std::int64_t group) {
+        float* const mine = sums + group * size;
+        std::fill_n(mine, size, 0.0f);
+        const std::int64_t last = rows.count * (group + 1) / groups;
+        for (std::int64_t first = rows.count * group / groups; first < last; first += length) {
+            const Stretch on = rows.stretch(call, first, std::min(first + length, last));
+            find_tiles(inputs, outputs, x, on, nullptr, rows_of_condition(0, on));
+            const int count = static_cast<int>(on.scratch.tiles.size());
+            const std::ptrdiff_t panel = std::ptrdiff_t{count} * padded,
+                                 row = std::ptrdiff_t{count} * outputs;
+            float* const panels = on.scratch.points[0].at_least(Winograd::points * panel);
+            float* const columns = on.scratch.points[1].at_least(Winograd::points * row);
+            enter_both(on.scratch.tiles, inputs, outputs, lanes, panels, columns);
+            for (int point = 0; point < Winograd::points; ++point)
+                multiply(Columns{columns + point * row, outputs}, outputs,
+                         Panels{panels + point * panel, nullptr, inputs, count, 2 * lanes},
+                         Add{mine + point * apart, inputs, 1.0f});
+        }
+    });
+    team_for(outputs, threads, [&](std::int64_t output) {
+        const std::size_t first = static_cast<std::size_t>(output) * inputs;
+        for (int group = 1; group < groups; ++group)
+            for (int point = 0; point < Winograd::points; ++point) {
+                float* const to = sums + point * apart + first;
+                for (int i = 0; i < inputs; ++i) to[i] += to[group * size + i];
+            }
+        kernels_from_points(sums + first, apart, inputs, out + first * 9);
+    });
+}
+
+}  // namespace usf
+#endif

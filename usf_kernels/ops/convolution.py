@@ -1,0 +1,219 @@
+"""Convolutions and ReLUs one after the other as one operation, where the extension is faster than PyTorch.
+
+Kernels of 3 x 3 run by Winograd's minimal filtering (arXiv:1509.09308), and so do both of their gradients: 16
+multiplications where a sum over taps takes 36, with rounding errors of the same size. What is between two
+layers stays in channels-last memory, and a ReLU and its gradient are done where a result is written anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from usf_kernels import _core
+from usf_kernels.ops import native
+from usf_kernels.ops.dispatch import differentiates_again, gradients_through
+
+AVAILABLE = hasattr(_core, "convolve")  # compilers without vector types build none
+WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
+LAST = torch.channels_last
+
+
+class Layer(NamedTuple):
+    """A convolution that keeps the size of maps, (C_out, C_in, odd, odd) and (C_out,) or None, and a ReLU."""
+
+    weight: Tensor
+    bias: Tensor | None
+    relu: bool
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether it is one that the extension runs."""
+        return in_tiles(self.weight)
+
+
+def in_tiles(weight: Tensor) -> bool:
+    """Whether the extension convolves with this weight, of a convolution that keeps the size of maps."""
+    outputs, inputs, *kernel = weight.shape
+    return AVAILABLE and kernel == [3, 3] and min(outputs, inputs) >= _core.FEWEST_CHANNELS
+
+
+def pays(x: Tensor, layers: list[Layer]) -> bool:
+    """Whether `convolutions` is for these, of the right shapes: float32 on the CPU, nobody looking inside."""
+    return (
+        any(layer.in_tiles for layer in layers)
+        and native.fits(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def convolutions(x: Tensor, layers: list[Layer]) -> Tensor:
+    """(B, C, H, W) through all layers, in the memory format of x. Unchecked, for what `pays`."""
+    relus = tuple(layer.relu for layer in layers)
+    return _Convolutions.apply(x, relus, *(t for layer in layers for t in (layer.weight, layer.bias)))
+
+
+def _plain(x: Tensor, relus: tuple[bool, ...], *parameters: Tensor | None) -> Tensor:
+    """The same in PyTorch."""
+    for layer in _layers(relus, parameters):
+        x = _by_taps(x, layer)
+        x = F.relu(x) if layer.relu else x
+    return x
+
+
+class _Convolutions(torch.autograd.Function):
+    """Keeps the input of every layer, and the output where a ReLU is behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, relus: tuple[bool, ...], *parameters: Tensor | None) -> Tensor:
+        rows = [_last(x)]
+        for layer in _layers(relus, parameters):
+            rows.append(_convolve(rows[-1], layer))
+        ctx.relus = relus
+        ctx.save_for_backward(*rows[:-1], rows[-1] if relus[-1] else None, *parameters)
+        return rows[-1] if x.is_contiguous(memory_format=LAST) else _first(rows[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        count = len(ctx.relus)
+        rows, parameters = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
+        if differentiates_again() or not native.fits(grad):
+            return _again(ctx, rows[0], parameters, grad)
+        of_parameters: list[Tensor | None] = [None] * len(parameters)
+        grad = _last(grad)
+        if ctx.relus[-1]:
+            grad = torch.ops.aten.threshold_backward(grad, rows[-1], 0)
+        layers = _layers(ctx.relus, parameters)
+        for i in reversed(range(count)):
+            wanted = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
+            of_parameters[2 * i : 2 * i + 2] = _parameter_gradients(rows[i], layers[i], grad, wanted)
+            if i == 0 and not ctx.needs_input_grad[0]:
+                return None, None, *of_parameters
+            grad = _input_gradient(rows[i], layers[i], grad, masked=i > 0 and ctx.relus[i - 1])
+        return grad, None, *of_parameters
+
+
+def _again(ctx: Any, x: Tensor, parameters: tuple[Tensor | None, ...], grad: Tensor) -> tuple:
+    """The gradients as something that has gradients."""
+    places = [i for i, value in enumerate(parameters) if value is not None]
+
+    def run(x: Tensor, *some: Tensor) -> Tensor:
+        every: list[Tensor | None] = [None] * len(parameters)
+        for i, value in zip(places, some, strict=True):
+            every[i] = value
+        return _plain(x, ctx.relus, *every)
+
+    of_x, *found = gradients_through(run, (x, *(parameters[i] for i in places)), (grad,))
+    result: list[Tensor | None] = [None] * len(parameters)
+    for i, value in zip(places, found, strict=True):
+        result[i] = value
+    return of_x, None, *result
+
+
+def _layers(relus: tuple[bool, ...], parameters: tuple[Tensor | None, ...]) -> list[Layer]:
+    return [Layer(*parameters[2 * i : 2 * i + 2], relu) for i, relu in enumerate(relus)]
+
+
+def _by_taps(x: Tensor, layer: Layer) -> Tensor:
+    return F.conv2d(x, layer.weight, layer.bias, padding=_padding(layer.weight))
+
+
+def _padding(weight: Tensor) -> list[int]:
+    return [size // 2 for size in weight.shape[2:]]
+
+
+def _last(x: Tensor) -> Tensor:
+    """x in channels-last memory."""
+    if x.stride(1) == 1:
+        return x.contiguous(memory_format=LAST)
+    y = torch.empty_like(x, memory_format=LAST)
+    _transpose(x.detach().contiguous().flatten(2), y.movedim(1, -1))
+    return y
+
+
+def _first(x: Tensor) -> Tensor:
+    """x, in channels-last memory, in that of maps."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _transpose(x.movedim(1, -1).flatten(1, 2), y)
+    return y
+
+
+def _transpose(x: Tensor, y: Tensor) -> None:
+    """(B, M, N) to (B, N, M), of which y is a view: PyTorch's copy takes up to three times as long."""
+    threads = torch.get_num_threads() if x.numel() >= native.WORTH_THREADS else 1
+    _core.interleave(x, y.view(x.shape[0] * x.shape[2], x.shape[1]), threads)
+
+
+# Below, all maps are in channels-last memory.
+
+
+def _convolve(x: Tensor, layer: Layer) -> Tensor:
+    if not layer.in_tiles:
+        y = _by_taps(x, layer).contiguous(memory_format=LAST)
+        return y.relu_() if layer.relu else y
+    return _in_tiles(x, layer.weight, adjoint=False, bias=layer.bias, relu=layer.relu)
+
+
+def _input_gradient(x: Tensor, layer: Layer, grad: Tensor, *, masked: bool) -> Tensor:
+    """Of the layer's input x, or of what a ReLU has made it of if `masked`."""
+    if layer.in_tiles:
+        return _in_tiles(grad, layer.weight, adjoint=True, mask=x if masked else None)
+    result = _gradients_by_taps(x, layer, grad, [True, False, False])[0].contiguous(memory_format=LAST)
+    return torch.ops.aten.threshold_backward(result, x, 0) if masked else result
+
+
+def _parameter_gradients(
+    x: Tensor, layer: Layer, grad: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    if not layer.in_tiles:
+        return _gradients_by_taps(x, layer, grad, [False, *wanted])[1:]
+    of_weight = None
+    if wanted[0]:
+        of_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+        channels = layer.weight.shape[:2]
+        pointers = x.data_ptr(), grad.data_ptr(), channels, of_weight.data_ptr()
+        _core.kernel_gradient(_sizes(x), *pointers, _threads(x, layer.weight))
+    return of_weight, grad.sum((0, 2, 3)) if wanted[1] else None
+
+
+def _gradients_by_taps(x: Tensor, layer: Layer, grad: Tensor, wanted: list[bool]) -> tuple:
+    once = [1, 1], _padding(layer.weight), [1, 1], False, [0, 0], 1
+    sizes = [len(layer.weight)]
+    return torch.ops.aten.convolution_backward(grad, x, layer.weight, sizes, *once, wanted)
+
+
+def _in_tiles(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    adjoint: bool,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The convolution, or the one that takes gradients of its outputs to those of its inputs; 0 where `mask`
+    is not positive."""
+    if weight.stride(2) != 3 * weight.stride(3):
+        weight = weight.contiguous()
+    outputs, inputs = weight.shape[:2]
+    shape = len(x), inputs if adjoint else outputs, *x.shape[2:]
+    y = torch.empty(shape, dtype=x.dtype, memory_format=LAST)
+    step_output, step_input, _, step_tap = weight.stride()
+    of_weight = weight.data_ptr(), (outputs, inputs), (step_output, step_input, step_tap), adjoint
+    ending = None if bias is None else bias.contiguous().data_ptr(), relu
+    at_mask = None if mask is None else mask.data_ptr()
+    threads = _threads(x, weight)
+    _core.convolve(_sizes(x), x.data_ptr(), *of_weight, *ending, at_mask, y.data_ptr(), threads)
+    return y
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[2], x.shape[3]
+
+
+def _threads(x: Tensor, weight: Tensor) -> int:
+    worth = x.numel() * weight.shape[0] * 9 >= WORTH_THREADS
+    return torch.get_num_threads() if worth else 1
