@@ -20,6 +20,7 @@ from usf_kernels.ops.checks import (
     count_positions,
     promoted_dtype,
 )
+from usf_kernels.ops.conjugation import conjugation
 from usf_kernels.ops.function import Function
 from usf_kernels.ops.linear import linear
 from usf_kernels.ops.lu_map import lu_map
@@ -197,6 +198,12 @@ class LUConv1x1(Fusible, nn.Module):
         exit_values = (None, None) if act_norm is None else (act_norm.log_scale, act_norm.bias)
         given = (self.lower, self.upper, self.signs, self.log_diagonal, self.bias, *exit_values)
         return lu_map(*(None if v is None else v.to(wide) for v in given))
+
+    def conjugation(self, wide: torch.dtype, split: int) -> tuple[Tensor, Tensor]:
+        """The first `split` rows of this map's matrix and the other columns of its inverse, in float32 or
+        float64: see `usf_kernels.ops.conjugation`."""
+        given = (self.lower, self.upper, self.signs, self.log_diagonal)
+        return conjugation(*(None if v is None else v.to(wide) for v in given), split)
 
     def run(self, x: Tensor, *, inverse: bool, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor]:
         """Either direction, of this map or of `act_norm` followed by it."""

@@ -162,18 +162,19 @@ class USFBlock(Fusible, nn.Module):
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Q, b and R in the compute dtype."""
         wide = compute_dtype(x, self.linear.upper)
+        if self.mask == "half":
+            rows, columns = self.linear.conjugation(wide, self.coupling.split)
+            return rows, self.linear.bias[: self.coupling.split].to(wide), columns
         with full_precision(x):
             matrix, bias, _ = self.linear.map(wide)
             if torch.compiler.is_exporting():  # ONNX has no general inverse
                 inverse = lu_inverse(*(t.double() for t in self.linear.factors()[:2])).to(wide)
             else:
                 inverse = accurate_inverse(matrix)
-        if self.mask == "checkerboard":
+        if self.order is None:
             return matrix, bias, inverse
-        if self.order is not None:
-            matrix, bias, inverse = matrix[self.order], bias[self.order], inverse[:, self.order]
         split = self.coupling.split
-        return matrix[:split], bias[:split], inverse[:, split:]
+        return matrix[self.order[:split]], bias[self.order[:split]], inverse[:, self.order[split:]]
 
     def _masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """1 where A x conditions, 1 where it is shifted; None for what the maps have selected already."""
