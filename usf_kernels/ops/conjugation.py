@@ -10,6 +10,7 @@ of which no block is larger than half of A; L21 is in neither. Q R = 0.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,9 @@ class _Halves(torch.autograd.Function):
     def backward(ctx: Any, of_rows: Tensor, of_columns: Tensor) -> tuple:
         lower, upper, signs, log_diagonal, columns = ctx.saved_tensors
         if differentiates_again():
-            return _again(ctx.saved_tensors[:4], ctx.split, (of_rows, of_columns))
+            given = lower, upper, signs, log_diagonal
+            found = gradients_through(partial(_plain, split=ctx.split), given, (of_rows, of_columns))
+            return *found[:2], None, found[3], None
         first, second = slice(None, ctx.split), slice(ctx.split, None)
         diagonal = signs if log_diagonal is None else signs * log_diagonal.exp()
         lower, upper = torch.tril(lower, -1), torch.triu(upper, 1)
@@ -96,15 +99,3 @@ class _Halves(torch.autograd.Function):
             of_lower[second, second] = torch.mm(inverted, upper[second, second].mT)
         of_log_diagonal = None if log_diagonal is None else of_upper.diagonal() * diagonal
         return of_lower.tril_(-1), of_upper.triu_(1), None, of_log_diagonal, None
-
-
-def _again(given: tuple[Tensor | None, ...], split: int, grads: tuple[Tensor, ...]) -> tuple:
-    """The gradients as something that has gradients."""
-    lower, upper, signs, log_diagonal = given
-    trained = (lower, upper) if log_diagonal is None else (lower, upper, log_diagonal)
-
-    def run(lower: Tensor, upper: Tensor, log_diagonal: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _plain(lower, upper, signs, log_diagonal, split)
-
-    of_lower, of_upper, *rest = gradients_through(run, trained, grads)
-    return of_lower, of_upper, None, rest[0] if rest else None, None

@@ -7,6 +7,7 @@ layers stays in channels-last memory, and a ReLU and its gradient are done where
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def convolutions(x: Tensor, layers: list[Layer]) -> Tensor:
     return _Convolutions.apply(x, relus, *(t for layer in layers for t in (layer.weight, layer.bias)))
 
 
-def _plain(x: Tensor, relus: tuple[bool, ...], *parameters: Tensor | None) -> Tensor:
+def _plain(relus: tuple[bool, ...], x: Tensor, *parameters: Tensor | None) -> Tensor:
     """The same in PyTorch."""
     for layer in _layers(relus, parameters):
         x = _by_taps(x, layer)
@@ -81,7 +82,8 @@ class _Convolutions(torch.autograd.Function):
         count = len(ctx.relus)
         rows, parameters = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
         if differentiates_again() or not native.fits(grad):
-            return _again(ctx, rows[0], parameters, grad)
+            of_x, *rest = gradients_through(partial(_plain, ctx.relus), (rows[0], *parameters), (grad,))
+            return of_x, None, *rest
         of_parameters: list[Tensor | None] = [None] * len(parameters)
         grad = _last(grad)
         if ctx.relus[-1]:
@@ -94,23 +96,6 @@ class _Convolutions(torch.autograd.Function):
                 return None, None, *of_parameters
             grad = _input_gradient(rows[i], layers[i], grad, masked=i > 0 and ctx.relus[i - 1])
         return grad, None, *of_parameters
-
-
-def _again(ctx: Any, x: Tensor, parameters: tuple[Tensor | None, ...], grad: Tensor) -> tuple:
-    """The gradients as something that has gradients."""
-    places = [i for i, value in enumerate(parameters) if value is not None]
-
-    def run(x: Tensor, *some: Tensor) -> Tensor:
-        every: list[Tensor | None] = [None] * len(parameters)
-        for i, value in zip(places, some, strict=True):
-            every[i] = value
-        return _plain(x, ctx.relus, *every)
-
-    of_x, *found = gradients_through(run, (x, *(parameters[i] for i in places)), (grad,))
-    result: list[Tensor | None] = [None] * len(parameters)
-    for i, value in zip(places, found, strict=True):
-        result[i] = value
-    return of_x, None, *result
 
 
 def _layers(relus: tuple[bool, ...], parameters: tuple[Tensor | None, ...]) -> list[Layer]:

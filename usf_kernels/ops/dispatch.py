@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -161,10 +161,24 @@ def differentiates_again() -> bool:
 
 
 def gradients_through(
-    plain: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Gradients of `inputs` by the reference `plain`, given those of its results; differentiable again."""
-    return torch.func.vjp(plain, *inputs)[1](grads if len(grads) > 1 else grads[0])
+    plain: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `inputs` by the reference `plain`, given those of its results; differentiable again. None
+    for an input that is None; a result that is None has None for its gradient."""
+    places = [i for i, value in enumerate(inputs) if value is not None]
+    result: list[Tensor | None] = [None] * len(inputs)
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        every = list(result)
+        for i, value in zip(places, given, strict=True):
+            every[i] = value
+        found = plain(*every)
+        return tuple(v for v in ((found,) if isinstance(found, Tensor) else found) if v is not None)
+
+    pull = torch.func.vjp(run, *(inputs[i] for i in places))[1]
+    for i, value in zip(places, pull(tuple(g for g in grads if g is not None)), strict=True):
+        result[i] = value
+    return result
 
 
 @functools.cache

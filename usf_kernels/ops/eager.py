@@ -158,14 +158,13 @@ class _GatherStep(torch.autograd.Function):
             return *grads[:2], None, *grads[2:], None, None
         if again or ctx.native or not by_hand(grad, grad_log_det):
 
-            def plain(x: Tensor, params: Tensor, *per_channel: Tensor) -> tuple[Tensor, Tensor]:
-                return reference.coupling_step(
-                    x, params, index, *(per_channel or (None, None)), *ctx.options, inverse=False
-                )
+            def plain(
+                x: Tensor, params: Tensor, scale: Tensor | None, bias: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+                return reference.coupling_step(x, params, index, scale, bias, *ctx.options, inverse=False)
 
-            inputs = (x, params) if scale is None else (x, params, scale, bias)
-            grads = gradients_through(plain, inputs, (grad, grad_log_det))
-            return *grads[:2], None, *(grads[2:] or (None, None)), None, None
+            grads = gradients_through(plain, (x, params, scale, bias), (grad, grad_log_det))
+            return *grads[:2], None, *grads[2:], None, None
         if index is None:
             grad_x = grad.clone()
         else:
@@ -204,13 +203,14 @@ class _MatrixStep(torch.autograd.Function):
         x, params, matrix, bias, y = ctx.saved_tensors
         if differentiates_again() or not by_hand(grad, grad_log_det):
 
-            def plain(x: Tensor, params: Tensor, matrix: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
+            def plain(
+                x: Tensor, params: Tensor, matrix: Tensor, bias: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
                 y, log_det = reference.coupling_step(x, params, None, None, None, *ctx.options, inverse=False)
-                return apply_matrix(matrix, y, *(bias or (None,))), log_det
+                return apply_matrix(matrix, y, bias), log_det
 
-            inputs = (x, params, matrix) if bias is None else (x, params, matrix, bias)
-            grads = gradients_through(plain, inputs, (grad, grad_log_det))
-            return *grads[:3], *(grads[3:] or (None,)), None, None
+            grads = gradients_through(plain, (x, params, matrix, bias), (grad, grad_log_det))
+            return *grads, None, None
         with full_precision(grad):
             grad_matrix = matrix_gradient(grad, y)
             grad_x = apply_matrix(matrix.mT, grad, None)

@@ -87,7 +87,8 @@ class _Map(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
         *given, upper, diagonal, matrix, scale = ctx.saved_tensors
         if differentiates_again():
-            return _again(given, (grad, grad_bias, grad_log_det))
+            found = gradients_through(_plain, given, (grad, grad_bias, grad_log_det))
+            return *found[:2], None, *found[3:]
         lower, *_, offset = given
         with full_precision(grad):
             of_product, of_log_scale, of_offset = grad, None, None
@@ -102,23 +103,3 @@ class _Map(torch.autograd.Function):
             of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
         of_bias = None if given[4] is None else grad_bias
         return of_lower, of_upper.triu_(1), None, of_log_diagonal, of_bias, of_log_scale, of_offset
-
-
-def _again(given: list[Tensor | None], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients as something that has gradients."""
-    places = [i for i, value in enumerate(given) if value is not None]
-
-    def plain(*some: Tensor) -> tuple[Tensor, ...]:
-        every: list[Tensor | None] = [None] * len(given)
-        for i, value in zip(places, some, strict=True):
-            every[i] = value
-        return tuple(v for v in _plain(*every) if v is not None)
-
-    found = gradients_through(
-        plain, tuple(given[i] for i in places), tuple(g for g in grads if g is not None)
-    )
-    result: list[Tensor | None] = [None] * len(given)
-    for i, value in zip(places, found, strict=True):
-        result[i] = value
-    result[2] = None  # signs
-    return tuple(result)

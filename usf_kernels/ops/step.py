@@ -161,11 +161,12 @@ class _Step(Function):
         x, params, index, scale, bias = ctx.saved_tensors
         if differentiates_again():
 
-            def plain(x: Tensor, params: Tensor, *per_channel: Tensor) -> tuple[Tensor, Tensor]:
-                return reference.coupling_step(x, params, index, *(per_channel or (None, None)), *ctx.options)
+            def plain(
+                x: Tensor, params: Tensor, scale: Tensor | None, bias: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+                return reference.coupling_step(x, params, index, scale, bias, *ctx.options)
 
-            inputs = (x, params) if scale is None else (x, params, scale, bias)
-            grads = gradients_through(plain, inputs, (grad, grad_log_det))
+            grads = gradients_through(plain, (x, params, scale, bias), (grad, grad_log_det))
         else:
             grads = _backward_op(grad, grad_log_det, x, params, index, scale, bias, *ctx.options)
         return *grads[:2], None, *(grads[2:] if scale is not None else (None, None)), None, None, None
