@@ -2,6 +2,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include "bindings.hpp"
+#include "map_product.hpp"
 #include "winograd_gradient.hpp"
 
 namespace usf {
@@ -12,8 +13,16 @@ using Address = std::uintptr_t;
 // Images, height and width of maps whose positions are rows.
 using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
+using ProductSizes = std::tuple<std::int64_t, int, int, std::int64_t>;  // images, outputs, inputs, positions
+using View = std::tuple<Address, std::int64_t, std::int64_t>;           // of maps: image and channel strides
+
 const float* values_at(std::optional<Address> address) {
     return address ? reinterpret_cast<const float*>(*address) : nullptr;
+}
+
+MapView view_of(const View& view) {
+    const auto [data, image, channel] = view;
+    return {values_at(data), image, channel};
 }
 
 // Tensors come as addresses, in the shapes that `usf_kernels.ops.convolution` has checked.
@@ -54,6 +63,30 @@ void bind_convolutions(nb::module_& m) {
                             outputs, {images, height, width}, threads, reinterpret_cast<float*>(out));
         },
         "sizes"_a, "rows"_a, "grad"_a, "channels"_a, "out"_a, "threads"_a);
+    m.def(
+        "map_product",
+        [](const ProductSizes& sizes, Address matrix, bool transposed, const View& x,
+           std::optional<Address> bias, bool relu, std::optional<Address> mask, Address out, int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [images, outputs, inputs, positions] = sizes;
+            map_product(values_at(matrix), transposed, outputs, inputs, view_of(x), images, positions,
+                        values_at(bias),
+                        mask   ? Ending::masked
+                        : relu ? Ending::relu
+                               : Ending::plain,
+                        values_at(mask), reinterpret_cast<float*>(out), threads);
+        },
+        "sizes"_a, "matrix"_a, "transposed"_a, "x"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(), "out"_a,
+        "threads"_a);
+    m.def(
+        "map_outer",
+        [](const ProductSizes& sizes, const View& a, const View& x, Address out, int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [images, outputs, inputs, positions] = sizes;
+            map_outer(view_of(a), view_of(x), outputs, inputs, images, positions,
+                      reinterpret_cast<float*>(out), threads);
+        },
+        "sizes"_a, "a"_a, "x"_a, "out"_a, "threads"_a);
 }
 
 #else

@@ -58,15 +58,22 @@ USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int c
 }
 #endif
 
-// rows[b, p, c] = maps[b, c, p]
+// The fastest of them here.
 template <class From, class To>
-void interleave(const From* maps, std::int64_t images, std::int64_t channels, std::int64_t positions,
-                To* rows, int threads) {
+auto transposition() {
     auto transpose = transpose_plain<From, To>;
 #ifdef USF_AVX512
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         transpose = transpose_wide<From, To>;
 #endif
+    return transpose;
+}
+
+// rows[b, p, c] = maps[b, c, p]
+template <class From, class To>
+void interleave(const From* maps, std::int64_t images, std::int64_t channels, std::int64_t positions,
+                To* rows, int threads) {
+    const auto transpose = transposition<From, To>();
     constexpr std::int64_t together = 4 * tile;  // positions: some cache lines of every channel
     const std::int64_t stretches = (positions + together - 1) / together;
     team_for(images * stretches, threads, [&](std::int64_t i) {

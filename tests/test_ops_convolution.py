@@ -85,6 +85,23 @@ def test_any_shape(batch, height, width, inputs, outputs):
     check(network, torch.randn(batch, inputs, height, width))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 20), st.integers(2, 40), st.integers(1, 40))
+def test_pointwise_layers_on_maps(bias, batch, height, width, inputs, outputs):
+    layers = nn.Conv2d(inputs, 9, 1, bias=bias), nn.ReLU(), nn.Conv2d(9, outputs, 1, bias=bias), nn.ReLU()
+    wide = torch.randn(batch, inputs + 2, height, width)
+    if inputs > 1 and height * width > 1:
+        assert check(nn.Sequential(*layers), wide[:, 1:-1]).is_contiguous()
+
+
+def test_pointwise_layers_in_other_memory_are_pytorchs():
+    network = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 8, 5, 6)
+    assert in_one(evaluate(network, x))
+    for layout, view in layouts(x):
+        assert in_one(evaluate(network, view)) == (layout == "channel slice")
+
+
 def test_large_maps_on_any_number_of_threads():
     network, threads = nn.Sequential(nn.Conv2d(48, 32, 3, padding="same")), torch.get_num_threads()
     x = torch.randn(2, 48, 40, 36)

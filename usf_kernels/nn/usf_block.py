@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from usf_kernels.nn.coupling import AdditiveCoupling, Conditioned, Subnet
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1, accurate_inverse
-from usf_kernels.ops import masked_additive_coupling
+from usf_kernels.ops import eager, masked_additive_coupling
 from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, promoted_dtype
 from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_inverse, matrix_gradient
 
@@ -186,7 +186,9 @@ class USFBlock(Fusible, nn.Module):
     def _product(self, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`matrix @ x + bias` in full precision; the conditioner's input comes in the module's dtype."""
         with full_precision(x):
-            y = apply_matrix(matrix, x.to(matrix.dtype), bias)
+            wide = x.to(matrix.dtype)
+            run = eager.product if eager.by_hand(matrix, wide, bias) else apply_matrix
+            y = run(matrix, wide, bias)
         return y if bias is None else y.to(promoted_dtype(x, self.linear.upper))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Kernels of 3 x 3 run by Winograd's minimal filtering (arXiv:1509.09308), and so do both of their gradients: 16
 multiplications where a sum over taps takes 36, with rounding errors of the same size. What is between two
 layers stays in channels-last memory, and a ReLU and its gradient are done where a result is written anyway.
+Where all kernels are 1 x 1 they are products on maps as they lie.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from usf_kernels import _core
 from usf_kernels.ops import native
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
+from usf_kernels.ops.matrices import matrix_gradient
 
-AVAILABLE = hasattr(_core, "convolve")  # compilers without vector types build none
-WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
+AVAILABLE = native.MULTIPLIES
 LAST = torch.channels_last
 
 
@@ -45,10 +46,17 @@ def in_tiles(weight: Tensor) -> bool:
 def pays(x: Tensor, layers: list[Layer]) -> bool:
     """Whether `convolutions` is for these, of the right shapes: float32 on the CPU, nobody looking inside."""
     return (
-        any(layer.in_tiles for layer in layers)
+        AVAILABLE
         and native.fits(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
         and not torch.is_autocast_enabled("cpu")
+        and (any(layer.in_tiles for layer in layers) or _on_maps(x, layers))
     )
+
+
+def _on_maps(x: Tensor, layers: list[Layer]) -> bool:
+    """Whether all layers are pointwise, and the positions of x lie side by side."""
+    pointwise = all(layer.weight.shape[2:] == (1, 1) for layer in layers)
+    return pointwise and x.shape[1] > 1 and x.stride(1) != 1 and native.walks_maps(x)
 
 
 def convolutions(x: Tensor, layers: list[Layer]) -> Tensor:
@@ -70,12 +78,13 @@ class _Convolutions(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, relus: tuple[bool, ...], *parameters: Tensor | None) -> Tensor:
-        rows = [_last(x)]
-        for layer in _layers(relus, parameters):
-            rows.append(_convolve(rows[-1], layer))
-        ctx.relus = relus
+        layers = _layers(relus, parameters)
+        ctx.relus, ctx.on_maps = relus, _on_maps(x, layers)
+        rows = [x if ctx.on_maps else _last(x)]
+        for layer in layers:
+            rows.append((_multiply if ctx.on_maps else _convolve)(rows[-1], layer))
         ctx.save_for_backward(*rows[:-1], rows[-1] if relus[-1] else None, *parameters)
-        return rows[-1] if x.is_contiguous(memory_format=LAST) else _first(rows[-1])
+        return rows[-1] if ctx.on_maps or x.is_contiguous(memory_format=LAST) else _first(rows[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -85,16 +94,23 @@ class _Convolutions(torch.autograd.Function):
             of_x, *rest = gradients_through(partial(_plain, ctx.relus), (rows[0], *parameters), (grad,))
             return of_x, None, *rest
         of_parameters: list[Tensor | None] = [None] * len(parameters)
-        grad = _last(grad)
+        grad = grad.contiguous() if ctx.on_maps else _last(grad)
         if ctx.relus[-1]:
             grad = torch.ops.aten.threshold_backward(grad, rows[-1], 0)
         layers = _layers(ctx.relus, parameters)
         for i in reversed(range(count)):
             wanted = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
-            of_parameters[2 * i : 2 * i + 2] = _parameter_gradients(rows[i], layers[i], grad, wanted)
+            of_parameters[2 * i : 2 * i + 2] = _parameter_gradients(
+                rows[i], layers[i], grad, wanted, ctx.on_maps
+            )
             if i == 0 and not ctx.needs_input_grad[0]:
                 return None, None, *of_parameters
-            grad = _input_gradient(rows[i], layers[i], grad, masked=i > 0 and ctx.relus[i - 1])
+            masked = i > 0 and ctx.relus[i - 1]
+            if ctx.on_maps:
+                mask = rows[i] if masked else None
+                grad = native.map_product(layers[i].weight, grad, transposed=True, mask=mask)
+            else:
+                grad = _input_gradient(rows[i], layers[i], grad, masked=masked)
         return grad, None, *of_parameters
 
 
@@ -132,7 +148,11 @@ def _transpose(x: Tensor, y: Tensor) -> None:
     _core.interleave(x, y.view(x.shape[0] * x.shape[2], x.shape[1]), threads)
 
 
-# Below, all maps are in channels-last memory.
+def _multiply(x: Tensor, layer: Layer) -> Tensor:
+    return native.map_product(layer.weight, x, bias=layer.bias, relu=layer.relu)
+
+
+# Below, all maps are in channels-last memory, but for those of pointwise layers `on_maps`.
 
 
 def _convolve(x: Tensor, layer: Layer) -> Tensor:
@@ -151,8 +171,11 @@ def _input_gradient(x: Tensor, layer: Layer, grad: Tensor, *, masked: bool) -> T
 
 
 def _parameter_gradients(
-    x: Tensor, layer: Layer, grad: Tensor, wanted: tuple[bool, bool]
+    x: Tensor, layer: Layer, grad: Tensor, wanted: tuple[bool, bool], on_maps: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    if on_maps:
+        of_weight = matrix_gradient(grad, x).view_as(layer.weight) if wanted[0] else None
+        return of_weight, grad.sum((0, 2, 3)) if wanted[1] else None
     if not layer.in_tiles:
         return _gradients_by_taps(x, layer, grad, [False, *wanted])[1:]
     of_weight = None
@@ -200,5 +223,4 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _threads(x: Tensor, weight: Tensor) -> int:
-    worth = x.numel() * weight.shape[0] * 9 >= WORTH_THREADS
-    return torch.get_num_threads() if worth else 1
+    return native.threads_for(9 * x.numel() * weight.shape[0])

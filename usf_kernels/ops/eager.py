@@ -219,12 +219,38 @@ class _MatrixStep(torch.autograd.Function):
         return grad_x, grad_params, grad_matrix, grad_bias, None, None
 
 
+class _Product(torch.autograd.Function):
+    """`apply_matrix`, whose gradient would write a matrix for every image before it sums them."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(matrix, x, bias)
+        return apply_matrix(matrix, x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, x, bias = ctx.saved_tensors
+        if differentiates_again():
+            return tuple(gradients_through(apply_matrix, (matrix, x, bias), (grad,)))
+        with full_precision(grad):
+            return (
+                matrix_gradient(grad, x) if ctx.needs_input_grad[0] else None,
+                apply_matrix(matrix.mT, grad, None) if ctx.needs_input_grad[1] else None,
+                None if bias is None else _sums(grad),
+            )
+
+
 def _sums(value: Tensor) -> Tensor:
     return value.sum(dim=[d for d in range(value.ndim) if d != 1])
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 2))
+
+
+def product(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`matrix @ x + bias` at every position, for what `by_hand` accepts."""
+    return _Product.apply(matrix, x, bias)
 
 
 def gather_step(

@@ -1,6 +1,7 @@
-"""Matrices of 1x1 convolutions in plain PyTorch: formed of triangles, inverted, applied, and their gradient.
+"""Matrices of 1x1 convolutions: formed of triangles, inverted, applied to maps, and their gradient.
 
-Reference operations and modules share them. Differentiable to any order; nothing is checked.
+Reference operations and modules share them. Plain PyTorch, differentiable to any order, but for products of
+which nothing is recorded: these the extension may do. Nothing is checked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,12 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from usf_kernels.ops import native
+
+LARGEST_OUTER = (
+    1 << 18
+)  # numbers of a sum of outer products that stay in the cache; beyond, PyTorch's is faster
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
@@ -26,6 +33,8 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
     if x.ndim == 2 or x.stride(1) == 1:
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
+    if _in_extension(x, matrix, bias):
+        return native.map_product(matrix, x, bias=bias)
     matrices = matrix.expand(x.shape[0], *matrix.shape)
     flat = x.flatten(2)
     y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
@@ -37,10 +46,19 @@ def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
     if x.ndim == 2 or (x.stride(1) == 1 and grad.stride(1) == 1):
         grad, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
         return grad.mT @ x
+    small = grad.shape[1] * x.shape[1] <= LARGEST_OUTER
+    if small and _in_extension(x, grad) and native.walks_maps(grad):
+        return native.map_outer(grad, x)
     # Image after image into one matrix, where a batched product would write one for each.
     grad, x = grad.flatten(2), x.flatten(2)
     total = grad.new_zeros(grad.shape[1], x.shape[1])
     return torch.addbmm(total, grad, x.mT)
+
+
+def _in_extension(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the extension multiplies maps as they lie: in float32 on the CPU, where nothing is recorded."""
+    recorded = torch.is_grad_enabled()
+    return native.MULTIPLIES and not recorded and native.fits(x, *others) and native.walks_maps(x)
 
 
 def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:

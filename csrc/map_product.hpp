@@ -1,0 +1,151 @@
+// Matrices applied to the channels of maps, whose positions lie side by side, and sums over positions of
+// outer products. Maps become panels a block at a time, in the cache; nothing else is copied.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "interleave.hpp"
+#include "layer.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// (images, channels, positions), from one image or channel to the next.
+struct MapView {
+    const float* data;
+    std::int64_t image, channel;
+};
+
+// Finishes a tile of which a row is a channel: out = ending(sums + bias of the row). `mask` has the strides
+// of `out`.
+struct StoreMaps {
+    float* out;
+    std::int64_t stride;
+    const float* bias;  // or null
+    Ending ending;
+    const float* mask;
+
+    template <class V, int count>
+    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        using U = typename Vector<lanes>::unaligned;
+        for (int i = 0; i < count; ++i) {
+            const std::int64_t at = (row + i) * stride + column;
+            const float shift = bias ? bias[row + i] : 0.0f;
+            V value[2] = {sums[i][0] + shift, sums[i][1] + shift};
+            if (ending == Ending::relu)  // in this order NaN stays NaN
+                for (V& half : value) half = half < 0 ? V{} : half;
+            if (width == 2 * lanes) {
+                for (int half = 0; half < 2; ++half) {
+                    if (ending == Ending::masked)
+                        value[half] =
+                            *reinterpret_cast<const U*>(mask + at + half * lanes) <= 0 ? V{} : value[half];
+                    *reinterpret_cast<U*>(out + at + half * lanes) = value[half];
+                }
+            } else {
+                float values[2 * lanes];
+                std::memcpy(values, value, sizeof(values));
+                for (int j = 0; j < width; ++j)
+                    out[at + j] = ending == Ending::masked && mask[at + j] <= 0 ? 0.0f : values[j];
+            }
+        }
+    }
+};
+
+// Blocks of neighbouring positions, of whole panels, so many that all threads have some.
+struct PositionBlocks {
+    std::int64_t positions, length, each, count;  // of a block; blocks of an image, and of all
+
+    PositionBlocks(std::int64_t images, std::int64_t positions, std::int64_t most, int threads)
+        : positions(positions) {
+        const std::int64_t width = Panels::best_width(), panels = (positions + width - 1) / width;
+        const std::int64_t fair = (images * panels + threads - 1) / threads;
+        length = std::max<std::int64_t>(1, std::min({most / width, fair, panels})) * width;
+        each = (positions + length - 1) / length, count = images * each;
+    }
+    // Calls body(image, first position, positions).
+    template <class Body>
+    void at(std::int64_t i, Body&& body) const {
+        const std::int64_t first = i % each * length;
+        body(i / each, first, static_cast<int>(std::min(length, positions - first)));
+    }
+};
+
+// out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), dense; matrix[c, o] if
+// `transposed`.
+inline void map_product(const float* matrix, bool transposed, int outputs, int inputs, const MapView& x,
+                        std::int64_t images, std::int64_t positions, const float* bias, Ending ending,
+                        const float* mask, float* out, int threads) {
+    constexpr int together = 48;  // rows of the matrix that pass while they are in the first cache
+    const int width = Panels::best_width();
+    const PositionBlocks blocks(images, positions, cache_numbers / std::max(inputs, 1), threads);
+    team_for(blocks.count, threads, [&](std::int64_t i) {
+        blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
+            const std::int64_t columns = Panels::padded(count, width);
+            float* const panels = scratch_of_thread().points[0].at_least(columns * inputs);
+            for (int p = 0; p < count; p += width) {
+                const int some = std::min(width, count - p);
+                const float* from = x.data + image * x.image + first + p;
+                float* to = panels + std::int64_t{p} * inputs;
+                for (int c = 0; c < inputs; ++c, from += x.channel, to += width) {
+                    std::copy_n(from, some, to);
+                    std::fill_n(to + some, width - some, 0.0f);
+                }
+            }
+            const Panels weights{panels, nullptr, count, inputs, width};
+            for (int o = 0; o < outputs; o += together) {
+                const std::int64_t at = (image * outputs + o) * positions + first;
+                const StoreMaps store{out + at, positions, bias ? bias + o : nullptr, ending,
+                                      mask ? mask + at : nullptr};
+                const int rows = std::min(together, outputs - o);
+                if (transposed)
+                    multiply(Columns{matrix + o, outputs}, rows, weights, store);
+                else
+                    multiply(Inputs{matrix + std::int64_t{o} * inputs, inputs}, rows, weights, store);
+            }
+        });
+    });
+}
+
+// out[o, c] = sum over images and positions of a[b, o, p] x[b, c, p]. The same bits whenever it is computed
+// by as many threads.
+inline void map_outer(const MapView& a, const MapView& x, int outputs, int inputs, std::int64_t images,
+                      std::int64_t positions, float* out, int threads) {
+    static thread_local Floats memory;
+    const int width = Panels::best_width();
+    const std::int64_t size = std::int64_t{outputs} * inputs;
+    const PositionBlocks blocks(images, positions, chain, threads);
+    const int groups = static_cast<int>(std::clamp<std::int64_t>(blocks.count, 1, threads));
+    float* const sums = memory.at_least(groups * size);
+    const auto transpose = transposition<float, float>();
+    team_for(groups, threads, [&](std::int64_t group) {
+        float* const mine = sums + group * size;
+        std::fill_n(mine, size, 0.0f);
+        const std::int64_t last = blocks.count * (group + 1) / groups;
+        for (std::int64_t i = blocks.count * group / groups; i < last; ++i)
+            blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
+                float* const panels = scratch_of_thread().points[0].at_least(
+                    std::int64_t{Panels::padded(inputs, width)} * count);
+                for (int c = 0; c < inputs; c += tile)
+                    for (int p = 0; p < count; p += tile)
+                        transpose(x.data + image * x.image + c * x.channel + first + p, x.channel,
+                                  std::min(tile, inputs - c), std::min(tile, count - p),
+                                  panels + std::int64_t{c / width * width} * count + p * width + c % width,
+                                  width);
+                multiply(Inputs{a.data + image * a.image + first, static_cast<std::ptrdiff_t>(a.channel)},
+                         outputs, Panels{panels, nullptr, inputs, count, width}, Add{mine, inputs, 1.0f});
+            });
+    });
+    team_for(outputs, threads, [&](std::int64_t o) {
+        for (std::int64_t i = o * inputs; i < (o + 1) * inputs; ++i) {
+            float sum = sums[i];
+            for (int group = 1; group < groups; ++group) sum += sums[group * size + i];
+            out[i] = sum;
+        }
+    });
+}
+
+}  // namespace usf
+#endif

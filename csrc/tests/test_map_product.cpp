@@ -1,0 +1,77 @@
+#include <cmath>
+#include <vector>
+
+#include "check.hpp"
+#include "map_product.hpp"
+#include "noise.hpp"
+
+#ifdef USF_PRODUCTS
+
+using namespace usf;
+
+namespace {
+
+// Against sums in float64, of maps with gaps between channels and images.
+void test(std::int64_t images, int outputs, int inputs, std::int64_t positions, int threads) {
+    const auto matrix = noise(std::size_t{1} * outputs * inputs, 1 / std::sqrt(float(inputs)));
+    const auto bias = noise(outputs), mask = noise(images * outputs * positions);
+    const std::int64_t gap = positions + 3, x_image = gap * inputs + 5, a_image = gap * outputs + 7;
+    const auto x = noise(images * x_image),
+               a = noise(images * a_image, 1 / std::sqrt(1.0f + images * positions));
+    const MapView of_x{x.data(), x_image, gap}, of_a{a.data(), a_image, gap};
+    std::vector<float> transposed(matrix.size());
+    for (int o = 0; o < outputs; ++o)
+        for (int c = 0; c < inputs; ++c) transposed[c * outputs + o] = matrix[o * inputs + c];
+    const auto product = [&](bool turned, const float* shift, Ending ending) {
+        std::vector<float> y(images * outputs * positions, NAN);
+        map_product(turned ? transposed.data() : matrix.data(), turned, outputs, inputs, of_x, images,
+                    positions, shift, ending, ending == Ending::masked ? mask.data() : nullptr, y.data(),
+                    threads);
+        return y;
+    };
+    const auto plain = product(false, bias.data(), Ending::plain),
+               relu = product(true, bias.data(), Ending::relu);
+    const auto bare = product(true, nullptr, Ending::plain), masked = product(true, nullptr, Ending::masked);
+    for (std::int64_t image = 0; image < images; ++image)
+        for (int o = 0; o < outputs; ++o)
+            for (std::int64_t p = 0; p < positions; ++p) {
+                double sum = 0;
+                for (int c = 0; c < inputs; ++c)
+                    sum += double(matrix[o * inputs + c]) * x[image * x_image + c * gap + p];
+                const std::size_t at = (image * outputs + o) * positions + p;
+                CHECK(std::abs(bare[at] - sum) <= 4e-6);
+                CHECK(masked[at] == (mask[at] > 0 ? bare[at] : 0));
+                CHECK(std::abs(plain[at] - (sum + bias[o])) <= 4e-6);
+                CHECK(relu[at] == std::max(plain[at], 0.0f));
+            }
+    std::vector<float> outer(matrix.size(), NAN), again = outer;
+    map_outer(of_a, of_x, outputs, inputs, images, positions, outer.data(), threads);
+    map_outer(of_a, of_x, outputs, inputs, images, positions, again.data(), threads);
+    CHECK(outer == again);
+    for (int o = 0; o < outputs; ++o)
+        for (int c = 0; c < inputs; ++c) {
+            double sum = 0;
+            for (std::int64_t image = 0; image < images; ++image)
+                for (std::int64_t p = 0; p < positions; ++p)
+                    sum += double(a[image * a_image + o * gap + p]) * x[image * x_image + c * gap + p];
+            CHECK(std::abs(outer[o * inputs + c] - sum) <= 4e-6);
+        }
+}
+
+}  // namespace
+
+int main() {
+    test(1, 16, 16, 64, 1);
+    test(3, 37, 43, 63, 2);
+    test(2, 1, 5, 1, 3);
+    test(1, 50, 1, 700, 2);
+    test(2, 64, 300, 33, 2);
+    test(0, 4, 4, 9, 2);
+    test(2, 4, 4, 0, 2);
+    test(5, 100, 20, 16, 4);
+    return failures != 0;
+}
+
+#else
+int main() {}
+#endif
