@@ -14,7 +14,12 @@ def test_report_is_complete_and_json():
     report = json.loads(json.dumps(doctor.diagnose()))
     assert report["torch"] == torch.__version__
     assert report["devices"][-1].startswith("cpu")
-    assert set(report["operations"]) == {*doctor.OPERATIONS, doctor.INFERENCE, *doctor.NATIVE_OPERATIONS}
+    assert set(report["operations"]) == {
+        *doctor.OPERATIONS,
+        doctor.CONDITIONERS,
+        doctor.INFERENCE,
+        *doctor.NATIVE_OPERATIONS,
+    }
     on_gpu = torch.cuda.is_available() and dispatch.HAS_TRITON
     on_cpu = dict.fromkeys((*dispatch._on_cpu, "coupling_step"), "C++ loops for float32 on cpu")
     for name in doctor.OPERATIONS:
@@ -28,6 +33,8 @@ def test_report_is_complete_and_json():
     own = "Triton and " if on_gpu else ""
     inference = f"{own}PyTorch on cuda" if torch.cuda.is_available() else "C++ and PyTorch on cpu"
     assert report["operations"][doctor.INFERENCE] == inference
+    conditioners = "PyTorch on cuda" if torch.cuda.is_available() else "C++ for float32 on cpu"
+    assert report["operations"][doctor.CONDITIONERS] == conditioners
 
 
 def test_report_says_which_operations_run_triton(monkeypatch):
