@@ -148,8 +148,8 @@ def _right_gradient(model: nn.Module, inputs: Inputs, _: object) -> str | None:
     first = [x[:1] for x in inputs]
     wide = deepcopy(model).double()
     expected = _flat(_step(wide, [x.double() for x in first]))
-    # Most of a gradient may cancel; its rounding errors do not. And a ReLU whose input rounds to the other side
-    # of zero, in the features already, turns one position's share of it, about 1 %, around.
+    # Most of a gradient may cancel; its rounding errors do not. And a ReLU whose input rounds to the other
+    # side of zero, in the features already, turns one position's share of it, about 1 %, around.
     return close_to(lambda: expected, "float32", slack=200)(_flat(_step(model, first)))
 
 
