@@ -105,11 +105,11 @@ inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int th
 struct TileRows {
     Maps maps;
     std::int64_t each = (maps.height + 1) / 2, tiles = (maps.width + 1) / 2;  // of a map, of a row of tiles
-    std::int64_t count = maps.images * each;
+    std::int64_t count = maps.rows() == 0 ? 0 : maps.images * each;
 
     explicit TileRows(const Maps& maps) : maps(maps) {}
     std::int64_t holding(std::int64_t some_tiles) const {
-        return std::max<std::int64_t>(1, some_tiles / tiles);
+        return std::max<std::int64_t>(1, some_tiles / std::max<std::int64_t>(tiles, 1));
     }
     std::int64_t first_row(std::int64_t i) const {
         return i / each * maps.positions() + i % each * Winograd::side * maps.width;
@@ -136,7 +136,6 @@ void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
 // The same for stretches of whole pairs of a map's rows, which tiles cover.
 template <class Body>
 void for_stretches_of(const Winograd& winograd, const Call& call, std::int64_t numbers, Body&& body) {
-    if (call.maps.rows() == 0) return;
     const TileRows rows(call.maps);
     numbers = 4 * numbers + Winograd::points * (winograd.inputs() + winograd.outputs());  // to a tile
     const std::int64_t most = rows.holding(std::max(least_rows, cache_numbers / numbers));

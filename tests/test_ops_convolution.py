@@ -85,6 +85,18 @@ def test_any_shape(batch, height, width, inputs, outputs):
     check(network, torch.randn(batch, inputs, height, width))
 
 
+@pytest.mark.parametrize("shape", [(2, 20, 3, 0), (2, 20, 0, 3), (2, 20, 0, 0), (0, 20, 3, 3)])
+def test_maps_without_positions(shape):
+    network = nn.Sequential(nn.Conv2d(20, 16, 3, padding=1), nn.ReLU())
+    x = torch.randn(shape, requires_grad=True)
+    y = convolutions(x, [Layer(network[0].weight, network[0].bias, relu=True)])
+    assert y.shape == (shape[0], 16, *shape[2:])
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert not network[0].weight.grad.any()
+    assert not network[0].bias.grad.any()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 20), st.integers(2, 40), st.integers(1, 40))
 def test_pointwise_layers_on_maps(bias, batch, height, width, inputs, outputs):

@@ -110,6 +110,8 @@ int main() {
     test({5, 6, 1}, 17, 16, true, 0);
     test({1, 1, 1}, 64, 48, false, 1);
     test({0, 3, 3}, 16, 16, false, 1);
+    test({2, 3, 0}, 16, 16, false, 1);
+    test({2, 0, 3}, 16, 16, false, 1);
     test({1, 40, 40}, 64, 32, true, 0);
     test({2, 5, 6}, 15, 30, true, 2);
     test_gradients({1, 8, 8}, 16, 16, 1);
@@ -118,6 +120,8 @@ int main() {
     test_gradients({5, 6, 1}, 17, 80, 2);
     test_gradients({1, 1, 1}, 64, 48, 4);
     test_gradients({0, 3, 3}, 16, 16, 2);
+    test_gradients({2, 3, 0}, 16, 16, 2);
+    test_gradients({2, 0, 3}, 16, 16, 2);
     test_gradients({1, 40, 40}, 20, 33, 2);
     test_not_a_number();
     return failures != 0;
