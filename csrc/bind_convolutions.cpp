@@ -20,6 +20,10 @@ const float* values_at(std::optional<Address> address) {
     return address ? reinterpret_cast<const float*>(*address) : nullptr;
 }
 
+Ending ending_of(bool relu, std::optional<Address> mask) {
+    return mask ? Ending::masked : relu ? Ending::relu : Ending::plain;
+}
+
 MapView view_of(const View& view) {
     const auto [data, image, channel] = view;
     return {values_at(data), image, channel};
@@ -42,11 +46,7 @@ void bind_convolutions(nb::module_& m) {
             const Winograd winograd(adjoint ? kernel.adjoint() : kernel, values_at(bias), threads, memory);
             const auto [images, height, width] = sizes;
             const Condition beside{values_at(mask), images, winograd.outputs()};
-            apply(winograd,
-                  mask   ? Ending::masked
-                  : relu ? Ending::relu
-                         : Ending::plain,
-                  Inputs{values_at(rows), winograd.inputs()},
+            apply(winograd, ending_of(relu, mask), Inputs{values_at(rows), winograd.inputs()},
                   Call{{images, height, width}, threads, mask ? &beside : nullptr},
                   reinterpret_cast<float*>(out));
         },
@@ -70,11 +70,8 @@ void bind_convolutions(nb::module_& m) {
             nb::gil_scoped_release unlocked;
             const auto [images, outputs, inputs, positions] = sizes;
             map_product(values_at(matrix), transposed, outputs, inputs, view_of(x), images, positions,
-                        values_at(bias),
-                        mask   ? Ending::masked
-                        : relu ? Ending::relu
-                               : Ending::plain,
-                        values_at(mask), reinterpret_cast<float*>(out), threads);
+                        values_at(bias), ending_of(relu, mask), values_at(mask),
+                        reinterpret_cast<float*>(out), threads);
         },
         "sizes"_a, "matrix"_a, "transposed"_a, "x"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(), "out"_a,
         "threads"_a);

@@ -40,6 +40,7 @@ public:
 
 private:
     using Either = std::variant<Weights, Winograd>;
+
     static Either of(const float* matrix, const float* bias, int outputs, int inputs, int height, int width) {
         if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= Winograd::fewest)
             return Winograd({matrix, outputs, inputs / 9, inputs, 1, inputs / 9}, bias);

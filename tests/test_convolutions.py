@@ -14,11 +14,11 @@ from usf_kernels.models.convolutions import (
     tile_convolutions_,
     untile_convolutions_,
 )
-from usf_kernels.nn.stage_extension import AVAILABLE
+from usf_kernels.ops.native import MULTIPLIES
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
-    pytest.mark.skipif(not AVAILABLE, reason="the extension has no products here"),
+    pytest.mark.skipif(not MULTIPLIES, reason="the extension has no products here"),
 ]
 
 

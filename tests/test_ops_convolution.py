@@ -11,11 +11,12 @@ from torch import nn
 
 from usf_kernels.nn import AdditiveCoupling
 from usf_kernels.nn.conditioner_layers import evaluate
-from usf_kernels.ops.convolution import AVAILABLE, Layer, convolutions
+from usf_kernels.ops.convolution import Layer, convolutions
+from usf_kernels.ops.native import MULTIPLIES
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
-    pytest.mark.skipif(not AVAILABLE, reason="the extension has no convolutions here"),
+    pytest.mark.skipif(not MULTIPLIES, reason="the extension has no convolutions here"),
 ]
 
 # Kernels, channels, and where ReLUs are; each with a convolution at least that runs in tiles.

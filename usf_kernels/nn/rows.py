@@ -12,9 +12,8 @@ from torch import Tensor
 
 from usf_kernels import _core
 from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.native import threads_over
 from usf_kernels.ops.rows import add_rows, affine_rows, runs_kernels, select_rows
-
-WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
 
 
 def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
@@ -24,7 +23,7 @@ def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
     if scattered and _in_extension(x) and (x.dtype == dtype or dtype == torch.bfloat16):
         maps = x.detach().flatten(2)
         out = x.new_empty(x.shape[0] * maps.shape[2], channels, dtype=dtype)
-        _core.interleave(_bits(maps), _bits(out), _threads(out))
+        _core.interleave(_bits(maps), _bits(out), threads_over(out))
         return out
     rows = x.movedim(1, -1).to(dtype, copy=copy, memory_format=torch.contiguous_format)
     return rows.reshape(-1, channels)
@@ -37,7 +36,7 @@ def select(rows: Tensor, index: Tensor) -> Tensor:
     if not _in_extension(rows):
         return torch.gather(rows, 1, index.expand(rows.shape[0], -1))
     out = rows.new_empty(rows.shape[0], len(index))
-    _core.select_rows(_bits(rows), index, _bits(out), _threads(rows))
+    _core.select_rows(_bits(rows), index, _bits(out), threads_over(rows))
     return out
 
 
@@ -48,7 +47,7 @@ def add_(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
     elif not _in_extension(rows):
         rows.index_add_(1, index, values, alpha=factor)
     else:
-        _core.add_rows(_bits(rows), index, _bits(values), factor, _threads(rows))
+        _core.add_rows(_bits(rows), index, _bits(values), factor, threads_over(rows))
 
 
 def affine_(
@@ -64,7 +63,7 @@ def affine_(
     if _in_extension(rows):
         log_det = rows.new_empty(rows.shape[0], dtype=torch.float32)
         arguments = (_bits(rows), index, _bits(outputs), shift.float(), clamp, inverse, log_det)
-        _core.affine_rows(*arguments, _threads(rows))
+        _core.affine_rows(*arguments, threads_over(rows))
         return log_det
     raw, translation = outputs.chunk(2, dim=1)
     log_scale = raw.tanh().mul_(clamp)
@@ -90,7 +89,3 @@ def _bits(rows: Tensor) -> Tensor:
     """NumPy's protocols know no bfloat16: its bits."""
     rows = rows.contiguous()
     return rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
-
-
-def _threads(rows: Tensor) -> int:
-    return torch.get_num_threads() if rows.numel() >= WORTH_THREADS else 1

@@ -20,10 +20,8 @@ from usf_kernels.nn.fused_blocks import (
     Result,
     Sizes,
 )
+from usf_kernels.ops import native
 from usf_kernels.ops.checks import compute_dtype
-
-AVAILABLE = hasattr(_core, "StageRun")  # compilers without vector types build none
-WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 
 
 class StageExtension:
@@ -53,7 +51,7 @@ class StageExtension:
     def takes(rows: Tensor) -> bool:
         """Whether it runs on rows like these."""
         return (
-            AVAILABLE
+            native.MULTIPLIES
             and rows.device.type == "cpu"
             and rows.dtype == torch.float32
             and not torch.compiler.is_compiling()
@@ -88,8 +86,7 @@ class StageExtension:
             self._runs[inverse] = self._compiled(rows.shape[1], inverse)
         log_det = rows.new_zeros(len(rows), dtype=compute_dtype(rows)) if self._affine else None
         shares = [share.contiguous() for share in (reversed(cond) if inverse else cond)]
-        worth = len(rows) * self._multiplications >= WORTH_THREADS
-        threads = torch.get_num_threads() if worth else 1
+        threads = native.threads_for(len(rows) * self._multiplications)
         rows = rows.contiguous()
         state = torch.empty_like(rows) if keep else rows
         # Where there are convolutions there are one or two spatial dimensions.

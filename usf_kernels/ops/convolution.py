@@ -20,7 +20,6 @@ from usf_kernels.ops import native
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import matrix_gradient
 
-AVAILABLE = native.MULTIPLIES
 LAST = torch.channels_last
 
 
@@ -31,25 +30,20 @@ class Layer(NamedTuple):
     bias: Tensor | None
     relu: bool
 
-    @property
-    def in_tiles(self) -> bool:
-        """Whether it is one that the extension runs."""
-        return in_tiles(self.weight)
-
 
 def in_tiles(weight: Tensor) -> bool:
     """Whether the extension convolves with this weight, of a convolution that keeps the size of maps."""
     outputs, inputs, *kernel = weight.shape
-    return AVAILABLE and kernel == [3, 3] and min(outputs, inputs) >= _core.FEWEST_CHANNELS
+    return native.MULTIPLIES and kernel == [3, 3] and min(outputs, inputs) >= _core.FEWEST_CHANNELS
 
 
 def pays(x: Tensor, layers: list[Layer]) -> bool:
     """Whether `convolutions` is for these, of the right shapes: float32 on the CPU, nobody looking inside."""
     return (
-        AVAILABLE
+        native.MULTIPLIES
         and native.fits(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
         and not torch.is_autocast_enabled("cpu")
-        and (any(layer.in_tiles for layer in layers) or _on_maps(x, layers))
+        and (any(in_tiles(layer.weight) for layer in layers) or _on_maps(x, layers))
     )
 
 
@@ -82,7 +76,7 @@ class _Convolutions(torch.autograd.Function):
         ctx.relus, ctx.on_maps = relus, _on_maps(x, layers)
         rows = [x if ctx.on_maps else _last(x)]
         for layer in layers:
-            rows.append((_multiply if ctx.on_maps else _convolve)(rows[-1], layer))
+            rows.append(_convolve(rows[-1], layer, on_maps=ctx.on_maps))
         ctx.save_for_backward(*rows[:-1], rows[-1] if relus[-1] else None, *parameters)
         return rows[-1] if ctx.on_maps or x.is_contiguous(memory_format=LAST) else _first(rows[-1])
 
@@ -100,17 +94,12 @@ class _Convolutions(torch.autograd.Function):
         layers = _layers(ctx.relus, parameters)
         for i in reversed(range(count)):
             wanted = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
-            of_parameters[2 * i : 2 * i + 2] = _parameter_gradients(
-                rows[i], layers[i], grad, wanted, ctx.on_maps
-            )
+            found = _parameter_gradients(rows[i], layers[i], grad, wanted, on_maps=ctx.on_maps)
+            of_parameters[2 * i : 2 * i + 2] = found
             if i == 0 and not ctx.needs_input_grad[0]:
                 return None, None, *of_parameters
             masked = i > 0 and ctx.relus[i - 1]
-            if ctx.on_maps:
-                mask = rows[i] if masked else None
-                grad = native.map_product(layers[i].weight, grad, transposed=True, mask=mask)
-            else:
-                grad = _input_gradient(rows[i], layers[i], grad, masked=masked)
+            grad = _input_gradient(rows[i], layers[i], grad, masked=masked, on_maps=ctx.on_maps)
         return grad, None, *of_parameters
 
 
@@ -144,42 +133,41 @@ def _first(x: Tensor) -> Tensor:
 
 def _transpose(x: Tensor, y: Tensor) -> None:
     """(B, M, N) to (B, N, M), of which y is a view: PyTorch's copy takes up to three times as long."""
-    threads = torch.get_num_threads() if x.numel() >= native.WORTH_THREADS else 1
-    _core.interleave(x, y.view(x.shape[0] * x.shape[2], x.shape[1]), threads)
-
-
-def _multiply(x: Tensor, layer: Layer) -> Tensor:
-    return native.map_product(layer.weight, x, bias=layer.bias, relu=layer.relu)
+    _core.interleave(x, y.view(x.shape[0] * x.shape[2], x.shape[1]), native.threads_over(x))
 
 
 # Below, all maps are in channels-last memory, but for those of pointwise layers `on_maps`.
 
 
-def _convolve(x: Tensor, layer: Layer) -> Tensor:
-    if not layer.in_tiles:
+def _convolve(x: Tensor, layer: Layer, *, on_maps: bool) -> Tensor:
+    if on_maps:
+        return native.map_product(layer.weight, x, bias=layer.bias, relu=layer.relu)
+    if not in_tiles(layer.weight):
         y = _by_taps(x, layer).contiguous(memory_format=LAST)
         return y.relu_() if layer.relu else y
     return _in_tiles(x, layer.weight, adjoint=False, bias=layer.bias, relu=layer.relu)
 
 
-def _input_gradient(x: Tensor, layer: Layer, grad: Tensor, *, masked: bool) -> Tensor:
+def _input_gradient(x: Tensor, layer: Layer, grad: Tensor, *, masked: bool, on_maps: bool) -> Tensor:
     """Of the layer's input x, or of what a ReLU has made it of if `masked`."""
-    if layer.in_tiles:
-        return _in_tiles(grad, layer.weight, adjoint=True, mask=x if masked else None)
+    mask = x if masked else None
+    if on_maps:
+        return native.map_product(layer.weight, grad, transposed=True, mask=mask)
+    if in_tiles(layer.weight):
+        return _in_tiles(grad, layer.weight, adjoint=True, mask=mask)
     result = _gradients_by_taps(x, layer, grad, [True, False, False])[0].contiguous(memory_format=LAST)
     return torch.ops.aten.threshold_backward(result, x, 0) if masked else result
 
 
 def _parameter_gradients(
-    x: Tensor, layer: Layer, grad: Tensor, wanted: tuple[bool, bool], on_maps: bool
+    x: Tensor, layer: Layer, grad: Tensor, wanted: tuple[bool, bool], *, on_maps: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if on_maps:
-        of_weight = matrix_gradient(grad, x).view_as(layer.weight) if wanted[0] else None
-        return of_weight, grad.sum((0, 2, 3)) if wanted[1] else None
-    if not layer.in_tiles:
+    if not on_maps and not in_tiles(layer.weight):
         return _gradients_by_taps(x, layer, grad, [False, *wanted])[1:]
     of_weight = None
-    if wanted[0]:
+    if wanted[0] and on_maps:
+        of_weight = matrix_gradient(grad, x).view_as(layer.weight)
+    elif wanted[0]:
         of_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
         channels = layer.weight.shape[:2]
         pointers = x.data_ptr(), grad.data_ptr(), channels, of_weight.data_ptr()

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from usf_kernels.ops import native
 
-LARGEST_OUTER = (
-    1 << 18
-)  # numbers of a sum of outer products that stay in the cache; beyond, PyTorch's is faster
+LARGEST_OUTER = 1 << 18  # numbers of a sum of outer products; PyTorch adds up larger ones faster
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:

@@ -56,18 +56,18 @@ def squared_norm(z: Tensor) -> Tensor:
     """(B, *spatial)."""
     shape = z.shape
     out = z.new_empty((shape[0], *shape[2:]))
-    if not _core.squared_norm(shape, _of(z), out.data_ptr(), _threads(z)):
+    if not _core.squared_norm(shape, _of(z), out.data_ptr(), threads_over(z)):
         z = _formatted(z, z)
-        _core.squared_norm(shape, _of(z), out.data_ptr(), _threads(z))
+        _core.squared_norm(shape, _of(z), out.data_ptr(), threads_over(z))
     return out
 
 
 def squared_norm_gradient(grad: Tensor, z: Tensor) -> Tensor:
     """2 grad z, in the format of z."""
     out, grad = torch.empty_like(z), grad.contiguous()
-    if not _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), _threads(z)):
+    if not _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), threads_over(z)):
         z, out = _formatted(z, z), _formatted_empty(z, z)
-        _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), _threads(z))
+        _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), threads_over(z))
     return out
 
 
@@ -91,7 +91,7 @@ def couple(
     log_det = None if clamp is None else x.new_empty(shape[0])
     options = split, clamp, inverse
     index, scale, bias = (None if v is None else v.contiguous() for v in (index, scale, bias))
-    exits, threads = (_address(index), _address(scale), _address(bias)), _threads(x)
+    exits, threads = (_address(index), _address(scale), _address(bias)), threads_over(x)
     if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), _address(log_det), threads):
         x, params, y = _formatted(x, y), _formatted(params, y), _formatted_empty(x, y)
         if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), _address(log_det), threads):
@@ -101,7 +101,7 @@ def couple(
 
 def shift(x: Tensor, values: Tensor, split: int, inverse: bool) -> Tensor:
     """`usf_kernels.ops.additive_coupling`: a fifth faster than `couple` where tensors are small."""
-    shape, y, threads = x.shape, _dense(x), _threads(x)
+    shape, y, threads = x.shape, _dense(x), threads_over(x)
     options = split, None, inverse, None, None, None
     if not _core.couple(shape, _of(x), _of(values), *options, _of(y), None, threads):
         x, values, y = _formatted(x, y), _formatted(values, y), _formatted_empty(x, y)
@@ -164,7 +164,7 @@ def _write_gradients(
     grad_log_det = None if clamp is None else grad_log_det.contiguous()
     return _core.couple_gradient(
         x.shape, _of(grad), _address(grad_log_det), _of(x), _of(params), split, clamp, inverse,
-        *map(_address, exits), _of(grad_x), _of(grad_params), *map(_address, per_channel), _threads(x),
+        *map(_address, exits), _of(grad_x), _of(grad_params), *map(_address, per_channel), threads_over(x),
     )  # fmt: skip
 
 
@@ -175,9 +175,26 @@ def uncouple_(
     grad_log_det = None if clamp is None else grad_log_det.expand(y.shape[0]).contiguous()
     grad_params = _dense(params)
     done = _takes(None, clamp) and _core.uncouple(
-        y.shape, _of(y), _of(grad), _of(params), clamp, _address(grad_log_det), _of(grad_params), _threads(y)
+        y.shape,
+        _of(y),
+        _of(grad),
+        _of(params),
+        clamp,
+        _address(grad_log_det),
+        _of(grad_params),
+        threads_over(y),
     )
     return grad_params if done else None
+
+
+def threads_over(x: Tensor) -> int:
+    """That are worth waking for a pass over x."""
+    return torch.get_num_threads() if x.numel() >= WORTH_THREADS else 1
+
+
+def threads_for(multiplications: int) -> int:
+    """That are worth waking for so many."""
+    return torch.get_num_threads() if multiplications >= WORTH_THREADS_OF_PRODUCTS else 1
 
 
 def walks_maps(x: Tensor) -> bool:
@@ -231,11 +248,6 @@ def _maps_of(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-def threads_for(multiplications: int) -> int:
-    """That are worth waking for so many."""
-    return torch.get_num_threads() if multiplications >= WORTH_THREADS_OF_PRODUCTS else 1
-
-
 def _takes(index: Tensor | None, clamp: float | None) -> bool:
     return (clamp is None or clamp <= LARGEST_CLAMP) and (index is None or index.is_cpu)
 
@@ -269,7 +281,3 @@ def _formatted(t: Tensor, like: Tensor) -> Tensor:
 
 def _formatted_empty(t: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=memory_format(like))
-
-
-def _threads(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= WORTH_THREADS else 1

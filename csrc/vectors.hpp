@@ -1,0 +1,74 @@
+// Vectors of floats, functions for the instructions that they take, and memory for them.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <new>
+
+#include "instructions.hpp"
+
+#if defined(__GNUC__)  // also clang: vectors as built-in types
+#define USF_PRODUCTS 1
+
+namespace usf {
+
+// Memory for floats that starts at a multiple of the longest vector, and whose old content is not kept.
+class Floats {
+public:
+    static constexpr std::size_t alignment = 64;
+
+    float* at_least(std::size_t size) {
+        if (size > size_) {
+            data_.reset(
+                static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(alignment))));
+            size_ = size;
+        }
+        return data_.get();
+    }
+    const float* data() const { return data_.get(); }
+
+private:
+    struct Free {
+        void operator()(float* p) const { ::operator delete(p, std::align_val_t(alignment)); }
+    };
+    std::unique_ptr<float, Free> data_;
+    std::size_t size_ = 0;
+};
+
+template <int lanes>
+struct Vector {
+    typedef float type __attribute__((vector_size(4 * lanes)));
+    typedef float unaligned __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+};
+
+// Of the longest vectors that this processor has.
+inline int best_lanes() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f")) return 16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+#endif
+    return 4;
+}
+
+// Calls body.operator()<lanes>(), compiled for the instructions that vectors of so many lanes take.
+#if defined(__x86_64__)
+template <class Body>
+__attribute__((target("avx512f"))) void with_avx512(const Body& body) {
+    body.template operator()<16>();
+}
+template <class Body>
+__attribute__((target("avx2,fma"))) void with_avx2(const Body& body) {
+    body.template operator()<8>();
+}
+#endif
+template <class Body>
+void with_lanes(int lanes, const Body& body) {
+#if defined(__x86_64__)
+    if (lanes == 16) return with_avx512(body);
+    if (lanes == 8) return with_avx2(body);
+#endif
+    body.template operator()<4>();
+}
+
+}  // namespace usf
+#endif
