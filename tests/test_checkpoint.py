@@ -88,12 +88,33 @@ def test_files_that_run_code_are_refused(tmp_path):
         ({"config": {"width": 3}}, "configuration does not build a ToyFlow"),
         ({"config": {"channels": 3, "dropout": 0.0}}, "backbone"),
         ({"state": {}}, "does not fit the model: bias"),
+        ({"state": {"bias": "b", "weight": 3}}, "does not fit the model"),
+        ({"state": {0: torch.zeros(1)}}, "state has keys that are no names"),
+        ({"state": [1, 2]}, "damaged checkpoint, state is a list"),
+        ({"extra": None}, "damaged checkpoint, extra is a NoneType"),
+        ({"extra": {"image_size": "large"}}, "damaged checkpoint, its image_size is 'large'"),
+        ({"extra": {"image_size": [0, 5]}}, r"damaged checkpoint, its image_size is \[0, 5\]"),
+        ({"config": 3}, "damaged checkpoint, config is a int"),
+        ({"config": {"channels": None}}, "configuration does not build a ToyFlow"),
+        ({"architecture": 3}, "damaged checkpoint, architecture is a int"),
+        ({"backbone": 3}, "damaged checkpoint, backbone is a int"),
+        ({"version": "1"}, "damaged checkpoint, its version is '1'"),
     ],
 )
 def test_what_does_not_fit_is_named(saved, changes, message):
     path, _ = saved
     rewrite(path, **changes)
     with pytest.raises(ValueError, match=rf"model\.pt: .*{message}"):
+        load_checkpoint(path, model_class=ToyFlow)
+
+
+@pytest.mark.parametrize("entry", ["version", "architecture", "config", "backbone", "extra", "state"])
+def test_a_missing_entry_is_named(saved, entry):
+    path, _ = saved
+    content = torch.load(path, weights_only=True)
+    del content[entry]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"model\.pt: damaged checkpoint, .*{entry}"):
         load_checkpoint(path, model_class=ToyFlow)
 
 

@@ -202,7 +202,8 @@ def test_wrong_checkpoints_are_named(checkpoint, folder, tmp_path, capsys):
     image = folder / "test" / "good" / "0.png"
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:-100])
-    for name in ("text.pt", "cut.pt", "missing.pt"):
+    torch.save(torch.load(checkpoint, weights_only=True) | {"extra": None}, tmp_path / "damaged.pt")
+    for name in ("text.pt", "cut.pt", "missing.pt", "damaged.pt"):
         out = tmp_path / "out"
         assert str(tmp_path / name) in fails(capsys, "predict", tmp_path / name, image, "--output", out)
         assert str(tmp_path / name) in fails(capsys, "evaluate", tmp_path / name, folder, "--output", out)

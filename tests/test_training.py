@@ -317,6 +317,32 @@ def test_no_space_names_the_file_and_keeps_the_checkpoint_before(tmp_path, monke
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"training": None},
+        {"training": {}},
+        {"training": {"settings": 3, "history": {"best_loss": 1.0}}},
+        {"history": None},
+        {"optimizer": {"state": 3}},
+        {"average": None},
+        {"step": ...},
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, damage):
+    train(tmp_path, max_epochs=1)
+    path = tmp_path / "last.pt"
+    content = torch.load(path, weights_only=True)
+    if "training" in damage:
+        content |= damage
+    else:
+        content["training"] |= damage
+        content["training"] = {k: v for k, v in content["training"].items() if v is not ...}
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"last\.pt: damaged checkpoint, its training cannot be read"):
+        train(tmp_path, max_epochs=1, resume=True)
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path):
     train(tmp_path, max_epochs=1)
     with pytest.raises(ValueError, match=r"last\.pt.*max_epochs=1, not 2.*resume=False"):

@@ -23,6 +23,15 @@ from usf_kernels.files import atomic_write
 FORMAT = "usf_kernels.checkpoint"
 VERSION = 1
 
+# What every checkpoint holds beside its format and version, and what may be there.
+ENTRIES: dict[str, tuple[type, ...]] = {
+    "architecture": (str,),
+    "config": (dict,),
+    "backbone": (str, type(None)),
+    "extra": (dict,),
+    "state": (dict,),
+}
+
 
 def save_checkpoint(path: str | Path, model: nn.Module, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write a model to a file that `load_checkpoint` reads.
@@ -69,7 +78,7 @@ def load_checkpoint(
         raise ValueError(f"{path}: holds a {name}, not a {model_class.__name__}")
     try:
         model = model_class.from_config(content["config"])
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its configuration does not build a {name} ({error})") from error
     load_stored_state(model, content, path)
     return model.to(device).eval()
@@ -102,15 +111,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: a PyTorch file, but not a usf_kernels checkpoint")
-    if content["version"] > VERSION:
+    _check_version(content.get("version"), path)
+    for entry, types in ENTRIES.items():
+        if entry not in content:
+            raise ValueError(f"{path}: damaged checkpoint, lacks {entry}")
+        if not isinstance(content[entry], types):
+            raise ValueError(f"{path}: damaged checkpoint, {entry} is a {type(content[entry]).__name__}")
+    if not all(isinstance(key, str) for key in content["state"]):
+        raise ValueError(f"{path}: damaged checkpoint, state has keys that are no names")
+    _check_image_size(content["extra"].get("image_size"), path)
+    return content
+
+
+def _check_version(version: object, path: str | Path) -> None:
+    if not isinstance(version, int):
+        raise ValueError(f"{path}: damaged checkpoint, its version is {version!r:.40}")
+    if version > VERSION:
         raise ValueError(
-            f"{path}: format version {content['version']} is newer than this package reads ({VERSION}); "
+            f"{path}: format version {version} is newer than this package reads ({VERSION}); "
             "upgrade usf-kernels"
         )
-    missing = {"architecture", "config", "backbone", "extra", "state"} - content.keys()
-    if missing:
-        raise ValueError(f"{path}: damaged checkpoint, lacks {', '.join(sorted(missing))}")
-    return content
+
+
+def _check_image_size(size: object, path: str | Path) -> None:
+    """The one fact in `extra` that this package reads itself."""
+    if size is None:
+        return
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
+        raise ValueError(f"{path}: damaged checkpoint, its image_size is {size!r:.40}")
 
 
 def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -217,7 +217,9 @@ class Run:
         saved = read_checkpoint(path)
         if "training" not in saved:
             raise ValueError(f"{path}: holds a model, but not a training run to resume")
-        held = saved["training"]["settings"] | {key: saved[key] for key in ("architecture", "config")}
+        with _names_damage(path):
+            held = saved["training"]["settings"] | {key: saved[key] for key in ("architecture", "config")}
+            best = saved["training"]["history"]["best_loss"] is not None
         wanted = asdict(self.settings) | {key: self.header[key] for key in ("architecture", "config")}
         for key, value in wanted.items():
             if held.get(key) != value:
@@ -225,7 +227,6 @@ class Run:
                     f"{path}: holds a run with {key}={held.get(key)!r}, not {value!r}; "
                     "continue it with its own settings, or start over with resume=False"
                 )
-        best = saved["training"]["history"]["best_loss"] is not None
         return saved, read_checkpoint(self.folder / BEST)["state"] if best else None
 
     def _save(self) -> None:
@@ -247,14 +248,24 @@ class Run:
         write_checkpoint(self.folder / LAST, content, durable=self.finished)  # a sync per step costs too much
 
     def _restore(self, training: Mapping[str, Any], best: dict[str, Any] | None) -> None:
-        for name in ("epoch", "step", "bad_epochs", "loss_sum", "finished"):
-            setattr(self, name, training[name])
-        vars(self.history).update(training["history"])
-        self.optimizer.load_state_dict(training["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(training["precision"])
-        if self.average is not None:
-            _copy(training["average"], self.average)
+        with _names_damage(self.folder / LAST):
+            for name in ("epoch", "step", "bad_epochs", "loss_sum", "finished"):
+                setattr(self, name, training[name])
+            vars(self.history).update(training["history"])
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(training["precision"])
+            if self.average is not None:
+                _copy(training["average"], self.average)
         self.best = best
+
+
+@contextmanager
+def _names_damage(path: Path) -> Iterator[None]:
+    """What the entries of a damaged checkpoint raise, as one error that names the file."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged checkpoint, its training cannot be read ({error!r:.120})") from error
 
 
 @torch.no_grad()
