@@ -1,13 +1,13 @@
-"""`python -m bench.report`: write docs/speed.md and the README's section on speed from bench/results."""
+"""`python -m bench.report`: write docs/speed.md and the README's tables from bench/results."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import gpu_sections, summary, table
+from bench import demonstration, gpu_sections, summary, table
 from bench.machine import RESULTS
 from bench.markdown import DOCS
 from bench.sections import section
@@ -16,7 +16,6 @@ from usf_kernels.files import atomic_write
 README = DOCS.parent / "README.md"
 PAGE = DOCS / "speed.md"
 OTHER_TABLES = ("compile_", "tune-")
-BEGIN, END = "<!-- speed: begin, written by `python -m bench.report` -->", "<!-- speed: end -->"
 TITLE = "# Speed\n\n<!-- written by `python -m bench.report` from bench/results -->"
 
 
@@ -35,17 +34,26 @@ def page(devices: Sequence[Sequence[table.Row]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def rewritten(readme: str, text: str) -> str:
-    """The README with this text between the markers.
+def rewritten(readme: str, parts: Mapping[str, str]) -> str:
+    """The README with each text between the markers of its name.
 
     Raises:
         ValueError: when it lacks them.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README: expected the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    for name, text in parts.items():
+        first = f"<!-- {name}: begin, written by `python -m bench.report` -->"
+        last = f"<!-- {name}: end -->"
+        before, begin, rest = readme.partition(first)
+        _, end, after = rest.partition(last)
+        if not begin or not end:
+            raise ValueError(f"README: expected the lines {first} and {last}")
+        readme = f"{before}{first}\n{text}\n{last}{after}"
+    return readme
+
+
+def parts(devices: Sequence[Sequence[table.Row]]) -> dict[str, str]:
+    """What the README has from the results, by the name of its markers."""
+    return {"demo": demonstration.section(demonstration.read()), "speed": summary.section(devices)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if one of them differs")
     options = parser.parse_args(arguments)
     devices = files(RESULTS)
-    readme = rewritten(README.read_text(encoding="utf-8"), summary.section(devices))
+    readme = rewritten(README.read_text(encoding="utf-8"), parts(devices))
     stale = 0
     for path, text in ((README, readme), (PAGE, page(devices))):
         if path.exists() and path.read_text(encoding="utf-8") == text:

@@ -78,7 +78,10 @@ nb::ndarray<nb::numpy, double> log_tail(const Tail& tail, Counts levels) {
 nb::ndarray<nb::numpy, std::int32_t> areas(Indices parent, Nodes node) {
     const std::size_t n = parent.shape(0);
     Memory<std::int32_t> area = allocate<std::int32_t>(n);
-    node_areas(parent.data(), n, node.data(), node.size(), area.get());
+    {
+        nb::gil_scoped_release unlocked;
+        node_areas(parent.data(), n, node.data(), node.size(), area.get());
+    }
     return to_numpy(std::move(area), {n});
 }
 

@@ -36,10 +36,12 @@ public:
     Component* components(std::size_t most) { return components_[0].reserve(most); }
 
     // Tile t has put size[t] components from begin[t] on; their keys lie in `range`. parent_of[pixel]: the
-    // pixel of the component that the one of `pixel` hangs from in its tile's tree, its own at a root.
-    // rank_of[pixel] is set to the place in the sorted order, and read by `add_seam`.
+    // pixel of the component that the one of `pixel` hangs from in its tile's tree, its own at a root; freed.
+    // rank_of[pixel] is set to the place in the sorted order, and read by `add_seam`. `others`: how many
+    // parents the caller is going to add behind those of `parents`.
     void sort(const std::vector<std::size_t>& begin, const std::vector<std::size_t>& size,
-              KeyRange<Key> range, const std::int32_t* parent_of, std::int32_t* rank_of, int threads) {
+              KeyRange<Key> range, Buffer<std::int32_t>& parent_of, std::int32_t* rank_of,
+              std::int64_t others, int threads) {
         size_ = static_cast<std::int32_t>(std::accumulate(size.begin(), size.end(), std::size_t{0}));
         rank_of_ = rank_of;
         Component* components = components_[0].data();
@@ -49,11 +51,10 @@ public:
         components_[sorted_ == components ? 1 : 0].free();
         for_each(size_, threads, [&](std::int32_t i) { rank_of[sorted_[i].pixel] = i; });
         up_.reserve(size_, Access::at_random);
-        cell_.reserve(size_, Access::at_random);
-        for_each(size_, threads, [&](std::int32_t i) {
-            up_[i] = rank_of[parent_of[sorted_[i].pixel]];
-            cell_[i] = none;
-        });
+        for_each(size_, threads, [&](std::int32_t i) { up_[i] = rank_of[parent_of[sorted_[i].pixel]]; });
+        parent_of.free();
+        cell_.reserve(size_ + others, Access::at_random);
+        for_each(size_, threads, [&](std::int32_t i) { cell_[i] = none; });
         seam_target_.clear();
         seam_next_.clear();
     }
@@ -98,6 +99,9 @@ public:
     bool opens_component(std::int32_t i) const { return i == 0 || key(i) != key(parent(i)); }
     // A number per component for the caller's use, once joined.
     std::int32_t& name(std::int32_t i) { return link_[i]; }
+    // The parents, once joined. The caller may take them, and write over those that it has read: a second
+    // array of this size would be the most memory that building a tree needs.
+    Buffer<std::int32_t>& parents() { return cell_; }
 
     void free() {
         components_[0].free();

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -148,24 +149,25 @@ private:
 
     void join_tiles(const Grid& grid, int threads) {
         std::vector<std::size_t> begin, size;
+        std::int64_t settled = 0;
         KeyRange<Key> range;
         for (std::int64_t r = 0; r < grid.tile_rows; ++r)
             for (std::int64_t c = 0; c < grid.tile_columns; ++c) {
                 const Tile& tile = tiles_[r * grid.tile_columns + c];
                 begin.push_back(grid.first_place(r, c));
                 size.push_back(tile.open);
+                settled += tile.components;
                 range.include(tile.range.low);
                 range.include(tile.range.high);
             }
         rank_of_.reserve(grid.height * grid.width, Access::at_random);
-        merge_.sort(begin, size, range, parent_of_.data(), rank_of_.data(), threads);
+        merge_.sort(begin, size, range, parent_of_, rank_of_.data(), settled, threads);
         const auto pair = [&](std::int32_t a, std::int32_t b) { merge_.add_seam(a, b); };
         for (std::int64_t r = 0; r < grid.tile_rows; ++r) {
             for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)
                 seams_.across_column(c, grid.rows_of_tile(r), pair);
             if (r + 1 < grid.tile_rows) seams_.across_row(r, pair);
         }
-        parent_of_.free();
         rank_of_.free();
         merge_.join();
     }
@@ -174,9 +176,9 @@ private:
     void number_joined(int threads) {
         std::int64_t most = merge_.size();
         for (const Tile& tile : tiles_) most += tile.components;
-        std::int32_t* parent = tree_->parent.reserve(most, Access::at_random);
         T* level = tree_->level.reserve(most, Access::at_random);
         std::int32_t* node = tree_->node.reserve(tree_->height * tree_->width, Access::at_random);
+        std::int32_t* parent = merge_.parents().data();  // in place: next <= i
         std::int32_t next = 0;
         for (std::int32_t i = 0; i < merge_.size(); ++i) {
             const std::int32_t q = merge_.parent(i);
@@ -189,6 +191,7 @@ private:
             }
         }
         for_each(merge_.size(), threads, [&](std::int32_t i) { node[merge_.pixel(i)] = merge_.name(i); });
+        std::swap(tree_->parent, merge_.parents());
         merge_.free();
         tree_->size = next;
     }

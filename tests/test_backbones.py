@@ -1,6 +1,7 @@
 """Frozen feature pyramids: weights, normalisation, shapes, errors."""
 
 import json
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,13 @@ def backbone():
     return create_backbone()
 
 
-def test_default_needs_no_download(backbone, monkeypatch):
+def test_default_needs_no_download(monkeypatch):
+    def offline(*arguments):
+        raise AssertionError("reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    backbone = create_backbone()
     assert backbone.channels == (24, 40, 112)
     assert backbone.strides == (4, 8, 16)
     maps = backbone(torch.rand(2, 3, 64, 96))

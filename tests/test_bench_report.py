@@ -1,7 +1,7 @@
 import pytest
 from test_bench_compare import row
 
-from bench import report, summary, table
+from bench import demonstration, report, summary, table
 from bench.machine import RESULTS
 from bench.registry import SUBJECTS
 from bench.sections import losses, section
@@ -9,13 +9,32 @@ from bench.sections import losses, section
 
 def test_the_readme_and_its_page_say_what_the_rows_say():
     readme, devices = report.README.read_text(encoding="utf-8"), report.files(RESULTS)
-    assert report.rewritten(readme, summary.section(devices)) == readme, "run: python -m bench.report"
+    assert report.rewritten(readme, report.parts(devices)) == readme, "run: python -m bench.report"
     assert report.page(devices) == report.PAGE.read_text(encoding="utf-8"), "run: python -m bench.report"
 
 
 def test_a_readme_without_markers():
     with pytest.raises(ValueError, match="speed: begin"):
-        report.rewritten("# Title", "")
+        report.rewritten("# Title", {"speed": ""})
+
+
+def test_the_kept_demonstration_is_worth_showing():
+    """Defects neither trivial nor invisible, the flow above its baseline, its own threshold near the best."""
+    found = demonstration.read().values()
+
+    def mean(key):
+        return sum(texture[key] for texture in found) / len(found)
+
+    assert len(found) == 3
+    assert 0.75 <= mean("baseline_pixel_auroc") <= 0.95
+    assert mean("pixel_auroc") >= mean("baseline_pixel_auroc") + 0.02
+    assert mean("image_auroc") >= mean("baseline_image_auroc") + 0.03
+    for texture in found:
+        assert texture["pixel_auroc"] >= texture["baseline_pixel_auroc"]
+        assert texture["image_auroc"] >= texture["baseline_image_auroc"]
+        assert texture["miou_automatic"] >= texture["miou_oracle"] - 0.1
+        assert texture["false_alarms_per_clean_image"] <= 1
+        assert all(0.7 <= z2 <= 1.5 for z2 in texture["held_out_mean_square"].values())
 
 
 def test_each_device_has_a_part_of_the_page_and_the_first_the_pictures(tmp_path):

@@ -198,6 +198,14 @@ def test_precision_is_that_of_the_whole_model(precision, tmp_path):
     assert [x.dtype for x in (*features, *loaded.latents(features)[0])] == [dtype] * 4
 
 
+@pytest.mark.parametrize("device", ["banana", "cuda:77"])
+def test_a_device_that_is_not_there_is_named(checkpoint, folder, tmp_path, capsys, device):
+    image = folder / "test" / "good" / "0.png"
+    error = fails(capsys, "predict", checkpoint, image, "--device", device, "--output", tmp_path / "out")
+    assert f"--device {device}: not available here" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_checkpoints_are_named(checkpoint, folder, tmp_path, capsys):
     image = folder / "test" / "good" / "0.png"
     (tmp_path / "text.pt").write_text("hello")
@@ -307,6 +315,7 @@ def test_demo_writes_results_pictures_and_checkpoints(recipe, tmp_path, capsys):
         "false_alarms_per_clean_image",
         "baseline_pixel_auroc",
         "baseline_image_auroc",
+        "held_out_mean_square",
     }
     assert results["textures"]["brick"]["baseline_pixel_auroc"] == 0.8
     printed = capsys.readouterr().out
@@ -314,6 +323,13 @@ def test_demo_writes_results_pictures_and_checkpoints(recipe, tmp_path, capsys):
         assert word in printed
     model = load_checkpoint(tmp_path / "demo" / "brick.pt")
     assert Shown.of(model.predict(torch.rand(1, 3, 16, 16))).score.shape == (1,)
+
+
+def test_demo_without_its_extra_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("usf_kernels.cli.demo.find_spec", lambda name: None if name == "timm" else "there")
+    error = fails(capsys, "demo", "--output", tmp_path / "demo")
+    assert "needs timm: pip install 'usf-kernels[demo]'" in error
+    assert not (tmp_path / "demo").exists()
 
 
 def test_control_c_ends_with_130_and_leaves_what_there_is(recipe, tmp_path, monkeypatch, capsys):

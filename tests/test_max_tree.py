@@ -1,3 +1,6 @@
+import threading
+import time
+
 import nfa_oracle as oracle
 import numpy as np
 import pytest
@@ -6,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from usf_kernels.max_tree import component_tree, component_trees
+from bench.memory import CLEAR, peak_bytes
+from bench.tree import smooth, smooth_8bit, white
+from usf_kernels import _core
+from usf_kernels.max_tree import _read, component_tree, component_trees
 
 DTYPES = [np.float32, np.float64, np.uint8, np.uint16]
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 7), (7, 2), (5, 8), (9, 9)]
@@ -117,6 +123,7 @@ def test_attributes_per_node_are_painted():
         (torch.zeros(2, 2, dtype=torch.bfloat16), TypeError, r"bfloat16; pass image\.float\(\)"),
         (torch.zeros(2, 2, dtype=torch.int64), TypeError, "image: .*int64"),
         (torch.zeros(2, 2, device="meta"), TypeError, "image: .*meta"),
+        (torch.zeros(2, 2).to_sparse(), TypeError, "image: .*sparse"),
         ([[1.0]], TypeError, "image: .*list"),
     ],
 )
@@ -129,5 +136,63 @@ def test_bad_options():
     image = np.zeros((2, 2))
     with pytest.raises(ValueError, match=r"connectivity: .*6"):
         component_tree(image, connectivity=6)
+    with pytest.raises(TypeError, match="connectivity: .*float"):
+        component_tree(image, connectivity=4.0)
     with pytest.raises(ValueError, match=r"threads: .*0"):
         component_tree(image, threads=0)
+    tree = component_tree(image, connectivity=np.int64(8), threads=np.int32(2))
+    assert len(tree) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_and_tensors_are_read_in_place(dtype):
+    image = np.ones((3, 4), dtype)
+    assert np.shares_memory(_read(image, "image", 2, 4), image)
+    assert np.shares_memory(_read(torch.from_numpy(image), "image", 2, 4), image)
+
+
+KINDS = {
+    "white": (white, np.float32, 24),
+    "smooth": (smooth, np.float32, 24),
+    "levels": (smooth_8bit, np.uint8, 24),
+    "many levels": (lambda side: (smooth(side) * 65535).astype(np.uint16), np.uint16, 24),
+    "double": (smooth, np.float64, 28),
+}
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's resident memory")
+@pytest.mark.parametrize("kind", KINDS)
+def test_working_memory(kind):
+    """Beside the map and the tree, at their peak, in bytes per pixel."""
+    make, dtype, most = KINDS[kind]
+    image = make(1024).astype(dtype)
+    tree = component_tree(image, threads=2)
+    result = tree.parent.nbytes + tree.level.nbytes + tree.node.nbytes
+    del tree
+    peaks = [peak_bytes(lambda: component_tree(image, threads=2), torch.device("cpu")) for _ in range(2)]
+    assert (min(peaks) - result) / image.size <= most
+
+
+def longest_pause(call):
+    """The longest that this thread waits while another one runs `call`, over the whole time that takes."""
+    thread = threading.Thread(target=call)
+    started = last = time.perf_counter()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest / (last - started)
+
+
+@pytest.mark.parametrize("form", ["one", "batch", "areas"])
+def test_other_threads_run_meanwhile(form):
+    image = white(1024)
+    tree = component_tree(image)
+    calls = {
+        "one": lambda: component_tree(image, threads=1),
+        "batch": lambda: component_trees(image.reshape(4, 512, 512), threads=1),
+        "areas": lambda: [_core.node_areas(tree.parent, tree.node) for _ in range(3)],
+    }
+    # On a busy machine threads also wait for a processor.
+    assert min(longest_pause(calls[form]) for _ in range(5)) < 0.3

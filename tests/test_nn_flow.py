@@ -242,6 +242,8 @@ def test_errors():
         FlowStep(4, subnet=conv_subnet, coupling="glow")
     with pytest.raises(ValueError, match="linear: expected one of 'lu', 'permutation', 'none', found None"):
         FlowStep(4, subnet=conv_subnet, linear=None)
+    with pytest.raises(TypeError, match=r"subnet: expected a callable .*found int"):
+        FlowStep(4, subnet=3)
     with pytest.raises(TypeError, match=r"subnet: expected it to return an nn\.Module, found NoneType"):
         FlowStep(4, subnet=lambda c_in, c_out: None)
     with pytest.raises(

@@ -238,6 +238,7 @@ def poisoned(value):
         (torch.ones(2, 3, 0, 4), ValueError, r"latents\[0\]: .*\(2, 3, 0, 4\)"),
         (torch.ones(2, 4, 4), ValueError, r"latents\[0\]: .*channels"),
         (torch.ones(2, 3, 4, 4, dtype=torch.int32), TypeError, r"latents\[0\]: .*int32"),
+        (torch.ones(2, 3, 4, 4).to_sparse(), TypeError, r"latents\[0\]: .*sparse"),
         (np.ones((2, 3, 4, 4), dtype=np.int32), TypeError, r"latents\[0\]: .*int32"),
         ("latents", TypeError, "latents: .*str"),
         ([], ValueError, "latents: .*empty"),
@@ -276,6 +277,13 @@ def test_bad_options():
     for call, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             call()
+
+
+def test_numbers_of_numpy():
+    u = torch.rand(2, 5, 6)
+    plain = segment(u, 8, channels=3, log_epsilon=2, threads=1)
+    theirs = segment(u, np.int64(8), channels=np.int32(3), log_epsilon=np.float32(2), threads=np.int64(1))
+    assert torch.equal(plain, theirs)
 
 
 IMMORTAL = """

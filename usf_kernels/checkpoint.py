@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -137,7 +138,9 @@ def _check_image_size(size: object, path: str | Path) -> None:
     """The one fact in `extra` that this package reads itself."""
     if size is None:
         return
-    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
+    if not (
+        isinstance(size, (list, tuple)) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
+    ):
         raise ValueError(f"{path}: damaged checkpoint, its image_size is {size!r:.40}")
 
 
@@ -147,10 +150,21 @@ def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) 
         "format": FORMAT,
         "version": VERSION,
         "architecture": type(model).__name__,
-        "config": json.loads(json.dumps(model.config)),
+        "config": _plain(model.config),
         "backbone": _fingerprint(model),
-        "extra": json.loads(json.dumps(dict(extra or {}))),
+        "extra": _plain(dict(extra or {})),
     }
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy as JSON has it: lists for tuples, Python's numbers for NumPy's."""
+
+    def number(value: object) -> int | float:
+        if isinstance(value, np.generic):
+            return value.item()
+        raise TypeError(f"expected JSON-able values, found {type(value).__name__}")
+
+    return json.loads(json.dumps(values, default=number))
 
 
 def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, durable: bool = True) -> None:

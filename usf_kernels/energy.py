@@ -82,9 +82,9 @@ def _energy(name: str, z: Tensor) -> Tensor:
 
 def check_channels(channels: Sequence[int] | int, scales: int) -> tuple[int, ...]:
     """`channels` as one positive int per scale."""
-    values = (channels,) if isinstance(channels, int) else channels
-    if not isinstance(values, (list, tuple)) or len(values) != scales:
+    values = channels if isinstance(channels, (list, tuple)) else (channels,)
+    if len(values) != scales:
         raise ValueError(f"channels: expected {scales} numbers, one per scale, found {channels!r}")
     for i, value in enumerate(values):
         check_int(f"channels[{i}]", value, 1)
-    return tuple(values)
+    return tuple(int(value) for value in values)

@@ -26,7 +26,7 @@ def check_threads(threads: int | None, pixels: int) -> int:
     if threads is None:
         return default_threads(pixels)
     check_int("threads", threads, 1)
-    return threads
+    return int(threads)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,12 +99,14 @@ def component_tree(
         connectivity: 4 or 8 neighbours.
         threads: None takes PyTorch's number, fewer for small images. The result has the same bits for any.
 
+    Beside the image and the tree this needs at most 24 bytes of memory per pixel, 28 for float64.
+
     Raises:
         TypeError: another type, dtype or device. float16 and bfloat16 are not converted silently.
         ValueError: another rank or connectivity, an empty image, NaN or infinity.
     """
     array = _read(image, "image", 2, connectivity)
-    return ComponentTree(*_core.component_tree(array, connectivity, check_threads(threads, array.size)))
+    return ComponentTree(*_core.component_tree(array, int(connectivity), check_threads(threads, array.size)))
 
 
 def component_trees(
@@ -124,7 +126,7 @@ def component_trees(
     """
     array = _read(images, "images", 3, connectivity)
     threads = check_threads(threads, array.size)
-    return [ComponentTree(*tree) for tree in _core.component_trees(array, connectivity, threads)]
+    return [ComponentTree(*tree) for tree in _core.component_trees(array, int(connectivity), threads)]
 
 
 def _read(image: np.ndarray | torch.Tensor, name: str, rank: int, connectivity: int) -> np.ndarray:
@@ -134,8 +136,9 @@ def _read(image: np.ndarray | torch.Tensor, name: str, rank: int, connectivity: 
         raise ValueError(f"{name}: expected shape {shape} with at least one pixel, found {array.shape}")
     if array.shape[-2] * array.shape[-1] > LARGEST_MAP:
         raise ValueError(f"{name}: expected at most {LARGEST_MAP} pixels, found shape {array.shape}")
+    check_int("connectivity", connectivity, 4)
     if connectivity not in (4, 8):
-        raise ValueError(f"connectivity: expected 4 or 8, found {connectivity!r}")
+        raise ValueError(f"connectivity: expected 4 or 8, found {connectivity}")
     array = np.ascontiguousarray(array)
     if array.dtype.kind == "f" and not _core.all_finite(array):
         raise ValueError(f"{name}: expected finite values, found NaN or infinity")
@@ -145,6 +148,8 @@ def _read(image: np.ndarray | torch.Tensor, name: str, rank: int, connectivity: 
 def _as_array(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     expected = "expected float32, float64, uint8 or uint16"
     if isinstance(image, torch.Tensor):
+        if image.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, found layout {image.layout}")
         if image.device.type != "cpu":
             raise TypeError(f"{name}: expected a CPU tensor, found device {image.device}; pass {name}.cpu()")
         if image.dtype in (torch.float16, torch.bfloat16):

@@ -24,7 +24,7 @@ from usf_kernels.energy import check_channels, read_energies
 from usf_kernels.max_tree import check_threads
 from usf_kernels.null import Null, calibrate
 from usf_kernels.number_of_tests import Count, counts, log_number_of_tests
-from usf_kernels.ops.checks import check_choice, check_size
+from usf_kernels.ops.checks import check_choice, check_number, check_size
 
 __all__ = ["Null", "Region", "calibrate", "log_nfa", "log_number_of_tests", "regions", "segment"]
 
@@ -259,8 +259,7 @@ def regions(
 
 
 def _check_log_epsilon(log_epsilon: float) -> float:
-    if isinstance(log_epsilon, bool) or not isinstance(log_epsilon, (int, float)):
-        raise TypeError(f"log_epsilon: expected a number, found {type(log_epsilon).__name__}")
+    check_number("log_epsilon", log_epsilon)
     if math.isnan(log_epsilon):
         raise ValueError("log_epsilon: expected a number, found NaN")
     return float(log_epsilon)

@@ -265,7 +265,9 @@ def _names_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged checkpoint, its training cannot be read ({error!r:.120})") from error
+        raise ValueError(
+            f"{path}: damaged checkpoint, its training cannot be read ({error!r:.120})"
+        ) from error
 
 
 @torch.no_grad()

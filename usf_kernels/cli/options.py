@@ -54,11 +54,19 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `--device` means."""
+    """The device that `--device` means.
+
+    Raises:
+        ValueError: when there is none of that name here.
+    """
     import torch
 
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"--device {name}: not available here ({reason:.120})") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

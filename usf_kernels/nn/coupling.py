@@ -115,6 +115,9 @@ class Conditioned(Fusible, nn.Module):
         super().__init__()
         check_int("cond_channels", cond_channels, 0)
         self.channels, self.cond_channels, self.outputs = channels, cond_channels, outputs
+        if not callable(subnet):
+            kind = type(subnet).__name__
+            raise TypeError(f"subnet: expected a callable (c_in, c_out) -> nn.Module, found {kind}")
         self.subnet = subnet(inputs + cond_channels, outputs)
         if not isinstance(self.subnet, nn.Module):
             raise TypeError(f"subnet: expected it to return an nn.Module, found {type(self.subnet).__name__}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,13 +34,15 @@ def count_positions(x: Tensor) -> int:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_float(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a tensor of one of the four supported dtypes."""
+    """Raise TypeError unless `value` is a dense tensor of one of the four supported dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, found {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, found layout {value.layout}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, found {value.dtype}")
 
@@ -69,10 +72,15 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
         raise ValueError(f"{name}: expected an int {span}, found {value}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a real number, of Python or of NumPy."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
+
+
 def check_clamp(clamp: object) -> None:
     """Raise unless `clamp` is a positive finite number."""
-    if isinstance(clamp, bool) or not isinstance(clamp, (int, float)):
-        raise TypeError(f"clamp: expected a number, found {type(clamp).__name__}")
+    check_number("clamp", clamp)
     if not 0 < clamp < math.inf:
         raise ValueError(f"clamp: expected a positive finite number, found {clamp}")
 
@@ -90,4 +98,5 @@ def check_size(size: object) -> tuple[int, int]:
         raise TypeError(f"size: expected an int or a pair (height, width), found {size!r}")
     check_int("size[0]", pair[0], 1)
     check_int("size[1]", pair[1], 1)
-    return pair[0], pair[1]
+    height, width = (int(side) if isinstance(side, np.integer) else side for side in pair)
+    return height, width

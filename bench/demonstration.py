@@ -1,0 +1,41 @@
+"""The README's table of what `make demo` prints, from the results that are kept of one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.machine import RESULTS
+from bench.markdown import table
+
+KEPT = RESULTS / "demo.json"  # a copy of runs/demo/results.json
+
+
+def read(path: Path = KEPT) -> dict[str, dict[str, Any]]:
+    """The metrics of each texture."""
+    return json.loads(path.read_text(encoding="utf-8"))["textures"]
+
+
+def section(textures: dict[str, dict[str, Any]]) -> str:
+    """One line per texture, the baseline in brackets."""
+    header = (
+        "texture",
+        "pixel AUROC",
+        "image AUROC",
+        "AUPRO",
+        "mIoU automatic / oracle",
+        "false alarms per clean image",
+    )
+    lines = [
+        (
+            name,
+            f"{found['pixel_auroc']:.3f} ({found['baseline_pixel_auroc']:.3f})",
+            f"{found['image_auroc']:.3f} ({found['baseline_image_auroc']:.3f})",
+            f"{found['aupro']:.3f}",
+            f"{found['miou_automatic']:.3f} / {found['miou_oracle']:.3f}",
+            f"{found['false_alarms_per_clean_image']:.2f}",
+        )
+        for name, found in textures.items()
+    ]
+    return table(header, lines)
