@@ -136,7 +136,7 @@ def test_bad_options():
     image = np.zeros((2, 2))
     with pytest.raises(ValueError, match=r"connectivity: .*6"):
         component_tree(image, connectivity=6)
-    with pytest.raises(TypeError, match="connectivity: .*float"):
+    with pytest.raises(TypeError, match=r"connectivity: .*float"):
         component_tree(image, connectivity=4.0)
     with pytest.raises(ValueError, match=r"threads: .*0"):
         component_tree(image, threads=0)
