@@ -3,65 +3,70 @@
 // Inside a tile's own tree, a component that does not touch a cut is settled: whatever lies outside cannot
 // change it, nor what it hangs from. Only the others ("open") have to be ordered again together with those of
 // the neighbours. `ForestMerge` does that: it sorts the open components of all tiles and runs union-find over
-// the links of the old trees and the pixel pairs across the cuts. It works in the sorted order, where a
-// component and what hangs from it are close to each other, so that memory is read almost in sequence.
+// the links of the old trees and the pairs across the cuts. It works in the sorted order, where a component
+// and what hangs from it are close to each other, so that memory is read almost in sequence.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "buffer.hpp"
+#include "component_tree.hpp"
 #include "parallel.hpp"
 #include "radix_sort.hpp"
 
 namespace usf {
 
-// A component, by one of the pixels on its level.
-template <class Key>
-struct OpenComponent {
-    Key key;
-    std::int32_t pixel;
-};
-
-// Use: fill `components`, sort, then add_seam, then join, then read from the lowest level up.
-template <class Key>
+// Use: fill `keys` and `steps`, sort, then add_seam, then join, then number; each step gives back the memory
+// that the later ones do not need.
+template <class T>
 class ForestMerge {
 public:
-    using Component = OpenComponent<Key>;
+    using Key = OrderedKey<T>;
 
-    // Where the caller puts the open components of the tiles, those of each one from its lowest level up.
-    Component* components(std::size_t most) { return components_[0].reserve(most); }
+    // Room for the open components of the tiles: those of one tile lie together, from its lowest level up.
+    // A component is known by its place there.
+    void reserve(std::size_t most) {
+        keys_.reserve(most);
+        steps_.reserve(most);
+    }
+    Key* keys() { return keys_.data(); }
+    // How many places back is the component that it hangs from in the tree of its tile; 0 at the root.
+    std::uint16_t* steps() { return steps_.data(); }
 
-    // Tile t has put size[t] components from begin[t] on; their keys lie in `range`. parent_of[pixel]: the
-    // pixel of the component that the one of `pixel` hangs from in its tile's tree, its own at a root; freed.
-    // rank_of[pixel] is set to the place in the sorted order, and read by `add_seam`. `others`: how many
-    // parents the caller is going to add behind those of `parents`.
-    void sort(const std::vector<std::size_t>& begin, const std::vector<std::size_t>& size,
-              KeyRange<Key> range, Buffer<std::int32_t>& parent_of, std::int32_t* rank_of,
-              std::int64_t others, int threads) {
-        size_ = static_cast<std::int32_t>(std::accumulate(size.begin(), size.end(), std::size_t{0}));
-        rank_of_ = rank_of;
-        Component* components = components_[0].data();
-        sorted_ = parallel_radix_sort(
-            components, components_[1].reserve(size_, Access::at_random), begin, size, range,
-            [](const Component& c) { return c.key; }, threads);
-        components_[sorted_ == components ? 1 : 0].free();
-        for_each(size_, threads, [&](std::int32_t i) { rank_of[sorted_[i].pixel] = i; });
-        up_.reserve(size_, Access::at_random);
-        for_each(size_, threads, [&](std::int32_t i) { up_[i] = rank_of[parent_of[sorted_[i].pixel]]; });
-        parent_of.free();
-        cell_.reserve(size_ + others, Access::at_random);
+    // Each run is what a tile has put there; all keys lie in `range`. There will be `others` parents beside
+    // those of the forest.
+    void sort(const std::vector<Run>& runs, KeyRange<Key> range, std::int64_t others, int threads) {
+        std::size_t end = 0, count = 0;
+        for (const Run& run : runs) {
+            end = std::max(end, run.begin + run.size);
+            count += run.size;
+        }
+        size_ = static_cast<std::int32_t>(count);
+        sorted_.reserve(count);
+        rank_of_.reserve(end);
+        sort_runs(keys_.data(), runs, range, sorted_.data(), threads,
+                  [&](std::size_t i, const Placed<Key>& component) {
+                      rank_of_[component.place] = static_cast<std::int32_t>(i);
+                  });
+        keys_.free();
+        up_.reserve(end);
+        for_each(size_, threads, [&](std::int32_t i) {
+            const std::int32_t place = sorted_[i].place;
+            up_[i] = rank_of_[place - steps_[place]];
+        });
+        steps_.free();
+        cell_.reserve(count + others, Access::at_random);
         for_each(size_, threads, [&](std::int32_t i) { cell_[i] = none; });
         seam_target_.clear();
         seam_next_.clear();
     }
 
-    // Neighbouring pixels of different tiles belong to the components of these two pixels.
-    void add_seam(std::int32_t pixel_a, std::int32_t pixel_b) {
-        const auto [low, high] = std::minmax({rank_of_[pixel_a], rank_of_[pixel_b]});
+    // These two components, of neighbouring tiles, touch.
+    void add_seam(std::int32_t place_a, std::int32_t place_b) {
+        const auto [low, high] = std::minmax({rank_of_[place_a], rank_of_[place_b]});
         seam_target_.push_back(high);
         seam_next_.push_back(cell_[low]);
         cell_[low] = size_ + static_cast<std::int32_t>(seam_target_.size()) - 1;
@@ -71,6 +76,7 @@ public:
     // is the head of the list of what joins there (components of the old tree that came before, chained
     // through `up_`, which they no longer need, and seams); afterwards it is the parent in the joined tree.
     void join() {
+        rank_of_.free();
         link_.reserve(size_, Access::at_random);
         for (std::int32_t p = size_ - 1; p >= 0; --p) {
             std::int32_t set = p;
@@ -88,24 +94,35 @@ public:
             cell_[p] = p;
             if (const std::int32_t q = up_[p]; q != p) up_[p] = std::exchange(cell_[q], p);
         }
-        up_.free();
     }
 
     std::int32_t size() const { return size_; }
-    std::int32_t pixel(std::int32_t i) const { return sorted_[i].pixel; }
-    Key key(std::int32_t i) const { return sorted_[i].key; }
-    std::int32_t parent(std::int32_t i) const { return cell_[i]; }
-    // Whether i is a component of its own, rather than a part of its parent on the same level.
-    bool opens_component(std::int32_t i) const { return i == 0 || key(i) != key(parent(i)); }
-    // A number per component for the caller's use, once joined.
-    std::int32_t& name(std::int32_t i) { return link_[i]; }
-    // The parents, once joined. The caller may take them, and write over those that it has read: a second
-    // array of this size would be the most memory that building a tree needs.
-    Buffer<std::int32_t>& parents() { return cell_; }
+    // Makes the joined components the first nodes of the tree, which takes the parents as they lie: a node's
+    // number is at most its rank. What is on the level of its parent is a part of it, and no node.
+    void number(ComponentTree<T>& tree) {
+        std::int32_t *parent = cell_.data(), *name = link_.data(), *node_of = up_.data(), next = 0;
+        T* level = tree.level.data();
+        for (std::int32_t i = 0; i < size_; ++i) {
+            const T own = from_ordered_key<T>(sorted_[i].key);
+            const std::int32_t above = i == 0 ? 0 : name[parent[i]];
+            if (i > 0 && level[above] == own) {
+                name[i] = above;
+            } else {
+                parent[next] = above;
+                level[next] = own;
+                name[i] = next++;
+            }
+            node_of[sorted_[i].place] = name[i];
+        }
+        std::swap(tree.parent, cell_);
+        tree.size = next;
+    }
+    // The nodes of the components, by their places, once numbered.
+    const std::int32_t* nodes() const { return up_.data(); }
 
     void free() {
-        components_[0].free();
-        components_[1].free();
+        sorted_.free();
+        up_.free();
         cell_.free();
         link_.free();
     }
@@ -123,10 +140,12 @@ private:
     }
 
     std::int32_t size_ = 0;
-    std::int32_t* rank_of_ = nullptr;
-    Component* sorted_ = nullptr;
-    Buffer<Component> components_[2];
-    Buffer<std::int32_t> up_, cell_, link_;
+    Buffer<Key> keys_;
+    Buffer<std::uint16_t> steps_;
+    Buffer<Placed<Key>> sorted_;
+    Buffer<std::int32_t> rank_of_;  // by place
+    Buffer<std::int32_t> up_;       // by rank what a component hangs from, in the end by place its node
+    Buffer<std::int32_t> cell_, link_;
     std::vector<std::int32_t> seam_target_, seam_next_;
 };
 

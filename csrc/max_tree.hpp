@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -42,19 +41,21 @@ private:
     using Key = OrderedKey<T>;
 
     struct TileLink {
-        std::int16_t position, parent;
+        std::int16_t position;
+        std::int16_t parent;  // position of what it hangs from, the complement where it opens a component
     };
+    static_assert(sizeof(TileLink) == sizeof(std::int32_t));
     struct Tile {
-        std::int32_t open = 0;        // components that touch a cut
-        std::int32_t settled = 0;     // other pixels
-        std::int32_t components = 0;  // that those open
+        std::int32_t place = 0;       // of its open components, those that touch a cut, in the forest
+        std::int32_t open = 0;        // how many of them
+        std::int32_t components = 0;  // that are settled
         KeyRange<Key> range;
     };
     struct Worker {
         TileTree<T> tile;
-        std::vector<std::int32_t> node;    // of the positions of a tile
-        std::vector<std::int32_t> offset;  // of their pixels from the tile's first one
+        std::vector<std::int32_t> node;  // of the positions of a tile
         std::vector<T> level;
+        std::vector<TileLink> links;  // of a row of tiles
     };
 
     void build_small() {
@@ -89,150 +90,139 @@ private:
         threads = std::max(threads, 1);
         if (workers_.size() < static_cast<std::size_t>(threads)) workers_.resize(threads);
         seams_.reset(grid, connectivity_);
-        links_.reserve(n);
-        parent_of_.reserve(n, Access::at_random);
+        tree_->node.reserve(n);
+        merge_.reserve(n);
         tiles_.assign(grid.tile_rows * grid.tile_columns, {});
-        OpenComponent<Key>* open = merge_.components(n);
         parallel_for(grid.tile_rows, threads, [&](int w, std::int64_t r) {
+            std::int64_t place = grid.first_place(r, 0);
             for (std::int64_t c = 0; c < grid.tile_columns; ++c)
-                build_tile(grid, r, c, workers_[w], open + grid.first_place(r, c));
+                place += build_tile(grid, r, c, static_cast<std::int32_t>(place), workers_[w]);
         });
         join_tiles(grid, threads);
-        number_joined(threads);
-        number_settled(grid, threads);
+        number_tiles(grid, threads);
+        merge_.free();
     }
 
-    // Writes the open components of a tile, and the other pixels as links of 16-bit positions.
-    void build_tile(const Grid& grid, std::int64_t r, std::int64_t c, Worker& worker,
-                    OpenComponent<Key>* open) {
+    // Until its pixels get their numbers, a row of tiles keeps the links of its tiles in their memory: those
+    // of the settled pixels of a tile from the front, lowest level first, its open components from the back.
+    TileLink* links(const Grid& grid, std::int64_t r, std::int64_t c) {
+        return reinterpret_cast<TileLink*>(tree_->node.data() + grid.first_place(r, c));
+    }
+
+    // Writes the open components of a tile to the places from `place` on, and the links; returns how many are
+    // open.
+    std::int32_t build_tile(const Grid& grid, std::int64_t r, std::int64_t c, std::int32_t place,
+                            Worker& worker) {
         const Range rows = grid.rows_of_tile(r), columns = grid.columns_of_tile(c);
         const int height = static_cast<int>(rows.size()), width = static_cast<int>(columns.size());
-        const auto origin = static_cast<std::int32_t>(rows.begin * grid.width + columns.begin);
         TileTree<T>& tile = worker.tile;
-        tile.build(image_ + origin, grid.width, height, width, connectivity_);
+        tile.build(image_ + rows.begin * grid.width + columns.begin, grid.width, height, width,
+                   connectivity_);
         tile.mark_open(r > 0, r + 1 < grid.tile_rows, c > 0, c + 1 < grid.tile_columns);
         worker.node.resize(tile.frame());
-        worker.offset.resize(tile.frame());
-        std::int32_t *component = worker.node.data(), *offset = worker.offset.data();
-        for (int y = 0; y < height; ++y)
-            for (int x = 0; x < width; ++x)
-                offset[tile.position(y, x)] = static_cast<std::int32_t>(y * grid.width + x);
-        TileLink* links = &links_[grid.first_place(r, c)];
-        Tile count;
-        count.range = tile.range();
+        std::int32_t* component = worker.node.data();
+        Key* keys = merge_.keys();
+        std::uint16_t* steps = merge_.steps();
+        TileLink *settled = links(grid, r, c), *open = settled + tile.size();
+        Tile& out = tiles_[r * grid.tile_columns + c];
+        out.range = tile.range();
+        out.place = place;
         for (int i = 0; i < tile.size(); ++i) {
             const int p = tile.order()[i], q = tile.parent(p);
             const bool opens = i == 0 || tile.opens_component(p);
             if (opens && tile.is_open(p)) {
-                const std::int32_t pixel = origin + offset[p];
-                component[p] = pixel;  // what is open is known by a pixel of its own
-                parent_of_[pixel] = component[q];
-                open[count.open++] = {tile.key(p), pixel};
+                component[p] = place;
+                keys[place] = tile.key(p);
+                steps[place] = static_cast<std::uint16_t>(i == 0 ? 0 : place - component[q]);
+                ++place;
+                *--open = {static_cast<std::int16_t>(p), 0};
             } else {
                 component[p] = component[q];
-                links[count.settled++] = {static_cast<std::int16_t>(p), static_cast<std::int16_t>(q)};
-                count.components += opens;
+                *settled++ = {static_cast<std::int16_t>(p), static_cast<std::int16_t>(opens ? ~q : q)};
+                out.components += opens;
             }
         }
-        tiles_[r * grid.tile_columns + c] = count;
-        const auto row = [&](int y, std::int32_t* out) {
-            std::copy_n(component + tile.position(y, 0), width, out);
+        out.open = place - out.place;
+        const auto row = [&](int y, std::int32_t* seam) {
+            std::copy_n(component + tile.position(y, 0), width, seam);
         };
-        const auto column = [&](int x, std::int32_t* out) {
-            for (int y = 0; y < height; ++y) out[y] = component[tile.position(y, x)];
+        const auto column = [&](int x, std::int32_t* seam) {
+            for (int y = 0; y < height; ++y) seam[y] = component[tile.position(y, x)];
         };
         if (r > 0) row(0, seams_.row(r - 1, 1) + columns.begin);
         if (r + 1 < grid.tile_rows) row(height - 1, seams_.row(r, 0) + columns.begin);
         if (c > 0) column(0, seams_.column(c - 1, 1) + rows.begin);
         if (c + 1 < grid.tile_columns) column(width - 1, seams_.column(c, 0) + rows.begin);
+        return out.open;
     }
 
     void join_tiles(const Grid& grid, int threads) {
-        std::vector<std::size_t> begin, size;
+        std::vector<Run> runs;
         std::int64_t settled = 0;
         KeyRange<Key> range;
-        for (std::int64_t r = 0; r < grid.tile_rows; ++r)
-            for (std::int64_t c = 0; c < grid.tile_columns; ++c) {
-                const Tile& tile = tiles_[r * grid.tile_columns + c];
-                begin.push_back(grid.first_place(r, c));
-                size.push_back(tile.open);
-                settled += tile.components;
-                range.include(tile.range.low);
-                range.include(tile.range.high);
-            }
-        rank_of_.reserve(grid.height * grid.width, Access::at_random);
-        merge_.sort(begin, size, range, parent_of_, rank_of_.data(), settled, threads);
+        for (const Tile& tile : tiles_) {
+            runs.push_back({static_cast<std::size_t>(tile.place), static_cast<std::size_t>(tile.open)});
+            settled += tile.components;
+            range.include(tile.range.low);
+            range.include(tile.range.high);
+        }
+        merge_.sort(runs, range, settled, threads);
         const auto pair = [&](std::int32_t a, std::int32_t b) { merge_.add_seam(a, b); };
         for (std::int64_t r = 0; r < grid.tile_rows; ++r) {
             for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)
                 seams_.across_column(c, grid.rows_of_tile(r), pair);
             if (r + 1 < grid.tile_rows) seams_.across_row(r, pair);
         }
-        rank_of_.free();
         merge_.join();
+        tree_->level.reserve(merge_.size() + settled);
+        merge_.number(*tree_);
     }
 
-    // Numbers for what has been joined. Those of the tiles follow: parents precede their children.
-    void number_joined(int threads) {
-        std::int64_t most = merge_.size();
-        for (const Tile& tile : tiles_) most += tile.components;
-        T* level = tree_->level.reserve(most, Access::at_random);
-        std::int32_t* node = tree_->node.reserve(tree_->height * tree_->width, Access::at_random);
-        std::int32_t* parent = merge_.parents().data();  // in place: next <= i
-        std::int32_t next = 0;
-        for (std::int32_t i = 0; i < merge_.size(); ++i) {
-            const std::int32_t q = merge_.parent(i);
-            if (merge_.opens_component(i)) {
-                merge_.name(i) = next;
-                parent[next] = merge_.name(q);
-                level[next++] = from_ordered_key<T>(merge_.key(i));
-            } else {
-                merge_.name(i) = merge_.name(q);
-            }
-        }
-        for_each(merge_.size(), threads, [&](std::int32_t i) { node[merge_.pixel(i)] = merge_.name(i); });
-        std::swap(tree_->parent, merge_.parents());
-        merge_.free();
-        tree_->size = next;
-    }
-
-    void number_settled(const Grid& grid, int threads) {
+    // What is settled follows what has been joined: parents precede their children.
+    void number_tiles(const Grid& grid, int threads) {
         std::vector<std::int32_t> first(tiles_.size());
         for (std::size_t t = 0; t < tiles_.size(); ++t) {
             first[t] = tree_->size;
             tree_->size += tiles_[t].components;
         }
         parallel_for(grid.tile_rows, threads, [&](int w, std::int64_t r) {
+            const std::int64_t begin = grid.first_place(r, 0);
+            std::vector<TileLink>& links_of_row = workers_[w].links;
+            links_of_row.resize(grid.rows_of_tile(r).size() * grid.width);
+            std::copy_n(links(grid, r, 0), links_of_row.size(), links_of_row.data());
             for (std::int64_t c = 0; c < grid.tile_columns; ++c)
-                number_tile(grid, r, c, first[r * grid.tile_columns + c], workers_[w]);
+                number_tile(grid, r, c, links_of_row.data() + (grid.first_place(r, c) - begin),
+                            first[r * grid.tile_columns + c], workers_[w]);
         });
     }
 
-    void number_tile(const Grid& grid, std::int64_t r, std::int64_t c, std::int32_t next, Worker& worker) {
+    void number_tile(const Grid& grid, std::int64_t r, std::int64_t c, const TileLink* links,
+                     std::int32_t next, Worker& worker) {
         const Range rows = grid.rows_of_tile(r), columns = grid.columns_of_tile(c);
-        const std::int64_t origin = rows.begin * grid.width + columns.begin, width = columns.size();
-        const std::int64_t stride = width + 2;
-        worker.node.resize((rows.size() + 2) * stride);
-        worker.level.resize((rows.size() + 2) * stride);
-        std::int32_t* node = worker.node.data();
-        T* level = worker.level.data();
-        for (std::int64_t y = 0; y < rows.size(); ++y) {
-            std::copy_n(tree_->node.data() + origin + y * grid.width, width, node + (y + 1) * stride + 1);
-            std::copy_n(image_ + origin + y * grid.width, width, level + (y + 1) * stride + 1);
-        }
-        const TileLink* links = &links_[grid.first_place(r, c)];
-        const std::int32_t settled = tiles_[r * grid.tile_columns + c].settled;
-        for (std::int32_t i = 0; i < settled; ++i) {
+        const std::int64_t origin = rows.begin * grid.width + columns.begin;
+        const int height = static_cast<int>(rows.size()), width = static_cast<int>(columns.size());
+        const int stride = width + 2, size = height * width;
+        const Tile& tile = tiles_[r * grid.tile_columns + c];
+        worker.node.resize((height + 2) * stride);
+        worker.level.resize((height + 2) * stride);
+        std::int32_t *node = worker.node.data(), *parents = tree_->parent.data();
+        T *level = worker.level.data(), *levels = tree_->level.data();
+        if (tile.components > 0)
+            for (int y = 0; y < height; ++y)
+                std::copy_n(image_ + origin + y * grid.width, width, level + (y + 1) * stride + 1);
+        const std::int32_t* open = merge_.nodes() + tile.place;
+        for (std::int32_t i = 0; i < tile.open; ++i) node[links[size - 1 - i].position] = open[i];
+        for (std::int32_t i = 0; i < size - tile.open; ++i) {
             const auto [p, q] = links[i];
-            if (level[p] != level[q]) {
-                tree_->parent[next] = node[q];
-                tree_->level[next] = level[p];
+            if (q < 0) {
+                parents[next] = node[~q];
+                levels[next] = level[p];
                 node[p] = next++;
             } else {
                 node[p] = node[q];
             }
         }
-        for (std::int64_t y = 0; y < rows.size(); ++y)
+        for (int y = 0; y < height; ++y)
             std::copy_n(node + (y + 1) * stride + 1, width, tree_->node.data() + origin + y * grid.width);
     }
 
@@ -240,11 +230,9 @@ private:
     Connectivity connectivity_ = Connectivity::four;
     ComponentTree<T>* tree_ = nullptr;
     std::vector<Worker> workers_;
-    ForestMerge<Key> merge_;
+    ForestMerge<T> merge_;
     Seams seams_;
     std::vector<Tile> tiles_;
-    Buffer<TileLink> links_;                    // of the settled pixels of every tile
-    Buffer<std::int32_t> parent_of_, rank_of_;  // of open components, by pixel
 };
 
 }  // namespace usf

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "buffer.hpp"
 #include "parallel.hpp"
 
 namespace usf {
@@ -97,39 +97,42 @@ Item* radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, K
     return items;
 }
 
-// The same in parallel and within the caches, for items that lie in runs with gaps between them: run r begins
-// at items[begin[r]] and has size[r] items. One pass by the highest bits of the key closes the gaps, then
-// groups of neighbouring buckets are sorted on their own. Both passes are stable, so the result is that of
-// `radix_sort`.
-template <class Item, class Key, class KeyOf>
-Item* parallel_radix_sort(Item* items, Item* spare, const std::vector<std::size_t>& begin,
-                          const std::vector<std::size_t>& size, KeyRange<Key> range, KeyOf key_of,
-                          int threads) {
-    constexpr std::size_t bins = 2048, group_size = std::size_t{1} << 16;
-    const int bits = std::bit_width(static_cast<std::uint64_t>(range.high - range.low));
-    const std::size_t n = std::accumulate(size.begin(), size.end(), std::size_t{0});
-    if (n < 4 * group_size || bits <= 11) {
-        Item* end = items;
-        for (std::size_t r = 0; r < begin.size(); ++r) end = std::copy_n(items + begin[r], size[r], end);
-        std::vector<std::uint32_t> histogram;
-        return radix_sort(items, spare, n, range, key_of, histogram);
-    }
+// Items somewhere in an array.
+struct Run {
+    std::size_t begin, size;
+};
 
-    const auto bucket = [&](const Item& item) {
-        return static_cast<std::uint64_t>(static_cast<Key>(key_of(item) - range.low)) >> (bits - 11);
-    };
-    constexpr std::size_t blocks = 32;  // of neighbouring runs
-    const auto first_run = [&](std::size_t block) { return begin.size() * block / blocks; };
+// A key and where it was.
+template <class Key>
+struct Placed {
+    Key key;
+    std::int32_t place;
+};
+
+// All keys of some runs of an array, ascending, those that are equal in the order of the runs; all lie in
+// `range`. In parallel and within the caches: one pass by the highest bits gathers the runs, then groups of
+// neighbouring buckets are sorted on their own. Calls placed(i, sorted[i]) for every i while it is at hand.
+template <class Key, class Visit>
+void sort_runs(const Key* keys, const std::vector<Run>& runs, KeyRange<Key> range, Placed<Key>* sorted,
+               int threads, Visit&& placed) {
+    constexpr std::size_t bins = 2048, group_size = std::size_t{1} << 14;
+    std::size_t n = 0;
+    for (const Run& run : runs) n += run.size;
+    const int bits = std::bit_width(static_cast<std::uint64_t>(range.high - range.low));
+    const int shift = std::max(bits - 11, 0);
+    const auto bucket = [&](Key key) { return static_cast<std::uint64_t>(Key(key - range.low)) >> shift; };
+    const std::size_t blocks = n < 16 * group_size ? 1 : 32;  // of neighbouring runs
+    const auto first_run = [&](std::size_t block) { return runs.size() * block / blocks; };
     std::vector<std::uint32_t> offset(blocks * bins, 0);  // of every block's items in every bucket
     const auto visit = [&](auto&& use) {
-        parallel_for(blocks, threads, [&](int, std::int64_t block) {
+        parallel_for(static_cast<std::int64_t>(blocks), threads, [&](int, std::int64_t block) {
             std::uint32_t* own = &offset[block * bins];
             for (std::size_t r = first_run(block); r < first_run(block + 1); ++r)
-                for (std::size_t i = begin[r]; i < begin[r] + size[r]; ++i)
-                    use(own[bucket(items[i])], items[i]);
+                for (std::size_t i = runs[r].begin; i < runs[r].begin + runs[r].size; ++i)
+                    use(own[bucket(keys[i])], i);
         });
     };
-    visit([](std::uint32_t& count, const Item&) { ++count; });
+    visit([](std::uint32_t& count, std::size_t) { ++count; });
     std::vector<std::size_t> group = {0};
     std::uint32_t sum = 0;
     for (std::size_t b = 0; b < bins; ++b) {
@@ -137,17 +140,27 @@ Item* parallel_radix_sort(Item* items, Item* spare, const std::vector<std::size_
             sum += std::exchange(offset[block * bins + b], sum);
         if (sum - group.back() >= group_size || (b + 1 == bins && sum > group.back())) group.push_back(sum);
     }
-    visit([&](std::uint32_t& next, const Item& item) { spare[next++] = item; });
-    std::vector<std::vector<std::uint32_t>> histograms(std::max(threads, 1));
-    parallel_for(static_cast<std::int64_t>(group.size()) - 1, threads, [&](int worker, std::int64_t g) {
-        Item *from = spare + group[g], *to = items + group[g];
-        const std::size_t count = group[g + 1] - group[g];
-        KeyRange<Key> inner;
-        for (std::size_t i = 0; i < count; ++i) inner.include(key_of(from[i]));
-        const Item* sorted = radix_sort(from, to, count, inner, key_of, histograms[worker]);
-        if (sorted != to) std::copy_n(sorted, count, to);
+    visit([&](std::uint32_t& next, std::size_t i) {
+        sorted[next++] = {keys[i], static_cast<std::int32_t>(i)};
     });
-    return items;
+    struct Scratch {
+        Buffer<Placed<Key>> spare;
+        std::vector<std::uint32_t> histogram;
+    };
+    std::vector<Scratch> scratch(std::max(threads, 1));
+    parallel_for(static_cast<std::int64_t>(group.size()) - 1, threads, [&](int worker, std::int64_t g) {
+        Placed<Key>* items = sorted + group[g];
+        const std::size_t count = group[g + 1] - group[g];
+        if (shift > 0) {
+            KeyRange<Key> inner;
+            for (std::size_t i = 0; i < count; ++i) inner.include(items[i].key);
+            const Placed<Key>* last = radix_sort(
+                items, scratch[worker].spare.reserve(count), count, inner,
+                [](const Placed<Key>& item) { return item.key; }, scratch[worker].histogram);
+            if (last != items) std::copy_n(last, count, items);
+        }
+        for (std::size_t i = group[g]; i < group[g + 1]; ++i) placed(i, sorted[i]);
+    });
 }
 
 }  // namespace usf

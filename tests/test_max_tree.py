@@ -151,12 +151,19 @@ def test_arrays_and_tensors_are_read_in_place(dtype):
     assert np.shares_memory(_read(torch.from_numpy(image), "image", 2, 4), image)
 
 
+def bowl(side):
+    """Open on all sides of every tile, on few levels: working memory and hardly a result."""
+    y, x = np.mgrid[:side, :side]
+    return (x - side / 2) ** 2 + (y - side / 2) ** 2
+
+
 KINDS = {
     "white": (white, np.float32, 24),
     "smooth": (smooth, np.float32, 24),
     "levels": (smooth_8bit, np.uint8, 24),
     "many levels": (lambda side: (smooth(side) * 65535).astype(np.uint16), np.uint16, 24),
-    "double": (smooth, np.float64, 28),
+    "double": (smooth, np.float64, 40),
+    "bowl": (bowl, np.float32, 24),
 }
 
 

@@ -99,7 +99,7 @@ def component_tree(
         connectivity: 4 or 8 neighbours.
         threads: None takes PyTorch's number, fewer for small images. The result has the same bits for any.
 
-    Beside the image and the tree this needs at most 24 bytes of memory per pixel, 28 for float64.
+    Beside the image and the tree this needs at most 24 bytes of memory per pixel, 40 for float64.
 
     Raises:
         TypeError: another type, dtype or device. float16 and bfloat16 are not converted silently.
