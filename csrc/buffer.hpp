@@ -14,6 +14,13 @@
 
 namespace usf {
 
+// Asks for what lies at an address, ahead of its use.
+inline void prefetch([[maybe_unused]] const void* address) {
+#ifdef __GNUC__
+    __builtin_prefetch(address);
+#endif
+}
+
 // How a block is going to be used: one that is jumped about in asks for huge pages, since with small ones
 // most of the time would go into address translation.
 enum class Access { in_sequence, at_random };

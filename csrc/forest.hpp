@@ -81,6 +81,10 @@ public:
         for (std::int32_t p = size_ - 1; p >= 0; --p) {
             std::int32_t set = p;
             link_[p] = ~p;
+            if (p >= ahead) {  // the list there may still grow: one that is asked for in vain costs little
+                if (const std::int32_t c = cell_[p - ahead]; c < size_) prefetch(&link_[c]);
+                prefetch(&cell_[up_[p - ahead]]);
+            }
             for (std::int32_t c = cell_[p]; c != none;) {
                 const bool inside = c < size_;
                 const std::int32_t other = find(inside ? c : seam_target_[c - size_]);
@@ -99,8 +103,8 @@ public:
     std::int32_t size() const { return size_; }
     // Makes the joined components the first nodes of the tree, which takes the parents as they lie: a node's
     // number is at most its rank. What is on the level of its parent is a part of it, and no node.
-    void number(ComponentTree<T>& tree) {
-        std::int32_t *parent = cell_.data(), *name = link_.data(), *node_of = up_.data(), next = 0;
+    void number(int threads, ComponentTree<T>& tree) {
+        std::int32_t *parent = cell_.data(), *name = link_.data(), next = 0;
         T* level = tree.level.data();
         for (std::int32_t i = 0; i < size_; ++i) {
             const T own = from_ordered_key<T>(sorted_[i].key);
@@ -112,8 +116,8 @@ public:
                 level[next] = own;
                 name[i] = next++;
             }
-            node_of[sorted_[i].place] = name[i];
         }
+        for_each(size_, threads, [&](std::int32_t i) { up_[sorted_[i].place] = name[i]; });
         std::swap(tree.parent, cell_);
         tree.size = next;
     }
@@ -128,7 +132,7 @@ public:
     }
 
 private:
-    static constexpr std::int32_t none = 0x7fffffff;
+    static constexpr std::int32_t none = 0x7fffffff, ahead = 12;
 
     std::int32_t find(std::int32_t p) {
         while (link_[p] >= 0) {

@@ -175,7 +175,7 @@ private:
         }
         merge_.join();
         tree_->level.reserve(merge_.size() + settled);
-        merge_.number(*tree_);
+        merge_.number(threads, *tree_);
     }
 
     // What is settled follows what has been joined: parents precede their children.

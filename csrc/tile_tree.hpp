@@ -86,20 +86,21 @@ private:
     // Bit d of before_[p]: the neighbour in direction d of the ring comes before p.
     void compare() {
         before_.resize(frame());
-        for (int y = 0; y < height_; ++y) {
-            const int first = position(y, 0);
-            const Key *here = key_.data() + first, *above = here - stride_, *below = here + stride_;
-            std::uint8_t* before = before_.data() + first;
-            // Of equal levels, the one further on in the window comes first (the sort is stable).
-            for (int x = 0; x < width_; ++x) {
-                const Key k = here[x];
-                before[x] = static_cast<std::uint8_t>((above[x] > k) | (above[x + 1] > k) << 1 |
-                                                      (here[x + 1] >= k) << 2 | (below[x + 1] >= k) << 3 |
-                                                      (below[x] >= k) << 4 | (below[x - 1] >= k) << 5 |
-                                                      (here[x - 1] > k) << 6 | (above[x - 1] > k) << 7);
-            }
-            before[0] &= 0b00011111;  // the frame holds no pixels
-            before[width_ - 1] &= 0b11110001;
+        // Rows are walked as one: what stands for the frame between them is not looked at.
+        const int first = position(0, 0), count = position(height_ - 1, width_ - 1) + 1 - first;
+        const Key *here = key_.data() + first, *above = here - stride_, *below = here + stride_;
+        std::uint8_t* before = before_.data() + first;
+        // Of equal levels, the one further on in the window comes first (the sort is stable).
+        for (int x = 0; x < count; ++x) {
+            const Key k = here[x];
+            before[x] = static_cast<std::uint8_t>((above[x] > k) | (above[x + 1] > k) << 1 |
+                                                  (here[x + 1] >= k) << 2 | (below[x + 1] >= k) << 3 |
+                                                  (below[x] >= k) << 4 | (below[x - 1] >= k) << 5 |
+                                                  (here[x - 1] > k) << 6 | (above[x - 1] > k) << 7);
+        }
+        for (int y = 0; y < height_; ++y) {  // the frame holds no pixels
+            before_[position(y, 0)] &= 0b00011111;
+            before_[position(y, width_ - 1)] &= 0b11110001;
         }
         for (int x = 0; x < width_; ++x) {
             before_[position(0, x)] &= 0b01111100;
