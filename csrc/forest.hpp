@@ -19,7 +19,7 @@
 
 namespace usf {
 
-// Use: fill `keys` and `steps`, sort, then add_seam, then join, then number; each step gives back the memory
+// Use: fill `keys` and `steps`, sort, begin_join, add_seam, join, number; each step gives back the memory
 // that the later ones do not need.
 template <class T>
 class ForestMerge {
@@ -36,9 +36,8 @@ public:
     // How many places back is the component that it hangs from in the tree of its tile; 0 at the root.
     std::uint16_t* steps() { return steps_.data(); }
 
-    // Each run is what a tile has put there; all keys lie in `range`. There will be `others` parents beside
-    // those of the forest.
-    void sort(const std::vector<Run>& runs, KeyRange<Key> range, std::int64_t others, int threads) {
+    // Each run is what a tile has put there; all keys lie in `range`.
+    void sort(const std::vector<Run>& runs, KeyRange<Key> range, int threads) {
         std::size_t end = 0, count = 0;
         for (const Run& run : runs) {
             end = std::max(end, run.begin + run.size);
@@ -58,15 +57,27 @@ public:
             up_[i] = rank_of_[place - steps_[place]];
         });
         steps_.free();
-        cell_.reserve(count + others, Access::at_random);
-        for_each(size_, threads, [&](std::int32_t i) { cell_[i] = none; });
+    }
+    // Where a component has come to lie, until `begin_join`.
+    std::int32_t rank(std::int32_t place) const { return rank_of_[place]; }
+
+    // Makes room for about so many `seams`, and for `others` parents beside those of the forest.
+    void begin_join(std::int64_t others, std::int64_t seams, int threads) {
+        rank_of_.free();
+        cell_.reserve(size_ + others, Access::at_random);
+        link_.reserve(size_, Access::at_random);
+        for_each(size_, threads, [&](std::int32_t i) {
+            cell_[i] = none;
+            link_[i] = ~i;
+        });
         seam_target_.clear();
         seam_next_.clear();
+        seam_target_.reserve(seams);
+        seam_next_.reserve(seams);
     }
-
-    // These two components, of neighbouring tiles, touch.
-    void add_seam(std::int32_t place_a, std::int32_t place_b) {
-        const auto [low, high] = std::minmax({rank_of_[place_a], rank_of_[place_b]});
+    // The components of these two ranks, of neighbouring tiles, touch.
+    void add_seam(std::int32_t a, std::int32_t b) {
+        const auto [low, high] = std::minmax({a, b});
         seam_target_.push_back(high);
         seam_next_.push_back(cell_[low]);
         cell_[low] = size_ + static_cast<std::int32_t>(seam_target_.size()) - 1;
@@ -76,11 +87,8 @@ public:
     // is the head of the list of what joins there (components of the old tree that came before, chained
     // through `up_`, which they no longer need, and seams); afterwards it is the parent in the joined tree.
     void join() {
-        rank_of_.free();
-        link_.reserve(size_, Access::at_random);
         for (std::int32_t p = size_ - 1; p >= 0; --p) {
             std::int32_t set = p;
-            link_[p] = ~p;
             if (p >= ahead) {  // the list there may still grow: one that is asked for in vain costs little
                 if (const std::int32_t c = cell_[p - ahead]; c < size_) prefetch(&link_[c]);
                 prefetch(&cell_[up_[p - ahead]]);

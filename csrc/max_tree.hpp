@@ -166,7 +166,9 @@ private:
             range.include(tile.range.low);
             range.include(tile.range.high);
         }
-        merge_.sort(runs, range, settled, threads);
+        merge_.sort(runs, range, threads);
+        seams_.rename(threads, [&](std::int32_t place) { return merge_.rank(place); });
+        merge_.begin_join(settled, seams_.pairs(), threads);
         const auto pair = [&](std::int32_t a, std::int32_t b) { merge_.add_seam(a, b); };
         for (std::int64_t r = 0; r < grid.tile_rows; ++r) {
             for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)

@@ -5,6 +5,7 @@
 
 #include "buffer.hpp"
 #include "grid.hpp"
+#include "parallel.hpp"
 
 namespace usf {
 
@@ -12,8 +13,20 @@ class Seams {
 public:
     void reset(const Grid& grid, Connectivity connectivity) {
         width_ = grid.width, height_ = grid.height, connectivity_ = connectivity;
-        row_.reserve(2 * width_ * (grid.tile_rows - 1));
-        column_.reserve(2 * height_ * (grid.tile_columns - 1));
+        rows_ = grid.tile_rows - 1, columns_ = grid.tile_columns - 1;
+        row_.reserve(2 * width_ * rows_);
+        column_.reserve(2 * height_ * columns_);
+    }
+
+    // About so many of them.
+    std::int64_t pairs() const {
+        return (connectivity_ == Connectivity::four ? 1 : 3) * (rows_ * width_ + columns_ * height_);
+    }
+    // Every node gets the name that `of` gives it.
+    template <class Of>
+    void rename(int threads, Of&& of) {
+        for_each(2 * rows_ * width_, threads, [&](std::int64_t i) { row_[i] = of(row_[i]); });
+        for_each(2 * columns_ * height_, threads, [&](std::int64_t i) { column_[i] = of(column_[i]); });
     }
 
     // The last row of tiles `r` (side 0) or the first one of tiles `r + 1` (side 1), [width].
@@ -44,7 +57,7 @@ private:
         }
     }
 
-    std::int64_t width_ = 0, height_ = 0;
+    std::int64_t width_ = 0, height_ = 0, rows_ = 0, columns_ = 0;
     Connectivity connectivity_ = Connectivity::four;
     Buffer<std::int32_t> row_, column_;
 };
