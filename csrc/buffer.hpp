@@ -22,8 +22,10 @@ inline void prefetch([[maybe_unused]] const void* address) {
 }
 
 // How a block is going to be used: one that is jumped about in asks for huge pages, since with small ones
-// most of the time would go into address translation.
-enum class Access { in_sequence, at_random };
+// most of the time would go into address translation. One that is allocated again and again comes from
+// malloc, which keeps blocks of up to 32 MB for the next time: to map it anew would take longer than to fill
+// it.
+enum class Access { in_sequence, at_random, again_and_again };
 
 struct FreeMemory {
     std::size_t mapped = 0;  // bytes to unmap, 0 for memory from malloc
@@ -44,6 +46,7 @@ template <class T>
 using Memory = std::unique_ptr<T[], FreeMemory>;
 
 constexpr std::size_t large_block = std::size_t{2} << 21;  // bytes: two huge pages
+constexpr std::size_t largest_kept = std::size_t{32} << 20;
 
 // Large blocks are mapped, so that their memory goes back to the system as soon as they are freed.
 template <class T>
@@ -51,7 +54,7 @@ Memory<T> allocate(std::size_t n, Access access = Access::in_sequence) {
     static_assert(std::is_trivially_copyable_v<T>);
     const std::size_t bytes = n * sizeof(T);
 #ifdef __linux__
-    if (bytes >= large_block) {
+    if (bytes >= (access == Access::again_and_again ? largest_kept : large_block)) {
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         if (access == Access::at_random) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: it may be refused
