@@ -10,7 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from usf_kernels.nn import ActNorm, LUConv1x1
 from usf_kernels.ops import lu_map as module
-from usf_kernels.ops.lu_map import lu_map
+from usf_kernels.ops.lu_map import apply_factors, lu_map
+from usf_kernels.ops.matrices import apply_matrix
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -148,3 +149,72 @@ def test_triton_forms_the_matrix_where_it_runs(monkeypatch):
         for actual, truth in zip(found, expected, strict=True):
             assert max_error(actual.cpu(), truth) < 1e-5
     assert len(calls) == 2
+
+
+def by_matrix(x, *given):
+    matrix, bias, _ = module._plain(*given)
+    return apply_matrix(matrix, x, given[4] if bias is None else bias)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_factors_one_after_the_other_are_the_matrix(choice):
+    for shape in ((2, 5, 3, 2), (4, 5), (1, 5, 3), (0, 5, 2, 2), (2, 5, 0)):
+        given, x = draw(5, choice), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *(v for v in tensors(given) if v.requires_grad)]
+        found, truth = apply_factors(x, *given), by_matrix(x, *given)
+        assert max_error(found, truth) < 1e-14
+        weight = torch.randn_like(truth)
+        for f, t in zip(*(torch.autograd.grad(y, leaves, weight) for y in (found, truth)), strict=True):
+            assert max_error(f, t) < 1e-13
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_gradients_through_factors_match_numerical_ones_twice(choice):
+    given, x = draw(3, choice), torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *values):
+        values = iter(values)
+        return apply_factors(x, *(v if v is None else next(values) for v in given))
+
+    assert gradcheck(run, (x, *tensors(given)), check_batched_grad=True)
+    assert gradgradcheck(run, (x, *tensors(given)))
+
+
+def test_factors_err_as_the_matrix():
+    given, x = draw(64, {FREE, BIAS, ACT_NORM}, torch.float32), torch.randn(1, 64, 5, 5)
+    given[2].requires_grad_(False)
+
+    def run(function, dtype):
+        inputs = [v.detach().to(dtype).requires_grad_(i != 3) for i, v in enumerate((x, *given))]
+        y = function(*inputs)
+        weight = torch.linspace(0.3, 2, y.numel(), dtype=dtype).view_as(y)
+        return [y, *torch.autograd.grad(y, [v for v in inputs if v.requires_grad], weight)]
+
+    results = (
+        run(apply_factors, torch.float32),
+        run(by_matrix, torch.float32),
+        run(by_matrix, torch.float64),
+    )
+    for actual, eager, truth in zip(*results, strict=True):
+        assert_within_budget(actual, eager, truth, factor=4.0)
+
+
+def test_few_positions_go_through_the_factors():
+    linear, act_norm = LUConv1x1(16, init="orthogonal"), ActNorm(16)
+
+    def taken(x):
+        return linear.run(x, inverse=False, act_norm=act_norm)[0].grad_fn.name()
+
+    assert "Factors" in taken(torch.randn(1, 16, 3, 5))
+    assert "Factors" not in taken(torch.randn(1, 16, 4, 4))
+    assert "Factors" not in taken(torch.randn(1, 16, 3, 5, dtype=torch.float64))
+    x = torch.randn(1, 16, 3, 5, dtype=torch.float32)
+    matrix, bias, _ = linear.map(torch.float32, act_norm)
+    torch.testing.assert_close(
+        linear.run(x, inverse=False, act_norm=act_norm)[0], apply_matrix(matrix, x, bias)
+    )
+
+    def norm(x):
+        return linear(x)[0].square().sum()
+
+    torch.testing.assert_close(torch.func.grad(norm)(x), torch.autograd.grad(norm(x.requires_grad_()), x)[0])

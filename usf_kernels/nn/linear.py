@@ -21,9 +21,10 @@ from usf_kernels.ops.checks import (
     promoted_dtype,
 )
 from usf_kernels.ops.conjugation import conjugation
+from usf_kernels.ops.eager import by_hand
 from usf_kernels.ops.function import Function
 from usf_kernels.ops.linear import linear
-from usf_kernels.ops.lu_map import lu_map
+from usf_kernels.ops.lu_map import apply_factors, lu_map
 from usf_kernels.ops.matrices import apply_matrix, factors_pay, full_precision, matrix_gradient
 
 if TYPE_CHECKING:
@@ -195,9 +196,11 @@ class LUConv1x1(Fusible, nn.Module):
     def map(self, wide: torch.dtype, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """(matrix, bias, log-det per position), in float32 or float64, of this map or of `act_norm` followed
         by it: see `usf_kernels.ops.lu_map`."""
+        return lu_map(*(None if v is None else v.to(wide) for v in self._given(act_norm)))
+
+    def _given(self, act_norm: ActNorm | None) -> tuple[Tensor | None, ...]:
         exit_values = (None, None) if act_norm is None else (act_norm.log_scale, act_norm.bias)
-        given = (self.lower, self.upper, self.signs, self.log_diagonal, self.bias, *exit_values)
-        return lu_map(*(None if v is None else v.to(wide) for v in given))
+        return self.lower, self.upper, self.signs, self.log_diagonal, self.bias, *exit_values
 
     def conjugation(self, wide: torch.dtype, split: int) -> tuple[Tensor, Tensor]:
         """The first `split` rows of this map's matrix and the other columns of its inverse, in float32 or
@@ -212,10 +215,13 @@ class LUConv1x1(Fusible, nn.Module):
             matrix, bias, log_det = self.map(compute_dtype(x, self.upper), act_norm)
             matrix = matrix.to(promoted_dtype(x, self.upper))
             return linear(x, matrix, bias), count_positions(x) * log_det
-        lower, upper, bias = self.factors(act_norm)
         log_det = self.log_det(count_positions(x))
         if act_norm is not None:
             log_det = log_det + act_norm.log_det(count_positions(x))
+        given = self._given(act_norm)
+        if not inverse and by_hand(x, *given):
+            return apply_factors(x, *given), log_det
+        lower, upper, bias = self.factors(act_norm)
         return lu_conv1x1(x, lower, upper, bias, inverse=inverse), -log_det if inverse else log_det
 
     def pull_back(

@@ -58,7 +58,7 @@ def couple(
     if exit_scale is None:
         passive.copy_(x[:, :split])
     else:
-        exit_scale, exit_bias = _per_channel(exit_scale, x), _per_channel(exit_bias, x)
+        exit_scale, exit_bias = per_channel(exit_scale, x), per_channel(exit_bias, x)
         torch.mul(x[:, :split], exit_scale[:split], out=passive)
         active.mul_(exit_scale[split:])
         y.add_(exit_bias)
@@ -172,9 +172,9 @@ class _GatherStep(torch.autograd.Function):
             grad_x, y = grad.index_select(1, back), None if scale is None else y.index_select(1, back)
         grad_scale = grad_bias = None
         if scale is not None:
-            grad_bias = _sums(grad_x)
-            grad_scale = _sums((y - _per_channel(bias, x)).mul_(grad_x)) / scale
-            grad_x.mul_(_per_channel(scale, x))
+            grad_bias = channel_sums(grad_x)
+            grad_scale = channel_sums((y - per_channel(bias, x)).mul_(grad_x)) / scale
+            grad_x.mul_(per_channel(scale, x))
         grad_params = uncouple_gradient_(grad_x, grad_log_det, x, params, *ctx.options)
         return grad_x, grad_params, None, grad_scale, grad_bias, None, None
 
@@ -214,7 +214,7 @@ class _MatrixStep(torch.autograd.Function):
         with full_precision(grad):
             grad_matrix = matrix_gradient(grad, y)
             grad_x = apply_matrix(matrix.mT, grad, None)
-        grad_bias = None if bias is None else _sums(grad)
+        grad_bias = None if bias is None else channel_sums(grad)
         grad_params = uncouple_gradient_(grad_x, grad_log_det, x, params, *ctx.options)
         return grad_x, grad_params, grad_matrix, grad_bias, None, None
 
@@ -236,15 +236,17 @@ class _Product(torch.autograd.Function):
             return (
                 matrix_gradient(grad, x) if ctx.needs_input_grad[0] else None,
                 apply_matrix(matrix.mT, grad, None) if ctx.needs_input_grad[1] else None,
-                None if bias is None else _sums(grad),
+                None if bias is None else channel_sums(grad),
             )
 
 
-def _sums(value: Tensor) -> Tensor:
+def channel_sums(value: Tensor) -> Tensor:
+    """(C,): the sums of (B, C, *spatial) over all but the channels."""
     return value.sum(dim=[d for d in range(value.ndim) if d != 1])
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) as it is broadcast over x (B, C, *spatial)."""
     return values.view(-1, *[1] * (x.ndim - 2))
 
 

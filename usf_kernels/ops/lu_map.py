@@ -1,7 +1,9 @@
-"""The matrix, bias and log-determinant of an LU-parameterised map from its parameters, as one operation.
+"""An LU-parameterised map from its parameters as one operation: its matrix, bias and log-determinant, or, for
+few positions, its factors applied one after the other.
 
-Written out it is a dozen operations on small tensors, each with a node in autograd's graph: on a GPU, and for
-small maps, they take longer than applying the matrix. Here they are one node, and its gradient is by hand.
+Written out it is a dozen operations on small tensors or on matrices, each with a node in autograd's graph: on
+a GPU, and for small maps, they take longer than applying the matrix. Here they are one node, and its gradient
+is by hand.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, runs_triton
+from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import matrix_op
-from usf_kernels.ops.matrices import full_precision, lu_matrix
+from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
 from usf_kernels.ops.native import somebody_looks
 
 
@@ -103,3 +106,53 @@ class _Map(torch.autograd.Function):
             of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
         of_bias = None if given[4] is None else grad_bias
         return of_lower, of_upper.triu_(1), None, of_log_diagonal, of_bias, of_log_scale, of_offset
+
+
+def apply_factors(x: Tensor, *given: Tensor | None) -> Tensor:
+    """What `lu_map` of the same arguments does to x (B, C, *spatial), without its matrix: U, then L. For
+    where `factors_pay` and `eager.by_hand`."""
+    return _Factors.apply(x, *given)
+
+
+def _factors_plain(x: Tensor, *given: Tensor | None) -> Tensor:
+    matrix, bias, _ = _plain(*given)
+    return apply_matrix(matrix, x, given[4] if bias is None else bias)
+
+
+class _Factors(torch.autograd.Function):
+    """What scales and shifts does so to x, which has fewer numbers here than the triangles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> Tensor:
+        lower, upper, signs, log_diagonal, bias, log_scale, offset = given
+        diagonal, scale = signs if log_diagonal is None else signs * log_diagonal.exp(), None
+        lower, upper, v = torch.tril(lower, -1), torch.triu(upper, 1), x
+        with full_precision(x):
+            if log_scale is not None:
+                scale = log_scale.exp()
+                v = torch.addcmul(per_channel(offset, x), x, per_channel(scale, x))
+            w = apply_matrix(upper, v, None).addcmul_(v, per_channel(diagonal, x))
+            y = apply_matrix(lower, w, bias).add_(w)
+        ctx.save_for_backward(*given, x, v, w, lower, upper, diagonal, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *given, x, v, w, lower, upper, diagonal, scale = ctx.saved_tensors
+        if differentiates_again() or not by_hand(grad):
+            of_x, *found = gradients_through(_factors_plain, (x, *given), (grad,))
+            return of_x, *found[:2], None, *found[3:]
+        log_diagonal, bias = given[3:5]
+        of_log_diagonal = of_log_scale = of_offset = None
+        with full_precision(grad):
+            of_w = apply_matrix(lower.mT, grad, None).add_(grad)
+            of_lower = matrix_gradient(grad, w).tril_(-1)
+            of_upper = matrix_gradient(of_w, v).triu_(1)
+            of_x = apply_matrix(upper.mT, of_w, None).addcmul_(of_w, per_channel(diagonal, x))
+        if log_diagonal is not None:
+            of_log_diagonal = channel_sums(of_w * v) * diagonal
+        if scale is not None:
+            of_log_scale, of_offset = channel_sums(of_x * x) * scale, channel_sums(of_x)
+            of_x = of_x * per_channel(scale, x)
+        of_bias = None if bias is None else channel_sums(grad)
+        return of_x, of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
