@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, runs_triton
-from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
+from usf_kernels.ops.eager import by_hand
 from usf_kernels.ops.lu_conv import matrix_op
-from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
+from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix
 from usf_kernels.ops.native import somebody_looks
 
 
@@ -120,21 +120,22 @@ def _factors_plain(x: Tensor, *given: Tensor | None) -> Tensor:
 
 
 class _Factors(torch.autograd.Function):
-    """What scales and shifts does so to x, which has fewer numbers here than the triangles."""
+    """What scales and shifts, and changes of memory format, does so to x: it has fewer numbers than the
+    triangles. Positions are rows here, (N, C)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> Tensor:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
         diagonal, scale = signs if log_diagonal is None else signs * log_diagonal.exp(), None
-        lower, upper, v = torch.tril(lower, -1), torch.triu(upper, 1), x
+        lower, upper, v = torch.tril(lower, -1), torch.triu(upper, 1), _rows(x)
         with full_precision(x):
             if log_scale is not None:
                 scale = log_scale.exp()
-                v = torch.addcmul(per_channel(offset, x), x, per_channel(scale, x))
-            w = apply_matrix(upper, v, None).addcmul_(v, per_channel(diagonal, x))
-            y = apply_matrix(lower, w, bias).add_(w)
+                v = torch.addcmul(offset, v, scale)
+            w = torch.addmm(v * diagonal, v, upper.mT)
+            y = torch.addmm(w if bias is None else w + bias, w, lower.mT)
         ctx.save_for_backward(*given, x, v, w, lower, upper, diagonal, scale)
-        return y
+        return _maps(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,15 +145,28 @@ class _Factors(torch.autograd.Function):
             return of_x, *found[:2], None, *found[3:]
         log_diagonal, bias = given[3:5]
         of_log_diagonal = of_log_scale = of_offset = None
+        of_y = _rows(grad)
         with full_precision(grad):
-            of_w = apply_matrix(lower.mT, grad, None).add_(grad)
-            of_lower = matrix_gradient(grad, w).tril_(-1)
-            of_upper = matrix_gradient(of_w, v).triu_(1)
-            of_x = apply_matrix(upper.mT, of_w, None).addcmul_(of_w, per_channel(diagonal, x))
+            of_w = torch.addmm(of_y, of_y, lower)
+            of_v = torch.addmm(of_w * diagonal, of_w, upper)
+            of_lower = torch.mm(of_y.mT, w).tril_(-1)
+            of_upper = torch.mm(of_w.mT, v).triu_(1)
         if log_diagonal is not None:
-            of_log_diagonal = channel_sums(of_w * v) * diagonal
+            of_log_diagonal = (of_w * v).sum(0) * diagonal
         if scale is not None:
-            of_log_scale, of_offset = channel_sums(of_x * x) * scale, channel_sums(of_x)
-            of_x = of_x * per_channel(scale, x)
-        of_bias = None if bias is None else channel_sums(grad)
+            of_log_scale, of_offset = (of_v * _rows(x)).sum(0) * scale, of_v.sum(0)
+            of_v *= scale
+        of_bias = None if bias is None else of_y.sum(0)
+        of_x = _maps(of_v, x)
         return of_x, of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, *spatial) as (N, C), a row per position."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+def _maps(rows: Tensor, like: Tensor) -> Tensor:
+    """The way back, in the memory format of `like`."""
+    maps = rows.view(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
+    return maps if like.ndim == 2 or like.stride(1) == 1 else maps.contiguous()

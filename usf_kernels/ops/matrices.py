@@ -47,10 +47,11 @@ def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
     small = grad.shape[1] * x.shape[1] <= LARGEST_OUTER
     if small and _in_extension(x, grad) and native.walks_maps(grad):
         return native.map_outer(grad, x)
-    # Image after image into one matrix, where a batched product would write one for each.
     grad, x = grad.flatten(2), x.flatten(2)
-    total = grad.new_zeros(grad.shape[1], x.shape[1])
-    return torch.addbmm(total, grad, x.mT)
+    if len(grad) == 0:
+        return grad.new_zeros(grad.shape[1], x.shape[1])
+    # Image after image into one matrix, where a batched product would write one for each.
+    return torch.mm(grad[0], x[0].mT).addbmm_(grad[1:], x[1:].mT)
 
 
 def _in_extension(x: Tensor, *others: Tensor | None) -> bool:
