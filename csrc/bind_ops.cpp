@@ -104,20 +104,27 @@ void bind_ops(nb::module_& m) {
         "grad_bias"_a.none(), "threads"_a);
     m.def(
         "uncouple",
-        [](const Sizes& sizes, const Tensor& y, const Tensor& grad, const Tensor& params,
-           std::optional<float> clamp, Address grad_log_det, const Tensor& grad_params, int threads) {
+        [](const Sizes& sizes, const Tensor& y, const Tensor& grad, Address grad_log_det,
+           const Tensor& params, std::int64_t split, std::optional<float> clamp, Address index, Address scale,
+           Address bias, const Tensor& x, const Tensor& grad_x, const Tensor& grad_params, Address grad_scale,
+           Address grad_bias, int threads) {
             const Coupling coupling{clamp.value_or(0), false};
-            const std::int64_t outputs = (clamp ? 2 : 1) * sizes[1];
-            const auto from = view<float>(y, sizes, sizes[1]), grad_y = view<float>(grad, sizes, sizes[1]);
+            const std::int64_t outputs = (clamp ? 2 : 1) * (sizes[1] - split);
+            const auto from = view<const float>(y, sizes, sizes[1]);
+            const auto grad_y = view<const float>(grad, sizes, sizes[1]);
             const auto with = view<const float>(params, sizes, outputs);
+            const auto to = view<float>(x, sizes, sizes[1]), to_grad = view<float>(grad_x, sizes, sizes[1]);
             const auto to_params = view<float>(grad_params, sizes, outputs);
+            const auto exit = exit_of(index, sizes[1], scale, bias);
             nb::gil_scoped_release unlocked;
-            return from && grad_y && with && to_params &&
-                   uncouple(coupling, *from, *grad_y, *with, pointer<const float>(grad_log_det),
-                            extent_of(sizes), *to_params, threads);
+            return from && grad_y && with && to && to_grad && to_params && exit &&
+                   uncouple(coupling, split, *exit, *from, *grad_y, *with, pointer<const float>(grad_log_det),
+                            extent_of(sizes), *to, *to_grad, *to_params, pointer<float>(grad_scale),
+                            pointer<float>(grad_bias), threads);
         },
-        "sizes"_a, "y"_a, "grad"_a, "params"_a, "clamp"_a.none(), "grad_log_det"_a.none(), "grad_params"_a,
-        "threads"_a);
+        "sizes"_a, "y"_a, "grad"_a, "grad_log_det"_a.none(), "params"_a, "split"_a, "clamp"_a.none(),
+        "index"_a.none(), "scale"_a.none(), "bias"_a.none(), "x"_a, "grad_x"_a, "grad_params"_a,
+        "grad_scale"_a.none(), "grad_bias"_a.none(), "threads"_a);
 }
 
 }  // namespace usf

@@ -1,4 +1,4 @@
-// Gradients of `couple`, in one pass, and its inverse together with them, in place.
+// Gradients of `couple`, in one pass, and its inverse together with them.
 #pragma once
 
 #include "couplings.hpp"
@@ -167,42 +167,117 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
     return true;
 }
 
-USF_CLONES inline void undo_run(const Coupling& coupling, float* y, float* grad, const float* params,
-                                std::int64_t apart, std::int64_t n, float grad_log_det, float* grad_params) {
+// A plane of passive values, or of active ones, back through the exit and the coupling: see `undo_piece`.
+USF_CLONES inline void undo_plane(const Coupling& coupling, bool active, const float* y, const float* grad_y,
+                                  const float* scale, const float* bias, const float* params,
+                                  std::int64_t apart, std::int64_t n, float grad_log_det, float* x,
+                                  float* grad_x, float* grad_params, float* scale_sum, float* bias_sum) {
+    if (!active && !scale && x == y && grad_x == grad_y) return;
+    double scale_total = 0, bias_total = 0;
     for (std::int64_t first = 0; first < n; first += piece) {
         const int count = static_cast<int>(std::min<std::int64_t>(piece, n - first));
-        undo_piece(coupling, y + first, grad + first, params + first, apart, count, grad_log_det,
-                   grad_params + first);
+        const float* const from = grad_y + first;
+        float value[piece], grad[piece];
+        std::copy_n(y + first, count, value);
+        std::copy_n(from, count, grad);
+        if (scale) {
+            const float factor = *scale, offset = *bias;
+            for (int j = 0; j < count; ++j) value[j] = (value[j] - offset) / factor;
+            for (int j = 0; j < count; ++j) grad[j] = value[j] * from[j];
+            scale_total += sum(grad, count);
+            bias_total += sum(from, count);
+            for (int j = 0; j < count; ++j) grad[j] = factor * from[j];
+        }
+        if (active)
+            undo_piece(coupling, value, grad, params + first, apart, count, grad_log_det,
+                       grad_params + first);
+        std::copy_n(value, count, x + first);
+        std::copy_n(grad, count, grad_x + first);
+    }
+    if (scale) {
+        *scale_sum = static_cast<float>(scale_total);
+        *bias_sum = static_cast<float>(bias_total);
     }
 }
 
-// Turns the active channels y of a coupled x into what they were, `grad` of y into that of x, and writes the
-// gradient of params. `extent` is that of y.
-inline bool uncouple(const Coupling& coupling, const Output& y, const Output& grad, const Input& params,
-                     const float* grad_log_det, const Extent& extent, const Output& grad_params,
-                     int threads) {
-    const auto [batch, channels, positions] = extent;
-    const Layout layout = common_layout(positions, y, grad, params, grad_params);
-    if (layout == Layout::other || params.channel != grad_params.channel) return false;
-    const std::int64_t apart = channels * params.channel;
-    if (layout == Layout::maps) {
-        const Stretches planes(channels, positions);
-        team_for(batch * planes.count, threads, [&, positions = positions](std::int64_t i) {
-            const std::int64_t image = i / planes.count, s = i % planes.count;
-            for (std::int64_t j = planes.begin(s); j < planes.end(s); ++j)
-                undo_run(coupling, y.at(image, j, 0), grad.at(image, j, 0), params.at(image, j, 0), apart,
-                         positions, grad_log_det ? grad_log_det[image] : 0, grad_params.at(image, j, 0));
-        });
-        return true;
-    }
-    const Stretches rows(batch * positions, channels);
-    team_for(rows.count, threads, [&, channels = channels, positions = positions](std::int64_t i) {
-        for (std::int64_t r = rows.begin(i); r < rows.end(i); ++r) {
-            const std::int64_t image = r / positions, p = r % positions;
-            undo_run(coupling, y.at(image, 0, p), grad.at(image, 0, p), params.at(image, 0, p), apart,
-                     channels, grad_log_det ? grad_log_det[image] : 0, grad_params.at(image, 0, p));
+// One row of neighbouring channels. Adds to the sums. `scratch` holds two rows.
+USF_CLONES inline void undo_row(const Coupling& coupling, std::int64_t split, std::int64_t channels,
+                                const Exit& exit, const float* y, const float* grad_y, const float* params,
+                                std::int64_t apart, float grad_log_det, float* x, float* grad_x,
+                                float* grad_params, float* __restrict scale_sum, float* __restrict bias_sum,
+                                float* __restrict scratch) {
+    if (!exit.nothing()) {
+        float *const value = scratch, *const grad = scratch + channels;
+        for (std::int64_t j = 0; j < channels; ++j) {
+            value[j] = y[exit.channel(j)];
+            grad[j] = grad_y[exit.channel(j)];
         }
-    });
+        if (exit.scale) {
+            const float* __restrict scale = exit.scale, * __restrict bias = exit.bias;
+            for (std::int64_t j = 0; j < channels; ++j) {
+                value[j] = (value[j] - bias[j]) / scale[j];
+                scale_sum[j] += value[j] * grad[j];
+                bias_sum[j] += grad[j];
+                grad[j] *= scale[j];
+            }
+        }
+        y = value;
+        grad_y = grad;
+    }
+    if (x != y) std::copy_n(y, channels, x);
+    if (grad_x != grad_y) std::copy_n(grad_y, channels, grad_x);
+    for (std::int64_t j = split; j < channels; j += piece) {
+        const int count = static_cast<int>(std::min<std::int64_t>(piece, channels - j));
+        undo_piece(coupling, x + j, grad_x + j, params + j - split, apart, count, grad_log_det,
+                   grad_params + j - split);
+    }
+}
+
+// What a reversible backward pass does: from y, which `couple` made, the x that it made it of, and as
+// `couple_gradient` the gradients. Without an exit, x and grad_x may be y and grad_y themselves.
+inline bool uncouple(const Coupling& coupling, std::int64_t split, const Exit& exit, const Input& y,
+                     const Input& grad_y, const Input& params, const float* grad_log_det,
+                     const Extent& extent, const Output& x, const Output& grad_x, const Output& grad_params,
+                     float* grad_scale, float* grad_bias, int threads) {
+    const auto [batch, channels, positions] = extent;
+    const Layout layout = common_layout(positions, y, grad_y, params, x, grad_x, grad_params);
+    if (layout == Layout::other || params.channel != grad_params.channel) return false;
+    const std::int64_t apart = (channels - split) * params.channel;
+    const auto of_log_det = [&](std::int64_t image) { return coupling.affine() ? grad_log_det[image] : 0; };
+    ExitSums sums;
+    if (layout == Layout::maps) {
+        if (exit.scale) sums.make(batch, channels);
+        const Stretches planes(channels, positions);
+        team_for(
+            batch * planes.count, threads, [&, channels = channels, positions = positions](std::int64_t i) {
+                const std::int64_t image = i / planes.count, s = i % planes.count;
+                for (std::int64_t j = planes.begin(s); j < planes.end(s); ++j) {
+                    const bool active = j >= split;
+                    const std::int64_t from = exit.channel(j), at = image * channels + j;
+                    undo_plane(coupling, active, y.at(image, from, 0), grad_y.at(image, from, 0),
+                               exit.scale ? exit.scale + j : nullptr, exit.scale ? exit.bias + j : nullptr,
+                               active ? params.at(image, j - split, 0) : nullptr, apart, positions,
+                               of_log_det(image), x.at(image, j, 0), grad_x.at(image, j, 0),
+                               active ? grad_params.at(image, j - split, 0) : nullptr,
+                               exit.scale ? &sums.scale[at] : nullptr, exit.scale ? &sums.bias[at] : nullptr);
+                }
+            });
+    } else {
+        const Stretches rows(batch * positions, channels);
+        if (exit.scale) sums.make(rows.count, channels);
+        team_for(rows.count, threads, [&, channels = channels, positions = positions](std::int64_t i) {
+            std::vector<float> scratch(exit.nothing() ? 0 : 2 * channels);
+            for (std::int64_t r = rows.begin(i); r < rows.end(i); ++r) {
+                const std::int64_t image = r / positions, p = r % positions;
+                undo_row(coupling, split, channels, exit, y.at(image, 0, p), grad_y.at(image, 0, p),
+                         params.at(image, 0, p), apart, of_log_det(image), x.at(image, 0, p),
+                         grad_x.at(image, 0, p), grad_params.at(image, 0, p),
+                         exit.scale ? &sums.scale[i * channels] : nullptr,
+                         exit.scale ? &sums.bias[i * channels] : nullptr, scratch.data());
+            }
+        });
+    }
+    if (exit.scale) sums.finish(grad_scale, grad_bias);
     return true;
 }
 

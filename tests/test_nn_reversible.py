@@ -98,14 +98,15 @@ def test_any_shape(shape):
     assert_same_gradients(flow, torch.randn(shape, dtype=torch.float64).requires_grad_())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("linear", LINEARS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_float32_gradients(coupling, linear):
+def test_float32_gradients(coupling, linear, layout):
     """To 1e-5 of the standard ones, or as close as those are to the truth where terms cancel."""
     steps = [
         FlowStep(64, subnet=conv_subnet, coupling=coupling, linear=linear, zero_init=False) for _ in range(8)
     ]
-    flow, x = FlowSequence(steps), torch.randn(2, 64, 8, 8)
+    flow, x = FlowSequence(steps, memory="reversible"), torch.randn(2, 64, 8, 8).to(memory_format=layout)
     flow(x)
     standard = FlowSequence(copy.deepcopy(steps), memory="standard")
     double = copy.deepcopy(standard).double()
@@ -114,6 +115,16 @@ def test_float32_gradients(coupling, linear):
     _, truth = backward(double, x.double())
     for a, e, t in zip(actual, expected, truth, strict=True):
         assert (a - e).norm() <= max(1e-5 * e.norm(), 2 * (e - t).norm())
+
+
+def test_few_positions_lose_no_digits():
+    """An LU map undone factor by factor would lose one or two more than its matrix."""
+    steps = [LUConv1x1(256, init="orthogonal") for _ in range(8)]
+    flow, x = FlowSequence(steps, memory="reversible"), torch.randn(1, 256, 3, 3)
+    _, actual = backward(flow, x)
+    _, truth = backward(FlowSequence(copy.deepcopy(steps), memory="standard").double(), x.double())
+    for value, reference in zip(actual, truth, strict=True):
+        assert (value - reference).norm() <= 1e-5 * reference.norm()
 
 
 def saved_bytes(flow, x):
@@ -167,6 +178,7 @@ def test_when_it_is_used():
     assert uses(FlowSequence(steps[:1], memory="reversible"))
     assert uses(FlowSequence(steps, memory="reversible")[1:])
     assert not uses(flow[1:])
+    assert not uses(flow, x[:1, :, :3, :1])  # fewer positions than channels
     assert not uses(FlowSequence(steps, memory="standard"))
     assert not uses(torch.compile(flow, backend="eager", fullgraph=True))
     frozen = copy.deepcopy(flow).requires_grad_(False)

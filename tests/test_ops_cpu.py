@@ -226,7 +226,7 @@ def test_who_runs_what():
 
 def test_steps_take_the_loops(monkeypatch):
     calls = []
-    for name in ("couple", "couple_gradient", "uncouple_", "uncouple_gradient_"):
+    for name in ("couple", "couple_gradient", "uncouple", "uncouple_gradient_"):
         run = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, n=name, r=run, **k: calls.append(n) or r(*a, **k))
     x, params, split = draw((2, 4, 3, 3), True)
@@ -240,13 +240,43 @@ def test_steps_take_the_loops(monkeypatch):
     for undo in (False, True):
         grad, value = torch.ones_like(y), y.clone()
         if undo:
-            grad_params = eager.uncouple_(value, grad, params, split, 2.0, zero)
+            exits = None, None, None
+            value, grad, grad_params, *_ = eager.uncouple(value, grad, zero, params, *exits, split, 2.0)
             assert max_error(value, x) < 1e-5
         else:
             grad_params = eager.uncouple_gradient_(grad, zero, x, params, split, 2.0)
         assert max_error(grad, expected[0]) < 1e-5
         assert max_error(grad_params, expected[1]) < 1e-5
-    assert calls[2:] == ["couple", "uncouple_gradient_", "uncouple_"]
+    assert calls[2:] == ["couple", "uncouple_gradient_", "uncouple"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [False, True])
+def test_steps_are_undone(affine, layout, dtype):
+    """In the extension's loops and, in float64, without them."""
+    x, params, split = draw((3, 5, 4, 6), affine)
+    x, params = (v.to(dtype, memory_format=layout).requires_grad_() for v in (x, params))
+    clamp, index = (1.9, None)[not affine], torch.tensor([3, 0, 4, 1, 2])
+    scale, bias = torch.linspace(-1, -2, 5, dtype=dtype), torch.linspace(-1, 1, 5, dtype=dtype)
+    scale, bias = scale.requires_grad_(), bias.requires_grad_()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    for exits in ((None, None, None), (index, None, None), (None, scale, bias), (index, scale, bias)):
+        inputs = [x, params, *(v for v in exits[1:] if v is not None)]
+        named = dict(zip(("index", "scale", "bias"), exits, strict=True))
+        y, log_det = coupling_step(x, params, split=split, clamp=clamp, **named)
+        grad, of_log_det = torch.randn_like(y), torch.randn(3, dtype=dtype)
+        loss = (y * grad).sum() + ((log_det * of_log_det).sum() if affine else 0)
+        expected = torch.autograd.grad(loss, inputs)
+        for strided in (False, True):  # a gradient in the other memory format
+            given = grad.mT.contiguous().mT if strided else grad.clone()
+            values = (v if v is None else v.detach() for v in (y.clone(), given, of_log_det, params, *exits))
+            with torch.no_grad():
+                found, *grads = eager.uncouple(*values, split, clamp)
+            assert max_error(found, x) < tolerance
+            assert [g is None for g in grads[2:]] == [exits[1] is None] * 2
+            for actual, truth in zip((g for g in grads if g is not None), expected, strict=True):
+                assert max_error(actual, truth) < 10 * tolerance
 
 
 def test_an_index_that_is_no_permutation_is_left_to_torch():

@@ -29,6 +29,16 @@ bool near(double actual, double expected) {
     return std::abs(actual - expected) <= 1e-5 * (1 + std::abs(expected));
 }
 
+Exit make_exit(std::int64_t channels, bool permutes, const float* scale, const float* bias) {
+    Exit exit{{}, scale, scale ? bias : nullptr};
+    if (permutes) {
+        exit.to.resize(channels);
+        std::iota(exit.to.begin(), exit.to.end(), 0);
+        std::shuffle(exit.to.begin(), exit.to.end(), random_bits);
+    }
+    return exit;
+}
+
 void check_coupling(const Extent& e, std::int64_t split, const Coupling& coupling, bool rows, bool permutes,
                     bool scales) {
     const std::int64_t active = e.channels - split, outputs = (coupling.affine() ? 2 : 1) * active;
@@ -42,13 +52,7 @@ void check_coupling(const Extent& e, std::int64_t split, const Coupling& couplin
     std::vector<float> log_det(e.batch, NAN), grad_scale(e.channels, NAN), grad_bias(e.channels, NAN);
     const std::vector<float> scale = noise(e.channels), bias = noise(e.channels),
                              grad_log_det = noise(e.batch);
-    Exit exit;
-    if (permutes) {
-        exit.to.resize(e.channels);
-        std::iota(exit.to.begin(), exit.to.end(), 0);
-        std::shuffle(exit.to.begin(), exit.to.end(), random_bits);
-    }
-    if (scales) exit.scale = scale.data(), exit.bias = bias.data();
+    const Exit exit = make_exit(e.channels, permutes, scales ? scale.data() : nullptr, bias.data());
     CHECK(couple(coupling, split, exit, x.input(), params.input(), e, y.features, log_det.data(), 2));
     CHECK(couple_gradient(coupling, split, exit, grad_y.input(), grad_log_det.data(), x.input(),
                           params.input(), e, grad_x.features, grad_params.features, grad_scale.data(),
@@ -96,27 +100,47 @@ void check_coupling(const Extent& e, std::int64_t split, const Coupling& couplin
     }
 }
 
-void check_undo(const Extent& e, const Coupling& coupling, bool rows) {
-    const std::int64_t outputs = (coupling.affine() ? 2 : 1) * e.channels,
+// In place where there is no exit.
+void check_undo(const Extent& e, std::int64_t split, const Coupling& coupling, bool rows, bool permutes,
+                bool scales) {
+    const std::int64_t outputs = (coupling.affine() ? 2 : 1) * (e.channels - split),
                        size = e.batch * e.channels * e.positions;
     const Memory x(noise(size), e, e.channels, rows), grad_y(noise(size), e, e.channels, rows);
     const Memory params(noise(e.batch * outputs * e.positions, 4), e, outputs, rows);
-    Memory y(std::vector<float>(size), e, e.channels, rows), grad(grad_y.values, e, e.channels, rows);
-    Memory expected(std::vector<float>(size), e, e.channels, rows);
-    Memory grad_params(params.values, e, outputs, rows), expected_params(params.values, e, outputs, rows);
-    std::vector<float> log_det(e.batch), grad_log_det = noise(e.batch);
-    CHECK(couple(coupling, 0, {}, x.input(), params.input(), e, y.features, log_det.data(), 1));
-    CHECK(couple_gradient(coupling, 0, {}, grad_y.input(), grad_log_det.data(), x.input(), params.input(), e,
-                          expected.features, expected_params.features, nullptr, nullptr, 1));
-    CHECK(uncouple(coupling, y.features, grad.features, params.input(), grad_log_det.data(), e,
-                   grad_params.features, 2));
+    const std::vector<float> nothing(size, NAN), grad_log_det = noise(e.batch), bias = noise(e.channels);
+    std::vector<float> scale = noise(e.channels), log_det(e.batch);
+    for (float& value : scale) value = std::copysign(0.5f + std::abs(value), value);
+    const Exit exit = make_exit(e.channels, permutes, scales ? scale.data() : nullptr, bias.data());
+
+    Memory y(nothing, e, e.channels, rows), expected(nothing, e, e.channels, rows);
+    Memory expected_params(params.values, e, outputs, rows);
+    std::vector<float> expected_scale(e.channels), expected_bias(e.channels);
+    CHECK(couple(coupling, split, exit, x.input(), params.input(), e, y.features, log_det.data(), 1));
+    CHECK(couple_gradient(coupling, split, exit, grad_y.input(), grad_log_det.data(), x.input(),
+                          params.input(), e, expected.features, expected_params.features,
+                          expected_scale.data(), expected_bias.data(), 1));
+
+    const bool in_place = exit.nothing();
+    Memory found(in_place ? y.values : nothing, e, e.channels, rows);
+    Memory grad(in_place ? grad_y.values : nothing, e, e.channels, rows);
+    Memory grad_params(params.values, e, outputs, rows);
+    std::vector<float> grad_scale(e.channels, NAN), grad_bias(e.channels, NAN);
+    CHECK(uncouple(coupling, split, exit, in_place ? found.input() : y.input(),
+                   in_place ? grad.input() : grad_y.input(), params.input(), grad_log_det.data(), e,
+                   found.features, grad.features, grad_params.features, grad_scale.data(), grad_bias.data(),
+                   2));
     for (std::size_t i = 0; i < x.values.size(); ++i) {
-        CHECK(std::abs(y.values[i] - x.values[i]) < 1e-4);
+        CHECK(std::abs(found.values[i] - x.values[i]) < 1e-4);
         CHECK(near(grad.values[i], expected.values[i]));
     }
     for (std::size_t i = 0; i < grad_params.values.size(); ++i)
         CHECK(std::abs(grad_params.values[i] - expected_params.values[i]) <
               1e-4 * (1 + std::abs(expected_params.values[i])));
+    const double allowed = 1e-5 * (1 + static_cast<double>(e.batch * e.positions));
+    for (std::int64_t c = 0; scales && c < e.channels; ++c) {
+        CHECK(std::abs(grad_scale[c] - expected_scale[c]) < allowed);
+        CHECK(std::abs(grad_bias[c] - expected_bias[c]) < allowed);
+    }
 }
 
 void check_norms(const Extent& e, bool rows) {
@@ -167,11 +191,12 @@ int main() {
         for (const bool rows : {false, true}) {
             for (const std::int64_t split : {std::int64_t{0}, e.channels / 2, e.channels})
                 for (const float clamp : {0.0f, 1.9f})
-                    for (const bool inverse : {false, true})
-                        for (const bool permutes : {false, true})
-                            for (const bool scales : {false, true})
+                    for (const bool permutes : {false, true})
+                        for (const bool scales : {false, true}) {
+                            for (const bool inverse : {false, true})
                                 check_coupling(e, split, {clamp, inverse}, rows, permutes, scales);
-            for (const float clamp : {0.0f, 1.9f}) check_undo(e, {clamp, false}, rows);
+                            check_undo(e, split, {clamp, false}, rows, permutes, scales);
+                        }
             check_norms(e, rows);
         }
     }

@@ -97,14 +97,18 @@ class ActNorm(Fusible, nn.Module):
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
         wide, dims = compute_dtype(z), [d for d in range(z.ndim) if d != 1]
-        with torch.enable_grad():
-            log_scale, bias = (v.view_as(v) for v in (self.log_scale, self.bias))
-            log_det = self.log_det(count_positions(z))
         scale, offset = self._per_channel(z, self.log_scale.exp())
         z.sub_(offset)
-        grads = (grad_z * z).sum(dims, dtype=wide), grad_z.sum(dims, dtype=wide), tape.grad_log_det
-        tape.pull(self, (log_scale, bias, log_det), grads)
+        grad_log_scale, grad_bias = (v.sum(dims, dtype=wide) for v in (grad_z * z, grad_z))
+        self.pull(tape, grad_log_scale, grad_bias, count_positions(z))
         return z.div_(scale), grad_z.mul_(scale)
+
+    def pull(self, tape: Tape, grad_log_scale: Tensor, grad_bias: Tensor, positions: int) -> None:
+        """Hand the tape these gradients, (C,) each, and what the log-determinant adds to them."""
+        with torch.enable_grad():
+            outputs = self.log_scale.view_as(self.log_scale), self.bias.view_as(self.bias)
+            log_det = self.log_det(positions)
+        tape.pull(self, (*outputs, log_det), (grad_log_scale, grad_bias, tape.grad_log_det))
 
     def _per_channel(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.ndim - 2))

@@ -14,7 +14,7 @@ from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
-from usf_kernels.ops.eager import uncouple_
+from usf_kernels.ops.eager import inverse_permutation, per_channel, uncouple
 from usf_kernels.ops.function import Function
 from usf_kernels.ops.native import memory_format
 
@@ -179,17 +179,43 @@ class _Coupling(Conditioned):
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
-        out, passive = z.dtype, z[:, : self.split].clone(memory_format=memory_format(z))
+        return self.pull_back_through(z, grad_z, tape)[:2]
+
+    def pull_back_through(
+        self,
+        z: Tensor,
+        grad_z: Tensor,
+        tape: Tape,
+        *,
+        index: Tensor | None = None,
+        scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The same where z is what `coupling_step` made with this exit: x and the gradients of x, scale and
+        bias, the last two (C,), or None without a scale."""
+        out, passive = z.dtype, self._passive(z, index, scale, bias)
         passive.requires_grad_()  # the same in x: one evaluation serves both
         with tape.replay():
             params = self.condition(passive, tape.cond)
         wide = compute_dtype(z, params)
-        z, grad_z, values = z.to(wide), grad_z.to(wide), params.detach().to(wide)
-        grad_params = uncouple_(z, grad_z, values, self.split, self.clamp, tape.grad_log_det)
+        given = (z, grad_z, tape.grad_log_det, params.detach(), index, scale, bias)
+        given = (v.to(wide) if v is not None and v.is_floating_point() else v for v in given)
+        x, grad_x, grad_params, *of_exit = uncouple(*given, self.split, self.clamp)
         grad_passive = tape.pull(self, [params], [grad_params], passive)
         if grad_passive is not None:
-            grad_z[:, : self.split].add_(grad_passive)
-        return z.to(out), grad_z.to(out)
+            grad_x[:, : self.split].add_(grad_passive)
+        return x.to(out), grad_x.to(out), *of_exit
+
+    def _passive(self, z: Tensor, index: Tensor | None, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The half of the coupling's input that it passes on, from behind its exit."""
+        if index is None:
+            passive = z[:, : self.split].clone(memory_format=memory_format(z))
+        else:
+            passive = z.index_select(1, inverse_permutation(index)[: self.split])
+            passive = passive.contiguous(memory_format=memory_format(z))
+        if scale is not None:
+            passive.sub_(per_channel(bias[: self.split], z)).div_(per_channel(scale[: self.split], z))
+        return passive
 
 
 class AdditiveCoupling(_Coupling):

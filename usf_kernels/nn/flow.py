@@ -133,11 +133,13 @@ class FlowStep(Fusible, nn.Module):
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
         if isinstance(self.linear, LUConv1x1):
             z, grad_z = self.linear.pull_back(z, grad_z, tape, act_norm=self.act_norm)
-        else:
-            for layer in (self.linear, self.act_norm):
-                if layer is not None:
-                    z, grad_z = layer.pull_back(z, grad_z, tape)
-        return self.coupling.pull_back(z, grad_z, tape)
+            return self.coupling.pull_back(z, grad_z, tape)
+        exit_ = self._channels_in_order()
+        x, grad_x, *of_exit = self.coupling.pull_back_through(z, grad_z, tape, **exit_)
+        if self.act_norm is not None:
+            of_scale, of_bias = of_exit
+            self.act_norm.pull(tape, of_scale * exit_["scale"], of_bias, count_positions(x))
+        return x, grad_x
 
 
 class FlowSequence(Fusible, nn.ModuleList):
@@ -192,6 +194,7 @@ class FlowSequence(Fusible, nn.ModuleList):
             return False
         if self.memory == "auto" and (
             len(self) < AUTO_STEPS
+            or x.numel() < x.shape[1] ** 2
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
         ):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.linear import LUConv1x1, Permutation
 from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.matrices import forming_products
 
 CHECKED_SAMPLES = 8
 SETTLED = (ActNorm, LUConv1x1, Permutation)
@@ -207,7 +208,7 @@ class _Reversible(torch.autograd.Function):
             ctx.dtypes.append(z.dtype)
             if due:
                 ctx.samples.append(check.sample(z, ctx.turn))
-            with state.autocasting():
+            with state.autocasting(), forming_products():
                 z, step_log_det = step(z, cond)
             state.settle(z)
             ctx.states.append(state)
@@ -238,7 +239,8 @@ class _Reversible(torch.autograd.Function):
             own = {name: leaves[index] for name, index in ctx.names[i].items()}
             own.update({name: buffer.clone() for name, buffer in ctx.states[i].buffers.items()})
             own = {f"step.{name}": value for name, value in own.items()}
-            z, grad_z = functional_call(_PullBack(ctx.steps[i]), own, (z, grad_z, tape))
+            with forming_products():
+                z, grad_z = functional_call(_PullBack(ctx.steps[i]), own, (z, grad_z, tape))
             z, grad_z = z.to(ctx.dtypes[i]), grad_z.to(ctx.dtypes[i])
             for index in set(ctx.names[i].values()):
                 grad = tape.gradient(leaves[index])

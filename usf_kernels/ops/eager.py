@@ -91,18 +91,41 @@ def uncouple_gradient_(
     return result
 
 
-def uncouple_(
-    y: Tensor, grad: Tensor, params: Tensor, split: int, clamp: float | None, grad_log_det: Tensor
-) -> Tensor:
-    """Turn the coupled y into x and `grad`, of y, into that of x, and return that of params.
+def uncouple(
+    y: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """From y, which a coupling step made, the x that it made it of, and as for `gather_step` the gradients of
+    x, params, scale and bias, the last two where a scale is given.
 
-    On any device, all of one dtype. Undoing what `couple` did takes what it did it with: a tanh, no sigmoid.
+    On any device, all of one dtype; may write into y and `grad`. Undoing what `couple` did takes what it did
+    it with: a tanh, no sigmoid.
     """
+    if native.fits(y, grad, grad_log_det, params, scale, bias):
+        found = native.uncouple(y, grad, grad_log_det, params, index, scale, bias, split, clamp)
+        if found is not None:
+            return found
+    if index is not None:
+        y, grad = (t.index_select(1, inverse_permutation(index)) for t in (y, grad))
+    grad_scale = grad_bias = None
+    if scale is not None:
+        y.sub_(per_channel(bias, y)).div_(per_channel(scale, y))
+        grad_scale, grad_bias = channel_sums(y * grad), channel_sums(grad)
+        grad.mul_(per_channel(scale, y))
+    return y, grad, _uncouple_active_(y, grad, grad_log_det, params, split, clamp), grad_scale, grad_bias
+
+
+def _uncouple_active_(
+    y: Tensor, grad: Tensor, grad_log_det: Tensor, params: Tensor, split: int, clamp: float | None
+) -> Tensor:
     active, grad_active = y[:, split:], grad[:, split:]
-    if native.fits(y, grad, params, grad_log_det):
-        grad_params = native.uncouple_(active, grad_active, params, clamp, grad_log_det)
-        if grad_params is not None:
-            return grad_params
     if clamp is None:
         active.sub_(params)
         return grad_active
@@ -120,6 +143,11 @@ def uncouple_(
     active.div_(scale)
     grad_active.mul_(scale)
     return result
+
+
+def inverse_permutation(index: Tensor) -> Tensor:
+    """(C,) int64, of another one."""
+    return torch.empty_like(index).index_copy_(0, index, torch.arange(len(index), device=index.device))
 
 
 class _GatherStep(torch.autograd.Function):
@@ -168,7 +196,7 @@ class _GatherStep(torch.autograd.Function):
         if index is None:
             grad_x = grad.clone()
         else:
-            back = torch.empty_like(index).index_copy_(0, index, torch.arange(len(index)))
+            back = inverse_permutation(index)
             grad_x, y = grad.index_select(1, back), None if scale is None else y.index_select(1, back)
         grad_scale = grad_bias = None
         if scale is not None:

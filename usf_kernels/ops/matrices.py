@@ -7,6 +7,8 @@ which nothing is recorded: these the extension may do. Nothing is checked.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from usf_kernels.ops import native
 
+_forms_products: ContextVar[bool] = ContextVar("forms_products", default=False)
 LARGEST_OUTER = 1 << 18  # numbers of a sum of outer products; PyTorch adds up larger ones faster
 
 
@@ -69,9 +72,22 @@ def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:
 
 def factors_pay(x: Tensor, channels: int) -> bool:
     """Whether U and then L take fewer multiplications than their product: where positions are fewer than
-    channels, with gradients as without. Not on a GPU, where it is the number of operations that counts, and
-    not in traced graphs, which are for any number of positions."""
-    return not (x.is_cuda or torch.compiler.is_compiling()) and x.numel() < channels * channels
+    channels, with gradients as without. Not on a GPU, where it is the number of operations that counts, not
+    in traced graphs, which are for any number of positions, and not within `forming_products`."""
+    if x.is_cuda or torch.compiler.is_compiling() or _forms_products.get():
+        return False
+    return x.numel() < channels * channels
+
+
+@contextlib.contextmanager
+def forming_products() -> Iterator[None]:
+    """Within, an LU map is its matrix however few the positions: for what is to be undone. Rounding errors
+    between the factors grow with their condition numbers, thousands in a rotation of 2048 channels."""
+    token = _forms_products.set(True)
+    try:
+        yield
+    finally:
+        _forms_products.reset(token)
 
 
 def apply_lu(lower: Tensor, upper: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -168,23 +168,39 @@ def _write_gradients(
     )  # fmt: skip
 
 
-def uncouple_(
-    y: Tensor, grad: Tensor, params: Tensor, clamp: float | None, grad_log_det: Tensor
-) -> Tensor | None:
-    """`usf_kernels.ops.eager.uncouple_` of the active channels y; None for strides that have no loop."""
+def uncouple(
+    y: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """`usf_kernels.ops.eager.uncouple`, in place where there are neither index nor scale; None as for
+    `couple`."""
+    if not _takes(index, clamp):
+        return None
     grad_log_det = None if clamp is None else grad_log_det.expand(y.shape[0]).contiguous()
-    grad_params = _dense(params)
-    done = _takes(None, clamp) and _core.uncouple(
-        y.shape,
-        _of(y),
-        _of(grad),
-        _of(params),
-        clamp,
-        _address(grad_log_det),
-        _of(grad_params),
-        threads_over(y),
-    )
-    return grad_params if done else None
+    per_channel = [None if scale is None else torch.empty_like(scale) for _ in range(2)]
+    exits = [None if v is None else v.contiguous() for v in (index, scale, bias)]
+
+    def run(y: Tensor, grad: Tensor, params: Tensor, x: Tensor, grad_x: Tensor, grad_params: Tensor) -> bool:
+        return _core.uncouple(
+            y.shape, _of(y), _of(grad), _address(grad_log_det), _of(params), split, clamp,
+            *map(_address, exits), _of(x), _of(grad_x), _of(grad_params), *map(_address, per_channel),
+            threads_over(y),
+        )  # fmt: skip
+
+    for format_ in (lambda t: t, lambda t: _formatted(t, y)):
+        given = format_(y), format_(grad), format_(params)
+        x, grad_x = given[:2] if index is None and scale is None else (_dense(given[0]), _dense(given[1]))
+        made = x, grad_x, _dense(given[2])
+        if run(*given, *made):
+            return *made, *per_channel
+    return None
 
 
 def threads_over(x: Tensor) -> int:
