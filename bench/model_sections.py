@@ -16,7 +16,8 @@ DTYPES = ("float32", "bfloat16")
 PARTS = {
     "": "Image to anomaly map, the backbone included:",
     FLOW: "The flow alone, on given features:",
-    TRAINING: "Forward and backward of a training step, without the optimiser:",
+    TRAINING: "Forward and backward of a training step, without the optimiser. *Reversible* is the default, "
+    "which keeps no activations where a batch has more positions than channels:",
 }
 
 
@@ -28,9 +29,10 @@ def models(rows: Rows) -> Iterator[str]:
         "and (of CFlow) all rows at once takes than each form of ours, which is in its inference form except "
         "in training. Behind the stroke: in bfloat16, anomalib's under autocast with channels last."
     )
-    forms = list(dict.fromkeys(_form(row) for row in rows if row["role"] == OURS))
     for part, title in PARTS.items():
         lines = []
+        ours = [row for _, case in _cases(rows, part) for row in case if row["role"] == OURS]
+        forms = list(dict.fromkeys(map(_form, ours)))
         for (model, batch, _), case in _cases(rows, part):
             limits = [number(table.milliseconds(row)) for row in case if row["role"] == LIMIT]
             peers = [_fastest(case, role=PEER, dtype=dtype) for dtype in DTYPES]
@@ -110,8 +112,8 @@ def _place(row: table.Row) -> tuple[str, str, str]:
 
 
 def _form(row: table.Row) -> str:
-    """Of our model: coupling and linear map."""
-    return ", ".join(row["provider"].split(", ")[:2])
+    """Of our model: coupling and linear map, and whether it is reversible."""
+    return row["provider"].removesuffix(table.FUSED)
 
 
 def _of_form(rows: Rows, form: str) -> list[table.Row]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from bench import model_peers
 from bench.flows import PEERS
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
-from bench.table import FUSED
+from bench.table import FUSED, REVERSIBLE
 from usf_kernels import models
 from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.ops import anomaly_map
 
 FORMS = (("affine", "permutation"), ("additive", "permutation"), ("additive", "lu"))
 FLOW, TRAINING = "flow part", "training step"
+MODES = {"": "standard", REVERSIBLE: "auto"}  # what training keeps, by what the rows call it
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Spec:
         """For people."""
         return f"{self.model} {self.backbone} {self.side}^2"
 
-    def ours(self, coupling: str, linear: str) -> FeatureFlow:
+    def ours(self, coupling: str, linear: str, memory: str = "standard") -> FeatureFlow:
         """Ours, in evaluation mode, with couplings that are not the identity; the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            options = {"coupling": coupling, "linear": linear, "noise": 0.0, "memory": "standard"}
+            options = {"coupling": coupling, "linear": linear, "noise": 0.0, "memory": memory}
             model = getattr(models, self.model)(self._backbone, **options).eval()
             with torch.no_grad():
                 for p in model.parameters():
@@ -188,9 +189,10 @@ def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
     """Everybody's forward and backward from images on; without the optimiser."""
     options = {"direction": TRAINING, "capture": False}
     for coupling, linear in FORMS:
-        model = spec.ours(coupling, linear).to(inputs[0].device).train()
-        name, check = f"{coupling}, {linear.replace('lu', 'LU')}", partial(_right_gradient, model, inputs)
-        yield Provider(name, partial(_step, model, inputs), OURS, check=check, **options)
+        for mode, memory in MODES.items():
+            model = spec.ours(coupling, linear, memory).to(inputs[0].device).train()
+            name, check = f"{coupling}, {linear.replace('lu', 'LU')}", partial(_right_gradient, model, inputs)
+            yield Provider(name + mode, partial(_step, model, inputs), OURS, check=check, **options)
     for name, make in peers_of(spec).items():
         model = make().to(inputs[0].device).train()
         check = partial(_right_gradient, model, inputs)

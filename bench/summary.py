@@ -27,7 +27,8 @@ def section(files: Sequence[Rows]) -> str:
         prose(
             "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets "
             "the worst. On a CPU (2 threads) over the cases of `make bench`, which prints this table for any "
-            "machine; on a GPU in CUDA graphs, peers captured as well, training as it is called. "
+            "machine; on a GPU in CUDA graphs, peers captured as well, training as it is called; "
+            "*reversible* training, the default, keeps outputs only. "
             "Milliseconds, all shapes, larger batches and peers under torch.compile are in "
             "[docs/speed.md](docs/speed.md)."
         ),
@@ -119,7 +120,8 @@ def _line(row: table.Row) -> str:
         return f"training step of blocks{table.REVERSIBLE if reversible else f': {form}'}"
     if subject == "models":
         model, _, *part = row["case"].split(", ")
-        return f"{model.split()[0]}, {PARTS[', '.join(part)]}"
+        reversible = table.REVERSIBLE if provider.endswith(table.REVERSIBLE) else ""
+        return f"{model.split()[0]}, {PARTS[', '.join(part)]}{reversible}"
     if subject == "accelerate" and provider == ACCELERATED and row["case"].endswith("whole model"):
         return f"anomalib's {row['case'].split()[0]}, accelerated"
     if subject in ("tree", "nfa"):
@@ -137,8 +139,9 @@ def _lines(rows: Rows) -> Iterator[tuple[str, str]]:
         row["case"].split()[0] for row in rows if row["subject"] in ("models", "accelerate")
     )
     for part in PARTS.values():
-        for model in models:
-            yield f"{model}, {part}", "anomalib"
+        for mode in ("", table.REVERSIBLE) if part == PARTS[TRAINING] else ("",):
+            for model in models:
+                yield f"{model}, {part}{mode}", "anomalib"
     for model in models:
         yield f"anomalib's {model}, accelerated", "itself before"
     for form in FORMS:

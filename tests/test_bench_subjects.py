@@ -96,8 +96,8 @@ def test_models(spec, part):
     providers = list(models._providers(spec, part, 2, CPU))
     assert wrong(providers) == {}
     names = {f"{coupling}, {linear.replace('lu', 'LU')}" for coupling, linear in models.FORMS}
-    fused = set() if part == models.TRAINING else {name + table.FUSED for name in names}
-    assert {p.name for p in providers if p.role == OURS} == names | fused
+    ending = table.REVERSIBLE if part == models.TRAINING else table.FUSED
+    assert {p.name for p in providers if p.role == OURS} == names | {name + ending for name in names}
     assert {p.direction for p in providers} == {models.TRAINING if part == models.TRAINING else "forward"}
     assert [p.name for p in providers if p.role == LIMIT] == ([] if part else ["backbone alone"])
 

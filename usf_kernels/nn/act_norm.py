@@ -105,10 +105,9 @@ class ActNorm(Fusible, nn.Module):
 
     def pull(self, tape: Tape, grad_log_scale: Tensor, grad_bias: Tensor, positions: int) -> None:
         """Hand the tape these gradients, (C,) each, and what the log-determinant adds to them."""
-        with torch.enable_grad():
-            outputs = self.log_scale.view_as(self.log_scale), self.bias.view_as(self.bias)
-            log_det = self.log_det(positions)
-        tape.pull(self, (*outputs, log_det), (grad_log_scale, grad_bias, tape.grad_log_det))
+        grad_log_scale = grad_log_scale + positions * tape.grad_log_det.sum()
+        with torch.enable_grad():  # parameters may be made of others
+            tape.pull((self.log_scale, self.bias), (grad_log_scale, grad_bias))
 
     def _per_channel(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (x.ndim - 2))

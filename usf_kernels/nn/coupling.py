@@ -201,7 +201,7 @@ class _Coupling(Conditioned):
         given = (z, grad_z, tape.grad_log_det, params.detach(), index, scale, bias)
         given = (v.to(wide) if v is not None and v.is_floating_point() else v for v in given)
         x, grad_x, grad_params, *of_exit = uncouple(*given, self.split, self.clamp)
-        grad_passive = tape.pull(self, [params], [grad_params], passive)
+        grad_passive = tape.pull([params], [grad_params], passive)
         if grad_passive is not None:
             grad_x[:, : self.split].add_(grad_passive)
         return x.to(out), grad_x.to(out), *of_exit

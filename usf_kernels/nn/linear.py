@@ -242,7 +242,7 @@ class LUConv1x1(Fusible, nn.Module):
             if bias is not None:
                 outputs.append(bias)
                 grads.append(grad_z.sum([d for d in range(z.ndim) if d != 1]))
-            tape.pull(nn.ModuleList([self, act_norm]), outputs, grads)
+            tape.pull(outputs, grads)
             return x, apply_matrix(matrix.detach().mT, grad_z, None).to(out)
 
     def extra_repr(self) -> str:

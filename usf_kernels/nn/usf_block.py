@@ -204,7 +204,7 @@ class USFBlock(Fusible, nn.Module):
             shift = shift if active is None else shift * active
         grad_z, wide_shift = grad_z.to(leave.dtype), shift.detach().to(leave.dtype)
         x = z.sub_(self._product(leave, wide_shift))
-        grad_inputs = tape.pull(self.coupling, [shift], [self._product(leave.mT, grad_z)], inputs)
+        grad_inputs = tape.pull([shift], [self._product(leave.mT, grad_z)], inputs)
         grads = [None, None, matrix_gradient(grad_z, wide_shift)]
         if grad_inputs is not None:
             grad_inputs = (grad_inputs if passive is None else grad_inputs * passive).to(enter.dtype)
@@ -212,7 +212,7 @@ class USFBlock(Fusible, nn.Module):
             grads[1] = grad_inputs.sum([d for d in range(z.ndim) if d != 1])
             grad_z.add_(self._product(enter.mT, grad_inputs))
         pairs = [(value, grad) for value, grad in zip(maps, grads, strict=True) if grad is not None]
-        tape.pull(self.linear, *zip(*pairs, strict=True))
+        tape.pull(*zip(*pairs, strict=True))
         return x, grad_z
 
     def extra_repr(self) -> str:
