@@ -13,7 +13,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops.checks import check_features, check_int, compute_dtype, count_positions
 
 if TYPE_CHECKING:
-    from usf_kernels.nn.reversible import Tape
+    from usf_kernels.nn.tape import Tape
 
 
 class ActNorm(Fusible, nn.Module):

@@ -19,7 +19,7 @@ from usf_kernels.ops.function import Function
 from usf_kernels.ops.native import memory_format
 
 if TYPE_CHECKING:
-    from usf_kernels.nn.reversible import Tape
+    from usf_kernels.nn.tape import Tape
 
 Subnet = Callable[[int, int], nn.Module]
 

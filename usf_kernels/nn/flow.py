@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, Subnet
 from usf_kernels.nn.fusible import Fusible
-from usf_kernels.nn.linear import LUConv1x1, Permutation
-from usf_kernels.nn.reversible import ReconstructionCheck, Tape, run_reversibly
+from usf_kernels.nn.linear import LUConv1x1
+from usf_kernels.nn.permutation import Permutation
+from usf_kernels.nn.reversible import ReconstructionCheck, run_reversibly
+from usf_kernels.nn.tape import Tape
 from usf_kernels.ops.checks import (
     check_choice,
     check_features,

@@ -18,7 +18,8 @@ from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.conjugation import AffineCheckerboard, Conjugated, Householder
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.flow import FlowSequence, FlowStep
-from usf_kernels.nn.linear import LUConv1x1, Permutation
+from usf_kernels.nn.linear import LUConv1x1
+from usf_kernels.nn.permutation import Permutation
 from usf_kernels.nn.usf_block import CheckerboardCoupling, USFBlock
 from usf_kernels.ops.matrices import lu_matrix
 

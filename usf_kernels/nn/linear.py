@@ -1,4 +1,4 @@
-"""Linear maps between couplings that mix channels: the LU 1x1 convolution and the fixed permutation."""
+"""The linear map between couplings that mixes the channels: the LU 1x1 convolution."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from usf_kernels.ops.checks import (
 )
 from usf_kernels.ops.conjugation import conjugation
 from usf_kernels.ops.eager import by_hand
-from usf_kernels.ops.function import Function
 from usf_kernels.ops.linear import linear
 from usf_kernels.ops.lu_map import apply_factors, lu_map
-from usf_kernels.ops.matrices import apply_matrix, factors_pay, full_precision, matrix_gradient
+from usf_kernels.ops.matrices import (
+    accurate_inverse,
+    apply_matrix,
+    factors_pay,
+    full_precision,
+    matrix_gradient,
+)
 
 if TYPE_CHECKING:
-    from usf_kernels.nn.reversible import Tape
+    from usf_kernels.nn.tape import Tape
 
 
 class LUConv1x1(Fusible, nn.Module):
@@ -248,73 +253,3 @@ class LUConv1x1(Fusible, nn.Module):
     def extra_repr(self) -> str:
         """The options, for print."""
         return f"{self.channels}, bias={self.bias is not None}, diagonal={self.diagonal!r}"
-
-
-def accurate_inverse(matrix: Tensor) -> Tensor:
-    """Found in float64, of the product as it was rounded: the inverses of its factors would be up to 25 times
-    further from undoing it, and every step of a reversible backward pass adds to the error."""
-    device = "cpu" if matrix.device.type == "mps" else matrix.device  # which has no float64
-    # Without waiting for a GPU to say whether it is singular: what is made of it then is not finite.
-    return torch.linalg.inv_ex(matrix.to(device, torch.float64)).inverse.to(matrix)
-
-
-class _Gather(Function):
-    """Channels in a permuted order. The backward gathers too: indexing's own would scatter."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor, inverse_index: Tensor) -> Tensor:
-        return x.index_select(1, index)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
-        index, inverse_index = ctx.saved_tensors
-        return _Gather.apply(grad, inverse_index, index), None, None
-
-
-class Permutation(Fusible, nn.Module):
-    """A fixed random permutation of the channels, kept as an index; log-det 0.
-
-    Args:
-        channels: C.
-        seed: for the permutation; None draws from torch's global generator.
-
-    The permutation and its inverse are buffers and travel with the state_dict: `y[:, i] = x[:, index[i]]`.
-    `forward(x, cond=None) -> (y, 0)` and `inverse(y, cond=None) -> (x, 0)` take (B, C, *spatial); `cond` is
-    ignored.
-
-    Raises:
-        TypeError, ValueError: a bad argument, an x of the wrong shape or dtype.
-    """
-
-    def __init__(self, channels: int, *, seed: int | None = None) -> None:
-        super().__init__()
-        check_int("channels", channels, 1)
-        self.channels = channels
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        index = torch.randperm(channels, generator=generator)
-        self.register_buffer("index", index)
-        self.register_buffer("inverse_index", torch.argsort(index))
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Apply: (y, 0)."""
-        check_features("x", x, self.channels)
-        return _Gather.apply(x, self.index, self.inverse_index), x.new_zeros((), dtype=compute_dtype(x))
-
-    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Undo: (x, 0)."""
-        check_features("z", z, self.channels)
-        return _Gather.apply(z, self.inverse_index, self.index), z.new_zeros((), dtype=compute_dtype(z))
-
-    def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
-        return z.index_select(1, self.inverse_index), grad_z.index_select(1, self.inverse_index)
-
-    def extra_repr(self) -> str:
-        """Channels, for print."""
-        return f"{self.channels}"

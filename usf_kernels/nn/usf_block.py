@@ -9,13 +9,19 @@ from torch import Tensor, nn
 
 from usf_kernels.nn.coupling import AdditiveCoupling, Conditioned, Subnet
 from usf_kernels.nn.fusible import Fusible
-from usf_kernels.nn.linear import LUConv1x1, accurate_inverse
+from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.ops import eager, masked_additive_coupling
 from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, promoted_dtype
-from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_inverse, matrix_gradient
+from usf_kernels.ops.matrices import (
+    accurate_inverse,
+    apply_matrix,
+    full_precision,
+    lu_inverse,
+    matrix_gradient,
+)
 
 if TYPE_CHECKING:
-    from usf_kernels.nn.reversible import Tape
+    from usf_kernels.nn.tape import Tape
 
 
 class CheckerboardCoupling(Conditioned):
