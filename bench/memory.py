@@ -55,6 +55,8 @@ def saved_bytes(forward: Callable[[], object], *, ignore: tuple[Tensor, ...] = (
     kept = []  # storages must not be freed and reused while they are being counted
 
     def pack(tensor: Tensor) -> Tensor:
+        # Without its history: a node that held its own output would hold itself, and never be freed.
+        tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()

@@ -1,8 +1,10 @@
 import csv
+import gc
 import os
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -205,6 +207,28 @@ def test_threads(measured):
 def test_peak_memory():
     assert peak_bytes(lambda: torch.ones(50_000_000), CPU) == pytest.approx(2e8, rel=0.1)
     assert peak_bytes(lambda: None, CPU) < 1e7
+
+
+def test_what_is_counted_is_freed():
+    """A node that saves its own output."""
+    nodes = []
+
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x.exp()
+            ctx.save_for_backward(y)
+            nodes.append(weakref.ref(ctx))
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    x = torch.randn(50, requires_grad=True)
+    assert saved_bytes(lambda: Exp.apply(x)) == 4 * 50
+    gc.collect()
+    assert [node() for node in nodes] == [None]
 
 
 def test_saved_bytes_count_each_storage_once():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usf_kernels.ops import affine_coupling
-from usf_kernels.ops.step import coupling_step
+from usf_kernels.ops.step import coupling_step, undo_step
 
 pytest.importorskip("triton")
 from usf_kernels.kernels import coupling_backward
@@ -242,3 +242,31 @@ def test_errors(change, message):
     arguments |= {"scale": torch.ones(4), "bias": torch.ones(4)} | change
     with pytest.raises(ValueError, match=message):
         coupling_step(**arguments)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("permuted", "scaled"), [(False, False), (True, False), (True, True)])
+def test_undone_with_its_gradients(affine, permuted, scaled):
+    """As a reversible backward pass does it: the input again, and what autograd makes of it."""
+    inputs, options = draw((3, 5, 4, 3), affine=affine, permuted=permuted, scaled=scaled)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    y, log_det = coupling_step(**leaves, **options, impl="triton")
+    grad, of_log_det = torch.randn_like(y), torch.randn(3, device=DEVICE)
+    loss = (y * grad).sum() + ((log_det * of_log_det).sum() if affine else 0)
+    expected = torch.autograd.grad(loss, list(leaves.values()))
+    exits = (options["index"], *(leaves[name].detach() if scaled else None for name in ("scale", "bias")))
+    given = (
+        y.detach(),
+        grad,
+        of_log_det,
+        leaves["params"].detach(),
+        *exits,
+        options["split"],
+        options["clamp"],
+    )
+    with torch.no_grad():
+        x, *found = undo_step(*given, impl="triton")
+    assert max_error(x, leaves["x"]) < 1e-5
+    assert [value is None for value in found[2:]] == [not scaled] * 2
+    for actual, truth in zip((value for value in found if value is not None), expected, strict=True):
+        assert max_error(actual, truth) < 1e-4

@@ -14,9 +14,10 @@ from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
-from usf_kernels.ops.eager import inverse_permutation, per_channel, uncouple
+from usf_kernels.ops.eager import inverse_permutation, per_channel
 from usf_kernels.ops.function import Function
 from usf_kernels.ops.native import memory_format
+from usf_kernels.ops.step import undo_step
 
 if TYPE_CHECKING:
     from usf_kernels.nn.tape import Tape
@@ -200,7 +201,7 @@ class _Coupling(Conditioned):
         wide = compute_dtype(z, params)
         given = (z, grad_z, tape.grad_log_det, params.detach(), index, scale, bias)
         given = (v.to(wide) if v is not None and v.is_floating_point() else v for v in given)
-        x, grad_x, grad_params, *of_exit = uncouple(*given, self.split, self.clamp)
+        x, grad_x, grad_params, *of_exit = undo_step(*given, self.split, self.clamp)
         grad_passive = tape.pull([params], [grad_params], passive)
         if grad_passive is not None:
             grad_x[:, : self.split].add_(grad_passive)

@@ -22,6 +22,7 @@ from usf_kernels.ops.dispatch import (
     gradients_through,
     implementation,
     kernel,
+    runs_triton,
 )
 from usf_kernels.ops.function import Function
 from usf_kernels.ops.linear import linear
@@ -109,6 +110,35 @@ def coupling_matrix(
         return eager.matrix_step(x, params, matrix, bias, split, clamp)
     y, log_det = coupling_step(x, params, split=split, clamp=clamp)
     return linear(y, matrix, bias), log_det
+
+
+def undo_step(
+    y: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What a reversible backward pass needs of a step: its input, from its output y, and the gradients.
+
+    Unchecked, all of one dtype, and nothing is recorded; y and `grad` may be written into. `grad_log_det` is
+    0-d or (B,), the other arguments are those of `coupling_step`.
+
+    Returns:
+        x, and the gradients of x, params, scale and bias; the last two None without a scale.
+    """
+    if impl != "triton" and not (impl is None and runs_triton("coupling_step", y, grad, params)):
+        return eager.uncouple(y, grad, grad_log_det, params, index, scale, bias, split, clamp)
+    of_log_det = grad_log_det.new_empty(0) if clamp is None else grad_log_det.expand(len(y)).contiguous()
+    exits = index, scale, bias, split, clamp
+    x, _ = _op(y, params, *exits, True)
+    grads = _backward_op(grad, of_log_det, x, params, *exits, False)
+    return x, *grads[:2], *(grads[2:] if scale is not None else (None, None))
 
 
 # ------------------------------------------------------------------------------------------- as torch ops
