@@ -196,9 +196,9 @@ class FlowSequence(Fusible, nn.ModuleList):
             return False
         if self.memory == "auto" and (
             len(self) < AUTO_STEPS
-            or x.numel() < x.shape[1] ** 2
-            or torch.compiler.is_compiling()
+            or torch.compiler.is_compiling()  # before sizes, on which a graph would come to depend
             or torch._C._are_functorch_transforms_active()
+            or x.numel() < x.shape[1] ** 2
         ):
             return False
         return any(t.requires_grad for t in (x, cond, *self.parameters()) if t is not None)
