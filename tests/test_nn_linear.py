@@ -1,24 +1,13 @@
-"""LUConv1x1's initialisations, whitening and prior; ActNorm's data-dependent start; Permutation; scores."""
+"""LUConv1x1: initialisations, whitening and prior."""
 
 import copy
-import threading
 
 import pytest
 import torch
 from helpers import linear_subnet, max_error, randomise_
 
 from usf_kernels import ops
-from usf_kernels.nn import (
-    ActNorm,
-    AdditiveCoupling,
-    AnomalyMap,
-    FlowSequence,
-    FlowStep,
-    LUConv1x1,
-    Permutation,
-    SquaredNorm,
-    act_norm,
-)
+from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -109,102 +98,3 @@ def test_log_prior_is_the_log_normal_density():
         LUConv1x1(6, prior_scale=-1)
     with pytest.raises(ValueError, match="diagonal: expected one of 'free', 'fixed', found 'unit'"):
         LUConv1x1(6, diagonal="unit")
-
-
-@pytest.mark.parametrize("shape", [(50, 3), (8, 3, 5, 4), (2, 3, 3, 3, 3)])
-@pytest.mark.parametrize("grad", [True, False])
-def test_act_norm_normalises_the_first_training_batch(shape, grad):
-    module, x = ActNorm(3), 4 * torch.randn(shape) + 100
-    dims = [d for d in range(len(shape)) if d != 1]
-    assert torch.equal(module.eval()(x)[0], x)  # never initialised in eval mode
-    assert torch.equal(module.inverse(x)[0], x)
-    assert not module.initialized
-    module.train()(x[:0])  # nor by an empty batch
-    assert not module.initialized
-    with torch.set_grad_enabled(grad):
-        z, log_det = module(x)
-    assert module.initialized
-    assert z.requires_grad == grad
-    assert z.mean(dims).abs().max() < 1e-3
-    assert (z.std(dims, correction=0) - 1).abs().max() < 1e-3
-    positions = x[0, 0].numel()
-    assert abs(log_det.item() + positions * x.std(dims, correction=0).log().sum().item()) < 1e-3 * positions
-    before = module.log_scale.clone()
-    module(10 * x)
-    assert torch.equal(module.log_scale, before)
-
-
-def test_act_norm_with_constant_channels_or_one_position():
-    x = torch.randn(4, 3, 5, 5)
-    x[:, 1] = 1234.567
-    module = ActNorm(3)
-    z, _ = module(x)
-    assert module.log_scale[1] == 0
-    assert z[:, 1].abs().max() < 1e-3
-    assert abs(z[:, 0].std().item() - 1) < 0.01
-    for single in (torch.randn(1, 3), torch.zeros(2, 3, 2)):
-        module = ActNorm(3)
-        z, log_det = module(single)
-        assert log_det == 0
-        assert z.abs().max() < 1e-6
-    module = ActNorm(3, trainable=False)
-    module(x)
-    assert not list(module.parameters())
-    assert set(module.state_dict()) == {"log_scale", "bias", "initialized"}
-
-
-def test_act_norm_agrees_between_processes(monkeypatch):
-    batches, modules = [torch.randn(6, 3) + 5, 3 * torch.randn(2, 3)], [ActNorm(3), ActNorm(3)]
-    barrier, values = threading.Barrier(2), {}
-
-    def sum_over_threads(value):
-        values[threading.current_thread().name] = value
-        barrier.wait()
-        total = values["0"] + values["1"]
-        barrier.wait()
-        return total
-
-    monkeypatch.setattr(act_norm, "_sum_over_processes", sum_over_threads)
-    threads = [
-        threading.Thread(target=m, args=(b,), name=str(i))
-        for i, (m, b) in enumerate(zip(modules, batches, strict=True))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    monkeypatch.undo()
-    alone = ActNorm(3)
-    alone(torch.cat(batches))
-    for module in modules:
-        assert max_error(module.log_scale, alone.log_scale) < 1e-6
-        assert max_error(module.bias, alone.bias) < 1e-5
-
-
-def test_permutation():
-    x = torch.randn(2, 9, 3, 4, dtype=torch.float64, requires_grad=True)
-    module = Permutation(9, seed=3)
-    y, log_det = module(x)
-    assert torch.equal(y, x[:, module.index])
-    assert torch.equal(module.index.sort().values, torch.arange(9))
-    assert log_det == 0
-    assert torch.equal(module.inverse(y)[0], x)
-    assert torch.equal(Permutation(9, seed=3).index, module.index)
-    assert not torch.equal(Permutation(9).index, Permutation(9).index)
-    assert torch.autograd.gradcheck(lambda v: module(v)[0], (x,))
-    assert torch.autograd.gradgradcheck(lambda v: module.inverse(v)[0] ** 2, (x[:1, :, :1, :2],))
-    assert all(not b.is_floating_point() and b.numel() == 9 for b in module.state_dict().values())
-
-
-def test_score_modules():
-    z = [torch.randn(2, 5, 4, 6), torch.randn(2, 3, 2, 3)]
-    assert torch.equal(SquaredNorm()(z[0]), ops.squared_norm(z[0]))
-    for how in ("likelihood", "latent"):
-        module = AnomalyMap((8, 12), interpolate=how)
-        assert torch.equal(module(z), ops.anomaly_map(z, (8, 12), interpolate=how))
-        assert module(z[0], 5).shape == (2, 1, 5, 5)
-    with pytest.raises(TypeError, match="size: expected an int or a pair"):
-        AnomalyMap()(z)
-    with pytest.raises(ValueError, match="interpolate: expected one of"):
-        AnomalyMap(interpolate="bicubic")
-    assert "split" not in repr(AdditiveCoupling(4, subnet=linear_subnet))

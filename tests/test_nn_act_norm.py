@@ -1,0 +1,81 @@
+"""ActNorm's data-dependent start."""
+
+import threading
+
+import pytest
+import torch
+from helpers import max_error
+
+from usf_kernels.nn import ActNorm, act_norm
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (8, 3, 5, 4), (2, 3, 3, 3, 3)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_act_norm_normalises_the_first_training_batch(shape, grad):
+    module, x = ActNorm(3), 4 * torch.randn(shape) + 100
+    dims = [d for d in range(len(shape)) if d != 1]
+    assert torch.equal(module.eval()(x)[0], x)  # never initialised in eval mode
+    assert torch.equal(module.inverse(x)[0], x)
+    assert not module.initialized
+    module.train()(x[:0])  # nor by an empty batch
+    assert not module.initialized
+    with torch.set_grad_enabled(grad):
+        z, log_det = module(x)
+    assert module.initialized
+    assert z.requires_grad == grad
+    assert z.mean(dims).abs().max() < 1e-3
+    assert (z.std(dims, correction=0) - 1).abs().max() < 1e-3
+    positions = x[0, 0].numel()
+    assert abs(log_det.item() + positions * x.std(dims, correction=0).log().sum().item()) < 1e-3 * positions
+    before = module.log_scale.clone()
+    module(10 * x)
+    assert torch.equal(module.log_scale, before)
+
+
+def test_act_norm_with_constant_channels_or_one_position():
+    x = torch.randn(4, 3, 5, 5)
+    x[:, 1] = 1234.567
+    module = ActNorm(3)
+    z, _ = module(x)
+    assert module.log_scale[1] == 0
+    assert z[:, 1].abs().max() < 1e-3
+    assert abs(z[:, 0].std().item() - 1) < 0.01
+    for single in (torch.randn(1, 3), torch.zeros(2, 3, 2)):
+        module = ActNorm(3)
+        z, log_det = module(single)
+        assert log_det == 0
+        assert z.abs().max() < 1e-6
+    module = ActNorm(3, trainable=False)
+    module(x)
+    assert not list(module.parameters())
+    assert set(module.state_dict()) == {"log_scale", "bias", "initialized"}
+
+
+def test_act_norm_agrees_between_processes(monkeypatch):
+    batches, modules = [torch.randn(6, 3) + 5, 3 * torch.randn(2, 3)], [ActNorm(3), ActNorm(3)]
+    barrier, values = threading.Barrier(2), {}
+
+    def sum_over_threads(value):
+        values[threading.current_thread().name] = value
+        barrier.wait()
+        total = values["0"] + values["1"]
+        barrier.wait()
+        return total
+
+    monkeypatch.setattr(act_norm, "_sum_over_processes", sum_over_threads)
+    threads = [
+        threading.Thread(target=m, args=(b,), name=str(i))
+        for i, (m, b) in enumerate(zip(modules, batches, strict=True))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    alone = ActNorm(3)
+    alone(torch.cat(batches))
+    for module in modules:
+        assert max_error(module.log_scale, alone.log_scale) < 1e-6
+        assert max_error(module.bias, alone.bias) < 1e-5
