@@ -213,7 +213,8 @@ USF_CLONES inline void undo_row(const Coupling& coupling, std::int64_t split, st
             grad[j] = grad_y[exit.channel(j)];
         }
         if (exit.scale) {
-            const float* __restrict scale = exit.scale, * __restrict bias = exit.bias;
+            const float* __restrict scale = exit.scale;
+            const float* __restrict bias = exit.bias;
             for (std::int64_t j = 0; j < channels; ++j) {
                 value[j] = (value[j] - bias[j]) / scale[j];
                 scale_sum[j] += value[j] * grad[j];

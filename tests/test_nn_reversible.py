@@ -117,6 +117,14 @@ def test_float32_gradients(coupling, linear, layout):
         assert (a - e).norm() <= max(1e-5 * e.norm(), 2 * (e - t).norm())
 
 
+def test_a_conditioner_that_returns_its_input():
+    steps = [FlowStep(4, subnet=lambda *_: nn.Identity(), linear=k, zero_init=False) for k in LINEARS]
+    flow = FlowSequence(steps, memory="reversible").double()
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    flow(x)
+    assert_same_gradients(flow, x)
+
+
 def test_few_positions_lose_no_digits():
     """An LU map undone factor by factor would lose one or two more than its matrix."""
     steps = [LUConv1x1(256, init="orthogonal") for _ in range(8)]

@@ -21,7 +21,7 @@ from usf_kernels.ops.checks import (
     promoted_dtype,
 )
 from usf_kernels.ops.conjugation import conjugation
-from usf_kernels.ops.eager import by_hand
+from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.linear import linear
 from usf_kernels.ops.lu_map import apply_factors, lu_map
 from usf_kernels.ops.matrices import (
@@ -241,12 +241,12 @@ class LUConv1x1(Fusible, nn.Module):
                 matrix, bias, log_det = self.map(wide, act_norm)
                 log_det = count_positions(z) * log_det
             if bias is not None:
-                z.sub_(bias.detach().view(-1, *[1] * (z.ndim - 2)))
+                z.sub_(per_channel(bias.detach(), z))
             x = apply_matrix(accurate_inverse(matrix.detach()), z, None).to(out)
             outputs, grads = [matrix, log_det], [matrix_gradient(grad_z, x.to(wide)), tape.grad_log_det]
             if bias is not None:
                 outputs.append(bias)
-                grads.append(grad_z.sum([d for d in range(z.ndim) if d != 1]))
+                grads.append(channel_sums(grad_z))
             tape.pull(outputs, grads)
             return x, apply_matrix(matrix.detach().mT, grad_z, None).to(out)
 

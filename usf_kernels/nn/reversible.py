@@ -78,6 +78,7 @@ class _Reversible(torch.autograd.Function):
     """Steps as one node: parameters are inputs, so that their hooks (DDP, accumulation) run as always."""
 
     @staticmethod
+    @forming_products()
     def forward(ctx, steps, check, places, x, cond, *parameters):  # noqa: ANN001
         ctx.steps, ctx.places, ctx.turn = steps, places, check.count
         ctx.states, ctx.samples, ctx.dtypes, due = [], [], [], check.due()
@@ -89,7 +90,7 @@ class _Reversible(torch.autograd.Function):
             ctx.dtypes.append(z.dtype)
             if due:
                 ctx.samples.append(check.sample(z, ctx.turn))
-            with state.autocasting(), forming_products():
+            with state.autocasting():
                 z, step_log_det = step(z, cond)
             state.settle(z)
             ctx.states.append(state)
@@ -99,6 +100,7 @@ class _Reversible(torch.autograd.Function):
         return z, log_det
 
     @staticmethod
+    @forming_products()
     def backward(ctx, grad_z, grad_log_det):  # noqa: ANN001
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -120,7 +122,7 @@ class _Reversible(torch.autograd.Function):
             tape = Tape(cond, grad_log_det, ctx.states[i], [leaves[index] for index in indices])
             own = [(place, name, leaves[index]) for place, name, index in ctx.places[i]]
             own += [(place, name, buffer.clone()) for place, name, buffer in ctx.states[i].buffers]
-            with swapped(own), forming_products():
+            with swapped(own):
                 z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape)
             z, grad_z = z.to(ctx.dtypes[i]), grad_z.to(ctx.dtypes[i])
             for index in indices:
@@ -160,15 +162,12 @@ def _run(
     parameters: dict[Tensor, int] = {}
     places = []
     for step in steps:
-        own = [
-            (module._parameters, name, p)
-            for module in step.modules()
-            for name, p in module._parameters.items()
-        ]
+        own = [m._parameters for m in step.modules()]
         places.append(
             [
                 (place, name, parameters.setdefault(p, len(parameters)))
-                for place, name, p in own
+                for place in own
+                for name, p in place.items()
                 if p is not None
             ]
         )

@@ -215,7 +215,7 @@ class USFBlock(Fusible, nn.Module):
         if grad_inputs is not None:
             grad_inputs = (grad_inputs if passive is None else grad_inputs * passive).to(enter.dtype)
             grads[0] = matrix_gradient(grad_inputs, x.to(enter.dtype))
-            grads[1] = grad_inputs.sum([d for d in range(z.ndim) if d != 1])
+            grads[1] = eager.channel_sums(grad_inputs)
             grad_z.add_(self._product(enter.mT, grad_inputs))
         pairs = [(value, grad) for value, grad in zip(maps, grads, strict=True) if grad is not None]
         tape.pull(*zip(*pairs, strict=True))

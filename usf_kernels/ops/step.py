@@ -132,13 +132,13 @@ def undo_step(
     Returns:
         x, and the gradients of x, params, scale and bias; the last two None without a scale.
     """
-    if impl != "triton" and not (impl is None and runs_triton("coupling_step", y, grad, params)):
-        return eager.uncouple(y, grad, grad_log_det, params, index, scale, bias, split, clamp)
-    of_log_det = grad_log_det.new_empty(0) if clamp is None else grad_log_det.expand(len(y)).contiguous()
-    exits = index, scale, bias, split, clamp
-    x, _ = _op(y, params, *exits, True)
-    grads = _backward_op(grad, of_log_det, x, params, *exits, False)
-    return x, *grads[:2], *(grads[2:] if scale is not None else (None, None))
+    options = index, scale, bias, split, clamp
+    if impl == "triton" or (impl is None and runs_triton("coupling_step", y, grad, params)):
+        of_log_det = grad_log_det.new_empty(0) if clamp is None else grad_log_det.expand(len(y)).contiguous()
+        x, _ = _op(y, params, *options, True)
+        grads = _backward_op(grad, of_log_det, x, params, *options, False)
+        return x, *grads[:2], *(grads[2:] if scale is not None else (None, None))
+    return eager.uncouple(y, grad, grad_log_det, params, *options)
 
 
 # ------------------------------------------------------------------------------------------- as torch ops
