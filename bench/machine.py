@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -68,6 +68,18 @@ def results_file(device: torch.device) -> Path:
     """Where the rows of a device are kept."""
     name = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
     return RESULTS / f"{name}.csv"
+
+
+def parallel_section(device: torch.device) -> Callable[[], object] | None:
+    """An operation that is little more than waking the other cores and waiting for them, None without any.
+
+    Under a hypervisor that moves its guests, two cores share a cache at one moment and not at the next. When
+    they do not, a section takes half as long again, and so does whoever is made of many short ones; a large
+    copy is faster then. Nothing else in the guest shows it.
+    """
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return None
+    return partial(torch.ones(40_000).mul_, 1.0)  # a little more than torch leaves to one thread
 
 
 def _version(package: str) -> str | None:

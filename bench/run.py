@@ -18,6 +18,7 @@ from bench.subject import OURS, Case, Provider, Subject
 from usf_kernels.cli import bench as options_of
 from usf_kernels.cli.options import pick_device, progress
 
+SECTION = "section"
 FIRST_CALL = 180  # seconds that a compilation may take
 GRAPH = "graph "
 GPU_SHARE = 0.15  # of a case's seconds on a GPU, where calls are short
@@ -117,6 +118,9 @@ def measure(
     started = list(_started(case, device, options))
     calls = {str(i): provider.call for i, (provider, _) in enumerate(started)}
     known = {str(i): seconds for i, (provider, seconds) in enumerate(started) if not provider.compiles}
+    section = machine.parallel_section(device)
+    if section is not None:
+        calls[SECTION] = section
     share = 1.0
     if device.type == "cuda":
         calls |= _graphs([provider for provider, _ in started])
@@ -126,11 +130,13 @@ def measure(
     busy = device.type == "cpu" and neighbours.share() > BUSY
     if busy:
         print("  other processes took part of the cores meanwhile: these rows are marked as noisy")
+    section = timings.pop(SECTION, None)
     for key, timing in timings.items():
         provider, seconds = started[int(key.removeprefix(GRAPH))]
         row = _row(subject, case, provider, timing, limits)
         row["cache"] = "cold" if options.cold else "warm"
         row["noisy"] = str(int(timing.noisy or busy))
+        row["section_us"] = f"{section.p50 * 1e6:.3g}" if section else ""
         if key.startswith(GRAPH):
             row["provider"] += table.CAPTURED
         else:

@@ -47,6 +47,10 @@ def _introduction(rows: Sequence[table.Row]) -> str:
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     noisy = sum(row["noisy"] == "1" for row in rows)
     noise = f" ({noisy} of {len(rows)} are marked as noisy)" if noisy else ""
+    sections = sorted(float(row["section_us"]) for row in rows if row["section_us"])
+    if sections:
+        low, high = (sections[round(share * (len(sections) - 1))] for share in (0.05, 0.95))
+        noise += f"; what a parallel section took is a column, in most of them {low:.1f} to {high:.1f} us"
     return prose(
         f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}; commits "
         f"{commits}). "

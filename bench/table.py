@@ -16,7 +16,7 @@ Row = Mapping[str, str]
 FIELDS = (
     *("subject", "case", "provider", "role", "dtype", "direction", "layout", "cache"),
     *("channels", "side", "kernel", "batch", "depth"),
-    *("p20_ms", "p50_ms", "p80_ms", "repeats", "noisy", "first_call_ms"),
+    *("p20_ms", "p50_ms", "p80_ms", "repeats", "noisy", "section_us", "first_call_ms"),
     *("mpixel_per_s", "gb_per_s", "gflop_per_s", "of_limit", "peak_mb", "saved_mb"),
     *("device", "threads", "versions", "commit", "date"),
 )

@@ -200,7 +200,10 @@ def test_threads(measured):
     before = torch.get_num_threads()
     (row,) = measured(tiny(Provider("a", lambda: 1)), "--threads", "1")
     torch.set_num_threads(before)
-    assert row["threads"] == "1"
+    assert (row["threads"], row["section_us"]) == ("1", "")
+    (row,) = measured(tiny(Provider("a", lambda: 1)), "--threads", "2")
+    torch.set_num_threads(before)
+    assert 0 < float(row["section_us"]) < 1e5
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="takes Linux's /proc")

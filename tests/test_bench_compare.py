@@ -41,6 +41,19 @@ def test_noise_is_told_and_forgiven(compared):
     assert "(2.00x, noisy)" in printed
 
 
+def test_cores_that_moved_are_told_and_forgiven(compared):
+    old = [row("a", 1, section_us="4.2"), row("peer", 2, "peer", section_us="4.2")]
+    for now, code, said in (
+        ("6.6", 0, "(2.00x, the cores moved)"),
+        ("4.5", 1, "(2.00x)"),
+        ("", 1, "(2.00x)"),
+    ):
+        new = [row("a", 2, section_us=now), row("peer", 2, "peer", section_us=now)]
+        found, printed = compared(old, new)
+        assert found == code
+        assert said in printed
+
+
 def test_without_a_peer_the_limit_serves(compared):
     old = [row("a", 2), row("bare", 1, "limit"), row("peer", 1, "peer", direction="inverse")]
     code, printed = compared(old, [row("a", 1), row("bare", 1, "limit")])
