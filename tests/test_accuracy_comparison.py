@@ -15,13 +15,13 @@ TINY = Recipe(train=32, validation=16, test=10, epochs=1)
 
 
 def rows(models=("FastFlow", "UFlow"), seeds=3, gain=0.1, shrink=0.5):
-    """Affine: 0.5 in brick, 0.7 in grass, seeds 0.02 apart; additive the same; LU `gain` more, narrower."""
+    """Affine: 0.5 in brick, 0.7 in grass, seeds 0.02 apart; others the same; USF `gain` more, narrower."""
     found = []
     for model, form, texture, seed in product(models, FORMS, ("brick", "grass"), range(seeds)):
         level = {"brick": 0.5, "grass": 0.7}[texture] + (gain if form == "additive + LU" else 0)
         value = level + (seed - 1) * 0.02 * (shrink if form == "additive + LU" else 1)
         row = {"texture": texture, "model": model, "form": form, "seed": str(seed), "recipe": "short"}
-        found.append(row | dict.fromkeys([*METRICS, "z2", "seconds"], str(value)))
+        found.append(row | dict.fromkeys([*METRICS, "loss", "z2", "seconds"], str(value)))
     return found
 
 
@@ -38,7 +38,8 @@ def test_the_tables_say_what_the_rows_say():
     text = " ".join(comparison.section(rows(), "texture").split())
     assert "Mean over 2 textures (brick, grass) and 3 seeds" in text
     best = "**0.700 ± 0.010**"
-    assert f"| FastFlow | 0.600 ± 0.020 | 0.600 ± 0.020 | {best} |" in text
+    assert f"| FastFlow | 0.600 ± 0.020 | 0.600 ± 0.020 | 0.600 ± 0.020 | {best} |" in text
+    assert "| UFlow | affine + LU | +0.000, 0 of 6; spread 1.00x |" in text  # and is not counted below
     assert "| UFlow | additive + LU | +0.100, 6 of 6; spread 0.50x |" in text
     assert (
         "at least the mean of the affine one in 12 of 12 comparisons. Is the spread smaller? In 6 of 12."
@@ -51,6 +52,18 @@ def test_losses_and_narrow_spreads_are_named():
     text = " ".join(comparison.section(rows(["UFlow"], gain=-0.1, shrink=0.05), "texture").split())
     assert "in 3 of 6 comparisons; not in these: UFlow additive + LU, image AUROC (-0.100);" in text
     assert "3 of the ratios lie outside" in text
+
+
+def test_what_is_detected_beside_how_well_it_fits():
+    """All numbers of these rows are the same one, the loss too: less of it is a better fit."""
+    text = " ".join(comparison.section(rows(["UFlow"], gain=-0.1), "texture").split())
+    assert (
+        "below the affine one's in 6 of 6 runs, and in 6 of these its image AUROC is below as well:" in text
+    )
+    text = " ".join(comparison.section(rows(["UFlow"]), "texture").split())
+    assert (
+        "below the affine one's in 0 of 6 runs, and in 0 of these its image AUROC is below as well." in text
+    )
 
 
 def test_one_seed_says_nothing_on_the_spread():
@@ -74,7 +87,7 @@ def test_the_figure_has_every_dot(seeds):
     dots = sum(
         len(line.get_xdata()) for axis in picture.axes for line in axis.lines if line.get_marker() == "o"
     )
-    assert dots == 2 * 2 * 2 * 3 * seeds  # metrics, textures, models, forms, seeds
+    assert dots == 2 * 2 * 2 * 4 * seeds  # metrics, textures, models, forms, seeds
 
 
 def test_what_the_expected_chance_is():
@@ -97,7 +110,7 @@ def test_the_command_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "substitution.png").stat().st_size > 1000
     capsys.readouterr()
     assert substitution.main(arguments) == 0
-    assert "6 of 6 are in" in capsys.readouterr().out
+    assert "8 of 8 are in" in capsys.readouterr().out
     assert substitution.rows_in(tmp_path).read() == found
 
 

@@ -91,11 +91,11 @@ def test_the_command(tmp_path, capsys):
     assert "| UFlow |" in (tmp_path / "out" / "mvtec.md").read_text()
     assert (tmp_path / "out" / "mvtec.png").stat().st_size > 1000
     before = (tmp_path / "out" / "mvtec.csv").read_text()
-    assert len(before.splitlines()) == 4
+    assert len(before.splitlines()) == 5
     assert "bottle" in before
     capsys.readouterr()
     assert datasets.main(arguments) == 0  # nothing is left to measure
-    assert "3 of 3 are in" in capsys.readouterr().out
+    assert "4 of 4 are in" in capsys.readouterr().out
     assert (tmp_path / "out" / "mvtec.csv").read_text() == before
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.accuracy.protocol import ADDITIVE, BASELINE, FORMS, MODELS, USF
+from bench.accuracy.protocol import ADDITIVE, AFFINE_LU, BASELINE, FORMS, MODELS, USF
 from bench.accuracy.rows import Row
 from bench.drawing import FAINT, INK, OURS_COLOUR, PALE, PEER_COLOUR, SECOND, title_of
 from bench.markdown import count, prose, table
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 FIRST = ("image_auroc", "pixel_auroc")  # of the paper's table
 COMPARED = (*FIRST, "aupro")
-REST = ("aupro", "miou_automatic", "miou_oracle", "false_alarms_per_clean_image", "z2")
-HEADINGS = NAMES | {"z2": "mean z²"}
-COLOURS = {BASELINE: PEER_COLOUR, ADDITIVE: SECOND, USF: OURS_COLOUR}
+REST = ("aupro", "miou_automatic", "miou_oracle", "false_alarms_per_clean_image", "loss", "z2")
+HEADINGS = NAMES | {"loss": "held-out loss", "z2": "mean z²"}
+UNIFORM = (ADDITIVE, USF)
+COLOURS = {BASELINE: PEER_COLOUR, AFFINE_LU: INK, ADDITIVE: SECOND, USF: OURS_COLOUR}
 
 
 class Results:
@@ -51,6 +52,15 @@ class Results:
         """One number per run."""
         found = self.rows[model, form]
         return np.array([float(found[run][metric]) for run in self.runs(model)])
+
+    def gain(self, model: str, form: str, metric: str) -> np.ndarray:
+        """How far each run is above that of the affine form."""
+        return self.values(model, form, metric) - self.values(model, BASELINE, metric)
+
+    def narrowing(self, model: str, form: str, metric: str) -> float:
+        """The spread in units of the affine form's; NaN with one seed."""
+        before, _ = self.spread(model, BASELINE, metric)
+        return self.spread(model, form, metric)[0] / before if before else math.nan
 
     def spread(self, model: str, form: str, metric: str) -> tuple[float, int]:
         """Standard deviation over seeds and its degrees of freedom.
@@ -85,7 +95,8 @@ def section(rows: Sequence[Row], column: str) -> str:
         f"the noise; the images are the same. All forms have one budget: {'; '.join(recipes)}. In bold: the "
         "best of a model."
     )
-    parts = [prose(intro), _first_table(results), _second_table(results), _answers(results, column)]
+    parts = [prose(intro), _first_table(results), _second_table(results), _differences(results, column)]
+    parts += [prose(_answers(results)), prose(_fit(results))]
     partial = [model for model in results.models if len(runs[model]) < len(names) * len(seeds)]
     if partial:
         parts.append(prose(f"Not all runs are there yet of {', '.join(partial)}."))
@@ -121,52 +132,64 @@ def _second_table(results: Results) -> str:
     return table(["model", "form", *(HEADINGS[metric] for metric in REST)], lines)
 
 
-def _answers(results: Results, column: str) -> str:
-    lines, better, narrower, compared, decided, worse = [], 0, 0, 0, 0, []
-    low, high = 0.0, math.inf
-    for model, form in product(results.models, (ADDITIVE, USF)):
+def _differences(results: Results, column: str) -> str:
+    others = [form for form in FORMS if form != BASELINE]
+    lines = []
+    for model, form in product(results.models, others):
         cells = [model, form]
         for metric in COMPARED:
-            difference = results.values(model, form, metric) - results.values(model, BASELINE, metric)
-            before, degrees = results.spread(model, BASELINE, metric)
-            spread, _ = results.spread(model, form, metric)
+            difference, ratio = results.gain(model, form, metric), results.narrowing(model, form, metric)
             cell = f"{difference.mean():+.3f}, {(difference > 0).sum()} of {len(difference)}"
-            compared += 1
-            better += difference.mean() >= 0
-            if difference.mean() < 0:
-                worse.append(f"{model} {form}, {HEADINGS[metric]} ({difference.mean():+.3f})")
-            if degrees and before > 0:
-                ratio = spread / before
-                low, high = _chance(degrees)
-                narrower += ratio < 1
-                decided += not low <= ratio <= high
-                cell += f"; spread {ratio:.2f}x"
-            cells.append(cell)
+            cells.append(cell + ("" if math.isnan(ratio) else f"; spread {ratio:.2f}x"))
         lines.append(cells)
-    text = (
-        "Is the mean no worse? The uniformly scaling forms have at least the mean of the affine one in "
-        f"{better} of {compared} comparisons"
-    )
-    text += f"{_exceptions(worse)}. "
-    if degrees:
-        text += (
-            f"Is the spread smaller? In {narrower} of {compared}. With "
-            f"{count(str(degrees), 'degree')} of freedom, ratios between {low:.2f} and {high:.2f} are what "
-            f"chance alone gives (F test, 5 %); {decided} of the ratios lie outside."
-        )
-    else:
-        text += "One seed says nothing on the spread."
-    header = ["model", "form", *(HEADINGS[metric] for metric in COMPARED)]
     caption = (
         f"Difference from the affine form, in how many runs (one {column}, one seed) the form is better than "
         "it, and the ratio of the spreads:"
     )
-    return "\n\n".join([prose(caption), table(header, lines), prose(text)])
+    return (
+        f"{prose(caption)}\n\n{table(['model', 'form', *(HEADINGS[metric] for metric in COMPARED)], lines)}"
+    )
 
 
-def _exceptions(worse: Sequence[str]) -> str:
-    """The comparisons themselves where they are few; the table has them all."""
-    return f"; not in these: {'; '.join(worse)}" if 0 < len(worse) <= 3 else ""
+def _answers(results: Results) -> str:
+    """Of the uniformly scaling forms: are they no worse than the affine one, and is their spread smaller?"""
+    compared = list(product(results.models, UNIFORM, COMPARED))
+    means = {what: results.gain(*what).mean() for what in compared}
+    worse = [f"{m} {f}, {HEADINGS[x]} ({mean:+.3f})" for (m, f, x), mean in means.items() if mean < 0]
+    text = (
+        "Is the mean no worse? The uniformly scaling forms have at least the mean of the affine one in "
+        f"{len(compared) - len(worse)} of {len(compared)} comparisons"
+    )
+    if 0 < len(worse) <= 3:  # the table has them all
+        text += f"; not in these: {'; '.join(worse)}"
+    ratios = [ratio for what in compared if not math.isnan(ratio := results.narrowing(*what))]
+    if not ratios:
+        return f"{text}. One seed says nothing on the spread."
+    degrees = max(results.spread(model, BASELINE, COMPARED[0])[1] for model in results.models)
+    low, high = _chance(degrees)
+    return (
+        f"{text}. Is the spread smaller? In {sum(ratio < 1 for ratio in ratios)} of {len(ratios)}. With "
+        f"{count(str(degrees), 'degree')} of freedom, ratios between {low:.2f} and {high:.2f} are what "
+        f"chance alone gives (F test, 5 %); {sum(not low <= ratio <= high for ratio in ratios)} of the "
+        "ratios lie outside."
+    )
+
+
+def _fit(results: Results) -> str:
+    """Whether what a form detects follows from how well it fits: what the held-out losses say."""
+    loss, auroc = (
+        np.concatenate([results.gain(model, USF, metric) for model in results.models])
+        for metric in ("loss", "image_auroc")
+    )
+    lower, both = (loss < 0).sum(), ((loss < 0) & (auroc < 0)).sum()
+    text = (
+        "Is it the fit? The held-out loss (negative log-likelihood per dimension, without its constant) of "
+        f"the {USF} form is below the affine one's in {lower} of {len(loss)} runs, and in {both} of these "
+        "its image AUROC is below as well"
+    )
+    return text + (
+        "." if 2 * both <= lower else ": what affine couplings detect beyond it is not a better fit."
+    )
 
 
 def _chance(degrees: int) -> tuple[float, float]:

@@ -26,9 +26,10 @@ from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.training import CachedFeatures, fit
 
 QUICK_OUTPUT = Path("runs") / "accuracy"
-BASELINE, ADDITIVE, USF = "affine", "additive", "additive + LU"
+BASELINE, AFFINE_LU, ADDITIVE, USF = "affine", "affine + LU", "additive", "additive + LU"
 FORMS = {
     BASELINE: {"coupling": "affine", "linear": "permutation"},
+    AFFINE_LU: {"coupling": "affine", "linear": "lu"},
     ADDITIVE: {"coupling": "additive", "linear": "permutation"},
     USF: {"coupling": "additive", "linear": "lu"},
 }
@@ -44,7 +45,7 @@ METRICS = (
     "false_alarms_per_clean_image",
 )
 MACHINE = ("device", "threads", "versions", "commit", "date")
-VALUES = (*METRICS, "z2", "seconds", *MACHINE)
+VALUES = (*METRICS, "loss", "z2", "seconds", *MACHINE)
 
 
 class Data(NamedTuple):
@@ -151,16 +152,19 @@ def measure(job: Mapping[str, str], prepared: Prepared, column: str) -> list[dic
     """Train and test what a row names: its model, form, seed, and what `column` holds.
 
     Returns:
-        One row of `VALUES`; `z2` is the mean of z^2 on held-out images, averaged over the scales, `seconds`
-        is the training's.
+        One row of `VALUES`; on held-out images, `loss` is the negative log-likelihood per dimension without
+        its constant, and `z2` the mean of z^2, averaged over the scales; `seconds` is the training's.
     """
     data = prepared.data(job[column])
     started = time.perf_counter()
     flow = train(job["model"], job["form"], data, prepared.recipe, seed=int(job["seed"]))
     seconds = time.perf_counter() - started
     z2 = flow.mean_square(data.validation)
+    with torch.no_grad():
+        loss = flow.loss(data.validation).item()
     found = metrics.evaluate(flow.predict(data.test.images, data.test.features), data.test.targets)
-    return [found | {"z2": sum(z2) / len(z2), "seconds": seconds} | machine.environment(torch.device("cpu"))]
+    shared = machine.environment(torch.device("cpu"))
+    return [found | {"loss": loss, "z2": sum(z2) / len(z2), "seconds": seconds} | shared]
 
 
 def complete_with_features(
