@@ -53,11 +53,12 @@ def test_log_det_is_that_of_the_jacobian(backbone, images, coupling, linear):
     model.initialize(model.features(images))
     model = perturbed(model).double()
     features = [maps[:1, :, :2, :3].double() for maps in model.features(images.double())]
-    _, log_det = model.latents(features)
     expected = 0.0
-    for flow, maps in zip(model.flows, features, strict=True):
-        jacobian = torch.func.jacrev(lambda x, flow=flow: flow(x)[0].flatten())(maps)
+    for flow, border, maps in zip(model.flows, model.borders, features, strict=True):
+        border.log_scale.normal_()
+        jacobian = torch.func.jacrev(lambda x, f=flow, b=border: f(b(x)[0])[0].flatten())(maps)
         expected += torch.linalg.slogdet(jacobian.reshape(maps.numel(), maps.numel()))[1]
+    _, log_det = model.latents(features)
     assert log_det.shape == (() if coupling == "additive" else (1,))
     assert log_det.item() == pytest.approx(expected.item(), abs=1e-8)
 
@@ -65,6 +66,8 @@ def test_log_det_is_that_of_the_jacobian(backbone, images, coupling, linear):
 @pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
 def test_loss_is_the_likelihood_per_dimension(backbone, images, coupling, linear):
     model = perturbed(FastFlow(backbone, coupling=coupling, linear=linear, steps=2))
+    for border in model.borders:
+        border.log_scale.fill_(0.3)
     latents, log_det = model(images)
     dimensions = sum(z[0].numel() for z in latents)
     energies = sum(0.5 * z.square().flatten(1).sum(1) for z in latents)

@@ -1,22 +1,28 @@
 """The baseline against the textbook's formula."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from usf_kernels.models import Mahalanobis
+from usf_kernels.models import Backbone, Mahalanobis
 from usf_kernels.models.mahalanobis import moments
 from usf_kernels.ops import squared_norm
 
 
-class Two(nn.Module):
-    """Stands in for a backbone of two scales."""
+class Network(nn.Module):
+    """Stands in for one of two scales."""
 
-    channels, strides = (3, 6), (1, 2)
+    feature_info = SimpleNamespace(channels=lambda: (3, 6), reduction=lambda: (1, 2))
 
     def forward(self, images):
         half = nn.functional.avg_pool2d(images, 2)
         return [images.cumsum(1), torch.cat([half.square(), half + half.flip(1)], 1)]
+
+
+def two():
+    return Backbone(Network(), {"name": "two"}, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 @pytest.fixture
@@ -34,9 +40,10 @@ def test_moments_are_over_images_and_positions(images):
 
 @pytest.mark.parametrize("shrinkage", [1e-3, 0.1])
 def test_squared_norm_is_the_squared_distance(images, shrinkage):
-    features = Two()(images)
-    model = Mahalanobis(Two()).fit(features, shrinkage=shrinkage)
-    for maps, z in zip(features, model.latents(features), strict=True):
+    features = two()(images)
+    model = Mahalanobis(two()).fit(features, shrinkage=shrinkage)
+    for border, maps, z in zip(model.borders, features, model.latents(features), strict=True):
+        maps, _ = border(maps)
         mean, covariance = moments(maps)
         covariance = covariance + shrinkage * covariance.diagonal().mean() * torch.eye(len(mean))
         rows = maps.permute(0, 2, 3, 1).double() - mean
@@ -45,9 +52,12 @@ def test_squared_norm_is_the_squared_distance(images, shrinkage):
 
 
 def test_predicts_like_a_model(images):
-    model = Mahalanobis(Two()).fit(Two()(images))
+    model = Mahalanobis(two()).fit(two()(images))
     assert model.null is None
-    null = model.calibrate(Two()(images))
+    with pytest.warns(UserWarning, match="not calibrated") as caught:
+        model.predict(images)
+    assert caught[0].filename == __file__
+    null = model.calibrate(two()(images))
     assert model.null == null
     damaged = images.clone()
     damaged[7, :, 4:8, 4:8] = torch.tensor([3.0, -2.0, 3.0]).view(3, 1, 1)
@@ -56,10 +66,14 @@ def test_predicts_like_a_model(images):
     assert result.anomaly_map.shape == result.mask.shape == (20, 1, 12, 16)
     assert result.mask[7, 0, 4:8, 4:8].all()
     assert [len(found) > 0 for found in result.regions][7]
-    again = model.predict(damaged, Two()(damaged))
+    again = model.predict(damaged, two()(damaged))
     assert torch.equal(again.score, result.score)
+    fused = model.fuse()
+    assert fused.null == null
+    torch.testing.assert_close(fused.predict(damaged).score, result.score, rtol=1e-4, atol=0)
+    assert torch.equal(fused.predict(damaged).mask, result.mask)
 
 
 def test_nothing_in_it_is_trainable(images):
-    model = Mahalanobis(Two()).fit(Two()(images))
+    model = Mahalanobis(two()).fit(two()(images))
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -120,6 +120,13 @@ def test_inverse_undoes_any_sizes(variant, size, deeper):
     model = model.double()
     features = [torch.randn(batch, c, *s, dtype=torch.float64) for c, s in zip(channels, sides, strict=True)]
     for form in (model, model.fuse()):
+        for border in form.borders:
+            border.log_scale.normal_(), border.shift.normal_()
+        found = form.inverse(form.latents(features)[0], sizes=sides)
+        for maps, expected in zip(found, features, strict=True):
+            torch.testing.assert_close(maps, expected, rtol=0, atol=1e-9)
+        for border in form.borders:
+            border.log_scale.zero_(), border.shift.zero_()
         latents, log_det = form.latents(features)
         assert log_det.shape == (() if coupling == "additive" else (batch,))
         found = form.inverse(latents)
@@ -178,7 +185,9 @@ def test_images_whose_maps_do_not_fit(images):
     latents, _ = model(images)
     assert [tuple(z.shape[2:]) for z in latents] == [(34, 34), (17, 17)]
     energy = sum(0.5 * z.square().sum() for z in latents) / len(images)
-    loss = (energy - model(images)[1]) / sum(z[0].numel() for z in latents)
+    _, of_borders = model._enter(features)  # which see the maps as they are
+    loss = (energy - model(images)[1] + of_borders) / sum(z[0].numel() for z in latents)
+    loss = loss - of_borders / sum(maps[0].numel() for maps in features)
     assert model.loss(images).item() == pytest.approx(loss.item(), rel=1e-5)
     # What was made up is not scored: every position counts once.
     expected = [z[..., :33, :33].square().mean().item() for z in latents[:1]]

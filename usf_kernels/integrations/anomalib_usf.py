@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,9 @@ from usf_kernels.models.backbones import EMBEDDED
 from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.ops import anomaly_map
 from usf_kernels.optimization import parameter_groups
+
+# An epoch's predictions come before the calibration at its end.
+warnings.filterwarnings("ignore", "predict: the model is not calibrated", UserWarning, __name__)
 
 HELD_OUT = 256  # normal images of a validation epoch that the null model is fitted to, at most
 

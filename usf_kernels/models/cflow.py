@@ -99,7 +99,7 @@ class CFlow(FeatureFlow):
             ValueError: latents of other channels than the features.
         """
         self._check(latents, "latents")
-        return self._run(latents, self._conditions(latents), inverse=True)[0]
+        return self._leave(self._run(latents, self._conditions(latents), inverse=True)[0])
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
         return self._run(features, self._conditions(features), noise)

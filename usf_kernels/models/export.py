@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.files import atomic_write
-from usf_kernels.models.feature_flow import FeatureFlow
-from usf_kernels.models.mahalanobis import Mahalanobis
+from usf_kernels.models.scored import ScoredModel
 from usf_kernels.ops import anomaly_map, squared_norm
 from usf_kernels.ops.checks import check_int
 
@@ -30,19 +29,19 @@ class ExportedScores(nn.Module):
     """What an exported model computes: images (B, 3, H, W) to an anomaly map (B, 1, H, W) and one map of
     squared norms (B, H_l, W_l) per scale, finest first."""
 
-    def __init__(self, model: FeatureFlow | Mahalanobis) -> None:
+    def __init__(self, model: ScoredModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Score images in [0, 1]."""
         model, features = self.model, self.model.backbone(images)
-        latents = (model._scored_latents if isinstance(model, FeatureFlow) else model.latents)(features)
+        latents = model._scored_latents(features)
         return anomaly_map(latents, tuple(images.shape[2:])), *(squared_norm(z) for z in latents)
 
 
 def export_onnx(
-    model: FeatureFlow | Mahalanobis,
+    model: ScoredModel,
     path: str | Path,
     *,
     image_size: tuple[int, int],
@@ -92,7 +91,7 @@ def _check_packages() -> None:
 
 def _scores(model: nn.Module) -> ExportedScores:
     """A copy on the CPU, in evaluation mode."""
-    if not isinstance(model, (FeatureFlow, Mahalanobis)):
+    if not isinstance(model, ScoredModel):
         raise TypeError(
             f"model: expected a FastFlow, UFlow, CFlow or Mahalanobis, found {type(model).__name__}"
         )
@@ -148,7 +147,7 @@ def _name_dimensions(program: ONNXProgram, dynamic_size: bool) -> None:
         value.shape = type(value.shape)(dims)
 
 
-def _describe(program: ONNXProgram, model: FeatureFlow | Mahalanobis) -> None:
+def _describe(program: ONNXProgram, model: ScoredModel) -> None:
     """Put into the metadata what the a-contrario test needs."""
     channels = getattr(model, "latent_channels", model.backbone.channels)
     null = None if model.null is None else model.null.to_list()

@@ -6,16 +6,17 @@ PaDiM (T. Defard et al., arXiv:2011.08785) without its positions, which textures
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
-from usf_kernels.models.scoring import Prediction, fit_null, predict
+from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import LUConv1x1
-from usf_kernels.ops import squared_norm
-from usf_kernels.segmentation import Null
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,8 +25,8 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return rows.mean(1), torch.cov(rows)
 
 
-class Mahalanobis(nn.Module):
-    """Mahalanobis distance on the features of a frozen backbone, scored as the flows are.
+class Mahalanobis(ScoredModel):
+    """Mahalanobis distance on the features of a frozen backbone, calibrated and scored as the flows are.
 
     The latents are whitened features, so that their squared norm is the squared distance.
 
@@ -34,14 +35,15 @@ class Mahalanobis(nn.Module):
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, options={})
         self.whitening = nn.ModuleList(LUConv1x1(channels) for channels in backbone.channels)
         self.requires_grad_(False)
-        self.null: Null | None = None
 
-    def fit(self, features: Sequence[Tensor], *, shrinkage: float = 0.01) -> Mahalanobis:
+    @torch.no_grad()
+    def fit(self, features: Sequence[Tensor], *, shrinkage: float = 0.01) -> Self:
         """Estimate mean and covariance from features (N, C_l, H_l, W_l) of normal images.
+
+        First, channels get the mean and spread near the border of a map that they have inside (`BorderNorm`).
 
         Args:
             features: of the training images.
@@ -50,21 +52,18 @@ class Mahalanobis(nn.Module):
         Returns:
             self.
         """
-        for linear, maps in zip(self.whitening, features, strict=True):
-            linear.whiten_(*moments(maps), eps=shrinkage)
+        self._check(features)
+        for linear, border, maps in zip(self.whitening, self.borders, features, strict=True):
+            linear.whiten_(*moments(border.fit(maps)(maps)[0]), eps=shrinkage)
         return self
-
-    def calibrate(self, features: Sequence[Tensor], *, false_alarms: float = 0.1) -> Null:
-        """Fit the null model of the automatic threshold; as in `FastFlow.calibrate`."""
-        norms = [squared_norm(z) for z in self.latents(features)]
-        self.null = fit_null(norms, false_alarms=false_alarms)
-        return self.null
 
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Whitened features, of the same shapes."""
-        return [linear(maps)[0] for linear, maps in zip(self.whitening, features, strict=True)]
+        entered, _ = self._enter(features)
+        return [linear(maps)[0] for linear, maps in zip(self.whitening, entered, strict=True)]
 
-    def predict(self, batch: Tensor, features: Sequence[Tensor] | None = None, **options: Any) -> Prediction:
-        """Score and segment images (B, 3, H, W) in [0, 1]; arguments are those of `FastFlow.predict`."""
-        features = self.backbone(batch) if features is None else features
-        return predict(self.latents(features), tuple(batch.shape[-2:]), null=self.null, **options)
+    def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return self.latents(features)
+
+    def _fuse_flows(self, dtype: torch.dtype | None) -> None:
+        self.whitening = nn.ModuleList(linear.fuse(dtype) for linear in self.whitening)

@@ -88,10 +88,17 @@ class UFlow(FeatureFlow):
         self.stages = nn.ModuleList(FlowSequence(glow_steps(c, **flow), memory=memory) for c in channels)
 
     @torch.no_grad()
-    def inverse(self, latents: Sequence[Tensor]) -> list[Tensor]:
+    def inverse(
+        self, latents: Sequence[Tensor], *, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Tensor]:
         """Latents (B, C'_l, H_l, W_l) to the features that have them, (B, C_l, H_l, W_l).
 
-        Undoes `latents`, but not its extension of the maps (see the class); on the inference form too.
+        Undoes `latents`, on the inference form too.
+
+        Args:
+            latents: finest first.
+            sizes: (H_l, W_l) of the features, where `latents` has extended them (see the class); without
+                them, the extension is taken for a part of the maps.
 
         Raises:
             TypeError, ValueError: for latents of another number, shape or dtype.
@@ -107,7 +114,9 @@ class UFlow(FeatureFlow):
             features.append(maps if self.fused else self.entries[level].inverse(maps)[0])
             if level < len(self.ratios):
                 passed = _gathered(spread, self.ratios[level])
-        return features
+        if sizes is not None:
+            features = [x[..., :height, :width] for x, (height, width) in zip(features, sizes, strict=True)]
+        return self._leave(features)
 
     def _entries(self) -> list[LUConv1x1 | ActNorm]:
         return list(self.entries)

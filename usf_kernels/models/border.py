@@ -1,0 +1,107 @@
+"""What the padding of convolutions does to features near the border of a map, taken out again.
+
+A convolution that pads with zeros sees less near the border, and what it gives there has another mean and
+another spread than inside. Affine couplings learn scales for that. A flow whose determinant does not depend
+on the input has none to learn, and would find the border of every image unusual.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+RINGS = 2  # positions from the border that are told from those inside
+LARGEST_RATIO = 10.0  # of spreads
+SIZES_KEPT = 4  # of maps
+
+
+class BorderNorm(nn.Module):
+    """Gives every channel near the border the mean and the spread that it has inside.
+
+    `y = x * scale_r + shift_r` for positions r = 0, 1 from the border, and y = x inside: an affine map per
+    channel that depends on the position and not on the input. What it does is fixed by `fit`, not trained;
+    before, it is the identity.
+
+    Args:
+        channels: C.
+
+    Attributes:
+        log_scale, shift: (RINGS, C) buffers.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("log_scale", torch.zeros(RINGS, channels))
+        self.register_buffer("shift", torch.zeros(RINGS, channels))
+        self._kept: dict[tuple[object, ...], tuple[object, _Maps]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_kept": {}}
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> BorderNorm:
+        """Take means and spreads from features (N, C, H, W) of normal images; returns self.
+
+        Maps without positions inside leave it the identity.
+        """
+        distance = ring_of(*features.shape[2:], device=features.device)
+        rings = [features[:, :, distance == ring].double() for ring in range(RINGS + 1)]
+        if rings[-1].numel() == 0:
+            self.log_scale.zero_(), self.shift.zero_()
+            return self
+        spreads = torch.stack([ring.std((0, 2), correction=0) for ring in rings])
+        means = torch.stack([ring.mean((0, 2)) for ring in rings])
+        scale = (spreads[-1] / spreads[:-1]).nan_to_num(1.0, 1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+        self.log_scale.copy_(scale.log())
+        self.shift.copy_(means[-1] - scale * means[:-1])
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) of features to (the same shape, the log-determinant, 0-d)."""
+        scale, shift, log_det = self._maps(x)
+        return (x if scale is None else torch.addcmul(shift, x, scale)), log_det
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The features that `forward` makes into these."""
+        scale, shift, _ = self._maps(y)
+        return y if scale is None else (y - shift) / scale
+
+    def _maps(self, x: Tensor) -> _Maps:
+        tables = self.log_scale, self.shift
+        if torch.compiler.is_compiling() or any(table.is_inference() for table in tables):
+            return self._made(x)
+        state = tuple((table.data_ptr(), table._version) for table in tables)
+        key = (*x.shape[2:], x.dtype, x.device, x.is_contiguous())
+        kept = self._kept.pop(key, None)
+        if kept is None or kept[0] != state:
+            idle = not any(table.any() for table in tables)
+            kept = state, _Maps(None, None, self.log_scale.new_zeros(())) if idle else self._made(x)
+        self._kept[key] = kept  # what was used last comes last
+        if len(self._kept) > SIZES_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return kept[1]
+
+    def _made(self, x: Tensor) -> _Maps:
+        ring = ring_of(*x.shape[2:], device=x.device)
+        inside = self.shift.new_zeros(1, self.shift.shape[1])
+        tables = torch.cat([self.log_scale.exp(), inside + 1]), torch.cat([self.shift, inside])
+        maps = (table.to(x.dtype)[ring].permute(2, 0, 1)[None] for table in tables)
+        log_det = sum((ring == r).sum() * self.log_scale[r].sum() for r in range(RINGS))
+        return _Maps(*(m.contiguous() if x.is_contiguous() else m for m in maps), log_det)
+
+
+class _Maps(NamedTuple):
+    """(1, C, H, W) each, in the memory format of the features, None for the identity; and 0-d."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    log_det: Tensor
+
+
+def ring_of(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """(height, width): how many positions lie between each position and the border, at most RINGS."""
+    y, x = (torch.arange(size, device=device) for size in (height, width))
+    y, x = torch.minimum(y, height - 1 - y), torch.minimum(x, width - 1 - x)
+    return torch.minimum(y[:, None], x).clamp(max=RINGS)

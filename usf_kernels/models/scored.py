@@ -1,0 +1,180 @@
+"""What every model that scores features of a frozen backbone shares: calibration, scores, checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.models.backbones import Backbone, create_backbone
+from usf_kernels.models.border import BorderNorm
+from usf_kernels.models.scoring import Prediction, fit_null, predict
+from usf_kernels.ops import squared_norm
+from usf_kernels.segmentation import Null
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+UNCALIBRATED = (
+    "predict: the model is not calibrated, so its masks keep no promise on false alarms; scores and maps do "
+    "not need it. `calibrate` it with features of held-out normal images"
+)
+
+
+class ScoredModel(nn.Module):
+    """Features of a frozen backbone to latents, whose norms are the anomaly scores.
+
+    A subclass says which latents are scored (`_scored_latents`) and how the rest of it gets its inference
+    form (`_fuse_flows`).
+
+    Args:
+        backbone: from `create_backbone`.
+        options: the other arguments of the subclass, as plain JSON values.
+
+    Attributes:
+        latent_channels: of each latent map; the backbone's, where a subclass does not say otherwise.
+        fused: whether this is an inference form.
+
+    Raises:
+        TypeError: for another backbone.
+    """
+
+    def __init__(self, backbone: Backbone, *, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise TypeError(f"backbone: expected one from create_backbone, found {type(backbone).__name__}")
+        self.backbone = backbone
+        self.latent_channels = tuple(backbone.channels)
+        self.options = dict(options)
+        self.fused = False
+        self.borders = nn.ModuleList(BorderNorm(channels) for channels in backbone.channels)
+        # One (scale, dof) per scale; NaN until `calibrate`. A buffer, so that checkpoints hold it.
+        self.register_buffer(
+            "null_parameters", torch.full((len(self.latent_channels), 2), torch.nan, dtype=torch.float64)
+        )
+
+    def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Of the sizes of the features."""
+        raise NotImplementedError
+
+    def _fuse_flows(self, dtype: torch.dtype | None) -> None:
+        """Replace what is behind the borders by its inference form, in place."""
+        raise NotImplementedError
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs: plain JSON values."""
+        return {"backbone": self.backbone.config, **self.options}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The model that a `config` describes, untrained; raises as `create_backbone` and the class do."""
+        options = dict(config)
+        return cls(create_backbone(**options.pop("backbone")), **options)
+
+    @property
+    def null(self) -> Null | None:
+        """What `calibrate` found, None before."""
+        if self.null_parameters.isnan().any():
+            return None
+        return Null.from_list(self.null_parameters.tolist())
+
+    def fuse(self, dtype: torch.dtype | None = None) -> Self:
+        """The same model for inference, faster and without a loss: backbone and flows in inference form.
+
+        Args:
+            dtype: of the weights, the features and the latents, for example torch.bfloat16; None for their
+                own. Images stay what they are, and squared norms are sums in float32.
+
+        Returns:
+            A copy in evaluation mode, null model included; this model stays as it is.
+        """
+        fused = deepcopy(self).eval().requires_grad_(False)
+        if not fused.fused:
+            fused._fuse_flows(dtype)
+            fused.backbone = fused.backbone.fuse(dtype)
+            fused.fused = True
+        return fused
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What is modelled: the backbone's maps of images (B, 3, H, W) in [0, 1]."""
+        return self.backbone(images)
+
+    @torch.no_grad()
+    def calibrate(
+        self, features: Sequence[Tensor], *, false_alarms: float = 0.1, batch_size: int = 32
+    ) -> Null:
+        """Fit the null model of the automatic threshold, and keep it in the state_dict.
+
+        Args:
+            features: of held-out normal images.
+            false_alarms: regions that each of them may show on average; see `scoring.fit_null`.
+            batch_size: images at a time.
+
+        Returns:
+            The fitted `Null`, from now on `model.null`.
+        """
+        null = fit_null(self._squared_norms(features, batch_size), false_alarms=false_alarms)
+        self.null_parameters.copy_(torch.tensor(null.to_list(), dtype=torch.float64))
+        return null
+
+    @torch.no_grad()
+    def mean_square(self, features: Sequence[Tensor], *, batch_size: int = 32) -> list[float]:
+        """Mean of z^2 per scale: near 1 on held-out normal images if the flow generalises."""
+        norms = self._squared_norms(features, batch_size)
+        return [u.mean().item() / channels for u, channels in zip(norms, self.latent_channels, strict=True)]
+
+    @torch.no_grad()
+    def predict(self, batch: Tensor, features: Sequence[Tensor] | None = None, **options: Any) -> Prediction:
+        """Score and segment images; each result depends on its own image and the fitted model only.
+
+        Args:
+            batch: images (B, 3, H, W) in [0, 1].
+            features: theirs, where they have been computed already.
+            options: log_epsilon, tail, tests, upsample: see `scoring.predict`.
+
+        Warns:
+            UserWarning: before `calibrate`.
+        """
+        training = self.training
+        self.eval()
+        try:
+            latents = self._scored_latents(self.features(batch) if features is None else features)
+        finally:
+            self.train(training)
+        null = self.null
+        if null is None:
+            warnings.warn(UNCALIBRATED, stacklevel=3)  # the caller: no_grad is in between
+        return predict(latents, tuple(batch.shape[-2:]), null=null, **options)
+
+    def _squared_norms(self, features: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+        training = self.training
+        self.eval()
+        parts = []
+        for start in range(0, len(features[0]), batch_size):
+            latents = self._scored_latents([maps[start : start + batch_size] for maps in features])
+            parts.append([squared_norm(z) for z in latents])
+        self.train(training)
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def _enter(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """What is behind the borders sees this of features; and the log-determinant."""
+        self._check(features)
+        entered = [border(maps) for border, maps in zip(self.borders, features, strict=True)]
+        return [maps for maps, _ in entered], sum(log_det for _, log_det in entered)
+
+    def _leave(self, entered: Sequence[Tensor]) -> list[Tensor]:
+        """The features of which `_enter` makes this."""
+        return [border.inverse(maps) for border, maps in zip(self.borders, entered, strict=True)]
+
+    def _check(self, features: Sequence[Tensor], name: str = "features") -> None:
+        found = [maps.shape[1] if maps.ndim == 4 else tuple(maps.shape) for maps in features]
+        if found != list(self.backbone.channels):
+            raise ValueError(
+                f"{name}: expected maps with {list(self.backbone.channels)} channels, found {found}"
+            )
