@@ -1,4 +1,4 @@
-"""Rows of maps: the extension's transposition against torch's, whatever the shape, layout and dtype."""
+"""Rows of maps, and couplings on some of their channels: the extension against torch."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from helpers import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usf_kernels.nn.rows import rows_of
+from usf_kernels.nn.rows import add_, affine_, rows_of
 
 SHAPES = [
     (2, 3),
@@ -46,6 +46,32 @@ def test_layouts_and_what_requires_a_gradient():
     with torch.no_grad():
         for layout in (x, x.to(memory_format=torch.channels_last), x[:, :, ::2], x[:, 1:4], x.mT):
             assert torch.equal(rows_of(layout, torch.float32, copy=False), expected(layout, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_contiguous_where_others_cannot_be_written_to(dtype):
+    index = torch.tensor([0, 2])
+    for x in (torch.randn(5, 3).mT, torch.randn(1, 3, 4, 5)[..., :3], torch.randn(1, 3, 4, 6)[:, :, :3]):
+        x = x.to(dtype)
+        for copy in (False, True):
+            rows = rows_of(x, dtype, copy=copy)
+            assert rows.is_contiguous()
+            add_(rows, index, torch.ones(len(rows), 2, dtype=dtype), 1)
+    rows = torch.randn(3, 5).to(dtype).mT
+    with pytest.raises(
+        ValueError, match=r"rows: expected contiguous rows to write to, found strides \(1, 5\)"
+    ):
+        add_(rows, index, torch.ones(5, 2, dtype=dtype), 1)
+    with pytest.raises(ValueError, match="rows: expected contiguous rows"):
+        affine_(rows, index, torch.ones(5, 4, dtype=dtype), torch.zeros(2), 1.0, False)
+
+
+def test_clamps_beyond_those_of_the_extension_overflow():
+    for clamp, infinite in ((80.0, False), (100.0, True)):
+        rows = torch.ones(3, 2)
+        log_det = affine_(rows, torch.tensor([1]), torch.full((3, 2), 10.0), torch.zeros(1), clamp, False)
+        assert rows[:, 1].isinf().all() == infinite
+        torch.testing.assert_close(log_det, torch.full((3,), clamp))
 
 
 def test_rounding_to_bfloat16_is_torchs():

@@ -9,6 +9,8 @@ from helpers import assert_within_budget, randomise_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from usf_kernels.nn import AffineCoupling, FlowSequence, FlowStep, LUConv1x1, USFBlock
 from usf_kernels.nn.stage_extension import StageExtension
@@ -151,6 +153,51 @@ def test_other_convolutions_are_torchs(conv):
     with torch.no_grad():
         torch.testing.assert_close(fused(x)[0], flow(x)[0], rtol=1e-4, atol=1e-4)
     assert not runs(fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_slices_and_transposed_inputs(form, dtype):
+    fused = flow_of(form, 8, activation=nn.GELU).fuse(dtype)
+    maps, vectors = torch.randn(1, 8, 12, 6).to(dtype), torch.randn(8, 5).to(dtype)
+    for x in (maps[:, :, :7], maps[..., :1], vectors.T[..., None, None]):
+        kept, dense = x.clone(), x.clone(memory_format=torch.contiguous_format)
+        assert torch.equal(fused(x)[0], fused(dense)[0])
+        assert torch.equal(fused.inverse(x)[0], fused.inverse(dense)[0])
+        assert torch.equal(x, kept)
+
+
+@pytest.mark.filterwarnings("ignore:.*(Tracer|trace|Converting|batching|script).*")
+@pytest.mark.parametrize("form", ["affine, permutation", "additive, lu"])
+def test_tracers_transforms_and_modes_see_torch_operations(form):
+    fused, x = flow_of(form, 8).fuse(), torch.randn(2, 8, 4, 4)
+    expected = fused(x)[0]
+
+    def call(x):
+        return fused(x)[0]
+
+    for found in (
+        torch.jit.trace(call, (x,))(x),
+        make_fx(call)(x)(x),
+        torch.func.vmap(lambda v: call(v[None])[0])(x),
+        torch.func.jvp(call, (x,), (x,))[0],
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert call(mode.from_tensor(x)).shape == x.shape
+
+
+def test_a_clamp_beyond_its_own_is_torchs():
+    def subnet(c_in, c_out):
+        return nn.Sequential(nn.Linear(c_in, 4), nn.ReLU(), nn.Linear(4, c_out))
+
+    flow = FlowSequence([FlowStep(4, subnet=subnet, coupling="affine", linear="permutation", clamp=100.0)])
+    flow[0].coupling.subnet[-1].bias.data.fill_(100.0)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = flow.eval()(x)[0]
+    assert expected.isinf().any()
+    assert torch.equal(flow.fuse()(x)[0].isinf(), expected.isinf())
 
 
 def test_an_activation_that_it_does_not_know_is_torchs():

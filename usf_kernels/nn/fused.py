@@ -18,6 +18,7 @@ from usf_kernels.nn.fused_blocks import (
 from usf_kernels.nn.fused_conditioner import to_maps
 from usf_kernels.nn.rows import rows_of
 from usf_kernels.nn.stage_run import StageRun, blocks_of
+from usf_kernels.ops import native
 from usf_kernels.ops.checks import check_features, compute_dtype, count_positions
 
 Condition = Tensor | Sequence[Tensor] | None
@@ -163,7 +164,7 @@ class FusedFlow(nn.Module):
 
 
 def _shares_memory(rows: Tensor, x: Tensor) -> bool:
-    """Yes where it cannot be known, in traced graphs."""
-    if torch.compiler.is_compiling():
+    """Yes where it cannot be known, in traced graphs and their like."""
+    if native.somebody_looks():
         return True
     return rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

@@ -2,7 +2,8 @@
 
 Torch's own index operations on channels-last memory cost as much as the products around them, and its affine
 coupling is many passes over memory. Triton kernels are for GPUs, in compiled graphs too; the extension is for
-CPUs, but not in graphs that are traced for a compiler. Graphs for export see the torch operations.
+CPUs, but not where a compiler, a tracer, a transform or a mode has to see what is done: these get the torch
+operations, as graphs for export do.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from usf_kernels import _core
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.native import threads_over
+from usf_kernels.ops.native import LARGEST_CLAMP, somebody_looks, threads_over
 from usf_kernels.ops.rows import add_rows, affine_rows, runs_kernels, select_rows
 
 
 def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
-    """(B, C, *spatial) as rows (B * positions, C) of this dtype; in memory of their own if `copy`."""
+    """(B, C, *spatial) as contiguous rows (B * positions, C) of this dtype; in their own memory if `copy`."""
     channels = x.shape[1]
     scattered = x.is_contiguous() and not x.movedim(1, -1).is_contiguous()
     if scattered and _in_extension(x) and (x.dtype == dtype or dtype == torch.bfloat16):
@@ -26,7 +27,7 @@ def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
         _core.interleave(_bits(maps), _bits(out), threads_over(out))
         return out
     rows = x.movedim(1, -1).to(dtype, copy=copy, memory_format=torch.contiguous_format)
-    return rows.reshape(-1, channels)
+    return rows.reshape(-1, channels).contiguous()
 
 
 def select(rows: Tensor, index: Tensor) -> Tensor:
@@ -41,13 +42,17 @@ def select(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def add_(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
-    """`rows[:, index] += factor * values`."""
+    """`rows[:, index] += factor * values`.
+
+    Raises:
+        ValueError: rows that are not contiguous, which the extension cannot write to.
+    """
     if runs_kernels(rows):
         add_rows(rows, index, values, factor)
     elif not _in_extension(rows):
         rows.index_add_(1, index, values, alpha=factor)
     else:
-        _core.add_rows(_bits(rows), index, _bits(values), factor, threads_over(rows))
+        _core.add_rows(_bits(_contiguous(rows)), index, _bits(values), factor, threads_over(rows))
 
 
 def affine_(
@@ -57,12 +62,16 @@ def affine_(
 
     `outputs` (N, 2 * len(index)) holds raw, then t; `s = clamp * tanh(raw)`. Returns the log-det of each row,
     (N,), float32 at least.
+
+    Raises:
+        ValueError: as `add_`.
     """
     if runs_kernels(rows):
         return affine_rows(rows, index, outputs, shift, clamp, inverse)
-    if _in_extension(rows):
+    if _in_extension(rows) and clamp <= LARGEST_CLAMP:
         log_det = rows.new_empty(rows.shape[0], dtype=torch.float32)
-        arguments = (_bits(rows), index, _bits(outputs), shift.float(), clamp, inverse, log_det)
+        written = _bits(_contiguous(rows))
+        arguments = (written, index, _bits(outputs), shift.float(), clamp, inverse, log_det)
         _core.affine_rows(*arguments, threads_over(rows))
         return log_det
     raw, translation = outputs.chunk(2, dim=1)
@@ -79,10 +88,15 @@ def affine_(
 
 def _in_extension(rows: Tensor) -> bool:
     return (
-        rows.device.type == "cpu"
-        and rows.dtype in (torch.float32, torch.bfloat16)
-        and not torch.compiler.is_compiling()
+        rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16) and not somebody_looks()
     )
+
+
+def _contiguous(rows: Tensor) -> Tensor:
+    """Rows to write to: into a copy of others, the results would be lost."""
+    if not rows.is_contiguous():
+        raise ValueError(f"rows: expected contiguous rows to write to, found strides {rows.stride()}")
+    return rows
 
 
 def _bits(rows: Tensor) -> Tensor:

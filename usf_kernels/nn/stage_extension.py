@@ -54,7 +54,7 @@ class StageExtension:
             native.MULTIPLIES
             and rows.device.type == "cpu"
             and rows.dtype == torch.float32
-            and not torch.compiler.is_compiling()
+            and not native.somebody_looks()
         )
 
     @staticmethod
@@ -64,6 +64,7 @@ class StageExtension:
             isinstance(stage, ProjectedBlock | AdditiveBlock | AffineBlock)
             and bool(layers := stage.conditioner.linear_layers())
             and all(isinstance(activation, nn.ReLU | None) for _, _, activation in layers)
+            and not (isinstance(stage, AffineBlock) and stage.clamp > native.LARGEST_CLAMP)
             and not (isinstance(stage, ProjectedBlock) and stage.conditioner.shift is not None)
         )
 
@@ -76,7 +77,7 @@ class StageExtension:
         """All stages, or their inverses from the last to the first.
 
         Args:
-            rows: (N, C), contiguous unless `keep`.
+            rows: (N, C), contiguous.
             sizes: (B, *spatial).
             cond: what each conditioner's `project` made of the condition, if there is one.
             inverse: the direction.
@@ -87,7 +88,6 @@ class StageExtension:
         log_det = rows.new_zeros(len(rows), dtype=compute_dtype(rows)) if self._affine else None
         shares = [share.contiguous() for share in (reversed(cond) if inverse else cond)]
         threads = native.threads_for(len(rows) * self._multiplications)
-        rows = rows.contiguous()
         state = torch.empty_like(rows) if keep else rows
         # Where there are convolutions there are one or two spatial dimensions.
         height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))

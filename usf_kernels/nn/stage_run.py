@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from usf_kernels.nn.fused_blocks import Product, Reorder, Result, Sizes, add_log_dets
 from usf_kernels.nn.stage_extension import StageExtension
+from usf_kernels.ops import native
 
 CHUNK_BYTES = 4 << 20  # of rows that pass together in torch operations: a share of the last-level cache
 Step = tuple[nn.Module, Tensor | None]  # a stage, and what its conditioner takes of the condition
@@ -52,14 +53,14 @@ class StageRun(nn.Module):
                 self._extension = StageExtension(self.stages)
             if self._extension.complete:
                 return self._extension.run(rows, sizes, cond, inverse=inverse, keep=keep)
-        rows, total = rows.clone() if keep else rows, None
+        rows, total = rows.clone(memory_format=torch.contiguous_format) if keep else rows, None
         shares = iter(cond)
         steps = [
             (stage, next(shares, None) if hasattr(stage, "conditioner") else None) for stage in self.stages
         ]
         steps = steps[::-1] if inverse else steps
         # Graphs get no loop over a length that they must not depend on; bfloat16 products prefer many rows.
-        if torch.compiler.is_compiling() or rows.is_cuda or rows.element_size() < 4:
+        if native.somebody_looks() or rows.is_cuda or rows.element_size() < 4:
             return _one_by_one(steps, rows, sizes, inverse)
         for pointwise, group in groupby(steps, _is_pointwise):
             together = _in_stretches if pointwise else _one_by_one
