@@ -230,6 +230,41 @@ def test_weights_written_to_are_seen():
     assert (fused(x)[0] - expected).abs().max() > 1e-3
 
 
+def test_weights_replaced_are_seen():
+    flow, other = flow_of("affine, permutation", 8), flow_of("affine, permutation", 8)
+    other.load_state_dict(flow.state_dict())
+    randomise_(other)
+    x, other = torch.randn(2, 8, 4, 4), other.fuse()
+    expected = other(x)[0]
+
+    def assign(fused):
+        fused.load_state_dict(other.state_dict(), assign=True)
+
+    def set_data(fused):
+        for ours, theirs in zip(fused.parameters(), other.parameters(), strict=True):
+            ours.data = theirs.data
+        fused.load_state_dict(dict(other.named_buffers()), strict=False)
+
+    @torch.inference_mode()
+    def load(fused):
+        fused.load_state_dict(other.state_dict())
+
+    @torch.inference_mode()
+    def load_into_tensors_without_versions(fused):
+        fused.double().float()
+        fused(x)
+        fused.load_state_dict(other.state_dict())
+
+    for replace in (assign, set_data, load, load_into_tensors_without_versions):
+        fused = flow.fuse()
+        before = fused(x)[0]
+        values = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        assert torch.equal(torch.func.functional_call(fused, values, (x,))[0], expected)
+        assert torch.equal(fused(x)[0], before)
+        replace(fused)
+        assert torch.equal(fused(x)[0], expected), replace
+
+
 def test_conversion_copies_and_pickles():
     fused = flow_of("affine, permutation", 8).fuse()
     x = torch.randn(2, 8, 4, 4)
@@ -248,7 +283,9 @@ def test_weights_made_in_inference_mode():
         fused = flow_of("additive, lu", 8).fuse()
         x = torch.randn(2, 8, 4, 4)
         first = fused(x)[0]
+        (run,), extension = runs(fused), runs(fused)[0]._extension
         assert torch.equal(fused(x)[0], first)
+        assert run._extension is extension  # not made again at every call
 
 
 def test_products_beside_pointwise_blocks_are_in_the_run():

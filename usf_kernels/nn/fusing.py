@@ -29,6 +29,8 @@ from usf_kernels.ops.checks import FLOAT_DTYPES
 WORST_CONDITION = 1e4  # of a map that residual blocks undo; beyond it, rounding would show
 
 
+@torch.inference_mode(False)  # what inference mode makes has no versions, by which changes are seen
+@torch.no_grad()
 def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     """The inference form of a flow module of this package: see `FusedFlow`.
 
@@ -52,6 +54,8 @@ def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     return fuse_parts(list(parts(flow)), dtype, next((t.device for t in tensors), None))
 
 
+@torch.inference_mode(False)  # what inference mode makes has no versions, by which changes are seen
+@torch.no_grad()
 def fuse_parts(
     flow: Sequence[LinearMap | Coupling], dtype: torch.dtype, device: torch.device | None
 ) -> FusedFlow:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,17 @@ from usf_kernels.nn.fused_blocks import (
 )
 from usf_kernels.ops import native
 from usf_kernels.ops.checks import compute_dtype
+
+
+class _Weight(NamedTuple):
+    """A parameter or buffer as it was, and where to look for what it is now."""
+
+    owner: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor
+    memory: Tensor  # a view: it cannot be freed, and its address not be given to other weights
+    address: int
+    version: int | None  # None for one of inference mode, which has none
 
 
 class StageExtension:
@@ -41,10 +51,9 @@ class StageExtension:
         )
         self._layers = [_layers(stage) if self.complete else [] for stage in stages]
         self._affine = any(isinstance(stage, AffineBlock) for stage in stages)
-        tensors = [t for stage in stages for t in chain(stage.parameters(), stage.buffers())]
-        self._multiplications = sum(t.numel() for t in tensors if t.ndim >= 2)  # per row, about
-        self._tensors = [t for t in tensors if not t.is_inference()]  # those have no versions
-        self._versions = [t._version for t in self._tensors]
+        self._weights = [weight for stage in stages for weight in _weights(stage)]
+        # Per row, about.
+        self._multiplications = sum(w.tensor.numel() for w in self._weights if w.tensor.ndim >= 2)
         self._runs: dict[bool, Any] = {}
 
     @staticmethod
@@ -70,8 +79,15 @@ class StageExtension:
 
     @property
     def outdated(self) -> bool:
-        """Whether weights have been written to since it was made."""
-        return self._versions != [t._version for t in self._tensors]
+        """Whether weights have been written to or replaced since it was made, as far as that can be seen:
+        what is written through `.data` leaves no trace, and nor do writes to tensors of inference mode, so
+        that these count as written to."""
+        for owner, name, tensor, _, address, version in self._weights:  # at every call, so unpacked
+            if owner.get(name) is not tensor or version is None:
+                return True
+            if tensor._version != version or tensor.data_ptr() != address:
+                return True
+        return False
 
     def run(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], *, inverse: bool, keep: bool) -> Result:
         """All stages, or their inverses from the last to the first.
@@ -110,6 +126,15 @@ class StageExtension:
             else:
                 run.affine(layers, *_seen_by(stage), stage.active, stage.shift, stage.clamp, inverse)
         return run
+
+
+def _weights(stage: nn.Module) -> Iterator[_Weight]:
+    for module in stage.modules():
+        for owner in (module._parameters, module._buffers):
+            for name, tensor in owner.items():
+                if tensor is not None:
+                    version = None if tensor.is_inference() else tensor._version
+                    yield _Weight(owner, name, tensor, tensor.detach(), tensor.data_ptr(), version)
 
 
 def _layers(stage: nn.Module) -> list[Any]:
