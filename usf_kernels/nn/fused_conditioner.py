@@ -8,7 +8,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from usf_kernels.nn.conditioner_layers import ELEMENTWISE, flat, is_linear, keeps_size, linear
+from usf_kernels.nn.conditioner_layers import flat, is_linear, keeps_size, linear
+from usf_kernels.nn.conditioner_sizes import PointwiseOnMaps, is_elementwise, joined
 from usf_kernels.nn.folding import WIDE, LinearMap
 
 
@@ -63,7 +64,7 @@ class _Shift(nn.Module):
         return rows.add_(self.bias)
 
 
-ON_ROWS = (nn.Linear, _Shift, *ELEMENTWISE)
+TOLD_SIZES = (_OnMaps, _Conditioned)  # these get more than rows
 
 
 class FusedConditioner(nn.Module):
@@ -92,10 +93,11 @@ class FusedConditioner(nn.Module):
         give_last: bool = False,
     ) -> None:
         super().__init__()
-        layers = list(flat(deepcopy(subnet).to("cpu", WIDE).eval()))
+        subnet = _copy_of(subnet).to("cpu", WIDE).eval()
+        layers = joined(list(flat(subnet)), set(subnet.modules()))
         condition, size = None, len(layers)
         if cond_channels > 0 and layers and is_linear(layers[0]):
-            condition = _split_condition(layers[0], cond_channels)
+            layers[0], condition = _split_condition(layers[0], cond_channels)
         elif cond_channels > 0:
             layers = [_OnMaps(layers[0] if layers else nn.Identity(), concatenates=True), *layers[1:]]
         alone = give_last and size == 1  # something has to remain when the last layer is taken
@@ -109,7 +111,7 @@ class FusedConditioner(nn.Module):
             layers[first] = _Conditioned(layers[first], condition)
         self._last = layers.pop() if give_last else None
         self.layers = nn.ModuleList(_grouped(layers))
-        self.pointwise = all(isinstance(layer, ON_ROWS) or layer.pointwise for layer in self.layers)
+        self.pointwise = all(layer.pointwise for layer in self.layers if isinstance(layer, TOLD_SIZES))
         self.conditioned = cond_channels > 0
         self.requires_grad_(False)
         for parameter in self.parameters():  # convolutions on maps with channels last reorder other weights
@@ -123,9 +125,9 @@ class FusedConditioner(nn.Module):
         for layer in list(self._simple_layers())[0 if self.shift is None else 1 :]:
             conditioned = isinstance(layer, _Conditioned)
             linear = layer.layer if conditioned else layer
-            if isinstance(linear, nn.Linear) or keeps_size(linear):
+            if type(linear) is nn.Linear or keeps_size(linear):
                 found.append((linear, conditioned, None))
-            elif isinstance(linear, ELEMENTWISE) and found and found[-1][2] is None:
+            elif is_elementwise(linear) and found and found[-1][2] is None:
                 found[-1] = (*found[-1][:2], linear)
             else:
                 return None
@@ -171,7 +173,7 @@ class FusedConditioner(nn.Module):
         """(N, C_in) to (N, C_out); `sizes` are (B, *spatial), with product N; `projected` is what
         `project` made of the condition."""
         for layer in self.layers:
-            rows = layer(rows) if isinstance(layer, ON_ROWS) else layer(rows, sizes, projected)
+            rows = layer(rows, sizes, projected) if isinstance(layer, TOLD_SIZES) else layer(rows)
         return rows
 
 
@@ -193,7 +195,8 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
     if isinstance(first, nn.Linear) or enter.selection is None:
         return [_matrix_layer(enter), *layers]
     # A convolution pads with zeros what is behind the map, so a bias stays in front of it.
-    first.weight = nn.Parameter(torch.einsum("oj...,ji->oi...", first.weight, enter.matrix))
+    weight = torch.einsum("oj...,ji->oi...", first.weight, enter.matrix)
+    layers = [_with(first, weight, first.bias), *rest]
     if not enter.bias.any():
         return layers
     return [_Shift(torch.linalg.solve(enter.matrix, enter.bias)), *layers]
@@ -207,10 +210,8 @@ def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> li
         return [*layers[:-1], linear(leave.behind(last.weight.detach()), bias)]
     convolves = last is not None and not isinstance(last, nn.Linear)
     if convolves and leave.selection is not None and not as_matrix:
-        last.weight = nn.Parameter(torch.einsum("jo,oi...->ji...", leave.matrix, last.weight))
-        last.bias = nn.Parameter(bias)
-        last.out_channels = len(bias)
-        return layers
+        weight = torch.einsum("jo,oi...->ji...", leave.matrix, last.weight)
+        return [*layers[:-1], _with(last, weight, bias)]
     if leave.is_identity and not as_matrix:
         return layers
     return [*layers, _matrix_layer(leave)]
@@ -221,35 +222,40 @@ def _pays(second: Tensor, first: Tensor) -> bool:
     return len(second) * first.shape[1] <= second.numel() + first.numel()
 
 
-def _split_condition(first: nn.Module, cond_channels: int) -> nn.Module:
-    """Take the condition's columns out of the first layer: a layer on maps of their own, without a bias."""
+def _split_condition(first: nn.Module, cond_channels: int) -> tuple[nn.Module, nn.Module]:
+    """The first layer without the condition's columns, and these: a layer on maps without a bias."""
     own = first.weight.shape[1] - cond_channels
-    condition = deepcopy(first)
-    weights = first.weight.detach().split([own, cond_channels], dim=1)
-    first.weight, condition.weight = (nn.Parameter(weight) for weight in weights)
-    condition.bias = None
-    if not isinstance(first, nn.Linear):
-        return condition
-    return _PointwiseOnMaps(condition)
+    weight, of_condition = first.weight.split([own, cond_channels], dim=1)
+    condition = _with(first, of_condition, None)
+    condition = PointwiseOnMaps(condition) if isinstance(first, nn.Linear) else condition
+    return _with(first, weight, first.bias), condition
 
 
-class _PointwiseOnMaps(nn.Module):
-    """nn.Linear on the channels of (B, C, *spatial)."""
+def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A copy of a linear layer with these: the same layer may be in other places too."""
+    layer = deepcopy(layer)
+    layer.weight = nn.Parameter(weight.detach())
+    layer.bias = None if bias is None else nn.Parameter(bias.detach())
+    if not isinstance(layer, nn.Linear):
+        layer.out_channels, layer.in_channels = weight.shape[:2]
+    return layer
 
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer
 
-    def forward(self, maps: Tensor) -> Tensor:
-        return self.layer(maps.movedim(1, -1)).movedim(-1, 1)
+def _copy_of(module: nn.Module) -> nn.Module:
+    """Its copy, where it holds results of autograd too, as torch.nn.utils.weight_norm leaves them: PyTorch
+    does not copy these. They are made again when the module is called."""
+    results = (value for child in module.modules() for value in vars(child).values())
+    memo = {id(v): v.detach() for v in results if isinstance(v, Tensor) and not v.is_leaf}
+    return deepcopy(module, memo)
 
 
 def _grouped(layers: list[nn.Module]) -> Iterator[nn.Module]:
     """The layers, those that need maps wrapped together with the activations among them."""
     on_maps: list[nn.Module] = []
     for layer in layers:
-        on_rows = isinstance(layer, (nn.Linear, _Shift, _Conditioned, _OnMaps))
-        if not on_rows and (on_maps or not isinstance(layer, ELEMENTWISE)):
+        on_rows = is_linear(layer) and isinstance(layer, nn.Linear)
+        on_rows = on_rows or isinstance(layer, (_Shift, *TOLD_SIZES))
+        if not on_rows and (on_maps or not is_elementwise(layer)):
             on_maps.append(layer)
             continue
         if on_maps:
