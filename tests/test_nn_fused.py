@@ -262,6 +262,28 @@ def test_the_flow_stays_as_it_is():
     assert all(p.requires_grad for p in flow.parameters())
 
 
+def test_it_stays_in_evaluation_mode_as_part_of_a_model_that_trains():
+    fused, x = flow_of([step(subnet=unknown)]).fuse(), torch.randn(4, 7, 3, 3)
+    expected = fused(x)[0]
+    nn.Sequential(fused).train()
+    assert torch.equal(fused(x)[0], expected)
+
+
+def test_any_default_device():
+    options = {"coupling": "affine", "cond_channels": 2}
+    for flow in (
+        flow_of([step(**options), step(linear="permutation", **options)], [ActNorm(7)]),
+        flow_of([USFBlock(6, subnet=pointwise, mask=mask) for mask in ("half", "checkerboard")]),
+    ):
+        channels, conditioned = (7, True) if isinstance(flow[0], ActNorm) else (6, False)
+        x, cond = torch.randn(2, channels, 3, 4), torch.randn(1, 2, 3, 4) if conditioned else None
+        expected = flow.fuse()(x, cond)[0]
+        with torch.device("meta"):
+            fused = flow.fuse()
+            assert torch.equal(fused(x, cond)[0], expected)
+            fused.load_state_dict(fused.state_dict())
+
+
 def test_the_state_holds_the_log_determinant_too():
     x = torch.randn(2, 6, 3, 4)
     forms = [flow_of([step(6, act_norm=False) for _ in range(2)]).fuse() for _ in range(2)]

@@ -18,6 +18,8 @@ def test_permutation():
     assert torch.equal(module.inverse(y)[0], x)
     assert torch.equal(Permutation(9, seed=3).index, module.index)
     assert not torch.equal(Permutation(9).index, Permutation(9).index)
+    with torch.device("meta"):
+        assert Permutation(9, seed=3).index.is_meta
     assert torch.autograd.gradcheck(lambda v: module(v)[0], (x,))
     assert torch.autograd.gradgradcheck(lambda v: module.inverse(v)[0] ** 2, (x[:1, :, :1, :2],))
     assert all(not b.is_floating_point() and b.numel() == 9 for b in module.state_dict().values())

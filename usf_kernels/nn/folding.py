@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from usf_kernels.nn.usf_block import CheckerboardCoupling, USFBlock
 from usf_kernels.ops.matrices import lu_matrix
 
 WIDE = torch.float64
+ON_CPU: Any = {"dtype": WIDE, "device": "cpu"}  # whatever the default device is
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class LinearMap:
     @classmethod
     def identity(cls, channels: int) -> LinearMap:
         """The map that changes nothing."""
-        return cls(torch.eye(channels, dtype=WIDE), torch.zeros(channels, dtype=WIDE))
+        return cls(torch.eye(channels, **ON_CPU), torch.zeros(channels, **ON_CPU))
 
     def after(self, first: LinearMap) -> LinearMap:
         """`first`, then this one."""
@@ -60,14 +62,13 @@ class LinearMap:
         if self.selection is None:
             return matrix @ self.matrix
         index, scale = self.selection
-        return torch.zeros(len(matrix), self.matrix.shape[1], dtype=WIDE).index_add_(1, index, matrix * scale)
+        return matrix.new_zeros(len(matrix), self.matrix.shape[1]).index_add_(1, index, matrix * scale)
 
     def inverse(self) -> LinearMap:
         """The map that undoes this one."""
         if self.selection is not None:
             index, scale = self.selection
-            matrix = torch.zeros_like(self.matrix)
-            matrix[index, torch.arange(len(index))] = 1 / scale
+            matrix = torch.zeros_like(self.matrix).scatter_(0, index[None], 1 / scale[None])
         else:
             matrix = torch.linalg.inv(self.matrix)
         return LinearMap(matrix, -(matrix @ self.bias))
@@ -92,7 +93,7 @@ class LinearMap:
     @property
     def error_of_identity(self) -> float:
         """How far it is from changing nothing: the largest difference of matrix and bias."""
-        eye = torch.eye(*self.matrix.shape, dtype=WIDE)
+        eye = torch.eye(*self.matrix.shape, **ON_CPU)
         return max((self.matrix - eye).abs().max().item(), self.bias.abs().max().item())
 
     @property
@@ -130,7 +131,7 @@ def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
         enter = enter if flow.order is None else enter.rows(flow.order.cpu())
         yield from (enter, flow.coupling, enter.inverse())
     elif isinstance(flow, Householder):
-        yield LinearMap(_wide(flow.matrix(WIDE)), torch.zeros(flow.channels, dtype=WIDE))
+        yield LinearMap(_wide(flow.matrix(WIDE)), torch.zeros(flow.channels, **ON_CPU))
     elif isinstance(flow, Conjugated):
         (enter, *_), _ = alternate(list(parts(flow.linear)))
         yield from (enter, *parts(flow.coupling), enter.inverse())
@@ -147,7 +148,7 @@ def _wide(values: Tensor) -> Tensor:
 
 def _lu_map(layer: LUConv1x1) -> LinearMap:
     lower, upper, bias = (v if v is None else v.detach() for v in deepcopy(layer).to("cpu", WIDE).factors())
-    bias = torch.zeros(layer.channels, dtype=WIDE) if bias is None else bias
+    bias = torch.zeros(layer.channels, **ON_CPU) if bias is None else bias
     return LinearMap(lu_matrix(lower, upper), bias)
 
 

@@ -45,13 +45,17 @@ class FusedFlow(nn.Module):
         self.channels, self.cond_channels = channels, cond_channels
         # Of the linear maps; a Python float keeps its digits in any dtype.
         self.log_det_per_position = log_det
-        self.register_buffer("_like", torch.zeros(()), persistent=False)
+        self.register_buffer("_like", torch.zeros((), device="cpu"), persistent=False)
         self.eval().requires_grad_(False)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and of what comes out."""
         return self._like.dtype
+
+    def train(self, mode: bool = True) -> FusedFlow:
+        """Stay in evaluation mode: it is a form for inference, whatever it is part of."""
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, x: Tensor, cond: Condition = None) -> tuple[Tensor, Tensor]:
@@ -152,7 +156,7 @@ class FusedFlow(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What the state_dict has besides buffers: the log-determinant of the linear maps, 0-d float64."""
-        return torch.tensor(self.log_det_per_position, dtype=torch.float64)
+        return torch.tensor(self.log_det_per_position, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take it from a state_dict."""

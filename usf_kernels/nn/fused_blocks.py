@@ -118,7 +118,7 @@ class ProjectedBlock(nn.Module):
         leave = after.matrix[:, coupling.split :]
         self.conditioner = FusedConditioner(
             coupling.subnet,
-            before.rows(torch.arange(coupling.split)),
+            before.rows(torch.arange(coupling.split, device="cpu")),
             LinearMap(leave, leave.new_zeros(len(leave))),
             cond_channels=coupling.cond_channels,
             give_last=True,

@@ -39,7 +39,7 @@ class Permutation(Fusible, nn.Module):
 
     Args:
         channels: C.
-        seed: for the permutation; None draws from torch's global generator.
+        seed: for the permutation; None draws from torch's global generator of the CPU.
 
     The permutation and its inverse are buffers and travel with the state_dict: `y[:, i] = x[:, index[i]]`.
     `forward(x, cond=None) -> (y, 0)` and `inverse(y, cond=None) -> (x, 0)` take (B, C, *spatial); `cond` is
@@ -53,8 +53,8 @@ class Permutation(Fusible, nn.Module):
         super().__init__()
         check_int("channels", channels, 1)
         self.channels = channels
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        index = torch.randperm(channels, generator=generator)
+        generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+        index = torch.randperm(channels, generator=generator, device="cpu").to(torch.get_default_device())
         self.register_buffer("index", index)
         self.register_buffer("inverse_index", torch.argsort(index))
 
