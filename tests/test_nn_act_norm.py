@@ -79,3 +79,19 @@ def test_act_norm_agrees_between_processes(monkeypatch):
     for module in modules:
         assert max_error(module.log_scale, alone.log_scale) < 1e-6
         assert max_error(module.bias, alone.bias) < 1e-5
+
+
+def test_act_norm_is_initialised_where_its_buffer_says_so():
+    first, x = ActNorm(3), torch.randn(8, 3)
+    first(x)
+    copied = ActNorm(3)
+    for ours, theirs in zip(copied.state_dict().values(), first.state_dict().values(), strict=True):
+        ours.copy_(theirs)
+    copied(5 * x + 1)
+    for ours, theirs in zip(copied.state_dict().values(), first.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.device("meta"):
+        loaded = ActNorm(3)
+    state = {name: first.state_dict()[name] for name in ("log_scale", "bias")}
+    loaded.load_state_dict(state, strict=False, assign=True)
+    assert torch.equal(loaded.eval()(x)[0], first(x)[0])

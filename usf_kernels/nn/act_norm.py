@@ -48,11 +48,12 @@ class ActNorm(Fusible, nn.Module):
             else:
                 self.register_buffer(name, value)
         self.register_buffer("initialized", torch.tensor(False))
-        self._initialized = False  # the buffer's value without reading it back from the device at every step
+        # Whether the buffer is known to be True, without reading it back from the device at every step.
+        self._initialized = False
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
-        self._initialized = bool(self.initialized)
+        self._initialized = not self.initialized.is_meta and bool(self.initialized)
 
     @torch.no_grad()
     def initialize_(self, make: Callable[[], Tensor]) -> None:
@@ -71,8 +72,9 @@ class ActNorm(Fusible, nn.Module):
         floor = 1e-6 * (mean.abs() + (variance + mean.square()).mean().sqrt())
         varies = variance.sqrt() > floor
         log_scale = torch.where(varies, -0.5 * variance.log(), torch.zeros_like(variance))
-        self.log_scale.copy_(log_scale)
-        self.bias.copy_(-mean * log_scale.exp())
+        # The buffer decides: its value may have come by another way than a state_dict.
+        for kept, value in ((self.log_scale, log_scale), (self.bias, -mean * log_scale.exp())):
+            kept.copy_(torch.where(self.initialized, kept, value))
         self.initialized.fill_(True)
         self._initialized = True
 
