@@ -72,6 +72,11 @@ Memory<T> allocate(std::size_t n, Access access = Access::in_sequence) {
 template <class T>
 class Buffer {
 public:
+    Buffer() = default;
+    // Not assigned or swapped: memory that is borrowed stays where it has been lent to.
+    Buffer(Buffer&& other) noexcept
+        : data_(std::move(other.data_)), capacity_(std::exchange(other.capacity_, 0)) {}
+
     T* reserve(std::size_t n, Access access = Access::in_sequence) {
         if (n > capacity_) {
             free();  // first: the old contents are not wanted

@@ -61,10 +61,11 @@ public:
     // Where a component has come to lie, until `begin_join`.
     std::int32_t rank(std::int32_t place) const { return rank_of_[place]; }
 
-    // Makes room for about so many `seams`, and for `others` parents beside those of the forest.
-    void begin_join(std::int64_t others, std::int64_t seams, int threads) {
+    // Makes room for about so many `seams`, and in the tree for `others` nodes beside those of the forest.
+    void begin_join(std::int64_t others, std::int64_t seams, int threads, ComponentTree<T>& tree) {
         rank_of_.free();
-        cell_.reserve(size_ + others, Access::at_random);
+        cell_ = tree.parent.reserve(size_ + others, Access::at_random);
+        tree.level.reserve(size_ + others);
         link_.reserve(size_, Access::at_random);
         for_each(size_, threads, [&](std::int32_t i) {
             cell_[i] = none;
@@ -109,10 +110,10 @@ public:
     }
 
     std::int32_t size() const { return size_; }
-    // Makes the joined components the first nodes of the tree, which takes the parents as they lie: a node's
+    // Makes the joined components the first nodes of the tree, in whose memory their parents lie: a node's
     // number is at most its rank. What is on the level of its parent is a part of it, and no node.
     void number(int threads, ComponentTree<T>& tree) {
-        std::int32_t *parent = cell_.data(), *name = link_.data(), next = 0;
+        std::int32_t *parent = cell_, *name = link_.data(), next = 0;
         T* level = tree.level.data();
         for (std::int32_t i = 0; i < size_; ++i) {
             const T own = from_ordered_key<T>(sorted_[i].key);
@@ -126,7 +127,6 @@ public:
             }
         }
         for_each(size_, threads, [&](std::int32_t i) { up_[sorted_[i].place] = name[i]; });
-        std::swap(tree.parent, cell_);
         tree.size = next;
     }
     // The nodes of the components, by their places, once numbered.
@@ -135,7 +135,6 @@ public:
     void free() {
         sorted_.free();
         up_.free();
-        cell_.free();
         link_.free();
     }
 
@@ -157,7 +156,8 @@ private:
     Buffer<Placed<Key>> sorted_;
     Buffer<std::int32_t> rank_of_;  // by place
     Buffer<std::int32_t> up_;       // by rank what a component hangs from, in the end by place its node
-    Buffer<std::int32_t> cell_, link_;
+    std::int32_t* cell_ = nullptr;  // in the parents of the tree
+    Buffer<std::int32_t> link_;
     std::vector<std::int32_t> seam_target_, seam_next_;
 };
 

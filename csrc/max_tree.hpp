@@ -168,7 +168,7 @@ private:
         }
         merge_.sort(runs, range, threads);
         seams_.rename(threads, [&](std::int32_t place) { return merge_.rank(place); });
-        merge_.begin_join(settled, seams_.pairs(), threads);
+        merge_.begin_join(settled, seams_.pairs(), threads, *tree_);
         const auto pair = [&](std::int32_t a, std::int32_t b) { merge_.add_seam(a, b); };
         for (std::int64_t r = 0; r < grid.tile_rows; ++r) {
             for (std::int64_t c = 0; c + 1 < grid.tile_columns; ++c)
@@ -176,7 +176,6 @@ private:
             if (r + 1 < grid.tile_rows) seams_.across_row(r, pair);
         }
         merge_.join();
-        tree_->level.reserve(merge_.size() + settled);
         merge_.number(threads, *tree_);
     }
 

@@ -91,6 +91,18 @@ def test_a_batch_is_its_images(dtype, threads):
         component_trees(images[0])
 
 
+@pytest.mark.parametrize("side", [180, 512])
+def test_a_batch_keeps_its_memory(side):
+    images = white(2 * side)[: 2 * side, :side].reshape(2, side, side)
+    trees = component_trees(images)
+    taken = [np.full_like(tree.parent, 7) for tree in trees for _ in range(4)]
+    for tree, image in zip(trees, images, strict=True):
+        alone = component_tree(image)
+        for name in ("parent", "level", "node"):
+            np.testing.assert_array_equal(getattr(tree, name), getattr(alone, name))
+    assert all((values == 7).all() for values in taken)
+
+
 def test_threads_do_not_show():
     image = np.random.default_rng(0).standard_normal((300, 211)).astype(np.float32)
     one = component_tree(image, threads=1)

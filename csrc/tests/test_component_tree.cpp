@@ -147,11 +147,44 @@ void signed_zeros_are_one_level() {
     expect(tree.size == 2, "-0 and 0 are one level", 1, 4);
 }
 
+// The trees of a batch lie in one block, which outlives them.
+void borrowed_memory() {
+    for (const std::int64_t side : {9, 300}) {
+        const auto image = make_map<float>(side, side, true, 0, 3);
+        std::vector<std::int32_t> parent(image.size()), node(image.size());
+        std::vector<float> level(image.size());
+        const ComponentTree<float> expected = build(image, side, side, Connectivity::four, 1);
+        {
+            ComponentTree<float> tree;
+            tree.parent.borrow(parent.data(), parent.size());
+            tree.node.borrow(node.data(), node.size());
+            tree.level.borrow(level.data(), level.size());
+            MaxTreeBuilder<float>().build(image.data(), side, side, Connectivity::four, 1, tree);
+            expect(tree.parent.data() == parent.data() && tree.node.data() == node.data() &&
+                       tree.level.data() == level.data(),
+                   "the tree lies in the memory that it got", side, side);
+        }
+        expect(std::equal(parent.begin(), parent.begin() + expected.size, expected.parent.data()) &&
+                   std::equal(level.begin(), level.begin() + expected.size, expected.level.data()) &&
+                   std::equal(node.begin(), node.end(), expected.node.data()),
+               "the same bits in borrowed memory", side, side);
+    }
+}
+
+void a_moved_buffer_is_empty() {
+    Buffer<int> from;
+    from.reserve(8);
+    const Buffer<int> to(std::move(from));
+    expect(to.data() && !from.data() && from.reserve(8), "a moved buffer is empty", 1, 8);
+}
+
 }  // namespace
 
 int main() {
     drawn_by_hand();
     signed_zeros_are_one_level();
+    borrowed_memory();
+    a_moved_buffer_is_empty();
     const std::int64_t shapes[][2] = {{1, 1},   {1, 9},     {9, 1},     {2, 2},     {3, 5},     {28, 28},
                                       {64, 65}, {181, 181}, {1, 40000}, {40000, 1}, {3, 20000}, {300, 257}};
     for (const auto& [height, width] : shapes) {
