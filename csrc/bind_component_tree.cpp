@@ -76,7 +76,7 @@ nb::list component_trees(Image<T, 3> images, int connectivity, int threads) {
     if (small) block = share_block(trees, pixels);
     {
         nb::gil_scoped_release unlocked;
-        std::vector<MaxTreeBuilder<T>> builders(threads);
+        std::vector<MaxTreeBuilder<T>> builders(workers_for(batch, threads));
         parallel_for(batch, threads, [&](int worker, std::int64_t i) {
             builders[worker].build(images.data() + i * height * width, height, width,
                                    static_cast<Connectivity>(connectivity), 1, trees[i]);

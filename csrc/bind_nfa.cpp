@@ -21,7 +21,7 @@ template <class T, class Finish>
 void test_batch(const Energies<T>& energy, const Tail& tail, std::span<const double> size_counts, int threads,
                 Finish finish) {
     const std::int64_t batch = energy.shape(0), height = energy.shape(1), width = energy.shape(2);
-    const int outer = static_cast<int>(std::clamp<std::int64_t>(batch, 1, std::max(threads, 1)));
+    const int outer = workers_for(batch, threads);
     std::vector<RegionTest<T>> workspaces(outer);
     parallel_for(batch, outer, [&](int worker, std::int64_t b) {
         RegionTest<T>& test = workspaces[worker];

@@ -87,8 +87,8 @@ private:
 
     void build_large(const Grid& grid, int threads) {
         const std::int64_t n = grid.height * grid.width;
-        threads = std::max(threads, 1);
-        if (workers_.size() < static_cast<std::size_t>(threads)) workers_.resize(threads);
+        const auto workers = static_cast<std::size_t>(workers_for(grid.tile_rows, threads));
+        if (workers_.size() < workers) workers_.resize(workers);
         seams_.reset(grid, connectivity_);
         tree_->node.reserve(n);
         merge_.reserve(n);

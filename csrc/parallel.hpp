@@ -39,11 +39,17 @@ private:
     std::mutex mutex_;
 };
 
-// Calls task(worker, i) once for every i in [0, count). `worker` in [0, threads) names the scratch space that
-// the call may use. Which worker runs which i is not fixed, so a task must not let it show in its result.
+// How many of `threads` find work among `count` tasks; at least one, who may find none.
+inline int workers_for(std::int64_t count, int threads) {
+    return static_cast<int>(std::clamp<std::int64_t>(count, 1, std::max(threads, 1)));
+}
+
+// Calls task(worker, i) once for every i in [0, count). `worker` in [0, workers_for(count, threads)) names
+// the scratch space that the call may use. Which worker runs which i is not fixed, so a task must not let it
+// show in its result.
 template <class Task>
 void parallel_for(std::int64_t count, int threads, Task&& task) {
-    const int workers = static_cast<int>(std::min<std::int64_t>(std::max(threads, 1), count));
+    const int workers = workers_for(count, threads);
     if (workers <= 1) {
         for (std::int64_t i = 0; i < count; ++i) task(0, i);
         return;
@@ -51,7 +57,11 @@ void parallel_for(std::int64_t count, int threads, Task&& task) {
     SharedWork work(count);
     const auto run = [&](int worker) { work.help([&](std::int64_t i) { task(worker, i); }); };
     std::vector<std::thread> pool;
-    for (int worker = 1; worker < workers; ++worker) pool.emplace_back(run, worker);
+    pool.reserve(workers - 1);
+    try {
+        for (int worker = 1; worker < workers; ++worker) pool.emplace_back(run, worker);
+    } catch (const std::exception&) {  // the system has no more threads: those that there are do the work
+    }
     run(0);
     for (std::thread& thread : pool) thread.join();
     work.rethrow();

@@ -147,8 +147,9 @@ void sort_runs(const Key* keys, const std::vector<Run>& runs, KeyRange<Key> rang
         Buffer<Placed<Key>> spare;
         std::vector<std::uint32_t> histogram;
     };
-    std::vector<Scratch> scratch(std::max(threads, 1));
-    parallel_for(static_cast<std::int64_t>(group.size()) - 1, threads, [&](int worker, std::int64_t g) {
+    const auto groups = static_cast<std::int64_t>(group.size()) - 1;
+    std::vector<Scratch> scratch(workers_for(groups, threads));
+    parallel_for(groups, threads, [&](int worker, std::int64_t g) {
         Placed<Key>* items = sorted + group[g];
         const std::size_t count = group[g + 1] - group[g];
         if (shift > 0) {

@@ -103,6 +103,13 @@ def test_a_batch_keeps_its_memory(side):
     assert all((values == 7).all() for values in taken)
 
 
+def test_threads_beyond_the_work():
+    image = white(200)
+    most = 2**31 - 1
+    np.testing.assert_array_equal(component_tree(image, threads=most).node, component_tree(image).node)
+    assert len(component_trees(image[None, :9], threads=most)) == 1
+
+
 def test_threads_do_not_show():
     image = np.random.default_rng(0).standard_normal((300, 211)).astype(np.float32)
     one = component_tree(image, threads=1)

@@ -1,6 +1,7 @@
 // The component tree: one map drawn by hand, then many against a plain sort and union-find.
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -171,6 +172,11 @@ void borrowed_memory() {
     }
 }
 
+void more_threads_than_tiles() {
+    const auto image = make_map<float>(300, 300, false, 0, 3);
+    build(image, 300, 300, Connectivity::four, std::numeric_limits<int>::max());
+}
+
 void a_moved_buffer_is_empty() {
     Buffer<int> from;
     from.reserve(8);
@@ -184,6 +190,7 @@ int main() {
     drawn_by_hand();
     signed_zeros_are_one_level();
     borrowed_memory();
+    more_threads_than_tiles();
     a_moved_buffer_is_empty();
     const std::int64_t shapes[][2] = {{1, 1},   {1, 9},     {9, 1},     {2, 2},     {3, 5},     {28, 28},
                                       {64, 65}, {181, 181}, {1, 40000}, {40000, 1}, {3, 20000}, {300, 257}};
