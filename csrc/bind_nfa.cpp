@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "bindings.hpp"
@@ -75,11 +76,29 @@ nb::ndarray<nb::numpy, double> log_tail(const Tail& tail, Counts levels) {
     return to_numpy(std::move(out), {n});
 }
 
+// Everybody can make a ComponentTree of any arrays: 0 <= value[i] < end(i)?
+template <class End>
+void check_nodes(const char* name, const std::int32_t* value, std::size_t n, End end) {
+    std::uint32_t outside = 0;  // in its sign, which vectors of every processor can gather
+    for (std::size_t i = 0; i < n; ++i) {
+        const auto v = static_cast<std::uint32_t>(value[i]);
+        outside |= v | (end(i) - 1 - v);
+    }
+    if (outside >> 31 == 0) return;
+    std::size_t i = 0;
+    while (static_cast<std::uint32_t>(value[i]) < end(i)) ++i;
+    throw nb::value_error((std::string(name) + ": expected nodes below " + std::to_string(end(i)) +
+                           ", found " + std::to_string(value[i]))
+                              .c_str());
+}
+
 nb::ndarray<nb::numpy, std::int32_t> areas(Indices parent, Nodes node) {
     const std::size_t n = parent.shape(0);
     Memory<std::int32_t> area = allocate<std::int32_t>(n);
     {
         nb::gil_scoped_release unlocked;
+        check_nodes("parent", parent.data(), n, [](std::size_t i) { return std::uint32_t(i + (i == 0)); });
+        check_nodes("node", node.data(), node.size(), [n](std::size_t) { return std::uint32_t(n); });
         node_areas(parent.data(), n, node.data(), node.size(), area.get());
     }
     return to_numpy(std::move(area), {n});

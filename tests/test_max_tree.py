@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from bench.memory import CLEAR, peak_bytes
 from bench.tree import smooth, smooth_8bit, white
 from usf_kernels import _core
-from usf_kernels.max_tree import _read, component_tree, component_trees
+from usf_kernels.max_tree import ComponentTree, _read, component_tree, component_trees
 
 DTYPES = [np.float32, np.float64, np.uint8, np.uint16]
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 7), (7, 2), (5, 8), (9, 9)]
@@ -117,6 +117,20 @@ def test_threads_do_not_show():
         other = component_tree(image, threads=threads)
         for name in ("parent", "level", "node", "area"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_areas_of_any_arrays():
+    level, node = np.zeros(2, np.float32), np.zeros((30, 30), np.int32)
+    parent = np.zeros(2, np.int32)
+    for wrong in (2, 10**8, -1):
+        with pytest.raises(ValueError, match=rf"node: expected nodes below 2, found {wrong}"):
+            _ = ComponentTree(parent, level, node + np.int32(wrong)).area
+    for wrong in (1, 10**8, -1):
+        with pytest.raises(ValueError, match=rf"parent: expected nodes below 1, found {wrong}"):
+            _ = ComponentTree(np.array([0, wrong], np.int32), level, node).area
+    with pytest.raises(ValueError, match=r"node: expected nodes below 0"):
+        _ = ComponentTree(parent[:0], level[:0], node).area
+    assert ComponentTree(parent, level, node).area.tolist() == [900, 0]
 
 
 def test_attributes_per_node_are_painted():
