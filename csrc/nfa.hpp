@@ -89,11 +89,14 @@ public:
     }
 
     // Pixels of a final region get offset + its significance, no more than `ceiling`; others get `ceiling`.
+    // Finite: who interpolates the map multiplies by 0.
     void write_map(double offset, double ceiling, float* map) {
+        constexpr double lowest = std::numeric_limits<float>::lowest();
         float* value = value_.reserve(tree_.size);
         for (std::int32_t i = 0; i < tree_.size; ++i) {
             const std::int32_t r = region_[i];
-            value[i] = static_cast<float>(r < 0 ? ceiling : std::min(ceiling, offset + significance_[r]));
+            const double found = r < 0 ? ceiling : std::min(ceiling, offset + significance_[r]);
+            value[i] = static_cast<float>(std::max(found, lowest));
         }
         const std::int32_t* node = tree_.node.data();
         for (std::int64_t p = 0; p < tree_.height * tree_.width; ++p) map[p] = value[node[p]];

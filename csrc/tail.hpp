@@ -26,15 +26,18 @@ inline double stirling_remainder(double a) {
 
 // a (1 + ln lambda - lambda), the natural log of the Chernoff bound; written so as not to cancel near 1.
 inline double log_chernoff(double a, double lambda) {
+    if (std::isinf(lambda)) return -lambda;
     const double d = lambda - 1;
     return a * (std::abs(d) < 0.5 ? std::log1p(d) - d : 1 + std::log(lambda) - lambda);
 }
 
-// ln Q(a, a lambda), the regularised upper incomplete gamma function, for a > 0 and lambda >= 0.
+// ln Q(a, a lambda), the regularised upper incomplete gamma function, for a > 0 and lambda >= 0; near 1 it
+// takes time as the root of a.
 inline double log_upper_gamma(double a, double lambda) {
     if (lambda <= 0) return 0;
     constexpr double epsilon = std::numeric_limits<double>::epsilon();
     const double x = a * lambda;
+    if (std::isinf(x)) return -x;
     const double log_prefactor = log_chernoff(a, lambda) - stirling_remainder(a) +
                                  0.5 * std::log(a / (2 * std::numbers::pi));  // ln(x^a e^-x / Gamma(a))
     if (x < a + 1) {  // the lower function by its power series, then the complement
@@ -63,9 +66,13 @@ enum class TailKind : int { chernoff = 0, exact = 1 };
 // octave of 1 + sqrt(max(1, a)) |lambda - 1|, so that the top of a double's bits is an interval's index.
 class Tail {
 public:
+    static constexpr double largest_dof = 1e9;  // whose table takes a fifth of a second
+
     Tail(double dof, double scale, TailKind kind) : a_(dof / 2), mean_(dof * scale), kind_(kind) {
-        if (!(dof > 0) || !(scale > 0) || !std::isfinite(mean_)) {
-            throw std::invalid_argument("dof and scale must be positive and finite");
+        if (!(dof > 0 && dof <= largest_dof && scale > 0 && std::isnormal(a_) && std::isnormal(mean_))) {
+            throw std::invalid_argument(
+                "dof, scale: expected positive numbers, dof at most 1e9, that neither vanish nor overflow "
+                "when multiplied");
         }
         if (kind == TailKind::chernoff) return;
         root_a_ = std::sqrt(std::max(1.0, a_));
@@ -74,11 +81,9 @@ public:
         below_ = tabulate(1 + std::min(8.0, 0.5 * root_a_), -1);
     }
 
-    double dof() const { return 2 * a_; }
-    double mean() const { return mean_; }
     TailKind kind() const { return kind_; }
 
-    // log10 Pr(X >= t), in (-inf, 0].
+    // log10 Pr(X >= t), at most 0; -inf where it is beyond a double.
     double operator()(double t) const { return kind_ == TailKind::chernoff ? chernoff(t) : exact(t); }
 
     double chernoff(double t) const {  // the bound says nothing at and below the mean

@@ -29,6 +29,11 @@ def test_null_is_checked():
     for arguments in (((1.0,), (0.0,)), ((math.inf,), (1.0,)), ((1.0, 1.0), (1.0,)), ((), ())):
         with pytest.raises(ValueError, match=r"scale|dof"):
             Null(*arguments)
+    with pytest.raises(ValueError, match=r"dof: expected at most 1e\+09, found .*1e\+17"):
+        Null((1.0, 1.0), (3.0, 1e17))
+    for scale, dof in ((1e-200, 1e-200), (1e306, 1e3)):
+        with pytest.raises(ValueError, match=r"scale: expected scale \* dof within"):
+            Null((scale,), (dof,))
     with pytest.raises(ValueError, match="pairs"):
         Null.from_list([[1.0]])
     with pytest.raises(ValueError, match=r"latents\[0\].*vary"):

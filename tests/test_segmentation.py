@@ -206,6 +206,23 @@ def test_nearest_keeps_every_pixel_of_a_region():
     assert mask[0, 0, 8:12, 12:16].all()
 
 
+@pytest.mark.parametrize("tail", ["chernoff", "exact"])
+@pytest.mark.parametrize("scale", [1.0, 1e-300])
+def test_the_most_extreme_levels_are_found(tail, scale):
+    u = torch.zeros(1, 6, 6, dtype=torch.float64)
+    u[0, 1:4, 1:4] = 1e300
+    null, options = Null((scale,), (16.0,)), {"tail": tail, "tests": "per_size"}
+    assert segment(u, 6, null=null, **options).equal(u[None] > 0)
+    assert log_nfa(u, 24, null=null, **options).isfinite().all()
+    assert [r.area for r in regions(u, null=null, **options)[0]] == [9]
+
+
+def test_tails_are_bounded():
+    for dof, scale in ((1e17, 1.0), (1e-200, 1e-200), (1e-310, 1e10)):
+        with pytest.raises(ValueError, match="dof, scale: expected"):
+            _core.Tail(dof, scale, True)
+
+
 @pytest.mark.parametrize("dof", [1, 2, 3, 16, 17, 100.5, 192, 816, 2000.25, 4096])
 def test_exact_tail_against_mpmath(dof):
     ratios = np.concatenate(

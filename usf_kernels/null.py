@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,15 @@ from torch import Tensor
 
 from usf_kernels.energy import read_energies
 
+LARGEST_DOF = 1e9  # the extension's; the exact tail takes time as its root
+
 
 @dataclass(frozen=True, repr=False)
 class Null:
     """Squared norms of normal positions at scale l follow `scale[l] * chi2(dof[l])`.
 
     Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones have not, see `calibrate`.
-    Both are positive and finite; `dof` need not be whole.
+    Both are positive and finite, and so is their product; `dof` is at most 1e9, and need not be whole.
     """
 
     scale: tuple[float, ...]
@@ -32,6 +35,11 @@ class Null:
             raise ValueError(
                 f"dof: expected {len(self.scale)} numbers, as many as scale, found {len(self.dof)}"
             )
+        if max(self.dof) > LARGEST_DOF:
+            raise ValueError(f"dof: expected at most {LARGEST_DOF:.0e}, found {self.dof}")
+        for a, nu in zip(self.scale, self.dof, strict=True):
+            if not (sys.float_info.min <= a * nu < math.inf):
+                raise ValueError(f"scale: expected scale * dof within a double's range, found {a} * {nu}")
 
     @classmethod
     def white(cls, channels: Sequence[int]) -> Null:

@@ -72,16 +72,33 @@ void bound_values() {
     near(tail(816 * (1 + 1e-7)), -408 * 0.5e-14 / std::log(10.0), 1e-6, "just above the mean");
 }
 
-void bad_parameters() {
-    for (double bad : {0.0, -1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
-        for (bool is_scale : {false, true}) {
-            try {
-                usf::Tail(is_scale ? 1 : bad, is_scale ? bad : 1, usf::TailKind::exact);
-                that(false, "a bad parameter is refused");
-            } catch (const std::invalid_argument&) {
+void the_last_levels() {
+    for (const auto kind : {usf::TailKind::chernoff, usf::TailKind::exact})
+        for (double dof : {0.5, 8.0})
+            for (double scale : {1e-300, 1e-10, 1.0}) {
+                const usf::Tail tail(dof, scale, kind);
+                that(tail(1e30) <= -1e25, "far above the mean");
+                that(tail(1e308) <= tail(1e300) && tail(1e300) <= tail(1e30),
+                     "the tail decreases to the end");
             }
+}
+
+void bad_parameters() {
+    const auto refused = [](double dof, double scale) {
+        try {
+            usf::Tail(dof, scale, usf::TailKind::exact);
+            that(false, "a bad parameter is refused");
+        } catch (const std::invalid_argument&) {
         }
+    };
+    for (double bad : {0.0, -1.0, std::nan(""), std::numeric_limits<double>::infinity(), 1e-310}) {
+        refused(bad, 1);
+        refused(1, bad);
     }
+    refused(1e-200, 1e-200);
+    refused(-1e-3, -1e-3);
+    refused(1e17, 1);
+    refused(1e-310, 1e10);
 }
 
 }  // namespace
@@ -91,6 +108,7 @@ int main() {
     stirling();
     tabulated_values();
     bound_values();
+    the_last_levels();
     bad_parameters();
     return failures != 0;
 }
