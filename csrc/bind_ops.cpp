@@ -66,7 +66,7 @@ void bind_ops(nb::module_& m) {
         [](const Sizes& sizes, const Tensor& x, const Tensor& params, std::int64_t split,
            std::optional<float> clamp, bool inverse, Address index, Address scale, Address bias,
            const Tensor& out, Address log_det, int threads) {
-            const Coupling coupling{clamp.value_or(0), inverse};
+            const Coupling coupling{clamp.value_or(Coupling::none), inverse};
             const std::int64_t outputs = (clamp ? 2 : 1) * (sizes[1] - split);
             const auto from = view<const float>(x, sizes, sizes[1]);
             const auto with = view<const float>(params, sizes, outputs);
@@ -85,7 +85,7 @@ void bind_ops(nb::module_& m) {
            const Tensor& params, std::int64_t split, std::optional<float> clamp, bool inverse, Address index,
            Address scale, const Tensor& grad_x, const Tensor& grad_params, Address grad_scale,
            Address grad_bias, int threads) {
-            const Coupling coupling{clamp.value_or(0), inverse};
+            const Coupling coupling{clamp.value_or(Coupling::none), inverse};
             const std::int64_t outputs = (clamp ? 2 : 1) * (sizes[1] - split);
             const auto grad_y = view<const float>(grad, sizes, sizes[1]);
             const auto from = view<const float>(x, sizes, sizes[1]);
@@ -108,7 +108,7 @@ void bind_ops(nb::module_& m) {
            const Tensor& params, std::int64_t split, std::optional<float> clamp, Address index, Address scale,
            Address bias, const Tensor& x, const Tensor& grad_x, const Tensor& grad_params, Address grad_scale,
            Address grad_bias, int threads) {
-            const Coupling coupling{clamp.value_or(0), false};
+            const Coupling coupling{clamp.value_or(Coupling::none), false};
             const std::int64_t outputs = (clamp ? 2 : 1) * (sizes[1] - split);
             const auto from = view<const float>(y, sizes, sizes[1]);
             const auto grad_y = view<const float>(grad, sizes, sizes[1]);

@@ -34,9 +34,10 @@ USF_INLINE void log_scales(const float* raw, int n, float clamp, float* log_scal
 // What a coupling does to one active value. With a clamp it is affine: `params` are raw scales, and raw
 // shifts `apart` elements behind. Without, they are shifts.
 struct Coupling {
-    float clamp = 0;  // 0 for none
+    static constexpr float none = -1;
+    float clamp = none;  // else not negative: 0 is what float32 makes of the smallest
     bool inverse = false;
-    bool affine() const { return clamp > 0; }
+    bool affine() const { return clamp >= 0; }
 };
 
 // out = the coupled x. Returns the sum of the log scales.

@@ -68,6 +68,20 @@ def test_affine_matches_numpy(shape, clamp):
     assert log_det.shape == (shape[0],)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_clamp_that_vanishes_is_one(inverse):
+    x, params, split = draw((3, 5, 4), 2, torch.float32)
+    x, params = x.requires_grad_(), params.requires_grad_()
+    results = [
+        affine_coupling(x, params, split=split, clamp=1e-50, inverse=inverse, impl=impl)
+        for impl in (None, "reference")
+    ]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    actual, expected = (torch.autograd.grad([r.sum() for r in both], (x, params)) for both in results)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_affine_log_det_is_the_jacobians():
     x, params, split = draw((3, 5, 2, 2), 2)
     for inverse in (False, True):

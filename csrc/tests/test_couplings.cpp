@@ -190,7 +190,7 @@ int main() {
     for (const Extent& e : extents) {
         for (const bool rows : {false, true}) {
             for (const std::int64_t split : {std::int64_t{0}, e.channels / 2, e.channels})
-                for (const float clamp : {0.0f, 1.9f})
+                for (const float clamp : {Coupling::none, 0.0f, 1.9f})
                     for (const bool permutes : {false, true})
                         for (const bool scales : {false, true}) {
                             for (const bool inverse : {false, true})
