@@ -1,8 +1,12 @@
 // How loops are compiled.
 #pragma once
 
-// For several instruction sets, of which the loader picks one.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+#if __has_include(<features.h>)
+#include <features.h>  // says whether the C library is glibc
+#endif
+
+// For several instruction sets, of which the loader picks one: glibc's can, musl's cannot.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #if __GNUC__ >= 12  // AVX2 by itself has no instruction for a product and a sum
 #define USF_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
