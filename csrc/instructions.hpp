@@ -8,8 +8,10 @@
 // For several instruction sets, of which the loader picks one: glibc's can, musl's cannot.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
-#if __GNUC__ >= 12  // AVX2 by itself has no instruction for a product and a sum
-#define USF_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+// AVX2 by itself has no instruction for a product and a sum, AVX-512F none for half and quarter vectors: the
+// rest of a loop would be rounded in another way than its body.
+#if __GNUC__ >= 12
+#define USF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define USF_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
