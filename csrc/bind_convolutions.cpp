@@ -3,6 +3,7 @@
 
 #include "bindings.hpp"
 #include "map_product.hpp"
+#include "row_product.hpp"
 #include "winograd_gradient.hpp"
 
 namespace usf {
@@ -14,7 +15,8 @@ using Address = std::uintptr_t;
 using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 using ProductSizes = std::tuple<std::int64_t, int, int, std::int64_t>;  // images, outputs, inputs, positions
-using View = std::tuple<Address, std::int64_t, std::int64_t>;           // of maps: image and channel strides
+using Matrix = std::tuple<Address, std::int64_t, bool>;        // from one row to the next; transposed or not
+using View = std::tuple<Address, std::int64_t, std::int64_t>;  // of maps: image and channel strides
 
 const float* values_at(std::optional<Address> address) {
     return address ? reinterpret_cast<const float*>(*address) : nullptr;
@@ -75,6 +77,23 @@ void bind_convolutions(nb::module_& m) {
         },
         "sizes"_a, "matrix"_a, "transposed"_a, "x"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(), "out"_a,
         "threads"_a);
+    m.def(
+        "row_product",
+        [](const std::tuple<std::int64_t, std::int64_t>& sizes, const Matrix& matrix,
+           const std::tuple<int, int>& channels, Address rows, std::optional<Address> bias, bool relu,
+           std::optional<Address> mask, std::optional<Address> share, Address out, int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [images, positions] = sizes;
+            const auto [of_matrix, stride, transposed] = matrix;
+            const auto [outputs, inputs] = channels;
+            const Condition beside{values_at(mask ? mask : share), mask ? images : 1, outputs};
+            row_product({values_at(of_matrix), stride, transposed}, values_at(bias), outputs, inputs,
+                        ending_of(relu, mask), Inputs{values_at(rows), inputs},
+                        Call{{images, positions, 1}, threads, beside.data ? &beside : nullptr},
+                        reinterpret_cast<float*>(out));
+        },
+        "sizes"_a, "matrix"_a, "channels"_a, "rows"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(),
+        "share"_a.none(), "out"_a, "threads"_a);
     m.def(
         "map_outer",
         [](const ProductSizes& sizes, const View& a, const View& x, Address out, int threads) {

@@ -228,7 +228,8 @@ inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, floa
     const float* const* const shares = layer.conditioned ? rows_of_condition(condition, on) : nullptr;
     if (const Winograd* const winograd = layer.winograd())
         return apply(*winograd, layer.relu ? Ending::relu : Ending::plain, all, on, out, shares);
-    const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu, shares};
+    const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
+                      shares};
     if (layer.taps() > 1)
         multiply(neighbours(layer, all, on), on.rows, layer.weights(), store);
     else

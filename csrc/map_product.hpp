@@ -114,7 +114,7 @@ inline void map_product(const float* matrix, bool transposed, int outputs, int i
 inline void map_outer(const MapView& a, const MapView& x, int outputs, int inputs, std::int64_t images,
                       std::int64_t positions, float* out, int threads) {
     static thread_local Floats memory;
-    const int width = Panels::best_width();
+    const int width = Panels::best_width(), some = std::min(tile, width);  // channels, of one panel
     const std::int64_t size = std::int64_t{outputs} * inputs;
     const PositionBlocks blocks(images, positions, chain, threads);
     const int groups = static_cast<int>(std::clamp<std::int64_t>(blocks.count, 1, threads));
@@ -128,10 +128,10 @@ inline void map_outer(const MapView& a, const MapView& x, int outputs, int input
             blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
                 float* const panels = scratch_of_thread().points[0].at_least(
                     std::int64_t{Panels::padded(inputs, width)} * count);
-                for (int c = 0; c < inputs; c += tile)
+                for (int c = 0; c < inputs; c += some)
                     for (int p = 0; p < count; p += tile)
                         transpose(x.data + image * x.image + c * x.channel + first + p, x.channel,
-                                  std::min(tile, inputs - c), std::min(tile, count - p),
+                                  std::min(some, inputs - c), std::min(tile, count - p),
                                   panels + std::int64_t{c / width * width} * count + p * width + c % width,
                                   width);
                 multiply(Inputs{a.data + image * a.image + first, static_cast<std::ptrdiff_t>(a.channel)},

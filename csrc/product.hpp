@@ -110,26 +110,31 @@ struct Neighbours {
     }
 };
 
-// Finishes a tile: out = [ReLU] (sums + bias [+ condition]).
+// What becomes of outputs: nothing, or 0 where they are negative, or where what stands beside them is not
+// positive.
+enum class Ending { plain, relu, masked };
+
+// Finishes a tile: out = ending(sums + bias + what stands beside), but for Ending::masked, which adds
+// nothing.
 struct Store {
     float* out;
     std::ptrdiff_t stride;
     const float* bias;
-    bool relu;
-    const float* const* condition;  // a row for each row, or null
+    Ending ending;
+    const float* const* beside;  // a row for each row, or null
 
     template <class V, int count>
     USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
         constexpr int lanes = sizeof(V) / sizeof(float);
         using U = typename Vector<lanes>::unaligned;
-        if (condition) add_condition<V, count>(sums, row, column, width);
         const V left = *reinterpret_cast<const U*>(bias + column);
         const V right = *reinterpret_cast<const U*>(bias + column + lanes);
         float* const to = out + row * stride + column;
 #pragma GCC unroll 12
         for (int i = 0; i < count; ++i) {
             V first = sums[i][0] + left, second = sums[i][1] + right;
-            if (relu) {  // in this order NaN stays NaN
+            if (beside) stand_beside<V>(beside[row + i] + column, width, first, second);
+            if (ending == Ending::relu) {  // in this order NaN stays NaN
                 first = first < 0 ? V{} : first;
                 second = second < 0 ? V{} : second;
             }
@@ -146,20 +151,22 @@ struct Store {
     }
 
 private:
-    template <class V, int count>
-    USF_INLINE void add_condition(V (&sums)[count][2], int row, int column, int width) const {
+    template <class V>
+    USF_INLINE void stand_beside(const float* from, int width, V& first, V& second) const {
         constexpr int lanes = sizeof(V) / sizeof(float);
         using U = typename Vector<lanes>::unaligned;
         float padded[2 * lanes];
-#pragma GCC unroll 12
-        for (int i = 0; i < count; ++i) {
-            const float* from = condition[row + i] + column;
-            if (width < 2 * lanes) {  // what lies behind the last panel is not ours to read
-                std::fill_n(std::copy_n(from, width, padded), 2 * lanes - width, 0.0f);
-                from = padded;
-            }
-            sums[i][0] += *reinterpret_cast<const U*>(from);
-            sums[i][1] += *reinterpret_cast<const U*>(from + lanes);
+        if (width < 2 * lanes) {  // what lies behind the last panel is not ours to read
+            std::fill_n(std::copy_n(from, width, padded), 2 * lanes - width, 0.0f);
+            from = padded;
+        }
+        const V left = *reinterpret_cast<const U*>(from);
+        const V right = *reinterpret_cast<const U*>(from + lanes);
+        if (ending == Ending::masked) {
+            first = left <= 0 ? V{} : first;
+            second = right <= 0 ? V{} : second;
+        } else {
+            first += left, second += right;
         }
     }
 };

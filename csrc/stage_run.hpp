@@ -142,7 +142,7 @@ private:
             const int width = layer.outputs();
             float* const out = on.scratch.outputs[next].at_least(static_cast<std::size_t>(width) * on.rows);
             multiply(in, on.rows, layer.weights(),
-                     Store{out, width, layer.weights().bias(), layer.relu,
+                     Store{out, width, layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
                            layer.conditioned ? rows_of_condition(condition++, on) : nullptr});
             in = {out, width};
             next = 1 - next;
@@ -154,7 +154,7 @@ private:
         const std::int64_t numbers = std::int64_t{on.rows} * channels_;
         float* const out = on.scratch.outputs[0].at_least(numbers);
         multiply(Inputs{state(on), channels_}, on.rows, stage.weights,
-                 Store{out, channels_, stage.weights.bias(), false, nullptr});
+                 Store{out, channels_, stage.weights.bias(), Ending::plain, nullptr});
         std::copy_n(out, numbers, state(on));
     }
     void pass(const Reorder& stage, int, const Stretch& on) const {

@@ -90,10 +90,6 @@ private:
     std::shared_ptr<const Floats> memory_;
 };
 
-// What becomes of outputs: nothing, or 0 where they are negative, or where what stands beside them is not
-// positive.
-enum class Ending { plain, relu, masked };
-
 // A tile's inputs, where its outputs go, and rows beside these: to be added, but for Ending::masked. Null for
 // outputs outside of the map, and for no rows.
 struct WinogradTile {
@@ -204,7 +200,7 @@ inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& lay
     for (int point = 0; point < Winograd::points; ++point) {
         const Panels weights = layer.at(point);
         multiply(Inputs{from + point * in, layer.inputs()}, count, weights,
-                 Store{to + point * out, layer.outputs(), weights.bias, false, nullptr});
+                 Store{to + point * out, layer.outputs(), weights.bias, Ending::plain, nullptr});
     }
     leave(to, count, layer, ending, tiles.data());
 }

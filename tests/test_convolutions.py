@@ -14,7 +14,7 @@ from usf_kernels.models.convolutions import (
     tile_convolutions_,
     untile_convolutions_,
 )
-from usf_kernels.ops.native import MULTIPLIES
+from usf_kernels.ops.products import MULTIPLIES
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),

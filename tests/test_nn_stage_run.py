@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from usf_kernels.nn import AffineCoupling, FlowSequence, FlowStep, LUConv1x1, USFBlock
 from usf_kernels.nn.stage_extension import StageExtension
 from usf_kernels.nn.stage_run import StageRun
-from usf_kernels.ops.native import MULTIPLIES
+from usf_kernels.ops.products import MULTIPLIES
 
 pytestmark = pytest.mark.skipif(not MULTIPLIES, reason="built by a compiler without vector types")
 FORMS = ["affine, permutation", "affine, lu", "additive, permutation", "additive, lu", "conjugated"]

@@ -12,7 +12,7 @@ from torch import nn
 from usf_kernels.nn import AdditiveCoupling
 from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.ops.convolution import Layer, convolutions
-from usf_kernels.ops.native import MULTIPLIES
+from usf_kernels.ops.products import MULTIPLIES
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
@@ -107,12 +107,68 @@ def test_pointwise_layers_on_maps(bias, batch, height, width, inputs, outputs):
         assert check(nn.Sequential(*layers), wide[:, 1:-1]).is_contiguous()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 20), st.integers(1, 40), st.integers(1, 40))
+def test_pointwise_layers_on_rows(bias, batch, height, width, inputs, outputs):
+    layers = nn.Conv2d(inputs, 9, 1, bias=bias), nn.ReLU(), nn.Conv2d(9, outputs, 1, bias=bias), nn.ReLU()
+    x = torch.randn(batch, inputs, height, width).contiguous(memory_format=torch.channels_last)
+    assert check(nn.Sequential(*layers), x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_pointwise_layers_in_other_memory_are_pytorchs():
     network = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     x = torch.randn(2, 8, 5, 6)
     assert in_one(evaluate(network, x))
     for layout, view in layouts(x):
-        assert in_one(evaluate(network, view)) == (layout == "channel slice")
+        assert in_one(evaluate(network, view)) == (layout in ("channel slice", "channels last"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("second", [1, 3])
+@given(st.integers(0, 3), st.integers(1, 6), st.integers(1, 9), st.booleans())
+def test_what_all_samples_share(bias, second, batch, height, width, channels_last):
+    """Passes the first layer once, in any memory; in front of a second layer that is pointwise or not."""
+    network = nn.Sequential(
+        nn.Conv2d(20 + 5, 17, 1, bias=bias), nn.ReLU(), nn.Conv2d(17, 24, second, padding=second // 2)
+    )
+    cond = torch.randn(1, 5, height, width)
+    x = torch.randn(batch, 20, height, width)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def whole(network, x, cond):
+        return network(torch.cat([x, cond.expand(len(x), -1, -1, -1)], 1))
+
+    def everything(run, dtype):
+        inputs = [v.detach().to(dtype).requires_grad_() for v in (x, cond)]
+        wide = deepcopy(network).to(dtype)
+        y = run(wide, *inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), [*inputs, *wide.parameters()])]
+
+    assert in_one(evaluate(network, x, cond)) or x.numel() < 2
+    ours, eager, truth = (
+        everything(*given)
+        for given in ((evaluate, torch.float32), (whole, torch.float32), (whole, torch.double))
+    )
+    for value, plain, expected in zip(ours, eager, truth, strict=True):
+        assert_within_budget(value, plain, expected, factor=4)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_biases_of_any_strides(kernel):
+    """Nothing may be read from a copy that is gone."""
+    x, weight = torch.randn(2, 16, 5, 6), torch.randn(32, 16, kernel, kernel)
+    for bias in (torch.randn(64)[::2], torch.randn(1).expand(32)):
+        for _ in range(3):
+            found = convolutions(x, [Layer(weight, bias, relu=False)])
+            expected = nn.functional.conv2d(x, weight, bias, padding=kernel // 2)
+            assert max_error(found, expected) < 1e-4
+
+
+def test_another_default_device():
+    network, x = draw(), torch.randn(1, 20, 4, 5)
+    with torch.device("meta"):
+        found = evaluate(network, x)
+    assert max_error(found, network(x)) < 1e-5
 
 
 def test_large_maps_on_any_number_of_threads():
@@ -147,7 +203,9 @@ def test_second_derivatives():
     def penalty(network, x, run):
         x = x.detach().requires_grad_()
         (grad,) = torch.autograd.grad(run(network, x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), list(network.parameters()), materialize_grads=True)
+        first = torch.autograd.grad(grad.square().sum(), list(network.parameters()), materialize_grads=True)
+        (weight,) = torch.autograd.grad(run(network, x).square().sum(), network[0].weight, create_graph=True)
+        return *first, *torch.autograd.grad(weight.square().sum(), x)
 
     ours = penalty(network, x, in_extension)
     truth = penalty(deepcopy(network).double(), x.double(), lambda network, x: network(x))

@@ -223,3 +223,16 @@ def test_other_errors():
             masked_additive_coupling(x, x, torch.ones(shape))
     with pytest.raises(TypeError, match=r"mask: expected float32.*found torch.int64"):
         masked_additive_coupling(x, x, torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "split"), [(1, 2), (3, 0)])
+def test_gradients_of_leaves_do_not_share_memory(dtype, batch, split):
+    """Autograd adds into what it has kept of a first backward pass."""
+    x = torch.zeros(batch, 4, dtype=dtype, requires_grad=True)
+    shift = torch.zeros(batch, 4 - split, dtype=dtype, requires_grad=True)
+    weight = torch.tensor([1.0, 2, 3, 4], dtype=dtype).expand(batch, 4)
+    for _ in range(2):
+        (additive_coupling(x, shift, split=split) * weight).sum().backward()
+    assert torch.equal(x.grad, 2 * weight)
+    assert torch.equal(shift.grad, 2 * weight[:, split:])

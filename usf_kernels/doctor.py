@@ -153,7 +153,7 @@ def _extras() -> dict[str, Any]:
 def _operations(torch: Any) -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        from usf_kernels.ops import dispatch, native, rows
+        from usf_kernels.ops import dispatch, products, rows
     except ImportError as error:
         return {"all": f"absent: {error}"}
     probe = torch.empty(1, device=device)
@@ -165,7 +165,7 @@ def _operations(torch: Any) -> dict[str, str]:
         elif device == "cpu" and dispatch.runs_loops(LOOPS_OF.get(name, name), probe):
             code = "C++ loops for float32"
         operations[name] = f"{code} on {device}"
-    in_extension = device == "cpu" and native.MULTIPLIES
+    in_extension = device == "cpu" and products.MULTIPLIES
     operations[CONDITIONERS] = f"{'C++ for float32' if in_extension else 'PyTorch'} on {device}"
     own = "C++" if device == "cpu" else "Triton" if rows.runs_kernels(probe) else None
     inference = f"{own} and PyTorch on {device}" if own else f"PyTorch on {device}"

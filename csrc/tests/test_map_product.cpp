@@ -61,14 +61,16 @@ void test(std::int64_t images, int outputs, int inputs, std::int64_t positions, 
 }  // namespace
 
 int main() {
-    test(1, 16, 16, 64, 1);
-    test(3, 37, 43, 63, 2);
-    test(2, 1, 5, 1, 3);
-    test(1, 50, 1, 700, 2);
-    test(2, 64, 300, 33, 2);
-    test(0, 4, 4, 9, 2);
-    test(2, 4, 4, 0, 2);
-    test(5, 100, 20, 16, 4);
+    for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2) {
+        test(1, 16, 16, 64, 1);
+        test(3, 37, 43, 63, 2);
+        test(2, 1, 5, 1, 3);
+        test(1, 50, 1, 700, 2);
+        test(2, 64, 300, 33, 2);
+        test(0, 4, 4, 9, 2);
+        test(2, 4, 4, 0, 2);
+        test(5, 100, 20, 16, 4);
+    }
     return failures != 0;
 }
 

@@ -63,7 +63,7 @@ void test_store() {
                 const int stride = outputs + 1;
                 std::vector<float> out(rows * stride, 7.0f);
                 multiply(Inputs{in.data(), in_stride}, rows, weights,
-                         Store{out.data(), stride, weights.bias(), relu,
+                         Store{out.data(), stride, weights.bias(), relu ? Ending::relu : Ending::plain,
                                conditioned ? condition.data() : nullptr});
                 for (int r = 0; r < rows; ++r) {
                     CHECK(out[r * stride + outputs] == 7.0f);  // beyond the outputs nothing may be written
@@ -89,7 +89,7 @@ void test_neighbours() {
         for (int r = 0; r < rows; ++r) pointers.push_back(in.data() + (7 * r + 11 * tap) % rows * inputs);
     std::vector<float> out(rows * outputs);
     multiply(Neighbours{pointers.data(), rows, taps}, rows, weights,
-             Store{out.data(), outputs, weights.bias(), false, nullptr});
+             Store{out.data(), outputs, weights.bias(), Ending::plain, nullptr});
     for (int r = 0; r < rows; ++r) {
         for (int o = 0; o < outputs; ++o) {
             double expected = 0;
@@ -124,7 +124,7 @@ void test_nan_and_infinity_pass() {
     const Weights weights(one.data(), nullptr, 1, 1);
     std::vector<float> out(2 * weights.outputs());
     multiply(Inputs{in.data(), 1}, 2, weights,
-             Store{out.data(), weights.outputs(), weights.bias(), true, nullptr});
+             Store{out.data(), weights.outputs(), weights.bias(), Ending::relu, nullptr});
     CHECK(std::isnan(out[0]));
     CHECK(std::isinf(out[weights.outputs()]));
 }
@@ -136,10 +136,10 @@ void test_a_row_does_not_depend_on_the_others() {
     const int width = weights.outputs();
     std::vector<float> all(rows * width), one(width);
     multiply(Inputs{in.data(), inputs}, rows, weights,
-             Store{all.data(), width, weights.bias(), false, nullptr});
+             Store{all.data(), width, weights.bias(), Ending::plain, nullptr});
     for (int r = 0; r < rows; ++r) {
         multiply(Inputs{in.data() + r * inputs, inputs}, 1, weights,
-                 Store{one.data(), width, weights.bias(), false, nullptr});
+                 Store{one.data(), width, weights.bias(), Ending::plain, nullptr});
         for (int o = 0; o < outputs; ++o) CHECK(one[o] == all[r * width + o]);
     }
 }
@@ -147,12 +147,14 @@ void test_a_row_does_not_depend_on_the_others() {
 }  // namespace
 
 int main() {
-    test_store();
-    test_long_sums();
-    test_neighbours();
-    test_add();
-    test_nan_and_infinity_pass();
-    test_a_row_does_not_depend_on_the_others();
+    for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2) {
+        test_store();
+        test_long_sums();
+        test_neighbours();
+        test_add();
+        test_nan_and_infinity_pass();
+        test_a_row_does_not_depend_on_the_others();
+    }
     return failures != 0;
 }
 

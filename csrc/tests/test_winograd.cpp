@@ -103,27 +103,29 @@ void test_not_a_number() {
 }  // namespace
 
 int main() {
-    test({1, 8, 8}, 16, 16, false, 0);
-    test({3, 7, 9}, 43, 37, true, 3);
-    test({2, 16, 5}, 32, 64, true, 1);
-    test({2, 1, 5}, 40, 20, false, 1);
-    test({5, 6, 1}, 17, 16, true, 0);
-    test({1, 1, 1}, 64, 48, false, 1);
-    test({0, 3, 3}, 16, 16, false, 1);
-    test({2, 3, 0}, 16, 16, false, 1);
-    test({2, 0, 3}, 16, 16, false, 1);
-    test({1, 40, 40}, 64, 32, true, 0);
-    test({2, 5, 6}, 15, 30, true, 2);
-    test_gradients({1, 8, 8}, 16, 16, 1);
-    test_gradients({3, 7, 9}, 43, 37, 2);
-    test_gradients({2, 1, 5}, 40, 20, 3);
-    test_gradients({5, 6, 1}, 17, 80, 2);
-    test_gradients({1, 1, 1}, 64, 48, 4);
-    test_gradients({0, 3, 3}, 16, 16, 2);
-    test_gradients({2, 3, 0}, 16, 16, 2);
-    test_gradients({2, 0, 3}, 16, 16, 2);
-    test_gradients({1, 40, 40}, 20, 33, 2);
-    test_not_a_number();
+    for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2) {
+        test({1, 8, 8}, 16, 16, false, 0);
+        test({3, 7, 9}, 43, 37, true, 3);
+        test({2, 16, 5}, 32, 64, true, 1);
+        test({2, 1, 5}, 40, 20, false, 1);
+        test({5, 6, 1}, 17, 16, true, 0);
+        test({1, 1, 1}, 64, 48, false, 1);
+        test({0, 3, 3}, 16, 16, false, 1);
+        test({2, 3, 0}, 16, 16, false, 1);
+        test({2, 0, 3}, 16, 16, false, 1);
+        test({1, 40, 40}, 64, 32, true, 0);
+        test({2, 5, 6}, 15, 30, true, 2);
+        test_gradients({1, 8, 8}, 16, 16, 1);
+        test_gradients({3, 7, 9}, 43, 37, 2);
+        test_gradients({2, 1, 5}, 40, 20, 3);
+        test_gradients({5, 6, 1}, 17, 80, 2);
+        test_gradients({1, 1, 1}, 64, 48, 4);
+        test_gradients({0, 3, 3}, 16, 16, 2);
+        test_gradients({2, 3, 0}, 16, 16, 2);
+        test_gradients({2, 0, 3}, 16, 16, 2);
+        test_gradients({1, 40, 40}, 20, 33, 2);
+        test_not_a_number();
+    }
     return failures != 0;
 }
 

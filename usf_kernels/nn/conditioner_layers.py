@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usf_kernels.ops.convolution import Layer, convolutions, pays
@@ -28,12 +30,12 @@ def flat(module: nn.Module) -> Iterator[nn.Module]:
     if type(module) is nn.Sequential and not hooked(module):
         for child in module:
             yield from flat(child)
-    elif isinstance(module, NOTHING):
+    elif type(module) in NOTHING and not hooked(module):
         return
     elif is_linear(module) and isinstance(module, CONVOLUTIONS) and is_pointwise(module):
         yield linear(module.weight.flatten(1), module.bias)
     else:
-        if isinstance(module, (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish)):
+        if type(module) in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish) and not hooked(module):
             module.inplace = True  # its input is a layer's output, which nobody else sees
         yield module
 
@@ -43,21 +45,55 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def evaluate(conditioner: nn.Module, x: Tensor) -> Tensor:
-    """`conditioner(x)`, in the extension where that is faster and nobody could see the difference."""
+def evaluate(conditioner: nn.Module, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    """`conditioner([x, cond])`, in the extension where that is faster and nobody could see the difference.
+
+    Args:
+        conditioner: of the channels of both.
+        x: (B, C, *spatial).
+        cond: (B or 1, K, *spatial), or None. What all samples share passes a first 1x1 convolution once.
+    """
+    if cond is not None and cond.shape[0] == 1 and _starts_pointwise(conditioner):
+        return _with_shared(conditioner, x, cond)
+    if cond is not None:
+        x = torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:])], dim=1)
     layers = _convolutional_layers(conditioner) if x.ndim == 4 else None
     if layers and x.shape[1] == layers[0].weight.shape[1] and pays(x, layers):
         return convolutions(x, layers)
     return conditioner(x)
 
 
+def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
+    """The same where the first layer takes each position alone, so that its sum can be taken apart."""
+    first = conditioner[0]
+    own, shared = first.weight.split([x.shape[1], cond.shape[1]], dim=1)
+    share = F.linear(cond.movedim(1, -1), shared.flatten(1), first.bias).movedim(-1, 1)
+    layers = _convolutional_layers(conditioner)
+    if layers:
+        layers[0] = layers[0]._replace(weight=own, bias=None)
+        if pays(x, layers):
+            return convolutions(x, layers, share)
+    hidden = F.conv2d(x, own) + share
+    for layer in list(conditioner)[1:]:
+        hidden = layer(hidden)
+    return hidden
+
+
+def _starts_pointwise(conditioner: nn.Module) -> bool:
+    """Whether it is a plain nn.Sequential that begins with a plain 1x1 convolution."""
+    if type(conditioner) is not nn.Sequential or len(conditioner) == 0 or watched(conditioner):
+        return False
+    first = conditioner[0]
+    return type(first) is nn.Conv2d and first.groups == 1 and is_pointwise(first) and not watched(first)
+
+
 def _convolutional_layers(conditioner: nn.Module) -> list[Layer] | None:
     """Of a plain nn.Sequential of convolutions that keep the size of maps, and ReLUs; None of others."""
-    if type(conditioner) is not nn.Sequential or _watched(conditioner):
+    if type(conditioner) is not nn.Sequential or watched(conditioner):
         return None
     layers: list[Layer] = []
     for module in conditioner:
-        if _watched(module):
+        if watched(module):
             return None
         if type(module) is nn.ReLU and layers:
             layers[-1] = layers[-1]._replace(relu=True)
@@ -72,7 +108,14 @@ def _follows(module: nn.Conv2d, layers: list[Layer]) -> bool:
     return not layers or module.in_channels == len(layers[-1].weight)
 
 
-def _watched(module: nn.Module) -> bool:
+def overwrites(conditioner: nn.Module) -> bool:
+    """Whether its first layer works in place on what it is given."""
+    first = next((m for m in conditioner.modules() if next(m.children(), None) is None), conditioner)
+    return bool(getattr(first, "inplace", False))
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether anybody has to see the module called, or its gradients."""
     return hooked(module) or bool(module._backward_hooks or module._backward_pre_hooks)
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from usf_kernels.nn.conditioner_layers import evaluate
+from usf_kernels.nn.conditioner_layers import evaluate, overwrites
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
@@ -77,29 +76,6 @@ def check_condition(x: Tensor, cond: Tensor | None, channels: int) -> None:
         )
 
 
-def _with_condition(subnet: nn.Module, x: Tensor, cond: Tensor) -> Tensor:
-    """`subnet([x, cond])`. A condition that all samples share passes a first 1x1 convolution once for all."""
-    first = subnet[0] if type(subnet) is nn.Sequential and len(subnet) > 0 else None
-    if cond.shape[0] == 1 and type(first) is nn.Conv2d and _is_plain_pointwise(first) and not _hooked(subnet):
-        own, shared = first.weight.split([x.shape[1], cond.shape[1]], dim=1)
-        hidden = F.conv2d(x, own) + F.conv2d(cond, shared, first.bias)
-        for layer in list(subnet)[1:]:
-            hidden = layer(hidden)
-        return hidden
-    return evaluate(subnet, torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:])], dim=1))
-
-
-def _is_plain_pointwise(conv: nn.Conv2d) -> bool:
-    sizes = (*conv.kernel_size, *conv.stride, conv.groups)
-    return (
-        all(size == 1 for size in sizes) and conv.padding in ((0, 0), "same", "valid") and not _hooked(conv)
-    )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_hooks))
-
-
 class Conditioned(Fusible, nn.Module):
     """A module with a conditioner: a subnet of `inputs` channels, and the condition's, to `outputs`."""
 
@@ -128,9 +104,7 @@ class Conditioned(Fusible, nn.Module):
     def condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """The conditioner's output for its input x."""
         check_condition(x, cond, self.cond_channels)
-        output = (
-            evaluate(self.subnet, x) if cond is None else _with_condition(self.subnet, x, cond.to(x.dtype))
-        )
+        output = evaluate(self.subnet, x, None if cond is None else cond.to(x.dtype))
         expected = (x.shape[0], self.outputs, *x.shape[2:])
         check_shape("output of subnet", output, expected, "(B, c_out, *spatial)")
         return output
@@ -197,7 +171,7 @@ class _Coupling(Conditioned):
         out, passive = z.dtype, self._passive(z, index, scale, bias)
         passive.requires_grad_()  # the same in x: one evaluation serves both
         with tape.replay():
-            params = self.condition(passive, tape.cond)
+            params = self.condition(passive.clone() if overwrites(self.subnet) else passive, tape.cond)
         wide = compute_dtype(z, params)
         given = (z, grad_z, tape.grad_log_det, params.detach(), index, scale, bias)
         given = (v.to(wide) if v is not None and v.is_floating_point() else v for v in given)

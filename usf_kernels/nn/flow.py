@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.conditioner_layers import watched
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling, Subnet
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1
@@ -152,7 +153,8 @@ class FlowSequence(Fusible, nn.ModuleList):
             log_det)`; every one gets the same cond. Their parameters must be registered.
         memory: "reversible" keeps only the output for the backward pass, which rebuilds everything else by
             inversion (`usf_kernels.nn.reversible`): memory does not grow with the number of steps, and a pass
-            takes about 1.4 times as long. It has no second derivatives. "standard" keeps what autograd keeps.
+            takes about 1.4 times as long. It has no second derivatives. "standard" keeps what autograd keeps,
+            and so does a sequence with hooks on its steps.
             "auto" is reversible from four steps on, except under torch.compile, torch.export and torch.func,
             and where a batch has fewer positions than channels: what it keeps is then less than the
             parameters take.
@@ -196,6 +198,8 @@ class FlowSequence(Fusible, nn.ModuleList):
     def _reverses(self, x: Tensor, cond: Tensor | None) -> bool:
         if self.memory == "standard" or not torch.is_grad_enabled() or len(self) == 0:
             return False
+        if any(watched(step) for step in _flatten(self)):  # the passes that hooks are for do not happen
+            return False
         if self.memory == "auto" and (
             len(self) < AUTO_STEPS
             or torch.compiler.is_compiling()  # before sizes, on which a graph would come to depend
@@ -226,5 +230,7 @@ class FlowSequence(Fusible, nn.ModuleList):
 
 def _flatten(sequence: FlowSequence) -> list[nn.Module]:
     """The steps of a sequence, and those of the sequences in it."""
-    nested = (_flatten(step) if isinstance(step, FlowSequence) else [step] for step in sequence)
+    nested = (
+        _flatten(step) if type(step) is FlowSequence and not watched(step) else [step] for step in sequence
+    )
     return [step for steps in nested for step in steps]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from usf_kernels.nn.tape import State, Tape, add, swapped
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.matrices import forming_products
+from usf_kernels.ops.native import memory_format
 
 CHECKED_SAMPLES = 8
 
@@ -81,13 +82,13 @@ class _Reversible(torch.autograd.Function):
     @forming_products()
     def forward(ctx, steps, check, places, x, cond, *parameters):  # noqa: ANN001
         ctx.steps, ctx.places, ctx.turn = steps, places, check.count
-        ctx.states, ctx.samples, ctx.dtypes, due = [], [], [], check.due()
+        ctx.states, ctx.samples, ctx.kinds, due = [], [], [], check.due()
         ctx.check = check if due else None
         log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
         z = x
         for step in steps:
             state = State(step, z)
-            ctx.dtypes.append(z.dtype)
+            ctx.kinds.append((z.dtype, memory_format(z)))
             if due:
                 ctx.samples.append(check.sample(z, ctx.turn))
             with state.autocasting():
@@ -118,13 +119,16 @@ class _Reversible(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(leaves)
         grad_cond, norms = None, []
         for i in reversed(range(len(ctx.steps))):
+            dtype, kept = ctx.kinds[i]
+            # The memory format of the step's input: random numbers are drawn in the order of memory.
+            z, grad_z = z.contiguous(memory_format=kept), grad_z.contiguous(memory_format=kept)
             indices = {index for _, _, index in ctx.places[i]}
             tape = Tape(cond, grad_log_det, ctx.states[i], [leaves[index] for index in indices])
             own = [(place, name, leaves[index]) for place, name, index in ctx.places[i]]
             own += [(place, name, buffer.clone()) for place, name, buffer in ctx.states[i].buffers]
             with swapped(own):
                 z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape)
-            z, grad_z = z.to(ctx.dtypes[i]), grad_z.to(ctx.dtypes[i])
+            z, grad_z = z.to(dtype), grad_z.to(dtype)
             for index in indices:
                 grad = tape.gradient(leaves[index])
                 gradients[index] = gradients[index] if grad is None else add(gradients[index], grad)
@@ -132,8 +136,12 @@ class _Reversible(torch.autograd.Function):
             if ctx.check is not None and z.numel() > 0:
                 truth = ctx.samples[i].to(compute_dtype(z))
                 norms.append((i, (ctx.check.sample(z, ctx.turn) - truth).norm(), truth.norm()))
-        ReconstructionCheck.compare(norms, ctx.autocast_dtype or min(ctx.dtypes, key=lambda d: d.itemsize))
+        ReconstructionCheck.compare(norms, ctx.autocast_dtype or _narrowest(ctx.kinds))
         return None, None, None, grad_z, grad_cond, *gradients
+
+
+def _narrowest(kinds: Sequence[tuple[torch.dtype, torch.memory_format]]) -> torch.dtype:
+    return min((dtype for dtype, _ in kinds), key=lambda dtype: dtype.itemsize)
 
 
 def _pull_back(step: nn.Module, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:

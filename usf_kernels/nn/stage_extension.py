@@ -19,7 +19,7 @@ from usf_kernels.nn.fused_blocks import (
     Result,
     Sizes,
 )
-from usf_kernels.ops import native
+from usf_kernels.ops import native, products
 from usf_kernels.ops.checks import compute_dtype
 
 
@@ -60,7 +60,7 @@ class StageExtension:
     def takes(rows: Tensor) -> bool:
         """Whether it runs on rows like these."""
         return (
-            native.MULTIPLIES
+            products.MULTIPLIES
             and rows.device.type == "cpu"
             and rows.dtype == torch.float32
             and not native.somebody_looks()
@@ -103,7 +103,7 @@ class StageExtension:
             self._runs[inverse] = self._compiled(rows.shape[1], inverse)
         log_det = rows.new_zeros(len(rows), dtype=compute_dtype(rows)) if self._affine else None
         shares = [share.contiguous() for share in (reversed(cond) if inverse else cond)]
-        threads = native.threads_for(len(rows) * self._multiplications)
+        threads = products.threads_for(len(rows) * self._multiplications)
         state = torch.empty_like(rows) if keep else rows
         # Where there are convolutions there are one or two spatial dimensions.
         height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))

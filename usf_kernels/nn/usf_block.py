@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.nn.conditioner_layers import overwrites
 from usf_kernels.nn.coupling import AdditiveCoupling, Conditioned, Subnet
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1
@@ -206,7 +207,8 @@ class USFBlock(Fusible, nn.Module):
         inputs = self._product(enter, z, bias)  # the same for x: one evaluation serves both
         inputs = (inputs if passive is None else inputs * passive).requires_grad_()
         with tape.replay():
-            shift = self.coupling.condition(inputs, tape.cond)
+            given = inputs.clone() if overwrites(self.coupling.subnet) else inputs
+            shift = self.coupling.condition(given, tape.cond)
             shift = shift if active is None else shift * active
         grad_z, wide_shift = grad_z.to(leave.dtype), shift.detach().to(leave.dtype)
         x = z.sub_(self._product(leave, wide_shift))

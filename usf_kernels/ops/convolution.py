@@ -3,7 +3,7 @@
 Kernels of 3 x 3 run by Winograd's minimal filtering (arXiv:1509.09308), and so do both of their gradients: 16
 multiplications where a sum over taps takes 36, with rounding errors of the same size. What is between two
 layers stays in channels-last memory, and a ReLU and its gradient are done where a result is written anyway.
-Where all kernels are 1 x 1 they are products on maps as they lie.
+Kernels of 1 x 1 are products: of rows, or where all are, on maps as they lie.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usf_kernels import _core
-from usf_kernels.ops import native
+from usf_kernels.ops import native, products
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import matrix_gradient
 
@@ -34,73 +34,97 @@ class Layer(NamedTuple):
 def in_tiles(weight: Tensor) -> bool:
     """Whether the extension convolves with this weight, of a convolution that keeps the size of maps."""
     outputs, inputs, *kernel = weight.shape
-    return native.MULTIPLIES and kernel == [3, 3] and min(outputs, inputs) >= _core.FEWEST_CHANNELS
+    return products.MULTIPLIES and kernel == [3, 3] and min(outputs, inputs) >= _core.FEWEST_CHANNELS
 
 
 def pays(x: Tensor, layers: list[Layer]) -> bool:
     """Whether `convolutions` is for these, of the right shapes: float32 on the CPU, nobody looking inside."""
     return (
-        native.MULTIPLIES
+        products.MULTIPLIES
         and native.fits(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
         and not torch.is_autocast_enabled("cpu")
-        and (any(in_tiles(layer.weight) for layer in layers) or _on_maps(x, layers))
+        and (any(in_tiles(layer.weight) for layer in layers) or _on_maps(x, layers) or _on_rows(x, layers))
     )
+
+
+def _pointwise(weight: Tensor) -> bool:
+    return weight.shape[2:] == (1, 1)
 
 
 def _on_maps(x: Tensor, layers: list[Layer]) -> bool:
     """Whether all layers are pointwise, and the positions of x lie side by side."""
-    pointwise = all(layer.weight.shape[2:] == (1, 1) for layer in layers)
-    return pointwise and x.shape[1] > 1 and x.stride(1) != 1 and native.walks_maps(x)
+    pointwise = all(_pointwise(layer.weight) for layer in layers)
+    return pointwise and x.shape[1] > 1 and x.stride(1) != 1 and products.walks_maps(x)
 
 
-def convolutions(x: Tensor, layers: list[Layer]) -> Tensor:
-    """(B, C, H, W) through all layers, in the memory format of x. Unchecked, for what `pays`."""
+def _on_rows(x: Tensor, layers: list[Layer]) -> bool:
+    """Whether all layers are pointwise, and the channels of x lie side by side."""
+    return x.is_contiguous(memory_format=LAST) and all(_pointwise(layer.weight) for layer in layers)
+
+
+def convolutions(x: Tensor, layers: list[Layer], share: Tensor | None = None) -> Tensor:
+    """(B, C, H, W) through all layers, in the memory format of x. Unchecked, for what `pays`.
+
+    Args:
+        x, layers: of `pays`.
+        share: (1, C_out, H, W), added to every sample's output of the first layer, in front of its ReLU.
+    """
     relus = tuple(layer.relu for layer in layers)
-    return _Convolutions.apply(x, relus, *(t for layer in layers for t in (layer.weight, layer.bias)))
+    return _Convolutions.apply(x, share, relus, *(t for layer in layers for t in (layer.weight, layer.bias)))
 
 
-def _plain(relus: tuple[bool, ...], x: Tensor, *parameters: Tensor | None) -> Tensor:
+def _plain(relus: tuple[bool, ...], x: Tensor, share: Tensor | None, *parameters: Tensor | None) -> Tensor:
     """The same in PyTorch."""
-    for layer in _layers(relus, parameters):
+    for i, layer in enumerate(_layers(relus, parameters)):
         x = _by_taps(x, layer)
+        x = x if i > 0 or share is None else x + share
         x = F.relu(x) if layer.relu else x
     return x
 
 
 class _Convolutions(torch.autograd.Function):
-    """Keeps the input of every layer, and the output where a ReLU is behind it."""
+    """Keeps the input of every layer, and the output where a ReLU is behind it; of the first layer x as it
+    came, to which second derivatives lead, and no copy in other memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, relus: tuple[bool, ...], *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, share: Tensor | None, relus: tuple[bool, ...], *parameters: Tensor | None
+    ) -> Tensor:
         layers = _layers(relus, parameters)
         ctx.relus, ctx.on_maps = relus, _on_maps(x, layers)
         rows = [x if ctx.on_maps else _last(x)]
-        for layer in layers:
-            rows.append(_convolve(rows[-1], layer, on_maps=ctx.on_maps))
-        ctx.save_for_backward(*rows[:-1], rows[-1] if relus[-1] else None, *parameters)
+        for i, layer in enumerate(layers):
+            beside = share if i == 0 else None
+            rows.append(_convolve(rows[-1], layer, on_maps=ctx.on_maps, share=beside))
+        # The share's values are of no use to the backward pass, but for a second derivative.
+        ctx.save_for_backward(x, *rows[1:-1], rows[-1] if relus[-1] else None, share, *parameters)
         return rows[-1] if ctx.on_maps or x.is_contiguous(memory_format=LAST) else _first(rows[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         count = len(ctx.relus)
-        rows, parameters = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
+        (x, *rows), (share, *parameters) = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
         if differentiates_again() or not native.fits(grad):
-            of_x, *rest = gradients_through(partial(_plain, ctx.relus), (rows[0], *parameters), (grad,))
-            return of_x, None, *rest
+            inputs = x, share, *parameters
+            of_x, of_share, *rest = gradients_through(partial(_plain, ctx.relus), inputs, (grad,))
+            return of_x, of_share, None, *rest
         of_parameters: list[Tensor | None] = [None] * len(parameters)
+        rows.insert(0, x if ctx.on_maps else _last(x))
         grad = grad.contiguous() if ctx.on_maps else _last(grad)
         if ctx.relus[-1]:
             grad = torch.ops.aten.threshold_backward(grad, rows[-1], 0)
         layers = _layers(ctx.relus, parameters)
         for i in reversed(range(count)):
-            wanted = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
+            wanted = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
             found = _parameter_gradients(rows[i], layers[i], grad, wanted, on_maps=ctx.on_maps)
             of_parameters[2 * i : 2 * i + 2] = found
-            if i == 0 and not ctx.needs_input_grad[0]:
-                return None, None, *of_parameters
+            if i == 0:
+                of_share = grad.sum(0, keepdim=True) if ctx.needs_input_grad[1] else None
+                if not ctx.needs_input_grad[0]:
+                    return None, of_share, None, *of_parameters
             masked = i > 0 and ctx.relus[i - 1]
             grad = _input_gradient(rows[i], layers[i], grad, masked=masked, on_maps=ctx.on_maps)
-        return grad, None, *of_parameters
+        return grad, of_share, None, *of_parameters
 
 
 def _layers(relus: tuple[bool, ...], parameters: tuple[Tensor | None, ...]) -> list[Layer]:
@@ -139,20 +163,30 @@ def _transpose(x: Tensor, y: Tensor) -> None:
 # Below, all maps are in channels-last memory, but for those of pointwise layers `on_maps`.
 
 
-def _convolve(x: Tensor, layer: Layer, *, on_maps: bool) -> Tensor:
+def _convolve(x: Tensor, layer: Layer, *, on_maps: bool, share: Tensor | None) -> Tensor:
+    plain = {"bias": layer.bias, "relu": layer.relu and share is None}
     if on_maps:
-        return native.map_product(layer.weight, x, bias=layer.bias, relu=layer.relu)
-    if not in_tiles(layer.weight):
+        y = products.map_product(layer.weight, x, **plain)
+    elif _pointwise(layer.weight):
+        return products.row_product(layer.weight, x, bias=layer.bias, relu=layer.relu, share=share)
+    elif in_tiles(layer.weight):
+        y = _in_tiles(x, layer.weight, adjoint=False, **plain)
+    else:
         y = _by_taps(x, layer).contiguous(memory_format=LAST)
-        return y.relu_() if layer.relu else y
-    return _in_tiles(x, layer.weight, adjoint=False, bias=layer.bias, relu=layer.relu)
+        y = y.relu_() if plain["relu"] else y
+    if share is None:
+        return y
+    y.add_(share)
+    return y.relu_() if layer.relu else y
 
 
 def _input_gradient(x: Tensor, layer: Layer, grad: Tensor, *, masked: bool, on_maps: bool) -> Tensor:
     """Of the layer's input x, or of what a ReLU has made it of if `masked`."""
     mask = x if masked else None
     if on_maps:
-        return native.map_product(layer.weight, grad, transposed=True, mask=mask)
+        return products.map_product(layer.weight, grad, transposed=True, mask=mask)
+    if _pointwise(layer.weight):
+        return products.row_product(layer.weight, grad, transposed=True, mask=mask)
     if in_tiles(layer.weight):
         return _in_tiles(grad, layer.weight, adjoint=True, mask=mask)
     result = _gradients_by_taps(x, layer, grad, [True, False, False])[0].contiguous(memory_format=LAST)
@@ -162,10 +196,11 @@ def _input_gradient(x: Tensor, layer: Layer, grad: Tensor, *, masked: bool, on_m
 def _parameter_gradients(
     x: Tensor, layer: Layer, grad: Tensor, wanted: tuple[bool, bool], *, on_maps: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if not on_maps and not in_tiles(layer.weight):
+    pointwise = _pointwise(layer.weight)
+    if not pointwise and not in_tiles(layer.weight):
         return _gradients_by_taps(x, layer, grad, [False, *wanted])[1:]
     of_weight = None
-    if wanted[0] and on_maps:
+    if wanted[0] and pointwise:
         of_weight = matrix_gradient(grad, x).view_as(layer.weight)
     elif wanted[0]:
         of_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
@@ -196,10 +231,11 @@ def _in_tiles(
         weight = weight.contiguous()
     outputs, inputs = weight.shape[:2]
     shape = len(x), inputs if adjoint else outputs, *x.shape[2:]
-    y = torch.empty(shape, dtype=x.dtype, memory_format=LAST)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
     step_output, step_input, _, step_tap = weight.stride()
     of_weight = weight.data_ptr(), (outputs, inputs), (step_output, step_input, step_tap), adjoint
-    ending = None if bias is None else bias.contiguous().data_ptr(), relu
+    bias = None if bias is None else bias.contiguous()  # in a variable: it has to live as long as its address
+    ending = None if bias is None else bias.data_ptr(), relu
     at_mask = None if mask is None else mask.data_ptr()
     threads = _threads(x, weight)
     _core.convolve(_sizes(x), x.data_ptr(), *of_weight, *ending, at_mask, y.data_ptr(), threads)
@@ -211,4 +247,4 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _threads(x: Tensor, weight: Tensor) -> int:
-    return native.threads_for(9 * x.numel() * weight.shape[0])
+    return products.threads_for(9 * x.numel() * weight.shape[0])

@@ -17,7 +17,7 @@ from usf_kernels.ops.checks import (
     promoted_dtype,
 )
 from usf_kernels.ops.dispatch import define, implementation, kernel
-from usf_kernels.ops.function import Function
+from usf_kernels.ops.function import Function, additive_gradients
 from usf_kernels.ops.step import fused_step
 
 
@@ -164,10 +164,8 @@ class _Additive(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        # Plain torch, so differentiable again; nothing is copied unless a sign or a dtype asks for it.
-        grad_shift = grad[:, ctx.split :]
-        grad_shift = -grad_shift if ctx.inverse else grad_shift
-        return grad.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
+        grad_x, grad_shift = additive_gradients(grad, ctx.split, ctx.inverse)  # differentiable again
+        return grad_x.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
 
 
 class _Masked(Function):

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from usf_kernels.ops import native, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, on_cpu
+from usf_kernels.ops.function import additive_gradients
 from usf_kernels.ops.matrices import apply_matrix, full_precision
 
 
 class _AdditiveCoupling(torch.autograd.Function):
-    """The gradient of x is that of y as it is, and the shift's a slice of it: nothing is written, unless the
-    slice could be kept as the gradient of a leaf, in the memory of another's."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
         ctx.options = split, inverse
@@ -26,12 +24,7 @@ class _AdditiveCoupling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        split, inverse = ctx.options
-        grad_shift = grad[:, split:]
-        if inverse:
-            return grad, -grad_shift, None, None
-        kept_as_it_is = split == 0 or len(grad) == 1
-        return grad, grad_shift.clone() if kept_as_it_is else grad_shift, None, None
+        return *additive_gradients(grad, *ctx.options), None, None
 
 
 @on_cpu("additive_coupling")

@@ -26,8 +26,7 @@ def by_hand(*tensors: Tensor | None) -> bool:
     return (
         all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
         and given[0].dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not native.somebody_looks()
         and not any(map(torch._C._functorch.is_legacy_batchedtensor, given))
     )
 
@@ -128,7 +127,7 @@ def _uncouple_active_(
     active, grad_active = y[:, split:], grad[:, split:]
     if clamp is None:
         active.sub_(params)
-        return grad_active
+        return grad_active.clone()  # `grad` is written into before a parameter's gradient is done with
     active_channels = y.shape[1] - split
     raw_scale, shift = params.split([active_channels, active_channels], dim=1)
     result = torch.empty_like(params)

@@ -6,6 +6,19 @@ import inspect
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def additive_gradients(grad: Tensor, split: int, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Those of x and of the shift from that of an additive coupling's output: it as it is, and a slice of it.
+
+    Nothing is written, unless a sign asks for it, or autograd could keep both as the gradients of leaves: in
+    one memory, into which it adds later ones. It keeps what is dense.
+    """
+    grad_shift = grad[:, split:]
+    if inverse:
+        return grad, -grad_shift
+    return grad, grad_shift.clone() if split == 0 or len(grad) == 1 else grad_shift
 
 
 class Function(torch.autograd.Function):

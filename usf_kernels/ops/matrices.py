@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usf_kernels.ops import native
+from usf_kernels.ops import native, products
 
 _forms_products: ContextVar[bool] = ContextVar("forms_products", default=False)
 LARGEST_OUTER = 1 << 18  # numbers of a sum of outer products; PyTorch adds up larger ones faster
@@ -35,7 +35,7 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     if x.ndim == 2 or x.stride(1) == 1:
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
     if _in_extension(x, matrix, bias):
-        return native.map_product(matrix, x, bias=bias)
+        return products.map_product(matrix, x, bias=bias)
     matrices = matrix.expand(x.shape[0], *matrix.shape)
     flat = x.flatten(2)
     y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
@@ -48,8 +48,8 @@ def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
         grad, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
         return grad.mT @ x
     small = grad.shape[1] * x.shape[1] <= LARGEST_OUTER
-    if small and _in_extension(x, grad) and native.walks_maps(grad):
-        return native.map_outer(grad, x)
+    if small and _in_extension(x, grad) and products.walks_maps(grad):
+        return products.map_outer(grad, x)
     grad, x = grad.flatten(2), x.flatten(2)
     if len(grad) == 0:
         return grad.new_zeros(grad.shape[1], x.shape[1])
@@ -60,7 +60,7 @@ def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
 def _in_extension(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the extension multiplies maps as they lie: in float32 on the CPU, where nothing is recorded."""
     recorded = torch.is_grad_enabled()
-    return native.MULTIPLIES and not recorded and native.fits(x, *others) and native.walks_maps(x)
+    return products.MULTIPLIES and not recorded and native.fits(x, *others) and products.walks_maps(x)
 
 
 def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:

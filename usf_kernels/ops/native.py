@@ -7,7 +7,6 @@ memory, slices of channels or of the batch too; what has other strides is copied
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +16,6 @@ from torch.autograd import forward_ad
 from usf_kernels import _core
 
 WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
-WORTH_THREADS_OF_PRODUCTS = 1 << 19  # multiplications
-MULTIPLIES = hasattr(_core, "map_product")  # compilers without vector types build none
 LARGEST_CLAMP = 80.0  # e^s is then finite, and the loops do not look
 PLAIN = (Tensor, nn.Parameter)
 
@@ -206,62 +203,6 @@ def uncouple(
 def threads_over(x: Tensor) -> int:
     """That are worth waking for a pass over x."""
     return torch.get_num_threads() if x.numel() >= WORTH_THREADS else 1
-
-
-def threads_for(multiplications: int) -> int:
-    """That are worth waking for so many."""
-    return torch.get_num_threads() if multiplications >= WORTH_THREADS_OF_PRODUCTS else 1
-
-
-def walks_maps(x: Tensor) -> bool:
-    """Whether each channel's positions lie side by side."""
-    expected = 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def map_product(
-    matrix: Tensor,
-    x: Tensor,
-    *,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    transposed: bool = False,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """`matrix @ x + bias` at every position of an x that `walks_maps`, (B, C, *spatial): dense.
-
-    Args:
-        matrix: (N, C, ...) with nothing behind, or (C, N, ...) if `transposed`.
-        bias: (N,), or None.
-        relu: put the result through a ReLU.
-        mask: of the result's shape, dense; where it is not positive the result is 0. Without `relu`.
-    """
-    matrix, bias = matrix.contiguous(), None if bias is None else bias.contiguous()
-    outputs, (batch, inputs, *spatial) = matrix.shape[1 if transposed else 0], x.shape
-    y = x.new_empty((batch, outputs, *spatial))
-    sizes = batch, outputs, inputs, math.prod(spatial)
-    of_matrix, threads = (matrix.data_ptr(), transposed), threads_for(y.numel() * inputs)
-    ending = _address(bias), relu, _address(mask), y.data_ptr(), threads
-    _core.map_product(sizes, *of_matrix, _maps_of(x), *ending)
-    return y
-
-
-def map_outer(a: Tensor, x: Tensor) -> Tensor:
-    """Sum over the batch and all positions of `a x^T`, (M, N); both `walks_maps`."""
-    batch, inputs, *spatial = x.shape
-    out = x.new_empty((a.shape[1], inputs))
-    sizes = batch, a.shape[1], inputs, math.prod(spatial)
-    threads = threads_for(a.numel() * inputs)
-    _core.map_outer(sizes, _maps_of(a), _maps_of(x), out.data_ptr(), threads)
-    return out
-
-
-def _maps_of(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
 
 
 def _takes(index: Tensor | None, clamp: float | None) -> bool:

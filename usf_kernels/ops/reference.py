@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usf_kernels.ops.checks import compute_dtype, promoted_dtype
-from usf_kernels.ops.function import Function
+from usf_kernels.ops.function import Function, additive_gradients
 from usf_kernels.ops.matrices import apply_lu, apply_matrix, full_precision, lu_inverse
 
 # ---------------------------------------------------------------------------------------------- couplings
 
 
 class _AdditiveCoupling(Function):
-    """The gradient of x is that of y as it is, and the shift's a slice of it: nothing is written."""
-
     generate_vmap_rule = True
 
     @staticmethod
@@ -37,9 +35,8 @@ class _AdditiveCoupling(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_shift = grad[:, ctx.split :]
-        grad_shift = -grad_shift if ctx.inverse else grad_shift
-        return grad.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
+        grad_x, grad_shift = additive_gradients(grad, ctx.split, ctx.inverse)
+        return grad_x.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), None, None
 
 
 def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
