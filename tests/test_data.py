@@ -206,8 +206,20 @@ def test_folder_errors_name_the_file_or_folder(folder, tmp_path):
 
 def test_mask_of_another_size_is_an_error(folder):
     Image.fromarray(np.ones((40, 61), np.uint8)).save(folder / "ground_truth/hole/000_mask.png")
-    with pytest.raises(ValueError, match=r"000_mask\.png.*\(40, 61\)"):
-        FolderDataset(folder, "test", size=None)[1]
+    for size in (None, 32):
+        with pytest.raises(ValueError, match=r"000_mask\.png.*\(40, 61\)"):
+            FolderDataset(folder, "test", size=size)[1]
+
+
+def test_the_checksum_is_that_of_names_and_contents(folder):
+    before = FolderDataset(folder).checksum()
+    moved = folder.rename(folder.with_name("moved"))
+    assert FolderDataset(moved).checksum() == before
+    first, second = (moved / "train/good" / name for name in ("000.png", "001.png"))
+    first.write_bytes(second.read_bytes())
+    changed = FolderDataset(moved).checksum()
+    first.rename(first.with_name("0.png"))
+    assert len({before, changed, FolderDataset(moved).checksum()}) == 3
 
 
 def test_read_image_takes_every_mode(tmp_path):
@@ -226,11 +238,32 @@ def test_read_image_takes_every_mode(tmp_path):
     assert read_image(path, (8, 4)).shape == (3, 8, 4)
 
 
+def test_the_camera_s_orientation_is_followed(folder):
+    image, mask = folder / "test/hole/000.png", folder / "ground_truth/hole/000_mask.png"
+    expected = torch.rot90(read_image(image), -1, (1, 2))
+    for path in (image, mask):
+        picture = Image.open(path)
+        exif = picture.getexif()
+        exif[0x0112] = 6  # to be turned clockwise
+        picture.save(path, exif=exif)
+    sample = FolderDataset(folder, "test", size=None)[1]
+    assert torch.equal(sample.image, expected)
+    assert sample.mask[0, 30:50, 20:30].all()
+
+
+@pytest.mark.parametrize(("values", "found"), [((0, 255), "0 to 255"), ((0, np.nan), "nan"), ((-1, 1), "-1")])
+def test_floating_point_images_out_of_range_are_named(tmp_path, values, found):
+    path = tmp_path / "float.tiff"
+    Image.fromarray(np.array([values, (0.0, 0.5)], np.float32)).save(path)
+    with pytest.raises(ValueError, match=rf"float\.tiff: expected values from 0 to 1 .* found {found}"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n truncated", b"text"])
 def test_unreadable_images_are_named(tmp_path, content):
     path = tmp_path / "broken.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.png"):
         read_image(path)
-    with pytest.raises(ValueError, match=r"missing\.png"):
+    with pytest.raises(ValueError, match=r"missing\.png: no such file$"):
         read_image(tmp_path / "missing.png")

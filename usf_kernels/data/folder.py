@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,38 +22,64 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Read any image file as float32 (3, H, W) in [0, 1].
 
-    Grey images are repeated, transparency is dropped, 16-bit images keep their depth, and floating-point ones
-    are clipped to [0, 1].
+    Grey images are repeated, transparency is dropped, 16-bit images keep their depth, floating-point ones
+    hold [0, 1] already, and what the camera says about its orientation is followed.
 
     Args:
         path: the file.
         size: (height, width) to resize to (bicubic), or None to keep the image's own.
 
     Raises:
-        ValueError: when the file is missing or cannot be decoded, naming it.
+        ValueError: naming the file, when it is missing, cannot be decoded, or holds values out of range.
     """
-    picture = _open(path)
+    picture = open_image(path)
     if picture.mode.startswith("I") or picture.mode == "F":  # convert() would clip these at 255
-        grey = np.array(picture, dtype=np.float32) / (1 if picture.mode == "F" else 65535)
-        image = torch.from_numpy(grey).expand(3, -1, -1)
+        white = 1 if picture.mode == "F" else 65535
+        grey = np.array(picture, dtype=np.float32)
+        if not (grey.min() >= 0 and grey.max() <= white):  # nor NaN
+            raise ValueError(
+                f"{path}: expected values from 0 to {white} in an image of mode {picture.mode}, "
+                f"found {grey.min():g} to {grey.max():g}"
+            )
+        image = torch.from_numpy(grey / white).expand(3, -1, -1)
     else:
         image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-    if size is not None and tuple(image.shape[1:]) != tuple(size):
-        image = functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
-    return image.clamp(0, 1).contiguous()
+    return image.contiguous() if size is None else resize_image(image, size)
 
 
-def _open(path: str | Path) -> Image.Image:
+def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """An image (3, H, W) in [0, 1] in another size (height, width), bicubic; the same image for its own."""
+    if tuple(image.shape[1:]) != tuple(size):
+        image = functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0].clamp(
+            0, 1
+        )
+    return image.contiguous()
+
+
+def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
+    """Open an image file, the right way up.
+
+    Args:
+        path: the file.
+        decode: read the pixels; without it only the header is looked at, to see whether it is an image.
+
+    Raises:
+        ValueError: naming the file, when it is missing or cannot be read as an image.
+    """
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install 'usf-kernels[train]'") from error
     try:
-        picture = Image.open(path)
-        picture.load()
+        with Image.open(path) as picture:
+            if decode:
+                picture.load()
+                ImageOps.exif_transpose(picture, in_place=True)
+            return picture
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-    return picture
 
 
 def _images(folder: Path) -> list[Path]:
@@ -70,7 +97,8 @@ class FolderDataset(Dataset[Sample]):
 
     Raises:
         ValueError: naming the folder, when it is missing or holds no image; naming the file, when an image
-            cannot be read, or its mask is missing or has another size. Files are opened when an item is read.
+            cannot be read, or its mask is missing or has another size than it. Files are opened when an item
+            is read.
     """
 
     def __init__(
@@ -102,22 +130,31 @@ class FolderDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         path = self.files[index]
         kind = path.parent.name
-        image = read_image(path, self.size)
+        image = read_image(path)
+        own = tuple(image.shape[1:])
+        size = own if self.size is None else self.size
         if kind == "good":
-            mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+            mask = torch.zeros(1, *size, dtype=torch.bool)
         else:
-            mask = self._mask(path, kind, tuple(image.shape[1:]))
-        return Sample(image, mask, int(kind != "good"), str(path), kind)
+            mask = self._mask(path, kind, own, size)
+        return Sample(resize_image(image, size), mask, int(kind != "good"), str(path), kind)
 
-    def _mask(self, path: Path, kind: str, size: tuple[int, int]) -> torch.Tensor:
+    def checksum(self) -> str:
+        """CRC-32 of the files' names and contents, in order: tells one set of images from another."""
+        value = 0
+        for path in self.files:
+            value = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), value))
+        return f"{value:08x}"
+
+    def _mask(self, path: Path, kind: str, own: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         folder = self.root / "ground_truth" / kind
         candidates = [folder / f"{path.stem}{end}" for end in ("_mask.png", ".png", "_mask.bmp", ".bmp")]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             raise ValueError(f"{candidates[0]}: no such mask for {path}")
-        mask = torch.from_numpy(np.array(_open(found).convert("L")) > 0)[None]
-        if self.size is None and tuple(mask.shape[1:]) != size:
-            raise ValueError(f"{found}: mask is {tuple(mask.shape[1:])}, its image {path} is {size}")
+        mask = torch.from_numpy(np.array(open_image(found).convert("L")) > 0)[None]
+        if tuple(mask.shape[1:]) != own:
+            raise ValueError(f"{found}: mask is {tuple(mask.shape[1:])}, its image {path} is {own}")
         resized = functional.interpolate(mask[None].float(), size, mode="nearest-exact")[0]
         if mask.any() and not resized.any():  # a defect thinner than a pixel must not vanish
             resized = functional.adaptive_max_pool2d(mask.float(), size)
