@@ -1,3 +1,4 @@
+import doctest
 import errno
 import json
 
@@ -6,7 +7,8 @@ import torch
 from torch import nn
 from toy import ToyFlow
 
-from usf_kernels import files
+import usf_kernels as usf
+from usf_kernels import checkpoint, files
 from usf_kernels.checkpoint import FORMAT, load_checkpoint, read_checkpoint, save_checkpoint
 
 
@@ -177,3 +179,15 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / "kept.tmp").write_bytes(b"x")
     files.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.tmp"]
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(NotADirectoryError, match="file"):
+            files.make_folder(path)
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(checkpoint, extraglobs={"usf": usf, "torch": torch}) == (0, 4)

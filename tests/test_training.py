@@ -1,4 +1,5 @@
 import csv
+import doctest
 import multiprocessing
 import os
 import random
@@ -16,9 +17,11 @@ pytest.importorskip("lightning")
 
 from toy import NoisyImages, ToyFlow, train, train_rank, train_slowly
 
-from usf_kernels import files, sampling
+import usf_kernels as usf
+from usf_kernels import files, sampling, training, training_run
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.training import CachedFeatures, fit
+from usf_kernels.training_run import Run
 
 needs_fork_server = pytest.mark.skipif(sys.platform == "win32", reason="needs a fork server and SIGKILL")
 
@@ -282,7 +285,7 @@ def test_every_process_gets_equal_and_disjoint_batches(count, world):
             assert set(seen) == set(range(count))
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_weights(tmp_path, monkeypatch):
     calls = 0
     loss = ToyFlow.loss
 
@@ -293,12 +296,46 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(ToyFlow, "loss", failing)
-        with pytest.raises(FloatingPointError, match=r"loss became nan at epoch 2, step 2.*last\.pt"):
+        with pytest.raises(
+            FloatingPointError, match=r"loss became nan at epoch 2, step 2: .* smaller lr; .*best\.pt"
+        ):
             train(tmp_path)
-    assert load_checkpoint(tmp_path / "last.pt", model_class=ToyFlow).weight.isfinite().all()
+    for name in ("best.pt", "last.pt"):
+        assert load_checkpoint(tmp_path / name, model_class=ToyFlow).weight.isfinite().all()
     model, history = train(tmp_path, resume=True)
     assert len(history.rows) == 6
     assert model.weight.isfinite().all()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch):
+    losses = [float("nan"), 1.7]
+    monkeypatch.setattr(Run, "_validate", lambda *_: losses.pop(0))
+    with pytest.raises(FloatingPointError, match=r"held-out loss became nan after epoch 1: .* smaller lr$"):
+        train(tmp_path)
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_checkpoints_come_at_intervals_unless_steps_are_counted(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(training_run, "write_checkpoint", lambda path, *_, **__: written.append(path.name))
+    train(tmp_path, max_epochs=2, checkpoint_every=None)
+    assert written.count("last.pt") == 2
+    monkeypatch.setattr(training_run, "INTERVAL", 0.0)
+    train(tmp_path, max_epochs=2, checkpoint_every=None)
+    assert written.count("last.pt") == 2 + 2 * 6  # five steps an epoch
+
+
+def test_a_dry_run_finds_what_is_wrong_before_there_are_data(tmp_path):
+    train(tmp_path, max_epochs=1)
+    before = (tmp_path / "last.pt").read_bytes()
+    plan = {"max_epochs": 1, "accelerator": "cpu", "run_dir": tmp_path, "dry_run": True}
+    assert fit(ToyFlow(4), range(22), range(7), **plan).rows == []
+    assert (tmp_path / "last.pt").read_bytes() == before
+    with pytest.raises(ValueError, match=r"last\.pt: holds a run with train_samples=22, not 23"):
+        fit(ToyFlow(4), range(23), range(7), lr=0.05, batch_size=4, ema_decay=0.9, resume=True, **plan)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file"):
+        fit(ToyFlow(4), range(22), **plan | {"run_dir": tmp_path / "file"})
 
 
 def test_no_space_names_the_file_and_keeps_the_checkpoint_before(tmp_path, monkeypatch):
@@ -345,10 +382,12 @@ def test_a_damaged_run_is_named(tmp_path, damage):
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
     train(tmp_path, max_epochs=1)
-    with pytest.raises(ValueError, match=r"last\.pt.*max_epochs=1, not 2.*resume=False"):
+    with pytest.raises(ValueError, match=r"last\.pt.*max_epochs=1, not 2.*without resume"):
         train(tmp_path, max_epochs=2, resume=True)
     with pytest.raises(ValueError, match=r"config=\{'channels': 4"):
         train(tmp_path, max_epochs=1, resume=True, model=ToyFlow(3))
+    with pytest.raises(ValueError, match=r"data=None, not 'other'"):
+        train(tmp_path, max_epochs=1, resume=True, extra={"data": "other"})
     _, history = train(tmp_path, max_epochs=2)
     assert len(history.rows) == 2
 
@@ -360,6 +399,9 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
         ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": float("inf")}, "lr must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative; got -1"),
+        ({"precision": "64-true"}, "precision must be one of 32-true, bf16-mixed, 16-mixed; got '64-true'"),
         ({"seed": -1}, "seed"),
         ({"warmup": 1.0}, "warmup"),
         ({"ema_decay": 1.0}, "ema_decay"),
@@ -375,3 +417,7 @@ def test_empty_data_and_frozen_models_are_refused():
         fit(ToyFlow(2), NoisyImages(4), NoisyImages(0), max_epochs=1)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         fit(ToyFlow(2).requires_grad_(False), NoisyImages(4), max_epochs=1, accelerator="cpu")
+
+
+def test_the_example_runs():
+    assert doctest.testmod(training, extraglobs={"usf": usf, "torch": torch}) == (0, 4)

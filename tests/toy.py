@@ -115,6 +115,7 @@ def train(run_dir=None, *, model=None, **options):
         "batch_size": 4,
         "ema_decay": 0.9,
         "accelerator": "cpu",
+        "checkpoint_every": 1,
     } | options
     history = fit(model, NoisyImages(22), NoisyImages(7, seed=1), run_dir=run_dir, progress=False, **settings)
     return model, history

@@ -37,6 +37,9 @@ ENTRIES: dict[str, tuple[type, ...]] = {
 def save_checkpoint(path: str | Path, model: nn.Module, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write a model to a file that `load_checkpoint` reads.
 
+    >>> flow = usf.models.USFlow(2, blocks=1)
+    >>> save_checkpoint("flow.pt", flow, extra={"image_size": [64, 64]})
+
     Args:
         path: the file; written whole or not at all.
         model: has a JSON-able `config`, and a class method `from_config(config)` that rebuilds it.
@@ -56,6 +59,10 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Rebuild the model that a checkpoint holds, in evaluation mode.
+
+    >>> save_checkpoint("flow.pt", usf.models.USFlow(2, blocks=1))
+    >>> load_checkpoint("flow.pt").log_prob(torch.zeros(3, 2)).shape
+    torch.Size([3])
 
     Args:
         path: a file written by `save_checkpoint` or during training.

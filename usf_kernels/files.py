@@ -51,6 +51,20 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
         raise
 
 
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those around it, unless it is there already.
+
+    Raises:
+        OSError: naming what is in the way, also where the folder is there and takes no files.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "Not a folder", str(path))
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Remove the temporary files that a killed process left in a folder."""
     for leftover in Path(folder).glob(".*.tmp"):

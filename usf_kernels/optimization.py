@@ -1,17 +1,26 @@
-"""What the optimiser of a training run is given: settings, learning rate, groups of parameters."""
+"""What a training run optimises with: settings, learning rate, groups of parameters, averaged weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # those that leave the weights what checkpoints hold
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Whatever decides the weights that come out; a run is resumed only with equal ones."""
+    """Whatever decides the weights that come out; a run is resumed only with equal ones.
+
+    Raises:
+        ValueError: for one that is out of range.
+    """
 
     max_epochs: int
     lr: float
@@ -26,6 +35,23 @@ class Settings:
     world_size: int
     train_samples: int
     validation_samples: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive; got {self.lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must not be negative; got {self.weight_decay}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative; got {self.seed}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must lie in [0, 1); got {self.warmup}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in (0, 1); got {self.ema_decay}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
     @property
     def steps(self) -> int:
@@ -56,3 +82,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         raise ValueError("model has no parameter that requires a gradient")
     decays = {True: weight_decay, False: 0.0}
     return [{"params": p, "weight_decay": decays[decayed]} for decayed, p in groups.items() if p]
+
+
+@torch.no_grad()
+def copy_values(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Write tensors over those of the same names."""
+    for name, value in source.items():
+        target[name].copy_(value)
+
+
+@contextmanager
+def swapped(average: Mapping[str, Tensor] | None, trainable: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the block with the averaged weights in the model, if there are any."""
+    if average is None:
+        yield
+        return
+    own = {name: p.detach().clone() for name, p in trainable.items()}
+    copy_values(average, trainable)
+    try:
+        yield
+    finally:
+        copy_values(own, trainable)

@@ -70,7 +70,7 @@ def fit(
     seed: int = 0,
     run_dir: str | Path | None = None,
     resume: bool = False,
-    checkpoint_every: int = 1,
+    checkpoint_every: int | None = None,
     patience: int | None = None,
     warmup: float = 0.05,
     clip_norm: float | None = 1.0,
@@ -83,11 +83,18 @@ def fit(
     progress: bool = True,
     title: str = "training",
     extra: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
 ) -> History:
     """Minimise `model.loss(batch)`; the model ends with its best held-out weights, in evaluation mode.
 
     AdamW on the parameters that require a gradient; linear warm-up, then a cosine down to 1 % of `lr`; no
     weight decay on vectors, nor on the names that `model.no_weight_decay()` returns where it exists.
+
+    >>> flow = usf.models.USFlow(2, blocks=1)
+    >>> data = torch.randn(64, 2)
+    >>> history = fit(flow, data[:48], data[48:], max_epochs=2, accelerator="cpu", progress=False)
+    >>> [row["epoch"] for row in history.rows]
+    [1, 2]
 
     Args:
         model: has `loss(batch) -> scalar`; with `run_dir` also what `save_checkpoint` asks for.
@@ -101,40 +108,35 @@ def fit(
         run_dir: folder for `last.pt` (to resume), `best.pt` (to use; both are checkpoints that
             `load_checkpoint` reads) and `history.csv`; made when missing.
         resume: continue from `run_dir/last.pt` where there is one; without it a run there is overwritten.
-        checkpoint_every: steps between two writes of `last.pt`; every epoch ends with one in any case.
+        checkpoint_every: steps between two writes of `last.pt`; None writes one a minute. Every epoch ends
+            with one in any case.
         patience: stop after so many epochs without a better held-out loss; None never does.
         warmup: share of the steps spent on reaching `lr`, in [0, 1).
         clip_norm: largest norm of the gradient; None for no limit.
         ema_decay: average the weights over the steps with this decay; held-out losses and the result are then
             the average's.
-        precision: of Fabric, such as "32-true", "bf16-mixed", "16-mixed".
+        precision: of Fabric: "32-true", "bf16-mixed" or "16-mixed".
         accelerator: of Fabric: "auto", "cpu", "cuda", ...
         devices: of Fabric; with more than one, DistributedDataParallel.
         num_nodes: of Fabric.
         workers: processes that load data.
         progress: show a bar (needs rich).
         title: what the bar calls the run.
-        extra: JSON-able facts to keep in the checkpoints.
+        extra: JSON-able facts to keep in the checkpoints, such as what the data are; a run is resumed only
+            with equal ones.
+        dry_run: raise what can be known before there are data, of which `range(count)` is then enough, and
+            return an empty history.
 
     Raises:
         ImportError: without lightning.
         ValueError: for a setting out of range, empty data, or a `run_dir` that holds a different run.
-        FloatingPointError: when the loss or its gradient is not finite; `run_dir` keeps the last good state.
+        FloatingPointError: when a loss or its gradient is not finite; `run_dir` keeps the best weights.
         OSError: naming the file, when a checkpoint cannot be written; the one before stays.
     """
-    for name, value in (("max_epochs", max_epochs), ("batch_size", batch_size), ("devices", devices)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-    if checkpoint_every < 1:
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1; got {devices}")
+    if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1; got {checkpoint_every}")
-    if not lr > 0:
-        raise ValueError(f"lr must be positive; got {lr}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative; got {seed}")
-    if not 0 <= warmup < 1:
-        raise ValueError(f"warmup must lie in [0, 1); got {warmup}")
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ValueError(f"ema_decay must lie in (0, 1); got {ema_decay}")
     for name, data in (("train_data", train_data), ("validation_data", validation_data)):
         if data is not None and len(data) == 0:
             raise ValueError(f"{name} is empty")
@@ -146,8 +148,6 @@ def fit(
     from usf_kernels.optimization import Settings
     from usf_kernels.training_run import Run
 
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
-    fabric.launch()
     settings = Settings(
         max_epochs=max_epochs,
         lr=lr,
@@ -159,13 +159,18 @@ def fit(
         clip_norm=clip_norm,
         ema_decay=ema_decay,
         precision=precision,
-        world_size=fabric.world_size,
+        world_size=devices * num_nodes,
         train_samples=len(train_data),
         validation_samples=0 if validation_data is None else len(validation_data),
     )
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
     folder = None if run_dir is None else Path(run_dir)
+    run = Run(fabric, model, settings, History(), folder, checkpoint_every, extra)
+    if dry_run:
+        run.check(resume)
+        return run.history
+    fabric.launch()
     with isolate_rng():  # the caller's random numbers stay as if nothing had been trained
-        run = Run(fabric, model, settings, History(), folder, checkpoint_every, extra)
         return run.fit(
             train_data, validation_data, resume=resume, workers=workers, progress=progress, title=title
         )

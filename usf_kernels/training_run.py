@@ -21,8 +21,8 @@ from usf_kernels.checkpoint import (
     stored_state,
     write_checkpoint,
 )
-from usf_kernels.files import remove_leftovers, write_csv
-from usf_kernels.optimization import Settings, parameter_groups
+from usf_kernels.files import make_folder, remove_leftovers, write_csv
+from usf_kernels.optimization import Settings, copy_values, parameter_groups, swapped
 from usf_kernels.progress import training_progress
 from usf_kernels.sampling import epoch_order, loader, seed_generators
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from usf_kernels.training import History
 
 LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
+INTERVAL = 60.0  # seconds between two checkpoints within an epoch, unless the caller counts steps
 
 
 class Run:
@@ -44,7 +45,7 @@ class Run:
         settings: Settings,
         history: History,
         folder: Path | None,
-        checkpoint_every: int,
+        checkpoint_every: int | None,
         extra: Mapping[str, Any] | None,
     ) -> None:
         self.fabric, self.model, self.settings, self.history = fabric, model, settings, history
@@ -53,6 +54,7 @@ class Run:
         self.epoch = self.step = self.bad_epochs = 0  # `step` counts within the epoch
         self.loss_sum = 0.0
         self.finished = False
+        self.saved = time.monotonic()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
         self.average: dict[str, Tensor] | None = None
@@ -89,7 +91,7 @@ class Run:
                     train_data, order[self.step :], seed=settings.seed, epoch=self.epoch + 1, workers=workers
                 ):
                     self._train_step(fabric.to_device(batch))
-                    if self.step % self.every == 0 or self.step == settings.steps:
+                    if self._due():
                         self._save()
                     if self.step < settings.steps:
                         held_out = self.history.rows[-1]["validation_loss"] if self.history.rows else None
@@ -108,14 +110,15 @@ class Run:
         self.model.train()
         seed_generators(settings.seed, number, self.fabric.global_rank, 1)
         loss = self.module.loss(batch)
-        self._require_finite("loss", loss)
+        now = f"at epoch {self.epoch + 1}, step {self.step + 1}"
+        self._require_finite("loss", loss.item(), now)
         self.fabric.backward(loss)
         if settings.clip_norm is not None:
             norm = self.fabric.clip_gradients(
                 self.module, self.stepper, max_norm=settings.clip_norm, error_if_nonfinite=False
             )
             if settings.precision != "16-mixed":  # whose gradient scaler skips such a step
-                self._require_finite("norm of the gradient", norm)
+                self._require_finite("norm of the gradient", norm.item(), now)
         self.stepper.step()
         self.stepper.zero_grad()
         if self.average is not None:
@@ -124,12 +127,18 @@ class Run:
         self.loss_sum += loss.item()
         self.step += 1
 
-    def _require_finite(self, what: str, value: Tensor) -> None:
-        if not math.isfinite(value.item()):
-            kept = "" if self.folder is None else f"; the last good state is in {self.folder / LAST}"
-            raise FloatingPointError(
-                f"the {what} became {value.item()} at epoch {self.epoch + 1}, step {self.step + 1}{kept}"
-            )
+    def _due(self) -> bool:
+        """Whether to write a checkpoint after this step; when that happens changes no result."""
+        if self.every is None:
+            return time.monotonic() - self.saved > INTERVAL
+        return self.step % self.every == 0
+
+    def _require_finite(self, what: str, value: float, when: str) -> None:
+        if math.isfinite(value):
+            return
+        best = self.folder is not None and self.history.best_loss is not None
+        kept = f"; the best weights so far are in {self.folder / BEST}" if best else ""
+        raise FloatingPointError(f"the {what} became {value} {when}: start again with a smaller lr{kept}")
 
     def _end_epoch(
         self, validation_data: Dataset[Any] | None, workers: int, seconds: float
@@ -140,8 +149,9 @@ class Run:
         if validation_data is None:
             history.best_epoch = self.epoch
         else:
-            with _swapped(self.average, self.trainable):
+            with swapped(self.average, self.trainable):
                 held_out = self._validate(validation_data, workers)
+                self._require_finite("held-out loss", held_out, f"after epoch {self.epoch}")
                 if history.best_loss is None or held_out < history.best_loss:
                     history.best_loss, history.best_epoch, self.bad_epochs = held_out, self.epoch, 0
                     self._keep_best()
@@ -199,34 +209,44 @@ class Run:
         if self.best is not None:
             self.model.load_state_dict(self.best, strict=False)
         elif self.average is not None:
-            _copy(self.average, self.trainable)
+            copy_values(self.average, self.trainable)
         self.model.eval()
 
-    def _open(self, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Make the folder ready; the checkpoint to resume from and the best weights of its run, if any."""
+    def check(self, resume: bool) -> dict[str, Any] | None:
+        """Raise unless the folder takes this run; the checkpoint to resume it from, if any."""
         if self.folder is None:
-            return None, None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder)
+            return None
+        make_folder(self.folder)
         path = self.folder / LAST
-        if not resume:
-            for name in (LAST, BEST, HISTORY):
-                (self.folder / name).unlink(missing_ok=True)
-        if not path.exists():
-            return None, None
+        if not (resume and path.exists()):
+            return None
         saved = read_checkpoint(path)
         if "training" not in saved:
             raise ValueError(f"{path}: holds a model, but not a training run to resume")
         with _names_damage(path):
-            held = saved["training"]["settings"] | {key: saved[key] for key in ("architecture", "config")}
-            best = saved["training"]["history"]["best_loss"] is not None
-        wanted = asdict(self.settings) | {key: self.header[key] for key in ("architecture", "config")}
-        for key, value in wanted.items():
-            if held.get(key) != value:
+            held = _identity(saved, saved["training"]["settings"])
+        wanted = _identity(self.header, asdict(self.settings))
+        for key in wanted | held:
+            if held.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"{path}: holds a run with {key}={held.get(key)!r}, not {value!r}; "
-                    "continue it with its own settings, or start over with resume=False"
+                    f"{path}: holds a run with {key}={held.get(key)!r}, not {wanted.get(key)!r}; "
+                    "continue it with its own settings, or start over without resume"
                 )
+        return saved
+
+    def _open(self, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Make the folder ready; the checkpoint to resume from and the best weights of its run, if any."""
+        saved = self.check(resume)
+        if self.folder is None:
+            return None, None
+        remove_leftovers(self.folder)
+        if not resume:
+            for name in (LAST, BEST, HISTORY):
+                (self.folder / name).unlink(missing_ok=True)
+        if saved is None:
+            return None, None
+        with _names_damage(self.folder / LAST):
+            best = saved["training"]["history"]["best_loss"] is not None
         return saved, read_checkpoint(self.folder / BEST)["state"] if best else None
 
     def _save(self) -> None:
@@ -246,6 +266,7 @@ class Run:
         }
         content = self.header | {"state": stored_state(self.model), "training": training}
         write_checkpoint(self.folder / LAST, content, durable=self.finished)  # a sync per step costs too much
+        self.saved = time.monotonic()
 
     def _restore(self, training: Mapping[str, Any], best: dict[str, Any] | None) -> None:
         with _names_damage(self.folder / LAST):
@@ -255,8 +276,13 @@ class Run:
             self.optimizer.load_state_dict(training["optimizer"])
             self.fabric.strategy.precision.load_state_dict(training["precision"])
             if self.average is not None:
-                _copy(training["average"], self.average)
+                copy_values(training["average"], self.average)
         self.best = best
+
+
+def _identity(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs have in common of which one can go on where the other stopped."""
+    return content["extra"] | settings | {key: content[key] for key in ("architecture", "config")}
 
 
 @contextmanager
@@ -268,23 +294,3 @@ def _names_damage(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path}: damaged checkpoint, its training cannot be read ({error!r:.120})"
         ) from error
-
-
-@torch.no_grad()
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    for name, value in source.items():
-        target[name].copy_(value)
-
-
-@contextmanager
-def _swapped(average: Mapping[str, Tensor] | None, trainable: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run the block with the averaged weights in the model, if there are any."""
-    if average is None:
-        yield
-        return
-    own = {name: p.detach().clone() for name, p in trainable.items()}
-    _copy(average, trainable)
-    try:
-        yield
-    finally:
-        _copy(own, trainable)

@@ -50,9 +50,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """An image (3, H, W) in [0, 1] in another size (height, width), bicubic; the same image for its own."""
     if tuple(image.shape[1:]) != tuple(size):
-        image = functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0].clamp(
-            0, 1
-        )
+        image = functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
+        image = image.clamp(0, 1)  # bicubic overshoots at edges
     return image.contiguous()
 
 
