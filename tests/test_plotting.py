@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from matplotlib import _pylab_helpers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from usf_kernels import plotting
@@ -43,6 +44,16 @@ def test_panel_has_a_row_per_kind_and_says_what_it_shows():
     assert "score 0.75\nno alarm" in words
     assert len(figure.axes) == 3 * len(plotting.COLUMNS) + 2  # and two colour bars
     assert [axis.get_title() for axis in figure.axes[:5]] == list(plotting.COLUMNS)
+
+
+@pytest.mark.parametrize("kind", ["cut_outer_insulation", "discolouration_everywhere", "stain"])
+def test_long_names_stay_inside_the_picture(kind):
+    images, targets, prediction, _ = example()
+    figure = plotting.panel(images, targets, prediction, kinds=[kind] * 4, rows=[0])
+    (label,) = [text for text in figure.texts if text.get_text()[:3] == kind[:3]]
+    box = label.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert box.x0 >= 0
+    assert "".join(label.get_text().split()) == kind.replace("_", "")
 
 
 def test_colour_scales_are_shared_by_the_rows():
@@ -93,6 +104,17 @@ def test_heat_map_runs_from_dark_to_bright_and_clips():
     assert colours.dtype == np.uint8
     brightness = colours.sum(-1)[0].astype(int)
     assert brightness[0] == brightness[1] < brightness[2] < brightness[3] == brightness[4]
+
+
+def test_an_outline_is_inside_its_mask_and_closed_at_the_border():
+    image = np.full((6, 7, 3), 9, np.uint8)
+    mask = np.zeros((6, 7), bool)
+    mask[2:, 1:5] = True
+    drawn = (plotting.outlined(image, mask) != 9).any(-1)
+    assert (image == 9).all()
+    mask[3:5, 2:4] = False
+    assert np.array_equal(drawn, mask)
+    assert np.array_equal(plotting.outlined(image, np.zeros_like(mask)), image)
 
 
 def test_mismatches_are_named():

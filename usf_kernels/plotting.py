@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from usf_kernels.files import atomic_write
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 TRUTH, FOUND, INK, FAINT = "#00a99d", "#f0541e", "#20262e", "#7b8794"
 CELL, GAP, LEFT, TOP, BOTTOM, RIGHT = 1.75, 0.07, 1.3, 0.95, 0.62, 0.12  # inches
+LABEL = 13  # letters of a line in LEFT
 COLUMNS = ("Image", "Ground truth", "Anomaly map", "Number of false alarms", "Automatic mask")
 
 
@@ -170,6 +173,17 @@ def heat_map(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.n
     return (colormaps["magma"](scaled)[..., :3] * 255).round().astype(np.uint8)
 
 
+def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw the border of a mask, bool (H, W), into an image, uint8 (H, W, 3): a copy of the image."""
+    width = max(1, round(min(mask.shape) / 200))
+    outside = functional.pad(torch.from_numpy(~mask).float()[None], (width,) * 4, value=1.0)
+    for kernel in ((2 * width + 1, 1), (1, 2 * width + 1)):
+        outside = functional.max_pool2d(outside, kernel, stride=1)
+    drawn = image.copy()
+    drawn[mask & (outside[0].numpy() > 0)] = list(bytes.fromhex(FOUND[1:]))
+    return drawn
+
+
 def _plane(maps: Tensor, index: int) -> np.ndarray:
     return maps[index, 0].detach().cpu().float().numpy()
 
@@ -234,7 +248,7 @@ def _facts(score: float, truth: np.ndarray, mask: np.ndarray) -> str:
 def _row_label(figure: Figure, place: Sequence[float], kind: str, facts: str) -> None:
     height = figure.get_figheight()
     x, middle = place[0] - 0.12 / figure.get_figwidth(), place[1] + place[3] / 2
-    name = "clean" if kind == "good" else kind.replace("_", " ")
+    name = "clean" if kind == "good" else textwrap.fill(kind.replace("_", " "), LABEL)
     figure.text(
         x, middle + 0.05 / height, name, fontsize=10, weight="bold", color=INK, ha="right", va="bottom"
     )
