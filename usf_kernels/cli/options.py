@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,24 +26,23 @@ METRICS = {
 
 def positive(text: str) -> int:
     """A whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return int(text)
 
 
 def image_size(text: str) -> tuple[int, int]:
     """`256` or `256x320` (height x width)."""
-    parts = [int(part) for part in text.lower().split("x")]
-    if len(parts) not in (1, 2) or min(parts) < 1:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"must be like 256 or 256x320 (height x width), not {text!r}")
-    return parts[0], parts[-1]
+    return int(parts[0]), int(parts[-1])
 
 
 def add_inference(parser: argparse.ArgumentParser) -> None:
     """`--device` and `--precision`, for commands that only predict."""
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the fastest there is"
+        "--device", default="auto", help="cpu, gpu, cuda, cuda:1, mps; default: the fastest there is"
     )
     parser.add_argument(
         "--precision",
@@ -53,8 +53,8 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` means.
+def pick_device(name: str, option: str = "--device") -> torch.device:
+    """The device that this option means; "gpu" is what Lightning takes for one.
 
     Raises:
         ValueError: when there is none of that name here.
@@ -62,31 +62,41 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name != "auto":
+        gpu = "mps" if torch.backends.mps.is_available() else "cuda"
         try:
-            return torch.empty(0, device=name).device
+            return torch.empty(0, device=gpu if name == "gpu" else name).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"--device {name}: not available here ({reason:.120})") from error
+            raise ValueError(f"{option} {name}: not available here ({reason:.120})") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_detector(path: Path, device: str | torch.device = "cpu") -> FeatureFlow:
+    """The model of images in a checkpoint.
+
+    Raises:
+        ValueError, OSError: as `load_checkpoint`; for a model of something else than images, too.
+    """
+    from usf_kernels.checkpoint import load_checkpoint
+
+    model = load_checkpoint(path, device=device)
+    if not hasattr(model, "calibrate"):  # no masks, then: a density of vectors, for example
+        raise ValueError(f"{path}: expected a FastFlow, CFlow or UFlow, found a {type(model).__name__}")
+    return model
 
 
 def load_for_inference(options: argparse.Namespace) -> tuple[FeatureFlow, torch.device]:
     """The inference form of the model in `checkpoint`, in the `--precision` and on the `--device` asked for.
 
     Raises:
-        ValueError, OSError: as `load_checkpoint`; for a model of something else than images, too.
+        ValueError, OSError: as `load_detector`.
     """
     import torch
 
-    from usf_kernels.checkpoint import load_checkpoint
-
     device = pick_device(options.device)
-    model = load_checkpoint(options.checkpoint, device=device)
-    if not hasattr(model, "calibrate"):  # no masks, then: a density of vectors, for example
-        kind = type(model).__name__
-        raise ValueError(f"{options.checkpoint}: expected a FastFlow, CFlow or UFlow, found a {kind}")
+    model = load_detector(options.checkpoint, device)
     return model.fuse(torch.bfloat16 if options.precision == "bf16-true" else None), device
 
 
@@ -126,3 +136,8 @@ def progress(total: int, title: str) -> Iterator[Callable[[], Any]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)
+
+
+def warn(message: str) -> None:
+    """Say on stderr what the user may not have meant."""
+    print(f"usf-kernels: warning: {message}", file=sys.stderr)

