@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,16 @@ from usf_kernels.cli.options import (
     add_inference,
     image_size,
     load_for_inference,
+    positive,
     print_table,
     progress,
+    warn,
 )
 
 USUAL = 1 - math.exp(-0.5)  # of the anomaly map, where the latents are what they are on normal images
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -29,49 +33,71 @@ def add_parser(commands: Any) -> None:
         "predict",
         help="write anomaly maps and masks of images",
         description="For every image writes NAME_map.npy (float32 anomaly map), NAME_map.png (as a heat "
-        "map), NAME_log_nfa.npy and NAME_mask.png, all in the image's own size, and predictions.json "
-        "with scores and regions. All images are checked before anything is written.",
+        "map), NAME_log_nfa.npy, NAME_mask.png and NAME_overlay.png (the image with the mask's outline), all "
+        "in the image's own size. predictions.json has for every image: image (the file), name (NAME), score "
+        "(in [0, 1]), anomalous (whether there is a region), and regions, the most significant first: "
+        "log_nfa, image_box (top, left, bottom, right in pixels of the image, half open), and box, area, "
+        "level and centroid on the map of map_size, which is that of scale. All images are opened before "
+        "anything is written.",
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="default: %(default)s")
     parser.add_argument("--image-size", type=image_size, help="size to predict at; default: the training's")
+    parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
     add_inference(parser)
     parser.set_defaults(run=predict)
 
 
 def predict(options: argparse.Namespace) -> int:
     """Predict images and write the results; returns the exit code."""
-    from usf_kernels.checkpoint import read_checkpoint
-    from usf_kernels.data import read_image
-    from usf_kernels.files import write_json
+    import torch
 
-    files = _expand(options.images)
+    from usf_kernels.checkpoint import read_checkpoint
+    from usf_kernels.data import open_image, read_image, resize_image
+    from usf_kernels.files import make_folder, write_json
+
+    files = _expand(options.images, options.output)
     for path in files:
-        read_image(path)
-    size = options.image_size or read_checkpoint(options.checkpoint)["extra"].get("image_size")
+        open_image(path, decode=False)
+    trained = read_checkpoint(options.checkpoint)["extra"].get("image_size")
+    size = options.image_size or trained
+    if size is not None and trained is not None and tuple(size) != tuple(trained):
+        warn(
+            f"--image-size {size[0]}x{size[1]}: the model was trained and its threshold calibrated at "
+            f"{trained[0]}x{trained[1]}, scores and masks of another size mean something else"
+        )
     model, device = load_for_inference(options)
-    options.output.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output)
+    named = list(_names(files).items())
+    step = 1 if size is None else options.batch_size  # images of several sizes do not stack
     results, rows = [], []
     with progress(len(files), "predicting") as advance:
-        for name, path in _names(files).items():
-            image = read_image(path)
-            resized = image if size is None else read_image(path, tuple(size))
-            prediction = model.predict(resized[None].to(device))
-            own = tuple(image.shape[1:])
-            _write(options.output, name, prediction, own)
-            regions = [asdict(r) | {"image_box": r.image_box(own)} for r in prediction.regions[0]]
-            results.append(
-                {"image": str(path), "name": name, "score": prediction.score.item(), "regions": regions}
-            )
-            rows.append([str(path), prediction.score.item(), len(regions)])
-            advance()
+        for start in range(0, len(named), step):
+            batch = named[start : start + step]
+            pictures, images = [], []
+            for _, path in batch:
+                image = read_image(path)
+                pictures.append((255 * image).round().byte().permute(1, 2, 0).numpy())
+                images.append(image if size is None else resize_image(image, size))
+            predictions = model.predict(torch.stack(images).to(device))
+            for i, (name, path) in enumerate(batch):
+                prediction = type(predictions)(*(values[i : i + 1] for values in predictions))
+                _write(options.output, name, prediction, pictures[i])
+                own, found = pictures[i].shape[:2], prediction.regions[0]
+                score = prediction.score.item()
+                regions = [asdict(r) | {"image_box": r.image_box(own)} for r in found]
+                facts = {"image": str(path), "name": name, "score": score, "anomalous": bool(found)}
+                results.append(facts | {"regions": regions})
+                rows.append([str(path), score, "yes" if found else "no", len(found)])
+                advance()
     write_json(options.output / "predictions.json", results)
-    print_table(f"maps and masks in {options.output}", ("image", "score", "regions"), rows)
+    print_table(f"maps and masks in {options.output}", ("image", "score", "anomalous", "regions"), rows)
     return 0
 
 
-def _expand(paths: list[Path]) -> list[Path]:
+def _expand(paths: list[Path], output: Path) -> list[Path]:
+    """All image files, once each."""
     from usf_kernels.data.folder import SUFFIXES
 
     files: list[Path] = []
@@ -79,37 +105,50 @@ def _expand(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not inside:
-                raise ValueError(f"{path}: holds no image")
+                below = next((f.parent for f in path.rglob("*") if f.suffix.lower() in SUFFIXES), None)
+                hint = "" if below is None else f"; there are some in {below}"
+                raise ValueError(f"{path}: holds no image{hint}")
             files += inside
         else:
             files.append(path)
+    if any(file.parent.resolve() == output.resolve() for file in files):
+        raise ValueError(f"--output {output}: holds the images; what is written there would be among them")
     return list(dict.fromkeys(files))
 
 
 def _names(files: list[Path]) -> dict[str, Path]:
-    """A name for the outputs of each file: its stem, or with as many folders in front as tell files apart."""
+    """A name for the outputs of each file: the first of its forms that no other file has."""
+    forms = {path: _forms(path) for path in files}
+    owners = Counter(form for own in forms.values() for form in own)
     names: dict[str, Path] = {}
-    for path in files:
-        parts = path.absolute().with_suffix("").parts[1:]
-        rivals = [other.absolute().with_suffix("").parts[1:] for other in files if other != path]
-        length = next(
-            (n for n in range(1, len(parts)) if all(r[-n:] != parts[-n:] for r in rivals)), len(parts)
-        )
-        name = "_".join(parts[-length:])
-        names[f"{name}_{path.suffix[1:]}" if name in names else name] = path
+    for path, own in forms.items():
+        name = next((form for form in own if owners[form] == 1), f"{own[-1]}_{len(names)}")
+        names[name] = path
     return names
 
 
-def _write(folder: Path, name: str, prediction: Any, size: tuple[int, int]) -> None:
+def _forms(path: Path) -> list[str]:
+    """The file's stem, with its suffix, and both again with one folder after the other in front."""
+    parts, suffix = path.absolute().with_suffix("").parts[1:], path.suffix[1:]
+    stems = ["_".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+    return list(dict.fromkeys(form for stem in stems for form in (stem, f"{stem}_{suffix}")))
+
+
+def _write(folder: Path, name: str, prediction: Any, picture: np.ndarray) -> None:
     import numpy as np
     from PIL import Image
 
     from usf_kernels.files import atomic_write
-    from usf_kernels.plotting import heat_map
+    from usf_kernels.plotting import heat_map, outlined
 
+    size = picture.shape[:2]
     anomaly, alarms = (_resized(maps, size) for maps in (prediction.anomaly_map, prediction.log_nfa))
     mask = _resized(prediction.mask, size, mode="nearest-exact") > 0.5
-    pictures = {"map": heat_map(anomaly, low=USUAL), "mask": mask.astype(np.uint8) * 255}
+    pictures = {
+        "map": heat_map(anomaly, low=USUAL),
+        "mask": mask.astype(np.uint8) * 255,
+        "overlay": outlined(picture, mask),
+    }
     for label, values in (("map", anomaly), ("log_nfa", alarms)):
         with atomic_write(folder / f"{name}_{label}.npy", durable=False) as file:
             buffer = io.BytesIO()  # numpy's own writing reports a full disk without saying so

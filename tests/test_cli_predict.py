@@ -1,0 +1,141 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+
+import cli_toys
+from cli_toys import fails, write_image
+from PIL import Image
+from toy import ToyDetector
+
+from usf_kernels import data, files, metrics
+from usf_kernels.cli import main
+from usf_kernels.cli.predict import _names
+
+toy_models, checkpoint, folder = cli_toys.toy_models, cli_toys.checkpoint, cli_toys.folder  # fixtures
+
+
+def test_predict_writes_maps_in_the_image_s_size(checkpoint, tmp_path, capsys):
+    image = tmp_path / "in" / "a.png"
+    mask = write_image(image, spot=3, size=(40, 32))
+    other = tmp_path / "in" / "sub" / "a.png"  # the same stem again
+    write_image(other)
+    out = tmp_path / "out"
+    assert main(["predict", str(checkpoint), str(image), str(other.parent), "--output", str(out)]) == 0
+    names = {path.name for path in out.iterdir()}
+    ends = ("map.npy", "map.png", "log_nfa.npy", "mask.png", "overlay.png")
+    assert names == {"predictions.json"} | {f"{n}_{end}" for n in ("in_a", "sub_a") for end in ends}
+    anomaly = np.load(out / "in_a_map.npy")
+    assert anomaly.shape == (40, 32)
+    assert anomaly.dtype == np.float32
+    assert Image.open(out / "in_a_map.png").size == (32, 40)
+    found = np.asarray(Image.open(out / "in_a_mask.png"))
+    assert set(np.unique(found)) <= {0, 255}
+    changed = (np.asarray(Image.open(out / "in_a_overlay.png")) != np.asarray(Image.open(image))).any(-1)
+    assert 0 < changed.sum() < (found > 0).sum()
+    assert not changed[found == 0].any()
+    assert metrics.mean_iou(found[None] > 0, mask[None] > 0) > 0.4  # predicted at half the size
+    first, second = json.loads((out / "predictions.json").read_text())
+    assert first["image"] == str(image)
+    assert first["score"] == pytest.approx(anomaly.max(), abs=0.05)
+    assert first["regions"][0]["image_box"] == [0, 0, 40, 32]
+    assert second["regions"] == []
+    assert (first["anomalous"], second["anomalous"]) == (True, False)
+    assert "a.png" in capsys.readouterr().out
+
+
+def test_names_are_the_shortest_that_tell_files_apart():
+    def names(*files):
+        return list(_names([Path("/x") / file for file in files]))
+
+    assert names("a/grey.png", "a/grey.jpg", "b.png") == ["grey_png", "grey_jpg", "b"]
+    assert names("a/b.png", "c/b.png", "c/d.png") == ["a_b", "c_b", "d"]
+    assert len(names("a_b.png", "a/b.png")) == 2
+
+
+def test_images_are_decoded_once_and_predicted_in_batches(checkpoint, tmp_path, monkeypatch):
+    for name in "abc":
+        write_image(tmp_path / "in" / f"{name}.png")
+    decoded, batches = [], []
+    read, predict = data.read_image, ToyDetector.predict
+    monkeypatch.setattr(data, "read_image", lambda *path: decoded.append(path) or read(*path))
+    monkeypatch.setattr(ToyDetector, "predict", lambda self, x: batches.append(len(x)) or predict(self, x))
+    words = ["predict", str(checkpoint), str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    assert main([*words, "--batch-size", "2"]) == 0
+    assert (len(decoded), batches) == (3, [2, 1])
+
+
+def test_predict_refuses_to_read_what_it_writes(checkpoint, folder, capsys):
+    images = folder / "test" / "good"
+    assert "holds the images" in fails(capsys, "predict", checkpoint, images, "--output", images)
+    error = fails(capsys, "predict", checkpoint, folder / "test")
+    assert "test: holds no image; there are some in" in error
+
+
+def test_predict_warns_of_another_size_than_the_training_s(checkpoint, folder, tmp_path, capsys):
+    image = str(folder / "test" / "good" / "0.png")
+    words = ["predict", str(checkpoint), image, "--output", str(tmp_path / "out"), "--image-size"]
+    assert main([*words, "8"]) == 0
+    assert "warning: --image-size 8x8: the model was trained" in capsys.readouterr().err
+    assert main([*words, "20x16"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unreadable_image_stops_before_anything_is_written(checkpoint, tmp_path, capsys):
+    write_image(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    out = tmp_path / "out"
+    error = fails(capsys, "predict", checkpoint, tmp_path / "good.png", tmp_path / "bad.png", "--output", out)
+    assert str(tmp_path / "bad.png") in error
+    assert not out.exists()
+    assert "gone.png: no such file" in fails(
+        capsys, "predict", checkpoint, tmp_path / "gone.png", "--output", out
+    )
+
+
+def test_no_space_is_named_and_leaves_nothing_half_written(checkpoint, tmp_path, monkeypatch, capsys):
+    write_image(tmp_path / "a.png")
+    opened = open
+
+    def full(path, mode):
+        class Full:
+            def __enter__(self):
+                self.file = opened(path, mode)
+                return self
+
+            def __exit__(self, *error):
+                self.file.close()
+
+            def write(self, data):
+                self.file.write(bytes(data)[:10])
+                raise OSError(28, "No space left on device")
+
+        return Full() if "mask" in str(path) else opened(path, mode)
+
+    monkeypatch.setattr(files, "open", full, raising=False)
+    error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "out")
+    assert error == f"usf-kernels: error: {tmp_path / 'out' / 'a_mask.png'}: No space left on device\n"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a_map.npy",
+        "a_map.png",
+        "a_log_nfa.npy",
+    }
+
+
+def test_an_output_that_is_a_file_is_named(checkpoint, tmp_path, capsys):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "file").write_text("")
+    error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "file")
+    assert str(tmp_path / "file") in error
+
+
+def test_predict_without_matplotlib_writes_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+    write_image(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "out")
+    assert "pip install 'usf-kernels[demo]'" in error
+    assert not list((tmp_path / "out").iterdir())
