@@ -6,11 +6,12 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
 
-from bench import machine, summary, table
+from bench import compilation, machine, summary, table
 from bench.measure import BUSY, Neighbours, Timing, alternate, captured, first_call, usable_cores
 from bench.memory import peak_bytes, saved_bytes
 from bench.registry import SUBJECTS
@@ -149,17 +150,15 @@ def _started(
     case: Case, device: torch.device, options: argparse.Namespace
 ) -> Iterator[tuple[Provider, float]]:
     """Those to time, each after a first call whose result was right, and that call's seconds."""
-    without_bfloat16 = torch.bfloat16 not in machine.dtypes(device)
-    for provider in case.providers(device):
-        if without_bfloat16 and provider.dtype == "bfloat16":
-            continue
-        if not any(part in provider.name for part in options.providers or [""]):
-            continue
-        if provider.compiles and (options.quick or (options.minutes and not case.first)):
-            continue
+    providers = [p for p in case.providers(device) if _is_wanted(p, case, device, options)]
+    if any(provider.compiles for provider in providers):
+        compilation.forget()
+    for provider in providers:
         name = f"  {provider.name}, {provider.dtype}, {provider.direction}"
+        limit, compiling = (FIRST_CALL, compilation.first()) if provider.compiles else (0, nullcontext())
         try:
-            result, seconds = first_call(provider.call, device, limit=FIRST_CALL if provider.compiles else 0)
+            with compiling:
+                result, seconds = first_call(provider.call, device, limit=limit)
         except (RuntimeError, TimeoutError) as error:
             print(f"{name}: not timed: {_first_line(error)}")
             continue
@@ -169,6 +168,14 @@ def _started(
             print(f"{name}: not timed, wrong: {wrong}")
         else:
             yield provider, seconds
+
+
+def _is_wanted(provider: Provider, case: Case, device: torch.device, options: argparse.Namespace) -> bool:
+    if provider.dtype == "bfloat16" and torch.bfloat16 not in machine.dtypes(device):
+        return False
+    if provider.compiles and (options.quick or (options.minutes and not case.first)):
+        return False
+    return any(part in provider.name for part in options.providers or [""])
 
 
 def _graphs(providers: Sequence[Provider]) -> dict[str, Callable[[], object]]:
