@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import mpmath
 import numpy as np
@@ -17,7 +18,8 @@ from skimage.morphology import max_tree
 ALPHA, BETA = 0.316915, 4.062570
 
 
-def log_number_of_tests(sizes: Sequence[int]) -> float:
+@cache  # as ours is: a constant of the maps' sizes
+def log_number_of_tests(sizes: tuple[int, ...]) -> float:
     """log10 of the number of connected regions in maps of these numbers of pixels."""
     alpha, beta = mpmath.mpf(ALPHA), mpmath.mpf(BETA)
     total = mpmath.mpf(0)
@@ -33,7 +35,7 @@ def detections(maps: Sequence[np.ndarray], channels: Sequence[int]) -> list[tupl
         maps: squared norms (H, W) of the latents of one image, per scale.
         channels: of the latents.
     """
-    log_tests = log_number_of_tests([u.size for u in maps])
+    log_tests = log_number_of_tests(tuple(u.size for u in maps))
     found = []
     for scale, (u, dof) in enumerate(zip(maps, channels, strict=True)):
         for pixels, value in _final_regions(u, dof):

@@ -6,6 +6,7 @@ import sys
 import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -311,6 +312,17 @@ def test_plain_python_finds_what_ours_does():
     expected = sorted((scale, len(pixels), value) for scale, pixels, value in theirs)
     for ours_, theirs_ in zip(found, expected, strict=True):
         assert ours_ == pytest.approx(theirs_, rel=1e-5)
+
+
+def test_the_number_of_tests_is_computed_once(monkeypatch):
+    """As in ours."""
+    pytest.importorskip("skimage")
+    mpmath = pytest.importorskip("mpmath")
+    from bench.plain_nfa import detections
+
+    found = [detections([np.ones((3, 4))], [8])]
+    monkeypatch.setattr(mpmath, "log10", None)
+    assert [detections([np.ones((3, 4))], [8])] == found
 
 
 def test_names_are_unique_and_every_shape_is_there():
