@@ -6,87 +6,22 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import usf_kernels as usf
 import usf_kernels.ops
+from bench import eager
+from bench.eager import SIZE
 from bench.subject import OURS, PEER, Case, Provider, Subject, close_to
 from usf_kernels.ops.step import coupling_step
 
 # Squares of positions and channels, from the models named in `blocks` and `models`.
 SHAPES = ((8, 64, 64), (8, 128, 32), (8, 256, 16), (1, 384, 14), (8, 816, 28))  # batch, channels, side
-SIZE = 256  # of the anomaly maps
 SCALES = ((64, 64), (128, 32), (256, 16))  # channels, side of FastFlow's latents
 
 
 def _random(device: torch.device, *size: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).to(device)
-
-
-def _eager_additive(x: Tensor, shift: Tensor, split: int) -> Tensor:
-    return torch.cat([x[:, :split], x[:, split:] + shift], dim=1)
-
-
-def _eager_affine(x: Tensor, params: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    """As FrEIA and anomalib write it."""
-    params = params * 0.1
-    channels = x.shape[1] - split
-    log_scale = 2.0 * torch.tanh(params[:, :channels])
-    y = torch.cat([x[:, :split], x[:, split:] * torch.exp(log_scale) + params[:, channels:]], dim=1)
-    return y, log_scale.sum(dim=(1, 2, 3))
-
-
-def _eager_masked(x: Tensor, shift: Tensor, mask: Tensor) -> Tensor:
-    return x + (1 - mask) * shift
-
-
-def _eager_step(
-    coupling: Callable[..., object], x: Tensor, params: Tensor, index: Tensor, scale: Tensor, bias: Tensor
-) -> Tensor:
-    """A coupling, scale and bias, a permutation as the dense convolution that FrEIA and anomalib run."""
-    y = coupling(x, params)
-    y = (y[0] if isinstance(y, tuple) else y) * scale[:, None, None] + bias[:, None, None]
-    matrix = torch.eye(len(index), device=x.device, dtype=x.dtype)[index]
-    return F.conv2d(y, matrix[:, :, None, None])
-
-
-def _eager_lu(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
-    """The matrix as a 1x1 convolution, as Glow's implementations do."""
-    unit = torch.tril(lower, -1) + torch.eye(len(lower), device=x.device, dtype=x.dtype)
-    matrix = unit @ torch.triu(upper)
-    return F.conv2d(x, matrix[:, :, None, None], bias)
-
-
-def _eager_lu_inverse(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
-    unit = torch.tril(lower, -1) + torch.eye(len(lower), device=x.device, dtype=x.dtype)
-    matrix = unit @ torch.triu(upper)
-    return F.conv2d(x - bias[:, None, None], torch.linalg.inv(matrix)[:, :, None, None])
-
-
-def _eager_residual(x: Tensor, first: Tensor, b: Tensor, last: Tensor, c: Tensor) -> Tensor:
-    return x + F.conv2d(F.relu(F.conv2d(x, first[:, :, None, None], b)), last[:, :, None, None], c)
-
-
-def _eager_linear_norm(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, matrix[:, :, None, None], bias).pow(2).sum(dim=1)
-
-
-def _eager_squared_norm(z: Tensor) -> Tensor:
-    return z.pow(2).sum(dim=1)
-
-
-def _eager_likelihood_map(latents: list[Tensor]) -> Tensor:
-    """As the authors' code and anomalib do it."""
-    maps = [torch.exp(-0.5 * z.pow(2).mean(dim=1, keepdim=True)) for z in latents]
-    sized = [F.interpolate(m, SIZE, mode="bilinear", align_corners=False) for m in maps]
-    return 1 - torch.stack(sized).mean(dim=0)
-
-
-def _eager_latent_map(latents: list[Tensor]) -> Tensor:
-    """The printed equation: all channels at the size of the image."""
-    sized = [F.interpolate(z, SIZE, mode="bilinear", align_corners=False) for z in latents]
-    return 1 - torch.stack([torch.exp(-0.5 * z.pow(2).mean(dim=1, keepdim=True)) for z in sized]).mean(dim=0)
 
 
 def _first_in_double(inputs: tuple[object, ...]) -> tuple[object, ...]:
@@ -109,14 +44,18 @@ def _cast(value: object, dtype: torch.dtype) -> object:
 
 def _providers(
     ours: Callable[..., object],
-    eager: Callable[..., object],
+    peer: Callable[..., object],
     inputs: Callable[[torch.device], tuple[object, ...]],
     direction: str,
     elements: float,
     gigaflops: float,
+    kept: Callable[..., tuple[object, ...]],
     device: torch.device,
 ) -> Iterator[Provider]:
-    """Ours, eager and compiled; the truth is ours in float64. On a GPU in bfloat16 as well."""
+    """Ours, eager and compiled; the truth is ours in float64. On a GPU in bfloat16 as well.
+
+    `kept` makes of our inputs those of the peers, with what they compute once and keep.
+    """
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         values = tuple(_cast(value, dtype) for value in inputs(device))
 
@@ -137,23 +76,25 @@ def _providers(
             "gigaflops": gigaflops,
         }
         yield Provider("usf_kernels", partial(call, ours), OURS, **same)
-        yield Provider("eager PyTorch", partial(call, eager), PEER, **same)
-        compiled = torch.compile(eager, dynamic=False)
-        yield Provider("torch.compile", partial(call, compiled), PEER, compiles=True, **same)
+        theirs = kept(*values)
+        yield Provider("eager PyTorch", partial(call, peer, theirs), PEER, **same)
+        compiled = torch.compile(peer, dynamic=False)
+        yield Provider("torch.compile", partial(call, compiled, theirs), PEER, compiles=True, **same)
 
 
 def _case(
     name: str,
     shape: dict[str, int],
     ours: Callable[..., object],
-    eager: Callable[..., object],
+    peer: Callable[..., object],
     inputs: Callable[[torch.device], tuple[object, ...]],
     *,
     direction: str = "forward",
     elements: float,
     gigaflops: float = 0.0,
+    kept: Callable[..., tuple[object, ...]] = lambda *values: values,
 ) -> Case:
-    providers = partial(_providers, ours, eager, inputs, direction, elements, gigaflops)
+    providers = partial(_providers, ours, peer, inputs, direction, elements, gigaflops, kept)
     return Case(name, providers, shape, first=shape["batch"] == 8)
 
 
@@ -162,7 +103,12 @@ def _coupling(batch: int, channels: int, side: int) -> Iterator[Case]:
     active = channels // 2
 
     def case(
-        name: str, ours: Callable[..., object], eager: Callable[..., object], outputs: int, *more: str
+        name: str,
+        ours: Callable[..., object],
+        peer: Callable[..., object],
+        outputs: int,
+        *more: str,
+        **options: object,
     ) -> Case:
         def inputs(device: torch.device) -> tuple[Tensor, ...]:
             maps = [_random(device, batch, c, side, side) for c in (channels, outputs)]
@@ -179,17 +125,18 @@ def _coupling(batch: int, channels: int, side: int) -> Iterator[Case]:
             f"{name}, {channels} @ {side}^2, batch {batch}",
             {"batch": batch, "channels": channels, "side": side},
             ours,
-            eager,
+            peer,
             inputs,
             elements=size * (2 + outputs / channels),
+            **options,
         )
 
-    eager_additive, eager_affine = partial(_eager_additive, split=split), partial(_eager_affine, split=split)
+    eager_additive, eager_affine = partial(eager.additive, split=split), partial(eager.affine, split=split)
     yield case("additive coupling", partial(usf.additive_coupling, split=split), eager_additive, active)
     yield case("affine coupling", partial(usf.affine_coupling, split=split), eager_affine, 2 * active)
     masked = usf.masked_additive_coupling
-    yield case("masked additive coupling", masked, _eager_masked, channels, "mask")
-    for name, clamp, eager in (("additive", None, eager_additive), ("affine", 2.0, eager_affine)):
+    yield case("masked additive coupling", masked, eager.masked, channels, "mask")
+    for name, clamp, peer in (("additive", None, eager_additive), ("affine", 2.0, eager_affine)):
 
         def ours(
             x: Tensor, params: Tensor, index: Tensor, scale: Tensor, bias: Tensor, clamp: float | None = clamp
@@ -197,8 +144,9 @@ def _coupling(batch: int, channels: int, side: int) -> Iterator[Case]:
             return coupling_step(x, params, split=split, clamp=clamp, index=index, scale=scale, bias=bias)
 
         outputs = active if clamp is None else 2 * active
-        step = partial(_eager_step, eager)
-        yield case(f"{name} step with permutation", ours, step, outputs, "index", "scale", "bias")
+        step = partial(eager.step, peer)
+        more = ("index", "scale", "bias")
+        yield case(f"{name} step with permutation", ours, step, outputs, *more, kept=eager.step_kept)
 
 
 def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
@@ -210,16 +158,17 @@ def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
         upper = torch.triu(upper, 1) + torch.eye(channels, device=device)
         return _random(device, batch, channels, side, side), lower, upper, _random(device, channels)
 
-    for direction, eager in (("forward", _eager_lu), ("inverse", _eager_lu_inverse)):
+    for direction, peer in (("forward", eager.lu), ("inverse", eager.lu_inverse)):
         yield _case(
             f"LU 1x1 convolution, {channels} @ {side}^2, batch {batch}, {direction}",
             {"batch": batch, "channels": channels, "side": side},
             partial(usf.lu_conv1x1, inverse=direction == "inverse"),
-            eager,
+            peer,
             inputs,
             direction=direction,
             elements=2 * size + 2 * channels**2,
             gigaflops=2e-9 * size * channels,
+            kept=eager.lu_kept,
         )
 
 
@@ -237,7 +186,7 @@ def _residual(batch: int, channels: int, side: int) -> Iterator[Case]:
         f"residual MLP, {channels} @ {side}^2, batch {batch}",
         {"batch": batch, "channels": channels, "side": side},
         usf.ops.residual_mlp,
-        _eager_residual,
+        eager.residual,
         inputs,
         elements=2 * size + 2 * channels * hidden,
         gigaflops=4e-9 * size * hidden,
@@ -250,7 +199,7 @@ def _scores() -> Iterator[Case]:
             f"squared norm, {channels} @ {side}^2, batch {batch}",
             {"batch": batch, "channels": channels, "side": side},
             usf.squared_norm,
-            _eager_squared_norm,
+            eager.squared_norm,
             lambda device, size=(batch, channels, side, side): (_random(device, *size),),
             elements=batch * (channels + 1) * side**2,
         )
@@ -265,19 +214,19 @@ def _scores() -> Iterator[Case]:
             f"squared norm of a linear map, {channels} @ {side}^2, batch {batch}",
             {"batch": batch, "channels": channels, "side": side},
             usf.ops.linear_squared_norm,
-            _eager_linear_norm,
+            eager.linear_norm,
             inputs,
             elements=batch * (channels + 1) * side**2 + channels**2,
             gigaflops=2e-9 * batch * channels**2 * side**2,
         )
     for batch in (1, 8):
         elements = batch * (sum(c * s * s for c, s in SCALES) + SIZE**2)
-        for interpolate, eager in (("likelihood", _eager_likelihood_map), ("latent", _eager_latent_map)):
+        for interpolate, peer in (("likelihood", eager.likelihood_map), ("latent", eager.latent_map)):
             yield _case(
                 f"anomaly map, {interpolate}, FastFlow's three scales to {SIZE}^2, batch {batch}",
                 {"batch": batch, "side": SIZE},
                 partial(usf.anomaly_map, size=SIZE, interpolate=interpolate),
-                eager,
+                peer,
                 lambda device, batch=batch: ([_random(device, batch, c, s, s) for c, s in SCALES],),
                 elements=elements,
             )

@@ -72,6 +72,14 @@ def test_operations(make):
         assert (ours.role, eager.role, compiled.compiles) == (OURS, PEER, True)
 
 
+def test_what_peers_keep_is_made_before_they_are_timed(monkeypatch):
+    peers = [case.providers(CPU) for case in (*operations._coupling(2, 6, 5), *operations._lu(2, 6, 5))]
+    peers = [peer for _, peer, _ in peers]
+    monkeypatch.setattr(torch, "eye", None)
+    for peer in peers:
+        peer.call()
+
+
 def test_scores(monkeypatch):
     monkeypatch.setattr(operations, "SHAPES", ((2, 6, 5),))
     monkeypatch.setattr(operations, "SCALES", ((6, 5), (4, 3)))
