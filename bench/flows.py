@@ -193,14 +193,15 @@ def best_layout(make: Callable[[str], Callable[[], object]], device: torch.devic
     return min(seconds, key=seconds.__getitem__)
 
 
-def truth(form: str, shape: Shape, direction: str) -> Tensor:
-    """What the first sample becomes, in float64, by the modules that are the definition of each form."""
+def truth(form: str, shape: Shape, direction: str) -> tuple[Tensor, Tensor]:
+    """What the first sample becomes, and the log-determinant, in float64, by the modules that are the
+    definition of each form."""
     return _truth(form, replace(shape, batch=1), direction)
 
 
 @cache
-def _truth(form: str, shape: Shape, direction: str) -> Tensor:
+def _truth(form: str, shape: Shape, direction: str) -> tuple[Tensor, Tensor]:
     flow = deepcopy(our_flow(form, shape)).double()
     sample = shape.input(torch.device("cpu")).double()
     with torch.no_grad():
-        return (flow if direction == "forward" else flow.inverse)(sample)[0]
+        return (flow if direction == "forward" else flow.inverse)(sample)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 
 import usf_kernels as usf
@@ -17,22 +18,28 @@ PEERS = {"skimage": "pip install scikit-image", "mpmath": "pip install mpmath"}
 
 
 def energies(scales: Sequence[tuple[int, int]], batch: int) -> list[torch.Tensor]:
-    """Squared norms (B, H, W) of white latents per scale: chi-square, as many degrees as channels."""
+    """Squared norms (B, H, W) of white latents per scale: chi-square, as many degrees as channels.
+
+    In every map a square of a quarter of the side is four times their mean: something to find.
+    """
     generator = torch.Generator().manual_seed(0)
     maps = []
     for side, channels in scales:
         shape = torch.full((batch, side, side), channels / 2)
         maps.append(2 * torch._standard_gamma(shape, generator=generator))
+        maps[-1][:, : side // 4, : side // 4] = 4 * channels
     return maps
 
 
 def _providers(scales: tuple[tuple[int, int], ...], batch: int, device: torch.device) -> Iterator[Provider]:
     maps = energies(scales, batch)
     channels = [c for _, c in scales]
+    sides = [side for side, _ in scales]
     # Regions come before any upsampling: tree, probabilities, prune and merge, and nothing else.
     for tail in ("chernoff", "exact"):
         call = partial(usf.regions, maps, channels=channels, tail=tail, threads=1)
-        yield Provider(f"usf_kernels {tail}", call, check=_check, direction=tail, capture=False)
+        check = partial(_check, sides)
+        yield Provider(f"usf_kernels {tail}", call, check=check, direction=tail, capture=False)
     if batch == 1 and scales[0][0] <= LARGEST and all(map(find_spec, PEERS)):
         from bench.plain_nfa import detections
 
@@ -42,15 +49,30 @@ def _providers(scales: tuple[tuple[int, int], ...], batch: int, device: torch.de
             lambda: [detections(images, channels)],
             PEER,
             direction="chernoff",
-            check=_check,
+            check=partial(_same, lambda: usf.regions(maps, channels=channels, tail="chernoff", threads=1)),
             capture=False,
         )
 
 
-def _check(regions: list[list[object]]) -> str | None:
-    """White noise: at most one detection per image."""
-    found = sum(map(len, regions))
-    return None if found <= len(regions) else f"{found} detections on {len(regions)} clean images"
+def _check(sides: Sequence[int], images: list[list[usf.Region]]) -> str | None:
+    """Every square, and at most one more detection per image."""
+    for i, regions in enumerate(images):
+        for scale, side in enumerate(sides):
+            square = (scale, (0, 0, side // 4, side // 4), (side // 4) ** 2)
+            if square not in [(r.scale, r.box, r.area) for r in regions]:
+                return f"image {i}: the square of scale {scale} is not found"
+    more = sum(map(len, images)) - len(images) * len(sides)
+    return None if more <= len(images) else f"{more} false detections on {len(images)} images"
+
+
+def _same(ours: Callable[[], list[list[usf.Region]]], images: list[list[tuple]]) -> str | None:
+    """Plain Python's regions are ours."""
+    for mine, theirs in zip(ours(), images, strict=True):
+        expected = sorted((r.scale, r.area, r.log_nfa) for r in mine)
+        found = sorted((scale, len(pixels), log_nfa) for scale, pixels, log_nfa in theirs)
+        if len(found) != len(expected) or not np.allclose(found, expected, rtol=1e-5):
+            return f"regions {found}, usf_kernels {expected}"
+    return None
 
 
 def _case(name: str, scales: tuple[tuple[int, int], ...], batch: int) -> Case:

@@ -54,7 +54,8 @@ def _introduction(rows: Sequence[table.Row]) -> str:
     return prose(
         f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}; commits "
         f"{commits}). "
-        "Medians; all of a case are timed in turn in one process, after each was checked against float64. "
+        "Medians; all of a case are timed in turn in one process, after each was checked: values against "
+        "float64, peers' trees and regions against ours. "
         f"**2x** means that the peer takes twice as long. Rows: `bench/results`{noise}; again: `make bench` "
         "(small inputs, minutes), `make bench-full`, and `python -m bench.compare OLD.csv NEW.csv`."
     )

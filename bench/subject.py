@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ Check = Callable[[object], str | None]
 OURS, PEER, LIMIT = "ours", "peer", "limit"
 # Relative root-mean-square error that a result may have: rounding in that precision, through a few layers.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.08}
+LEAST = 0.01  # nats per dimension, added to a log-determinant: it may cancel, its rounding errors do not
 
 
 @dataclass(frozen=True)
@@ -101,25 +102,39 @@ class Subject:
         raise KeyError(f"{self.name} has no case {name!r}")
 
 
-def close_to(truth: Callable[[], Tensor], dtype: str, *, slack: float = 1.0) -> Check:
-    """A check of the first samples of a result (a tensor, or a tuple that begins with one) against float64.
+def close_to(truth: Callable[[], Tensor | tuple[Tensor, ...]], dtype: str, *, slack: float = 1.0) -> Check:
+    """A check of the first samples of a result, a tensor or several, against float64.
 
     Args:
-        truth: makes what the first samples should be; samples of a batch do not depend on each other.
+        truth: makes what the first samples should be; samples of a batch do not depend on each other. Where
+            it and the result have a log-determinant too, that is compared.
         dtype: in which the result was computed: it says how far it may be off.
         slack: times so far.
     """
 
     def check(result: object) -> str | None:
-        expected = truth()
-        found = result[0] if isinstance(result, tuple | list) else result
+        (expected, *log_dets), (found, *others) = _tensors(truth()), _tensors(result)
         found = found[: len(expected)].double().cpu()
         if found.shape != expected.shape:
             return f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
         error = relative_error(found, expected)
-        return None if error <= slack * TOLERANCE[dtype] else f"relative error {error:.2g}"
+        if not error <= slack * TOLERANCE[dtype]:
+            return f"relative error {error:.2g}"
+        for log_det, other in zip(log_dets, others, strict=False):
+            if not log_det.numel():  # of an additive step
+                continue
+            other = other.double().cpu().flatten()[: log_det.numel()]
+            size = log_det.abs() + LEAST * expected[0].numel()
+            error = ((other - log_det).abs() / size).max().item()
+            if not error <= slack * TOLERANCE[dtype]:
+                return f"relative error {error:.2g} of a log-determinant"
+        return None
 
     return check
+
+
+def _tensors(result: object) -> Sequence[Tensor]:
+    return result if isinstance(result, tuple) else result[:1] if isinstance(result, list) else (result,)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

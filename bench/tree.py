@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -41,24 +41,63 @@ def _tree(name: str, call: Call, image: np.ndarray, **options: object) -> Provid
     return Provider(name, call, dtype=image.dtype.name, gigabytes=moved, capture=False, **options)
 
 
-def _peers(image: np.ndarray, count: Callable[[], int]) -> Iterator[Provider]:
+Outline = tuple[float, ...]
+
+
+def _peers(image: np.ndarray, ours: Callable[[np.ndarray], usf.ComponentTree]) -> Iterator[Provider]:
+    expected = cache(lambda: _outline_of_ours(ours(image)))
     if find_spec("higra"):
         import higra as hg
 
         implicit = hg.get_4_adjacency_implicit_graph(image.shape)
         explicit = hg.get_4_adjacency_graph(image.shape)
+        check = partial(_same, expected, _outline_of_higra)
         for name, graph in (("higra implicit", implicit), ("higra explicit", explicit)):
             call = partial(hg.component_tree_max_tree, graph, image)
-            yield _tree(name, call, image, role=PEER, check=partial(_same_count, count, image))
+            yield _tree(name, call, image, role=PEER, check=check)
     if find_spec("skimage"):
         from skimage.morphology import max_tree
 
-        yield _tree("scikit-image", partial(max_tree, image, connectivity=1), image, role=PEER)
+        check = partial(
+            _same, expected, lambda found: _outline(image.ravel(), image.ravel()[found[0].ravel()])
+        )
+        call = partial(max_tree, image, connectivity=1)
+        yield _tree("scikit-image", call, image, role=PEER, check=check)
     if find_spec("maxtree"):
         from maxtree.component_tree import MaxTree
 
         levels = image.astype(np.uint16) if image.dtype == np.uint8 else _quantise(image)
-        yield _tree("maxtree (uint16)", partial(MaxTree, levels), image, role=PEER)
+        # It gives its links one by one, which takes too long: only the number of components is compared.
+        check = partial(_same, lambda: (len(ours(levels)),), lambda found: (found.nb_connected_components,))
+        yield _tree("maxtree (uint16)", partial(MaxTree, levels), image, role=PEER, check=check)
+
+
+def _outline(level: np.ndarray, around: np.ndarray) -> Outline:
+    """The number of components, and the sum of their steps: a wrong link changes it.
+
+    Args:
+        level: of each component, or of each pixel.
+        around: level of the parent of each.
+    """
+    steps = level.astype(np.float64) - around
+    return int(np.count_nonzero(steps)) + 1, float(steps.sum())  # the root has no step
+
+
+def _outline_of_ours(tree: usf.ComponentTree) -> Outline:
+    return _outline(tree.level, tree.level[tree.parent])
+
+
+def _outline_of_higra(found: tuple) -> Outline:
+    tree, level = found
+    inner = slice(tree.num_leaves(), None)  # its leaves are pixels
+    return _outline(level[inner], level[tree.parents()[inner]])
+
+
+def _same(expected: Callable[[], Outline], outline: Callable[[object], Outline], found: object) -> str | None:
+    theirs, ours = outline(found), expected()
+    return (
+        None if np.allclose(theirs, ours, rtol=1e-9, atol=0) else f"components {theirs}, usf_kernels {ours}"
+    )
 
 
 def _quantise(image: np.ndarray) -> np.ndarray:
@@ -69,30 +108,32 @@ def _reconstructs(image: np.ndarray, tree: usf.ComponentTree) -> str | None:
     return None if (tree.reconstruct() == image).all() else "not the tree of the image"
 
 
-def _same_count(count: Callable[[], int], image: np.ndarray, result: tuple) -> str | None:
-    """Higra counts components as we do."""
-    if image.shape[0] > 448:  # it would take as long as the measurement
-        return None
-    components = result[0].num_vertices() - result[0].num_leaves()
-    return None if components == count() else f"{components} components, usf_kernels {count()}"
-
-
 def _providers(make: Callable[[int], np.ndarray], side: int, device: torch.device) -> list[Provider]:
     image = make(side)
-    call = partial(usf.component_tree, image, threads=1)
-    ours = _tree("usf_kernels", call, image, check=partial(_reconstructs, image), peak=side >= 1024)
-    peers = _peers(image, lambda: len(call()))
+    run = partial(usf.component_tree, threads=1)
+    check = partial(_reconstructs, image)
+    ours = _tree("usf_kernels", partial(run, image), image, check=check, peak=side >= 1024)
+    peers = _peers(image, run)
     return [ours, *(peer for peer in peers if side <= LARGEST[peer.name])]
 
 
 def _threads(
     make: Callable[[int], np.ndarray], side: int, batch: int, device: torch.device
 ) -> list[Provider]:
-    if batch == 1:
-        image, run = make(side), usf.component_tree
-    else:
-        image, run = np.stack([np.roll(make(side), i, axis=0) for i in range(batch)]), usf.component_trees
-    return [_tree(f"usf_kernels x{n}", partial(run, image, threads=n), image) for n in (2, 1)]
+    maps = np.stack([np.roll(make(side), i, axis=0) for i in range(batch)])
+    run, image = (usf.component_tree, maps[0]) if batch == 1 else (usf.component_trees, maps)
+    check = partial(_same_bits, maps)
+    return [_tree(f"usf_kernels x{n}", partial(run, image, threads=n), image, check=check) for n in (2, 1)]
+
+
+def _same_bits(maps: np.ndarray, found: usf.ComponentTree | list[usf.ComponentTree]) -> str | None:
+    """As one thread and one map at a time give."""
+    for image, tree in zip(maps, found if isinstance(found, list) else [found], strict=True):
+        expected = usf.component_tree(image, threads=1)
+        for name in ("parent", "level", "node"):
+            if not np.array_equal(getattr(tree, name), getattr(expected, name)):
+                return f"{name} differs from that of one thread"
+    return None
 
 
 def _cases() -> tuple[Case, ...]:

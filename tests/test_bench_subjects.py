@@ -3,11 +3,13 @@
 from dataclasses import replace
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bench import accelerate, blocks, flows, machine, models, operations, table, training
+import usf_kernels as usf
+from bench import accelerate, blocks, flows, machine, models, nfa, operations, table, training, tree
 from bench.flows import FORMS, Shape
 from bench.measure import CPU
 from bench.memory import saved_bytes
@@ -172,3 +174,72 @@ def test_a_checkpoint_counts_shared_tensors_in_full(tmp_path):
     copied = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     torch.save(copied, tmp_path / "file.pt")
     assert abs((tmp_path / "file.pt").stat().st_size - bytes_) < 200
+
+
+@pytest.mark.parametrize("name", ["white 28^2", "smooth 28^2", "smooth_8bit 28^2"])
+def test_the_tree_passes_its_own_check(name):
+    ours, *peers = tree.SUBJECT.case(name).providers(CPU)
+    assert ours.name == "usf_kernels"
+    assert wrong([ours, *peers]) == {}
+    assert all(provider.check for provider in peers)
+
+
+def test_a_wrong_tree_is_noticed():
+    """One link goes to the root."""
+    pytest.importorskip("skimage")
+    peers = {p.name: p for p in tree.SUBJECT.case("white 28^2").providers(CPU)}
+    parent, order = peers["scikit-image"].call()
+    parent.ravel()[order[-1]] = order[0]
+    assert peers["scikit-image"].check((parent, order)).startswith("components (784, ")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_threads_give_the_same_tree(batch):
+    providers = tree._threads(tree.white, 28, batch, CPU)
+    assert [p.name for p in providers] == ["usf_kernels x2", "usf_kernels x1"]
+    assert wrong(providers) == {}
+    found = providers[0].call()
+    (found if batch == 1 else found[1]).parent[5] = 0
+    assert providers[0].check(found) == "parent differs from that of one thread"
+
+
+def test_regions():
+    for case in nfa.SUBJECT.cases[:3]:
+        providers = list(case.providers(CPU))
+        assert wrong(providers) == {}
+        assert providers[0].check([[]]) == "image 0: the square of scale 0 is not found"
+        regions = providers[0].call()[0]
+        assert "false detections" in providers[0].check([regions * 3])
+        if len(providers) == 3:
+            (scale, pixels, value), *more = providers[2].call()[0]
+            assert "usf_kernels [(" in providers[2].check([[(scale, pixels[1:], value), *more]])
+
+
+def test_plain_python_finds_what_ours_does():
+    pytest.importorskip("skimage")
+    pytest.importorskip("mpmath")
+    from bench.plain_nfa import detections
+
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 8, side, side, generator=generator).square().sum(1) for side in (14, 7)]
+    maps[0][0, 2:5, 3:9] += 60
+    maps[0][0, 9:12, 3:6] += 150
+    maps[1][0, 3:5, 4] += 300
+    ours = usf.regions(maps, channels=[8, 8], tail="chernoff")[0]
+    theirs = detections([u[0].numpy() for u in maps], [8, 8])
+    assert len(ours) >= 2
+    found = sorted((r.scale, r.area, r.log_nfa) for r in ours)
+    expected = sorted((scale, len(pixels), value) for scale, pixels, value in theirs)
+    for ours_, theirs_ in zip(found, expected, strict=True):
+        assert ours_ == pytest.approx(theirs_, rel=1e-5)
+
+
+def test_the_number_of_tests_is_computed_once(monkeypatch):
+    """As in ours."""
+    pytest.importorskip("skimage")
+    mpmath = pytest.importorskip("mpmath")
+    from bench.plain_nfa import detections
+
+    found = [detections([np.ones((3, 4))], [8])]
+    monkeypatch.setattr(mpmath, "log10", None)
+    assert [detections([np.ones((3, 4))], [8])] == found
