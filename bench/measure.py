@@ -50,7 +50,8 @@ def alternate(
 
     A turn takes at least a millisecond: short calls are repeated in it, and count with their mean. A call
     that does not count comes before it, unless that would take long, so that nobody pays for the state of
-    the memory that the one before left behind.
+    the memory that the one before left behind. The garbage collector stays on: what a provider leaves to it
+    is a part of its cost, and nobody's pauses move a median.
 
     Args:
         calls: what to time, by name.
