@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bench import markdown, table
-from bench.markdown import number, prose, times
+from bench.markdown import number, prose, times, versions
 from bench.subject import OURS
 
 DTYPES = ("float32", "bfloat16")
@@ -16,11 +16,11 @@ def section(rows: Sequence[table.Row]) -> Iterator[str]:
     yield f"## {rows[0]['device']}"
     cases = len({(row["subject"], row["case"]) for row in rows})
     yield prose(
-        f"{cases} cases, float32 without TF32. Two ratios to the fastest peer (eager, torch.compile; for "
-        "blocks anomalib and FrEIA) in the same precision: *as called* from Python, where such small maps "
-        "wait for the processor, and *in a CUDA graph* (`FusedFlow.capture`, or any graph of yours), peers "
-        "captured as well, which is what the GPU itself takes. Again: `make bench-gpu`; each kernel's "
-        "configurations: `python -m bench.tune`."
+        f"{cases} cases ({versions(rows)}), float32 without TF32. Two ratios to the fastest peer (eager, "
+        "torch.compile; for blocks anomalib and FrEIA) in the same precision: *as called* from Python, where "
+        "such small maps wait for the processor, and *in a CUDA graph* (`FusedFlow.capture`, or any graph of "
+        "yours), peers captured as well, which is what the GPU itself takes. Again: `make bench-gpu`; each "
+        "kernel's configurations: `python -m bench.tune`."
     )
     blocks = [row for row in rows if row["subject"] == "blocks" and row["direction"] == "forward"]
     if blocks:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from bench.table import geometric_mean
+from bench.table import Row, geometric_mean
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTH = 120  # of the README's lines
@@ -25,6 +25,13 @@ def times(ratio: float) -> str:
 def number(value: float) -> str:
     """Three digits, or all before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def versions(rows: Sequence[Row]) -> str:
+    """What was installed, and the commits."""
+    found = sorted({version for row in rows for version in row["versions"].split()}, key=str.lower)
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return f"{', '.join(found).replace('=', ' ')}; commits {commits}"
 
 
 def mean(ratios: Mapping[object, float], worst: Callable[[Iterable[float]], float] = min) -> str:

@@ -10,13 +10,15 @@ from pathlib import Path
 from bench import demonstration, gpu_sections, summary, table
 from bench.machine import RESULTS
 from bench.markdown import DOCS
-from bench.sections import section
+from bench.sections import losses, section
 from usf_kernels.files import atomic_write
 
 README = DOCS.parent / "README.md"
 PAGE = DOCS / "speed.md"
 OTHER_TABLES = ("compile_", "tune-")
 TITLE = "# Speed\n\n<!-- written by `python -m bench.report` from bench/results -->"
+
+LOST = "Against the fastest peer in the same precision and direction, torch.compile included:"
 
 
 def files(folder: Path) -> list[list[table.Row]]:
@@ -31,6 +33,9 @@ def page(devices: Sequence[Sequence[table.Row]]) -> str:
     for i, rows in enumerate(devices):
         on_gpu = any(row["provider"].endswith(table.CAPTURED) for row in rows)
         parts += gpu_sections.section(rows) if on_gpu else [section(rows, pictures=i == 0)]
+    lost = [line for rows in devices for line in losses(rows)]
+    if lost:
+        parts += ["## Where we do not win", LOST, "\n".join(lost)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 from bench import markdown, model_sections, table
-from bench.markdown import count, mean, number, picture, prose, times
+from bench.markdown import count, mean, number, picture, prose, times, versions
 from bench.subject import OURS
 
 PEERS = {  # of blocks: title to dtype of ours, provider and dtype
@@ -43,8 +44,6 @@ def section(rows: Sequence[table.Row], *, pictures: bool = True) -> str:
 
 def _introduction(rows: Sequence[table.Row]) -> str:
     devices = sorted({f"{row['device']}, {count(row['threads'], 'thread')}" for row in rows})
-    versions = sorted({version for row in rows for version in row["versions"].split()})
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
     noisy = sum(row["noisy"] == "1" for row in rows)
     noise = f" ({noisy} of {len(rows)} are marked as noisy)" if noisy else ""
     sections = sorted(float(row["section_us"]) for row in rows if row["section_us"])
@@ -52,8 +51,7 @@ def _introduction(rows: Sequence[table.Row]) -> str:
         low, high = (sections[round(share * (len(sections) - 1))] for share in (0.05, 0.95))
         noise += f"; what a parallel section took is a column, in most of them {low:.1f} to {high:.1f} us"
     return prose(
-        f"Measured on {' and '.join(devices)} ({', '.join(v.replace('=', ' ') for v in versions)}; commits "
-        f"{commits}). "
+        f"Measured on {' and '.join(devices)} ({versions(rows)}). "
         "Medians; all of a case are timed in turn in one process, after each was checked: values against "
         "float64, peers' trees and regions against ours. "
         f"**2x** means that the peer takes twice as long. Rows: `bench/results`{noise}; again: `make bench` "
@@ -66,9 +64,11 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
     yield prose(
         "Coupling blocks of FastFlow (ResNet-18, 256 x 256) and U-Flow (MS-CaiT), kernels of 1 and 3, "
         "several batch sizes, conditioners as wide as their input. *Affine, permutation* has the "
-        "mathematics and the weights of anomalib's block. Geometric mean over the shapes, the worst in "
-        "brackets."
+        "mathematics and the weights of anomalib's block. *anomalib* is the faster of its block on "
+        "contiguous and on channels-last maps; torch.compile was tried on contiguous ones only. Geometric "
+        "mean over the shapes, the worst in brackets."
     )
+    rows = table.merged(rows, table.ANOMALIB)
     yield from picture("speed_blocks.png", "Speed-up of blocks over anomalib, one dot per shape")
     names = _ours(rows, table.FUSED) or _ours(rows, "")
     lines = []
@@ -93,7 +93,13 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
     yield markdown.table([h.replace("over bfloat16: ", "bfloat16 over ") for h in header], lines)
     yield from picture("speed_scaling.png", "Eight blocks over the batch size and over the channels")
     if roofline := picture("speed_roofline.png", "roofline"):
-        yield f"The same blocks under the limits of the machine: {roofline[0].removeprefix('!')}."
+        yield prose(
+            f"The same blocks and the limits of the machine: {roofline[0].removeprefix('!')}. It counts the "
+            "FLOPs of each form as it is defined, so dots may lie above the roof: Winograd's filtering takes "
+            "16 multiplications where a 3 x 3 kernel has 36, fused forms merge C x C products into what is "
+            "next to them, and the product that draws the roof, of 2,048 x 2,048 matrices, is not the "
+            "fastest one."
+        )
 
 
 def _over_convolutions(rows: list[table.Row], name: str) -> dict[str, float]:
@@ -219,22 +225,40 @@ def _operations(rows: list[table.Row]) -> Iterator[str]:
     yield markdown.table(["operation", "ratio"], lines)
 
 
-def losses(rows: Sequence[table.Row]) -> Iterator[str]:
-    """Where a peer is faster, in the same precision and direction: a line for each subject."""
+Comparison = tuple[float, table.Row, table.Row]  # ratio, a row of ours, its fastest peer's
+
+
+def comparisons(rows: Sequence[table.Row]) -> Iterator[Comparison]:
+    """What we have to use beside the fastest peer in the same precision and direction, one subject after the
+    other."""
     for subject in dict.fromkeys(row["subject"] for row in rows):
         some = [row for row in rows if row["subject"] == subject]
-        pairs = [(row, peer) for row in table.ours_to_use(some) if (peer := table.best_peer(row, some))]
-        lost = [(table.milliseconds(p) / table.milliseconds(row), row, p) for row, p in pairs]
-        lost = sorted((entry for entry in lost if entry[0] < 1), key=lambda entry: entry[0])
+        for row in table.ours_to_use(some):
+            peer = table.best_peer(row, some)
+            if peer:
+                yield table.milliseconds(peer) / table.milliseconds(row), row, peer
+
+
+def losses(rows: Sequence[table.Row]) -> Iterator[str]:
+    """Where a peer is faster: a line for each subject."""
+    for subject, group in groupby(comparisons(rows), key=lambda entry: entry[1]["subject"]):
+        pairs = list(group)
+        lost = [entry for entry in pairs if entry[0] < 1]
         if lost:
-            ratio, row, peer = lost[0]
-            way = f", {row['direction']}" if row["direction"] == "inverse" else ""
-            noisy = ", on a noisy machine" if "1" in (row["noisy"], peer["noisy"]) else ""
-            yield (
-                f"- `{subject}`, {row['device']}: {len(lost)} of {len(pairs)} comparisons; worst "
-                f"{ratio:.2f}x: {row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}{way}, "
-                f"against {peer['provider']}{noisy}"
-            )
+            worst = described(min(lost, key=lambda entry: entry[0]))
+            share = f"{len(lost)} of {len(pairs)} comparisons"
+            yield f"- `{subject}`, {rows[0]['device']}: {share}; worst {worst}"
+
+
+def described(comparison: Comparison) -> str:
+    """Ratio, who, where, against whom."""
+    ratio, row, peer = comparison
+    way = f", {row['direction']}" if row["direction"] == "inverse" else ""
+    noisy = ", on a noisy machine" if "1" in (row["noisy"], peer["noisy"]) else ""
+    return (
+        f"{ratio:.2f}x: {row['provider']} at {row['case'].replace('^2', '²')}, {row['dtype']}{way}, "
+        f"against {peer['provider']}{noisy}"
+    )
 
 
 def _ours(rows: Iterable[table.Row], ending: str) -> list[str]:

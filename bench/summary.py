@@ -10,7 +10,7 @@ from bench.flows import FORMS
 from bench.markdown import picture, prose, times
 from bench.models import FLOW, TRAINING
 from bench.registry import SUBJECTS
-from bench.sections import losses
+from bench.sections import comparisons, described
 from bench.subject import PEER
 
 Rows = Sequence[table.Row]
@@ -22,35 +22,39 @@ HEADER = ("", "over the fastest of")
 
 def section(files: Sequence[Rows]) -> str:
     """The README's section on speed, from the rows of each device."""
-    some = [row for rows in files for row in rows]
     parts = [
         prose(
             "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets "
-            "the worst. On a CPU (2 threads) over the cases of `make bench`, which prints this table for any "
-            "machine; on a GPU in CUDA graphs, peers captured as well, training as it is called; "
-            "*reversible* training, the default, keeps outputs only. "
-            "Milliseconds, all shapes, larger batches and peers under torch.compile are in "
-            "[docs/speed.md](docs/speed.md)."
+            "the worst; on a CPU (2 threads) over the cases of `make bench`, which prints this table for any "
+            "machine, on a GPU in CUDA graphs, peers captured as well, training as it is called. "
+            "*Reversible* training, the default, keeps outputs only. "
+            "The first picture has all shapes and batches, and peers under torch.compile. " + _losses(files)
         ),
         page(files),
         *picture("speed.png", "How much longer the fastest peer takes, per operation", folder="docs/"),
         *picture(
             "speed_depth.png", "Memory and time of a training step over the number of blocks", folder="docs/"
         ),
-        "Where we do not win, against the fastest peer in the same precision and direction, torch.compile "
-        "included:\n\n" + "\n".join(line for rows in files for line in losses(rows)),
-        prose(f"With {_versions(some)}."),
     ]
     return "\n\n".join(parts)
 
 
-def _versions(rows: Rows) -> str:
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        for version in row["versions"].split():
-            name, _, number = version.partition("=")
-            found.setdefault(name, set()).add(number)
-    return ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in sorted(found, key=str.lower))
+def _losses(files: Sequence[Rows]) -> str:
+    """How often a peer is faster on each device, and where most."""
+    found, counts = [], []
+    for rows in files:
+        pairs = list(comparisons(rows))
+        lost = [entry for entry in pairs if entry[0] < 1]
+        found += lost
+        counts.append(f"{len(lost)} of {len(pairs)} comparisons on {rows[0]['device']}")
+    worst = ""
+    if found:
+        entry = min(found, key=lambda comparison: comparison[0])
+        worst = f" (worst, in `{entry[1]['subject']}`, {described(entry)})"
+    return (
+        f"A peer is faster than ours in {', '.join(counts)}{worst}; "
+        "[docs/speed.md](docs/speed.md) has the list, milliseconds and versions."
+    )
 
 
 def page(files: Sequence[Rows]) -> str:

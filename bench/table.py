@@ -22,6 +22,7 @@ FIELDS = (
 )
 # Endings of providers' names.
 FUSED, CAPTURED, REVERSIBLE = ", fused", ", CUDA graph", ", reversible"
+ANOMALIB = ("anomalib", "anomalib, channels-last")  # its block in either memory format
 OPERATIONS = ("coupling", "lu_conv", "residual", "score")  # subjects
 
 
@@ -91,6 +92,16 @@ def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
         and other["provider"].endswith(CAPTURED) == row["provider"].endswith(CAPTURED)
     )
     return min(peers, key=milliseconds, default=None)
+
+
+def merged(rows: Iterable[Row], names: Sequence[str]) -> list[Row]:
+    """Rows in which providers of these names are one, that of the first name: of each case, device, precision
+    and direction only the fastest of them is left."""
+    rows = list(rows)
+    fastest: dict[tuple[str, ...], Row] = {}
+    for row in sorted((row for row in rows if row["provider"] in names), key=milliseconds):
+        fastest.setdefault((*_run(row), row["dtype"], row["direction"]), {**row, "provider": names[0]})
+    return [*(row for row in rows if row["provider"] not in names), *fastest.values()]
 
 
 def milliseconds(row: Row) -> float:

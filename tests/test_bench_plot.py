@@ -7,7 +7,7 @@ pytest.importorskip("matplotlib")
 
 from bench import plot
 from bench.drawing import names_at_ends, strips
-from bench.pictures import PICTURES, blocks, depth, roofline, tree
+from bench.pictures import PICTURES, blocks, depth, roofline, scaling, tree
 
 MACHINE = {"device": "a machine", "threads": "2", "versions": "python=3 torch=2.14", "cache": "warm"}
 
@@ -64,6 +64,24 @@ def texts(figure):
 
 def test_blocks_show_the_mean_over_shapes():
     assert texts(blocks(list(measured()))) == ["  3.0x", "  3.0x"]
+
+
+def test_anomalib_is_shown_in_its_faster_memory_format():
+    rows = list(measured())
+    last = [
+        r | {"provider": "anomalib, channels-last", "p50_ms": "2"}
+        for r in rows
+        if r["provider"] == "anomalib"
+    ]
+    assert texts(blocks(rows + last)) == ["  2.0x", "  3.0x"]
+    peer = scaling(rows + last).axes[0].lines[0]
+    assert list(peer.get_ydata()) == [2 / 8]
+
+
+def test_float32_has_a_second_roof():
+    wide, narrow = (axis.lines for axis in roofline(list(measured())).axes)
+    assert list(wide[-1].get_ydata()) == [2.25 * 150] * 2
+    assert len(wide) == len(narrow) + 1
 
 
 def test_depth_follows_the_deepest_shape():
