@@ -7,7 +7,7 @@ pytest.importorskip("matplotlib")
 
 from bench import plot
 from bench.drawing import names_at_ends, strips
-from bench.pictures import PICTURES, blocks, depth, roofline, scaling, tree
+from bench.pictures import PICTURES, blocks, depth, overview, roofline, scaling, tree
 
 MACHINE = {"device": "a machine", "threads": "2", "versions": "python=3 torch=2.14", "cache": "warm"}
 
@@ -82,6 +82,12 @@ def test_float32_has_a_second_roof():
     wide, narrow = (axis.lines for axis in roofline(list(measured())).axes)
     assert list(wide[-1].get_ydata()) == [2.25 * 150] * 2
     assert len(wide) == len(narrow) + 1
+
+
+def test_the_overview_says_that_it_has_more_than_the_table():
+    title, under, *_ = (text.get_text() for text in overview(list(measured())).texts)
+    assert "all shapes and batches" in title
+    assert "torch.compile among the peers" in under
 
 
 def test_depth_follows_the_deepest_shape():
