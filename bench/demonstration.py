@@ -1,15 +1,18 @@
-"""The README's table of what `make demo` prints, from the results that are kept of one run."""
+"""`python -m bench.demonstration`: keep the last run of `make demo` for the README, as table and picture."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from bench.machine import RESULTS
-from bench.markdown import table
+from bench.markdown import DOCS, table
 
-KEPT = RESULTS / "demo.json"  # a copy of runs/demo/results.json
+RUN = Path("runs") / "demo"
+KEPT = RESULTS / "demo.json"
+PICTURE = "brick.png"
 
 
 def read(path: Path = KEPT) -> dict[str, dict[str, Any]]:
@@ -39,3 +42,15 @@ def section(textures: dict[str, dict[str, Any]]) -> str:
         for name, found in textures.items()
     ]
     return table(header, lines)
+
+
+def main() -> None:
+    """Copy results and picture of the run."""
+    for source, kept in ((RUN / "results.json", KEPT), (RUN / PICTURE, DOCS / "demo.png")):
+        shutil.copyfile(source, kept)
+        print(f"{source} -> {kept}")
+    print("now: python -m bench.report")
+
+
+if __name__ == "__main__":
+    main()

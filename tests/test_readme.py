@@ -1,6 +1,7 @@
 """The Python of the README runs as it stands there, on stand-ins for what a reader has."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from test_fastflow import Pyramid
 from torch import nn
 
 import usf_kernels as usf
+import usf_kernels.training
 from usf_kernels.models import Backbone
 
 BLOCKS = re.findall(
@@ -37,14 +39,23 @@ def test_segmentation_of_latents(capsys):
     assert capsys.readouterr().out
 
 
-def test_a_model_and_its_inference_form(monkeypatch):
-    def backbone(name, out_indices):
-        return Backbone(Pyramid(), {"name": name}, mean=(0.5,) * 3, std=(0.5,) * 3)
+def fit_briefly(fit, *arguments, max_epochs, **options):
+    return fit(*arguments, max_epochs=2, progress=False, **options)
 
-    monkeypatch.setattr(usf.models, "create_backbone", backbone)
+
+def test_a_model_and_its_inference_form(monkeypatch, tmp_path):
+    def backbone(name, out_indices):
+        config = {"name": name, "out_indices": out_indices}
+        torch.manual_seed(0)  # the same weights at every call, as a pretrained one has
+        return Backbone(Pyramid(), config, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    for place in (usf.models, usf.models.scored):
+        monkeypatch.setattr(place, "create_backbone", backbone)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(usf_kernels.training, "fit", partial(fit_briefly, usf_kernels.training.fit))
     names = {"usf": usf, "images": torch.rand(24, 3, 16, 24), "held_out_images": torch.rand(24, 3, 16, 24)}
-    run("backbone =", names)
-    assert names["loss"].isfinite()
+    run("from usf_kernels.checkpoint", names)
+    assert names["model"].loss(names["images"]).isfinite()
     expected = names["prediction"].anomaly_map
     torch.testing.assert_close(run("fast =", names)["prediction"].anomaly_map, expected)
 
