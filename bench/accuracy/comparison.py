@@ -241,6 +241,7 @@ def figure(rows: Sequence[Row], column: str, title: str) -> Figure:
         for label, (_, form) in zip(axis.get_yticklabels(), labels, strict=True):
             label.set(color=COLOURS[form], fontsize=8)
         axis.set_ylim(len(labels) - 0.4, -0.6)
+        axis.use_sticky_edges = False  # bars would end at the edge
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.spines["bottom"].set_color(FAINT)
         axis.tick_params(axis="x", colors=FAINT, labelsize=7.5, length=0)
