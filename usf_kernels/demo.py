@@ -35,7 +35,7 @@ class Recipe:
     train: int = 1000
     validation: int = 64
     test: int = 200
-    epochs: int = 16
+    epochs: int = 24
     batch_size: int = 16
     lr: float = 2e-3
     weight_decay: float = 1e-4
