@@ -31,6 +31,7 @@ public:
     const bool conditioned;  // a condition's share is added in front of the activation
     const int kernel_height, kernel_width;
 
+    Ending ending() const { return relu ? Ending::relu : Ending::plain; }
     int taps() const { return kernel_height * kernel_width; }
     int outputs() const {
         return std::visit([](const auto& weights) { return weights.outputs(); }, weights_);
@@ -227,7 +228,7 @@ inline void apply(const Winograd& winograd, Ending ending, const Inputs& all, co
 inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, float* out, int condition) {
     const float* const* const shares = layer.conditioned ? rows_of_condition(condition, on) : nullptr;
     if (const Winograd* const winograd = layer.winograd())
-        return apply(*winograd, layer.relu ? Ending::relu : Ending::plain, all, on, out, shares);
+        return apply(*winograd, layer.ending(), all, on, out, shares);
     const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
                       shares};
     if (layer.taps() > 1)

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "interleave.hpp"
 #include "layer.hpp"
 
 #ifdef USF_PRODUCTS
@@ -85,15 +84,7 @@ inline void map_product(const float* matrix, bool transposed, int outputs, int i
         blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
             const std::int64_t columns = Panels::padded(count, width);
             float* const panels = scratch_of_thread().points[0].at_least(columns * inputs);
-            for (int p = 0; p < count; p += width) {
-                const int some = std::min(width, count - p);
-                const float* from = x.data + image * x.image + first + p;
-                float* to = panels + std::int64_t{p} * inputs;
-                for (int c = 0; c < inputs; ++c, from += x.channel, to += width) {
-                    std::copy_n(from, some, to);
-                    std::fill_n(to + some, width - some, 0.0f);
-                }
-            }
+            fill_panels({x.data + image * x.image + first, x.channel, true}, count, inputs, width, panels);
             const Panels weights{panels, nullptr, count, inputs, width};
             for (int o = 0; o < outputs; o += together) {
                 const std::int64_t at = (image * outputs + o) * positions + first;
@@ -114,12 +105,11 @@ inline void map_product(const float* matrix, bool transposed, int outputs, int i
 inline void map_outer(const MapView& a, const MapView& x, int outputs, int inputs, std::int64_t images,
                       std::int64_t positions, float* out, int threads) {
     static thread_local Floats memory;
-    const int width = Panels::best_width(), some = std::min(tile, width);  // channels, of one panel
+    const int width = Panels::best_width();
     const std::int64_t size = std::int64_t{outputs} * inputs;
     const PositionBlocks blocks(images, positions, chain, threads);
-    const int groups = static_cast<int>(std::clamp<std::int64_t>(blocks.count, 1, threads));
+    const int groups = workers_for(blocks.count, threads);
     float* const sums = memory.at_least(groups * size);
-    const auto transpose = transposition<float, float>();
     team_for(groups, threads, [&](std::int64_t group) {
         float* const mine = sums + group * size;
         std::fill_n(mine, size, 0.0f);
@@ -128,12 +118,8 @@ inline void map_outer(const MapView& a, const MapView& x, int outputs, int input
             blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
                 float* const panels = scratch_of_thread().points[0].at_least(
                     std::int64_t{Panels::padded(inputs, width)} * count);
-                for (int c = 0; c < inputs; c += some)
-                    for (int p = 0; p < count; p += tile)
-                        transpose(x.data + image * x.image + c * x.channel + first + p, x.channel,
-                                  std::min(some, inputs - c), std::min(tile, count - p),
-                                  panels + std::int64_t{c / width * width} * count + p * width + c % width,
-                                  width);
+                fill_panels({x.data + image * x.image + first, x.channel, false}, inputs, count, width,
+                            panels);
                 multiply(Inputs{a.data + image * a.image + first, static_cast<std::ptrdiff_t>(a.channel)},
                          outputs, Panels{panels, nullptr, inputs, count, width}, Add{mine, inputs, 1.0f});
             });

@@ -17,7 +17,7 @@
 #include <memory>
 #include <utility>
 
-#include "vectors.hpp"
+#include "panels.hpp"
 
 #ifdef USF_PRODUCTS
 
@@ -30,51 +30,6 @@ constexpr int rows_of_tile(int lanes) {
 #endif
     return lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
 }
-
-// A matrix [outputs, inputs] in panels of two vectors of outputs, input after input; what stands behind the
-// last output is computed with and dropped. And a bias of as many numbers as the panels have outputs.
-struct Panels {
-    const float* data;
-    const float* bias;
-    int outputs, inputs, width;
-
-    const float* panel(int first_output) const {
-        return data + static_cast<std::ptrdiff_t>(first_output) * inputs;
-    }
-    static int best_width() { return 2 * best_lanes(); }
-    static int padded(int outputs, int width) { return (outputs + width - 1) / width * width; }
-};
-
-// A matrix as panels, padded with zeros, and a bias, which may be null. Copies share both.
-class Weights {
-public:
-    Weights(const float* matrix, const float* bias, int outputs, int inputs)
-        : outputs_(outputs), inputs_(inputs), width_(Panels::best_width()) {
-        const std::size_t columns = padded(), size = columns * (inputs + std::size_t{1});
-        auto memory = std::make_shared<Floats>();
-        float* const panels = memory->at_least(size);
-        std::fill_n(panels, size, 0.0f);
-        for (int o = 0; o < outputs; ++o) {
-            float* const column =
-                panels + static_cast<std::size_t>(o / width_) * width_ * inputs + o % width_;
-            for (int i = 0; i < inputs; ++i)
-                column[static_cast<std::size_t>(i) * width_] =
-                    matrix[static_cast<std::size_t>(o) * inputs + i];
-        }
-        if (bias) std::copy_n(bias, outputs, panels + columns * inputs);
-        memory_ = std::move(memory);
-    }
-    int outputs() const { return outputs_; }
-    int inputs() const { return inputs_; }
-    const float* bias() const { return memory_->data() + static_cast<std::size_t>(padded()) * inputs_; }
-    operator Panels() const { return {memory_->data(), bias(), outputs_, inputs_, width_}; }
-
-private:
-    int padded() const { return Panels::padded(outputs_, width_); }
-
-    int outputs_, inputs_, width_;
-    std::shared_ptr<const Floats> memory_;
-};
 
 // Rows to be multiplied: the first columns of each, as many as the weights have inputs.
 struct Inputs {

@@ -4,43 +4,24 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "interleave.hpp"
 #include "layer.hpp"
 
 #ifdef USF_PRODUCTS
 
 namespace usf {
 
-// A matrix as it lies, from one row to the next: [outputs, inputs], or [inputs, outputs] if `transposed`.
-struct MatrixView {
-    const float* data;
-    std::int64_t stride;
-    bool transposed;
-};
-
-// As panels in `memory`, a bias (null for none) behind them.
+// A matrix as panels in `memory`, a bias (null for none) behind them.
 inline Panels to_panels(const MatrixView& matrix, const float* bias, int outputs, int inputs, int threads,
                         Floats& memory) {
-    const int width = Panels::best_width(), some = std::min(tile, width);
+    const int width = Panels::best_width();
     const std::int64_t columns = Panels::padded(outputs, width), size = columns * inputs;
     float* const panels = memory.at_least(size + columns);
     std::fill_n(panels + size, columns, 0.0f);
     if (bias) std::copy_n(bias, outputs, panels + size);
-    const auto transpose = transposition<float, float>();
     team_for(columns / width, threads, [&](std::int64_t p) {
-        const int first = static_cast<int>(p) * width, count = std::min(width, outputs - first);
-        float* const panel = panels + std::int64_t{first} * inputs;
-        if (count < width) std::fill_n(panel, std::int64_t{width} * inputs, 0.0f);
-        if (matrix.transposed) {
-            for (std::int64_t i = 0; i < inputs; ++i)
-                std::copy_n(matrix.data + i * matrix.stride + first, count, panel + i * width);
-            return;
-        }
-        for (int o = 0; o < count; o += some)
-            for (int i = 0; i < inputs; i += tile)
-                transpose(matrix.data + (first + o) * matrix.stride + i, matrix.stride,
-                          std::min(some, count - o), std::min(tile, inputs - i),
-                          panel + std::int64_t{i} * width + o, width);
+        const int first = static_cast<int>(p) * width;
+        fill_panel(matrix, first, std::min(width, outputs - first), inputs, width,
+                   panels + std::int64_t{first} * inputs);
     });
     return {panels, panels + size, outputs, inputs, width};
 }

@@ -142,7 +142,7 @@ private:
             const int width = layer.outputs();
             float* const out = on.scratch.outputs[next].at_least(static_cast<std::size_t>(width) * on.rows);
             multiply(in, on.rows, layer.weights(),
-                     Store{out, width, layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
+                     Store{out, width, layer.weights().bias(), layer.ending(),
                            layer.conditioned ? rows_of_condition(condition++, on) : nullptr});
             in = {out, width};
             next = 1 - next;

@@ -72,7 +72,7 @@ def test_constant_channels_stay_finite():
     assert torch.equal(y[:, 0], x[:, 0])
 
 
-@pytest.mark.parametrize("change", ["fit", "load", "to", "copy"])
+@pytest.mark.parametrize("change", ["fit", "load", "replace", "to", "copy"])
 def test_nothing_stale_is_kept(change):
     x, norm = torch.randn(9, 3, 8, 8).double(), random_norm()
     before, _ = norm(x)
@@ -80,6 +80,9 @@ def test_nothing_stale_is_kept(change):
         norm.fit(x)
     elif change == "load":
         norm.load_state_dict(random_norm().state_dict())
+    elif change == "replace":  # by one that may come to lie where the old one lay
+        norm.shift = None
+        norm.shift = torch.ones(2, 3).double()
     elif change == "to":
         norm, x = norm.float(), x.float()
     else:

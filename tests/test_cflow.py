@@ -16,7 +16,8 @@ from usf_kernels.data import TextureDataset
 from usf_kernels.demo import extract
 from usf_kernels.models import Backbone, CFlow, Mahalanobis, create_backbone
 from usf_kernels.models.cflow import in_stretches
-from usf_kernels.models.encoding import SIZES_KEPT, positional_encoding
+from usf_kernels.models.encoding import positional_encoding
+from usf_kernels.models.kept import MOST
 from usf_kernels.training import CachedFeatures, fit
 
 VARIANTS = [("additive", "lu"), ("affine", "permutation"), ("affine", "lu"), ("additive", "permutation")]
@@ -231,7 +232,7 @@ def test_projections_of_the_encoding_are_kept_and_never_stale(backbone, images, 
     assert [computed(), computed()] == [2, 0]
     smaller = [maps[:1, :, :2, :2] for maps in features]
     assert [computed(smaller), computed(smaller), computed()] == [2, 0, 0]
-    for size in range(3, 3 + SIZES_KEPT):
+    for size in range(3, 3 + MOST):
         computed([maps[..., :size] for maps in features])
     assert computed(smaller) == 2  # the least recently used one has made room
     (expected, *_), _ = model.latents(features)

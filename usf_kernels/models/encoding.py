@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from usf_kernels.models.kept import Kept
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.ops.checks import check_int
-
-SIZES_KEPT = 4  # of maps
 
 
 def check_encoding_channels(channels: int) -> None:
@@ -64,8 +62,7 @@ def positional_encoding(
 class Encodings:
     """The positional encodings of one scale: as maps, or as its fused flow takes them.
 
-    The latter are kept, for a few sizes of map, until a weight of the flow changes or moves. They are neither
-    copied nor pickled with the model, and traced graphs compute them.
+    The latter are kept, for a few sizes of map, until a weight of the flow changes or moves.
 
     Args:
         channels: of the encoding.
@@ -73,10 +70,7 @@ class Encodings:
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
-        self._kept: dict[tuple[int, ...], _Kept] = {}
-
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return Encodings, (self.channels,)
+        self._kept: Kept[tuple[Tensor, ...]] = Kept()
 
     def of(self, maps: Tensor) -> Tensor:
         """(1, channels, H, W) for maps (B, C, H, W)."""
@@ -86,25 +80,8 @@ class Encodings:
     def projected(self, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
         """`flow.project` of the encoding."""
         size = tuple(maps.shape[2:])
-        if torch.compiler.is_compiling() or any(p.is_inference() for p in flow.parameters()):
-            return self._project(flow, size)
-        # Views: what they were computed from cannot be freed, and its address not be given to other weights.
-        weights = [p.detach() for p in flow.parameters()]
-        state = [(w.data_ptr(), w.dtype, w._version) for w in weights]
-        kept = self._kept.pop(size, None)
-        if kept is None or kept.state != state:
-            kept = _Kept(weights, state, self._project(flow, size))
-        self._kept[size] = kept  # what was used last comes last
-        if len(self._kept) > SIZES_KEPT:
-            del self._kept[next(iter(self._kept))]
-        return kept.projected
+        return self._kept.get(size, flow.parameters(), lambda: self._project(flow, size))
 
     def _project(self, flow: FusedFlow, size: tuple[int, ...]) -> tuple[Tensor, ...]:
         device = next(flow.parameters()).device
         return flow.project(positional_encoding(self.channels, *size, dtype=flow.dtype, device=device)[None])
-
-
-class _Kept(NamedTuple):
-    weights: list[Tensor]
-    state: list[tuple[int, torch.dtype, int]]
-    projected: tuple[Tensor, ...]

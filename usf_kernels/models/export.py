@@ -149,7 +149,7 @@ def _name_dimensions(program: ONNXProgram, dynamic_size: bool) -> None:
 
 def _describe(program: ONNXProgram, model: ScoredModel) -> None:
     """Put into the metadata what the a-contrario test needs."""
-    channels = getattr(model, "latent_channels", model.backbone.channels)
+    channels = model.latent_channels
     null = None if model.null is None else model.null.to_list()
     program.model.metadata_props["usf_kernels.channels"] = json.dumps(list(channels))
     program.model.metadata_props["usf_kernels.null"] = json.dumps(null)

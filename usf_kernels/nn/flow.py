@@ -198,8 +198,6 @@ class FlowSequence(Fusible, nn.ModuleList):
     def _reverses(self, x: Tensor, cond: Tensor | None) -> bool:
         if self.memory == "standard" or not torch.is_grad_enabled() or len(self) == 0:
             return False
-        if any(watched(step) for step in _flatten(self)):  # the passes that hooks are for do not happen
-            return False
         if self.memory == "auto" and (
             len(self) < AUTO_STEPS
             or torch.compiler.is_compiling()  # before sizes, on which a graph would come to depend
@@ -207,7 +205,9 @@ class FlowSequence(Fusible, nn.ModuleList):
             or x.numel() < x.shape[1] ** 2
         ):
             return False
-        return any(t.requires_grad for t in (x, cond, *self.parameters()) if t is not None)
+        if not any(t.requires_grad for t in (x, cond, *self.parameters()) if t is not None):
+            return False
+        return not any(watched(step) for step in _flatten(self))  # whose hooks expect passes of their own
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo all steps, last to first: (x, log_det)."""

@@ -88,10 +88,10 @@ def couple(
     log_det = None if clamp is None else x.new_empty(shape[0])
     options = split, clamp, inverse
     index, scale, bias = (None if v is None else v.contiguous() for v in (index, scale, bias))
-    exits, threads = (_address(index), _address(scale), _address(bias)), threads_over(x)
-    if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), _address(log_det), threads):
+    exits, threads = (address(index), address(scale), address(bias)), threads_over(x)
+    if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), address(log_det), threads):
         x, params, y = _formatted(x, y), _formatted(params, y), _formatted_empty(x, y)
-        if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), _address(log_det), threads):
+        if not _core.couple(shape, _of(x), _of(params), *options, *exits, _of(y), address(log_det), threads):
             return None
     return y, x.new_empty(0) if log_det is None else log_det
 
@@ -160,8 +160,8 @@ def _write_gradients(
     """Into `grad_x`, `grad_params` and `per_channel`; False, and none written, for strides without a loop."""
     grad_log_det = None if clamp is None else grad_log_det.contiguous()
     return _core.couple_gradient(
-        x.shape, _of(grad), _address(grad_log_det), _of(x), _of(params), split, clamp, inverse,
-        *map(_address, exits), _of(grad_x), _of(grad_params), *map(_address, per_channel), threads_over(x),
+        x.shape, _of(grad), address(grad_log_det), _of(x), _of(params), split, clamp, inverse,
+        *map(address, exits), _of(grad_x), _of(grad_params), *map(address, per_channel), threads_over(x),
     )  # fmt: skip
 
 
@@ -186,8 +186,8 @@ def uncouple(
 
     def run(y: Tensor, grad: Tensor, params: Tensor, x: Tensor, grad_x: Tensor, grad_params: Tensor) -> bool:
         return _core.uncouple(
-            y.shape, _of(y), _of(grad), _address(grad_log_det), _of(params), split, clamp,
-            *map(_address, exits), _of(x), _of(grad_x), _of(grad_params), *map(_address, per_channel),
+            y.shape, _of(y), _of(grad), address(grad_log_det), _of(params), split, clamp,
+            *map(address, exits), _of(x), _of(grad_x), _of(grad_params), *map(address, per_channel),
             threads_over(y),
         )  # fmt: skip
 
@@ -214,7 +214,7 @@ def _of(t: Tensor) -> tuple[int, tuple[int, ...]]:
     return t.data_ptr(), t.stride()
 
 
-def _address(t: Tensor | None) -> int | None:
+def address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 

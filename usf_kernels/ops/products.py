@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels import _core
+from usf_kernels.ops.native import address
 
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 MULTIPLIES = hasattr(_core, "map_product")  # compilers without vector types build none
@@ -53,7 +54,7 @@ def map_product(
     y = x.new_empty((batch, outputs, *spatial))
     sizes = batch, outputs, inputs, math.prod(spatial)
     of_matrix, threads = (matrix.data_ptr(), transposed), threads_for(y.numel() * inputs)
-    ending = _address(bias), relu, _address(mask), y.data_ptr(), threads
+    ending = address(bias), relu, address(mask), y.data_ptr(), threads
     _core.map_product(sizes, *of_matrix, _maps_of(x), *ending)
     return y
 
@@ -83,7 +84,7 @@ def row_product(
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     sizes, channels = (batch, math.prod(spatial)), (outputs, inputs)
     of_matrix = matrix.data_ptr(), matrix.stride(0), transposed
-    ending = _address(bias), relu, _address(mask), _address(share), y.data_ptr()
+    ending = address(bias), relu, address(mask), address(share), y.data_ptr()
     _core.row_product(sizes, of_matrix, channels, x.data_ptr(), *ending, threads_for(y.numel() * inputs))
     return y
 
@@ -100,7 +101,3 @@ def map_outer(a: Tensor, x: Tensor) -> Tensor:
 
 def _maps_of(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()

@@ -1,0 +1,87 @@
+// Matrices as products read them: in panels.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "interleave.hpp"
+#include "vectors.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// A matrix [outputs, inputs] in panels of two vectors of outputs, input after input; what stands behind the
+// last output is computed with and dropped. And a bias of as many numbers as the panels have outputs.
+struct Panels {
+    const float* data;
+    const float* bias;
+    int outputs, inputs, width;
+
+    const float* panel(int first_output) const {
+        return data + static_cast<std::ptrdiff_t>(first_output) * inputs;
+    }
+    static int best_width() { return 2 * best_lanes(); }
+    static int padded(int outputs, int width) { return (outputs + width - 1) / width * width; }
+};
+
+// A matrix as it lies, from one row to the next: [outputs, inputs], or [inputs, outputs] if `transposed`.
+struct MatrixView {
+    const float* data;
+    std::int64_t stride;
+    bool transposed;
+};
+
+// One panel: that of `count` outputs from the first on, padded with zeros.
+inline void fill_panel(const MatrixView& matrix, int first, int count, int inputs, int width, float* panel) {
+    if (count < width) std::fill_n(panel, std::int64_t{width} * inputs, 0.0f);
+    if (matrix.transposed) {
+        for (std::int64_t i = 0; i < inputs; ++i)
+            std::copy_n(matrix.data + i * matrix.stride + first, count, panel + i * width);
+        return;
+    }
+    const auto transpose = transposition<float, float>();
+    const int some = std::min(tile, width);  // outputs, of this panel
+    for (int o = 0; o < count; o += some)
+        for (int i = 0; i < inputs; i += tile)
+            transpose(matrix.data + (first + o) * matrix.stride + i, matrix.stride, std::min(some, count - o),
+                      std::min(tile, inputs - i), panel + std::int64_t{i} * width + o, width);
+}
+
+// All panels, in memory for as many outputs as they have.
+inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int width, float* panels) {
+    for (int first = 0; first < outputs; first += width)
+        fill_panel(matrix, first, std::min(width, outputs - first), inputs, width,
+                   panels + std::int64_t{first} * inputs);
+}
+
+// A matrix as panels, padded with zeros, and a bias, which may be null. Copies share both.
+class Weights {
+public:
+    Weights(const float* matrix, const float* bias, int outputs, int inputs)
+        : outputs_(outputs), inputs_(inputs), width_(Panels::best_width()) {
+        const std::size_t columns = padded(), size = columns * (inputs + std::size_t{1});
+        auto memory = std::make_shared<Floats>();
+        float* const panels = memory->at_least(size);
+        fill_panels({matrix, inputs, false}, outputs, inputs, width_, panels);
+        std::fill_n(panels + columns * inputs, columns, 0.0f);
+        if (bias) std::copy_n(bias, outputs, panels + columns * inputs);
+        memory_ = std::move(memory);
+    }
+    int outputs() const { return outputs_; }
+    int inputs() const { return inputs_; }
+    const float* bias() const { return memory_->data() + static_cast<std::size_t>(padded()) * inputs_; }
+    operator Panels() const { return {memory_->data(), bias(), outputs_, inputs_, width_}; }
+
+private:
+    int padded() const { return Panels::padded(outputs_, width_); }
+
+    int outputs_, inputs_, width_;
+    std::shared_ptr<const Floats> memory_;
+};
+
+}  // namespace usf
+#endif

@@ -1,0 +1,53 @@
+"""What is computed from tensors, kept until they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from usf_kernels.ops.native import somebody_looks
+
+MOST = 4
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Value]):
+    """The values of the last few keys, until a tensor that they come from is written to, replaced or moved.
+
+    They are neither copied nor pickled. Compilers, tracers and transforms see them computed, and so does who
+    has tensors of inference mode, whose changes cannot be seen.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, _Entry] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Kept, ()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable, tensors: Iterable[Tensor], make: Callable[[], Value]) -> Value:
+        """`make()`, or what it gave for this key while the tensors were as they are."""
+        tensors = list(tensors)
+        if somebody_looks() or any(t.is_inference() for t in tensors):
+            return make()
+        # Views: what a value comes from cannot be freed, and its address not be given to other tensors.
+        tensors = [t.detach() for t in tensors]
+        state = [(t.data_ptr(), t.dtype, t._version) for t in tensors]
+        entry = self._entries.pop(key, None)
+        if entry is None or entry.state != state:
+            entry = _Entry(tensors, state, make())
+        self._entries[key] = entry  # what was used last comes last
+        if len(self._entries) > MOST:
+            del self._entries[next(iter(self._entries))]
+        return entry.value
+
+
+class _Entry(NamedTuple):
+    tensors: list[Tensor]
+    state: list[tuple[int, torch.dtype, int]]
+    value: object
