@@ -37,7 +37,7 @@ EVERY_LAUNCH = """
 import random
 from bench.compile_check import TARGETS, compile_cases, create_function_from_signature
 from bench.compile_check import launches_of, make_backend
-from usf_kernels.kernels.launch import _kinds
+from usf_kernels.kernels.launch import inspected
 
 random.seed(0)
 backend, found = make_backend(TARGETS["sm_90"]), {}
@@ -56,7 +56,9 @@ for case in compile_cases():
             changed = tuple(map(another, arguments))
             bound, specialization, _ = bind(*changed, **options)
             assert list(bound.values()) == [*changed, *(options[name] for name in names)]
-            key = kernel.__name__, *options.items(), *_kinds(changed)
+            kinds = []
+            inspected(changed, kinds)
+            key = kernel.__name__, *options.items(), *kinds
             assert found.setdefault(key, specialization) == specialization, (kernel.__name__, changed)
 print(len(found))
 """

@@ -17,6 +17,7 @@ from usf_kernels.kernels.arithmetic import one_minus_exp
 from usf_kernels.kernels.configs import Config, pick
 from usf_kernels.kernels.launch import Case, aligned, cdiv, launch, warp_size
 from usf_kernels.kernels.layout import View
+from usf_kernels.kernels.replay import replayed
 from usf_kernels.kernels.score import reduce
 
 
@@ -80,6 +81,7 @@ def resize_kernel(
 # --------------------------------------------------------------------------------------------- launchers
 
 
+@replayed
 def anomaly_map(latents: list[Tensor], size: list[int], latent: bool) -> Tensor:
     """Launch: see `usf_kernels.ops.anomaly_map`; `latent` for interpolate="latent"."""
     batch, device = latents[0].shape[0], latents[0].device

@@ -19,6 +19,7 @@ from usf_kernels.kernels.launch import (
     cdiv,
     launch,
     narrow,
+    product_precision,
     runtime,
     walk,
     warp_size,
@@ -31,10 +32,10 @@ from usf_kernels.kernels.products import (
     matrix_arguments,
     place,
     power_of_2,
-    product_precision,
     vendor_channels,
     vendor_linear,
 )
+from usf_kernels.kernels.replay import replayed
 
 UNSPECIALIZED = [*runtime(*"xay"), "v_n", "v_k", "w_n", "w_k", "N"]
 
@@ -97,6 +98,7 @@ def residual_mlp_kernel(
     tl.store(y_at, narrow(acc, y), mask=inside)
 
 
+@replayed
 def residual_mlp(
     x: Tensor,
     first: Tensor,

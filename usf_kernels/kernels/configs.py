@@ -43,6 +43,11 @@ def hearing(listener: Listener) -> Iterator[None]:
         _listener = None
 
 
+def is_observed() -> bool:
+    """Whether someone has to see every choice: a tuner, or who only notes what would be launched."""
+    return AUTOTUNE or _listener is not None or is_recording()
+
+
 def pick(
     name: str,
     key: Key,

@@ -15,6 +15,7 @@ from usf_kernels.kernels.arithmetic import tanh
 from usf_kernels.kernels.configs import Config, elementwise, pick
 from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
 from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.replay import replayed
 
 
 @triton.jit(do_not_specialize=[*runtime("x", "t", "y"), "split", "clamp"])
@@ -115,6 +116,7 @@ def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Te
     return coupling_step(x, shift, None, None, None, split, None, inverse)[0]
 
 
+@replayed
 def coupling_step(
     x: Tensor,
     params: Tensor,

@@ -14,6 +14,7 @@ from usf_kernels.kernels.configs import Config, pick
 from usf_kernels.kernels.coupling import Tiles, contiguous, coupling_case_inputs, coupling_cases
 from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
 from usf_kernels.kernels.layout import empty_output
+from usf_kernels.kernels.replay import replayed
 
 
 @triton.jit(do_not_specialize=[*runtime("x", "t", "g", "gt", "gx"), "split", "clamp"])
@@ -120,6 +121,7 @@ def largest_run(tiles: int) -> int:
     return run
 
 
+@replayed
 def coupling_step_backward(
     grad: Tensor,
     grad_log_det: Tensor,

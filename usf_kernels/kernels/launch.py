@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes
 
 # The interpreter runs kernels on CPU tensors; Triton read the same variable when it was imported.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
@@ -87,6 +89,31 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
+def product_precision() -> str:
+    """How float32 products may be rounded: as torch's own setting for CUDA matrix products says."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+Relaunch = Callable[[Sequence[torch.Tensor]], None]
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def hearing(listener: Callable[[Sequence[torch.Tensor], Relaunch], None]) -> Iterator[None]:
+    """Inside, of this thread, `listener(tensors, relaunch)` is called after each launch: its tensors, and a
+    function that launches the same on others of their forms."""
+    _thread.listener = listener
+    try:
+        yield
+    finally:
+        _thread.listener = None
+
+
+def is_direct(device: torch.device) -> bool:
+    """Whether a launch on this device is one and nothing more: no other one is current, no profiler hears."""
+    return device.type != "cuda" or (device.index == torch.cuda.current_device() and not _hooked())
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **options: Any) -> None:
     """Run `programs` programs of `kernel` on `device` and its current stream; none for an empty result."""
     if programs == 0:
@@ -96,14 +123,67 @@ def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **
         return
     # Triton launches on the current device, whatever the tensors' own.
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+    listener = getattr(_thread, "listener", None)
+    # The interpreter copies tensors with torch, which is nothing that a listener is to see.
+    with (
+        torch.cuda.device(device) if elsewhere else contextlib.nullcontext(),
+        _disable_current_modes() if listener else contextlib.nullcontext(),
+    ):
         if _BY_TRITON:
             kernel[(programs,)](*arguments, **options)
         else:
             _launch(kernel, programs, arguments, options, device)
+    if listener is not None:
+        listener(*_again(kernel, programs, arguments, options, device))
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+def _again(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
+) -> tuple[list[torch.Tensor], Relaunch]:
+    """The tensors among the arguments, and the launch with others in their places."""
+    tensors: list[torch.Tensor] = []
+    holes: list[tuple[int, slice | int]] = []
+    for i, value in enumerate(arguments):
+        inner = [v for v in (value if type(value) is tuple else (value,)) if isinstance(v, torch.Tensor)]
+        if inner:
+            start = len(tensors)
+            holes.append((i, slice(start, start + len(inner)) if type(value) is tuple else start))
+            tensors += inner
+    values: list[Any] = list(arguments)
+    found = None if _BY_TRITON else _found(kernel, arguments, options, device)[0]
+
+    def relaunch(others: Sequence[torch.Tensor]) -> None:
+        given = values.copy()
+        if found is None:
+            for i, place in holes:
+                given[i] = tuple(others[place]) if type(place) is slice else others[place]
+            kernel[(programs,)](*given, **options)
+            return
+        pointers = [tensor.data_ptr() for tensor in others]
+        for i, place in holes:
+            given[i] = tuple(pointers[place]) if type(place) is slice else pointers[place]
+        found.launch(programs, given, device)
+
+    return tensors, relaunch
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, and what each of its launches needs apart from its arguments."""
+
+    kernel: Any
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+    constants: list[Any]
+
+    def launch(self, programs: int, values: list[Any], device: torch.device) -> None:
+        """Past Triton's own way to here, which looks up the device, and asks hooks."""
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        nobody = None, None, None
+        self.run(programs, 1, 1, stream, self.function, self.metadata, *nobody, *values, *self.constants)
+
+
+_compiled: dict[tuple[Any, ...], _Compiled] = {}
 
 
 def _launch(
@@ -115,38 +195,59 @@ def _launch(
 ) -> None:
     """As `kernel[(programs,)](...)`, which binds and inspects all arguments at every launch: what it found is
     kept, and asked for by as little as it depends on."""
-    key = (kernel, device, *options.items(), *_kinds(arguments))
-    found = _compiled.get(key)
+    found, values, key = _found(kernel, arguments, options, device)
     if found is None:
         compiled = kernel[(programs,)](*arguments, **options)
-        names = [parameter.name for parameter in kernel.params[len(arguments) :]]
-        _compiled[key] = compiled, [options[name] for name in names]
+        constants = [options[parameter.name] for parameter in kernel.params[len(arguments) :]]
+        attributes = compiled.run, compiled.function, compiled.packed_metadata
+        _compiled[key] = _Compiled(compiled, *attributes, constants)
+    elif _hooked():  # by a profiler, which wants to know what is launched
+        found.kernel[(programs, 1, 1)](*arguments, *found.constants)
     else:
-        compiled, constants = found
-        compiled[(programs, 1, 1)](*arguments, *constants)
+        found.launch(programs, values, device)
 
 
-def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
-    """What the machine code depends on. Kernels declare that they take any size, stride or factor
-    (`do_not_specialize`): of a number it is the width alone. In tuples Triton does not heed that: it is a
-    constant where it is 1, and known to be a multiple of 16 where it is one."""
-    kinds: list[Any] = []
-    add = kinds.append
+def _found(
+    kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
+) -> tuple[_Compiled | None, list[Any], tuple[Any, ...]]:
+    """The kernel compiled for such arguments, if it is; the arguments with addresses; and its key."""
+    kinds: list[Any] = [id(kernel), device, *options.values()]
+    values = inspected(arguments, kinds)
+    key = tuple(kinds)
+    return _compiled.get(key), values, key
+
+
+def _hooked() -> bool:
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
+def inspected(arguments: tuple[Any, ...], kinds: list[Any]) -> list[Any]:
+    """The arguments with addresses for tensors, which Triton would look up. What the machine code depends on
+    goes to `kinds`.
+
+    Kernels declare that they take any size, stride or factor (`do_not_specialize`): of a number it is the
+    width alone. In tuples Triton does not heed that: it is a constant where it is 1, and known to be a
+    multiple of 16 where it is one."""
+    values: list[Any] = []
     for value in arguments:
         kind = type(value)
         if kind is int:
-            add(-(2**31) <= value < 2**31)
+            kinds.append(-(2**31) <= value < 2**31)
         elif value is None:
-            add(None)
-        elif kind is tuple:
-            add(tuple(_kinds(value)))
-            kinds += [(v == 1, v % 16 == 0) for v in value if type(v) is int]
+            kinds.append(None)
         elif isinstance(value, torch.Tensor):
-            add(value.dtype)
-            add(value.data_ptr() % 16 == 0)
+            kinds.append(value.dtype)
+            value = value.data_ptr()
+            kinds.append(value % 16 == 0)
+        elif kind is tuple:
+            kinds.append(len(value))
+            kinds += [(v == 1, v % 16 == 0) for v in value if type(v) is int]
+            value = tuple(inspected(value, kinds))
         else:
-            add(kind)
-    return kinds
+            kinds.append(kind)
+        values.append(value)
+    return values
 
 
 def cdiv(n: int, block: int) -> int:

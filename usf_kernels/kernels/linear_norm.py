@@ -9,17 +9,17 @@ from torch import Tensor
 
 from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, runtime, walk
+from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, product_precision, runtime, walk
 from usf_kernels.kernels.layout import View
 from usf_kernels.kernels.products import (
     contract,
     matrix_arguments,
     place,
-    product_precision,
     tiles,
     vendor_is_faster,
     vendor_linear,
 )
+from usf_kernels.kernels.replay import replayed
 from usf_kernels.kernels.score import squared_norm
 
 UNSPECIALIZED = [*runtime(*"xu"), "m_n", "m_k", "N", "K", "run"]
@@ -53,6 +53,7 @@ def squared_norm_kernel(
     tl.store(at, total[:, None], mask=inside[:, None])
 
 
+@replayed
 def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`||matrix @ x + bias||^2` at every position, (B, *spatial) in float32; arguments as in `linear`."""
     if vendor_is_faster(x, matrix):

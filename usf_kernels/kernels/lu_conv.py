@@ -14,6 +14,7 @@ from torch import Tensor
 from usf_kernels.kernels.accounting import Work
 from usf_kernels.kernels.launch import Case, cdiv, launch, narrow
 from usf_kernels.kernels.products import linear_work, power_of_2
+from usf_kernels.kernels.replay import replayed
 
 DIAGONAL = 32  # rows of the diagonal blocks that are inverted by substitution
 PRODUCT = ["C", "l_i", "l_k", "r_k", "r_j"]
@@ -125,6 +126,7 @@ def join_kernel(
         tl.store(products + i * C + j, acc, mask=i < C)
 
 
+@replayed
 def lu_matrix(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
     """`L U`, or `U^-1 L^-1`, (C, C), computed in float32. L and U are read as `lu_conv1x1` reads them."""
     channels, device = lower.shape[0], lower.device

@@ -10,6 +10,7 @@ from torch import Tensor
 from usf_kernels.kernels.configs import Config, elementwise, pick
 from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
 from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.replay import replayed
 
 
 @triton.jit(do_not_specialize=runtime("m", "x", "t", "y"))
@@ -38,6 +39,7 @@ def masked_kernel(
     )
 
 
+@replayed
 def masked_shift(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
     """Launch: x + (1 - mask) * shift, with minus for the inverse; without x the second term alone."""
     like = shift if x is None else x

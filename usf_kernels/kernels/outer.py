@@ -9,9 +9,19 @@ from torch import Tensor
 
 from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.launch import aligned, bound, cdiv, is_recording, launch, runtime, walk
+from usf_kernels.kernels.launch import (
+    aligned,
+    bound,
+    cdiv,
+    is_recording,
+    launch,
+    product_precision,
+    runtime,
+    walk,
+)
 from usf_kernels.kernels.layout import View
-from usf_kernels.kernels.products import dot, power_of_2, product_precision
+from usf_kernels.kernels.products import dot, power_of_2
+from usf_kernels.kernels.replay import replayed
 from usf_kernels.ops.matrices import full_precision
 
 UNSPECIALIZED = [*runtime(*"ax"), "M", "N", "blocks", "run"]
@@ -64,6 +74,7 @@ def outer_kernel(
     tl.store(at, acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
+@replayed
 def outer(a: Tensor, x: Tensor) -> Tensor:
     """Sum over the batch and all positions of `a x^T`: (M, N) in float32.
 

@@ -28,17 +28,14 @@ from usf_kernels.kernels.launch import (
     is_recording,
     launch,
     narrow,
+    product_precision,
     runtime,
     walk,
     warp_size,
 )
 from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.replay import replayed
 from usf_kernels.ops.matrices import apply_matrix, full_precision
-
-
-def product_precision() -> str:
-    """How float32 products may be rounded: as torch's own setting for CUDA matrix products says."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def power_of_2(n: int, low: int, high: int) -> int:
@@ -210,6 +207,7 @@ def _tiles(
     return configs
 
 
+@replayed
 def linear(
     x: Tensor,
     matrix: Tensor,

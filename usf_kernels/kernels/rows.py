@@ -12,6 +12,7 @@ from torch import Tensor
 from usf_kernels.kernels.arithmetic import tanh
 from usf_kernels.kernels.configs import Config, choose, elementwise, pick, reduction
 from usf_kernels.kernels.launch import Case, cdiv, launch, narrow, walk
+from usf_kernels.kernels.replay import replayed
 
 # Sizes, strides and factors: values that compile no new kernel when they change.
 UNSPECIALIZED = ["N", "M", "rows_n", "rows_c", "values_n", "values_c", "factor", "clamp"]
@@ -104,6 +105,7 @@ def affine_rows_kernel(
 # --------------------------------------------------------------------------------------------- launchers
 
 
+@replayed
 def select_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Launch: see `usf_kernels.ops.rows.select_rows`."""
     count, chosen = rows.shape[0], index.shape[0]
@@ -120,6 +122,7 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
     return pick("select_rows", (rows.dtype,), candidates, run, rows.device)
 
 
+@replayed
 def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
     """Launch: see `usf_kernels.ops.rows.add_rows`."""
     count, chosen = values.shape
@@ -135,6 +138,7 @@ def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
     _launch_in_place("add_rows", key, candidates, launch_on, rows)
 
 
+@replayed
 def affine_rows(
     rows: Tensor, index: Tensor, outputs: Tensor, shift: Tensor, clamp: float, inverse: bool
 ) -> Tensor:

@@ -23,6 +23,7 @@ from usf_kernels.kernels.launch import (
     walk,
 )
 from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.replay import replayed
 
 LATENTS = ("z_b", "z_c", "z_p", "channels", "positions", "widths", "offsets", "starts")
 
@@ -127,6 +128,7 @@ def squared_norm_backward_kernel(
 # --------------------------------------------------------------------------------------------- launchers
 
 
+@replayed
 def squared_norm(z: Tensor) -> Tensor:
     """Launch: see `usf_kernels.ops.squared_norm`."""
     norms = z.new_empty((z.shape[0], *z.shape[2:]), dtype=torch.float32)
@@ -134,6 +136,7 @@ def squared_norm(z: Tensor) -> Tensor:
     return reduce([view], norms, [0], neighbours=False, likelihood=False)
 
 
+@replayed
 def squared_norm_backward(grad: Tensor, z: Tensor) -> Tensor:
     """Gradient of z, given that of its squared norms."""
     grad_z = empty_output(z, z.dtype)

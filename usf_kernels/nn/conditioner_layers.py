@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usf_kernels.ops import native
 from usf_kernels.ops.convolution import Layer, convolutions, pays
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -57,7 +58,7 @@ def evaluate(conditioner: nn.Module, x: Tensor, cond: Tensor | None = None) -> T
         return _with_shared(conditioner, x, cond)
     if cond is not None:
         x = torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:])], dim=1)
-    layers = _convolutional_layers(conditioner) if x.ndim == 4 else None
+    layers = _convolutional_layers(conditioner) if x.ndim == 4 and native.fits(x) else None
     if layers and x.shape[1] == layers[0].weight.shape[1] and pays(x, layers):
         return convolutions(x, layers)
     return conditioner(x)
@@ -68,7 +69,7 @@ def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
     first = conditioner[0]
     own, shared = first.weight.split([x.shape[1], cond.shape[1]], dim=1)
     share = F.linear(cond.movedim(1, -1), shared.flatten(1), first.bias).movedim(-1, 1)
-    layers = _convolutional_layers(conditioner)
+    layers = _convolutional_layers(conditioner) if native.fits(x) else None
     if layers:
         layers[0] = layers[0]._replace(weight=own, bias=None)
         if pays(x, layers):

@@ -15,7 +15,7 @@ from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
 from usf_kernels.ops.eager import inverse_permutation, per_channel
 from usf_kernels.ops.function import Function
-from usf_kernels.ops.native import memory_format
+from usf_kernels.ops.native import memory_format, somebody_looks
 from usf_kernels.ops.step import undo_step
 
 if TYPE_CHECKING:
@@ -42,22 +42,21 @@ class _Fork(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, split: int, fresh: bool) -> tuple[Tensor, Tensor]:
         return x[:, :split].clone(memory_format=memory_format(x)), x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
-        ctx.split = inputs[1]
+        _, ctx.split, ctx.fresh = inputs
 
     @staticmethod
-    def backward(ctx, grad_first: Tensor, grad_all: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
-        return _join(grad_first, grad_all, ctx.split), None
-
-
-def _join(grad_first: Tensor, grad_all: Tensor, split: int) -> Tensor:
-    """`grad_all` with `grad_first` added to its first channels."""
-    first, rest = grad_all.split([split, grad_all.shape[1] - split], dim=1)
-    return torch.cat([first + grad_first, rest], dim=1)
+    def backward(ctx, grad_first: Tensor, grad_all: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+        if somebody_looks() or torch.is_grad_enabled():
+            first, rest = grad_all[:, : ctx.split], grad_all[:, ctx.split :]
+            return torch.cat([first + grad_first, rest], dim=1), None, None
+        joined = grad_all if ctx.fresh else grad_all.clone()
+        joined[:, : ctx.split].add_(grad_first)
+        return joined, None, None
 
 
 def check_condition(x: Tensor, cond: Tensor | None, channels: int) -> None:
@@ -146,10 +145,13 @@ class _Coupling(Conditioned):
         x, params = self.conditioned(x, cond, name)
         return self.couple(x, params, inverse=inverse)
 
-    def conditioned(self, x: Tensor, cond: Tensor | None, name: str = "x") -> tuple[Tensor, Tensor]:
-        """(x, the conditioner's output for its passive half); what follows has to use this x."""
+    def conditioned(
+        self, x: Tensor, cond: Tensor | None, name: str = "x", *, fresh: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(x, the conditioner's output for its passive half); what follows has to use this x. `fresh` where
+        its gradient there is a tensor that nobody else has: it is then written into."""
         check_features(name, x, self.channels)
-        passive, x = _Fork.apply(x, self.split)
+        passive, x = _Fork.apply(x, self.split, fresh)
         return x, self.condition(passive, cond)
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:

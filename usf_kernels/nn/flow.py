@@ -86,7 +86,9 @@ class FlowStep(Fusible, nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (z, log_det)."""
-        x, params = self.coupling.conditioned(x, cond)
+        # With something behind the coupling the gradient in front of it is written anew.
+        fresh = self.linear is not None or self.act_norm is not None
+        x, params = self.coupling.conditioned(x, cond, fresh=fresh)
         if self.training and self.act_norm is not None:
             self.act_norm.initialize_(lambda: self.coupling.couple(x, params)[0])
         options = {"split": self.coupling.split, "clamp": self.coupling.clamp}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -22,35 +21,27 @@ def additive_gradients(grad: Tensor, split: int, inverse: bool) -> tuple[Tensor,
 
 
 class Function(torch.autograd.Function):
-    """`torch.autograd.Function` for those that have a `setup_context`.
+    """`torch.autograd.Function` for those that have a `setup_context`, and are given all arguments by place.
 
-    PyTorch inspects the signature of their `forward` and binds the arguments to it at every call, which takes
-    longer than a kernel on a small map: here it finds the one ready, and nothing left to do for the other.
+    PyTorch inspects the signature of such a `forward` and binds the arguments to it at every call, which
+    takes longer than a kernel on a small map. Where no compiler or transform would see the call, it is made
+    of the same functions in the older form, with one `forward` that has a context.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.forward.__signature__ = _Signature(inspect.signature(cls.forward).parameters.values())
 
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = cls.forward(*arguments)
+            cls.setup_context(ctx, arguments, output)
+            return output
 
-class _Signature(inspect.Signature):
-    """For calls that give every argument by its place, as all do here."""
+        both = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
+        cls._plain = type(cls.__name__, (torch.autograd.Function,), both)
 
-    __slots__ = ()
-
-    def bind(self, *arguments: Any, **named: Any) -> Any:
-        if named or len(arguments) != len(self.parameters):
-            return super().bind(*arguments, **named)
-        return _Bound(arguments)
-
-
-class _Bound:
-    """The part of `inspect.BoundArguments` that PyTorch reads."""
-
-    __slots__ = ("args", "kwargs")
-
-    def __init__(self, arguments: tuple[Any, ...]) -> None:
-        self.args, self.kwargs = arguments, {}
-
-    def apply_defaults(self) -> None:
-        """There are none to apply."""
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """The results, with a node in autograd's graph."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return cls._plain.apply(*arguments)
