@@ -17,6 +17,7 @@ GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
+GPU_WORKERS ?= 8
 EXTRAS := demo,anomalib,export,bench,dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -85,8 +86,9 @@ gpu: test-gpu bench-gpu
 
 test-gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(GPU_PYTHON) -m pytest tests/test_kernels_*.py
-	$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_segmentation.py tests/test_nn_reversible_surroundings.py tests/test_bench.py
+	$(GPU_PYTHON) -m pytest --numprocesses $(GPU_WORKERS) --dist worksteal tests/test_kernels_*.py
+	$(GPU_PYTHON) -m pytest --numprocesses $(GPU_WORKERS) --dist worksteal -m gpu tests/test_gpu.py \
+	  tests/test_segmentation.py tests/test_nn_reversible_surroundings.py tests/test_bench.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -251,7 +251,9 @@ def _cases() -> Iterator[Case]:
                     {"batch": batch, "side": spec.side},
                     seconds=8.0,
                     quick=batch == 1 and spec.backbone == "resnet18",
-                    first=not part,
+                    turn=0
+                    if batch == (1 if spec.model == "CFlow" else 8) and spec.backbone == "resnet18"
+                    else 2,
                 )
 
 

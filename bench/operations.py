@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import usf_kernels as usf
 import usf_kernels.ops
-from bench import eager
+from bench import eager, table
 from bench.eager import SIZE
-from bench.subject import OURS, PEER, Case, Provider, Subject, close_to
+from bench.flows import FORMATS
+from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 from usf_kernels.ops.step import coupling_step
 
 # Squares of positions and channels, from the models named in `blocks` and `models`.
 SHAPES = ((8, 64, 64), (8, 128, 32), (8, 256, 16), (1, 384, 14), (8, 816, 28))  # batch, channels, side
+# On a GPU also past its caches: 268 MB in float32.
+LARGE = (64, 256, 64)
 SCALES = ((64, 64), (128, 32), (256, 16))  # channels, side of FastFlow's latents
 
 
 def _random(device: torch.device, *size: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size))).to(device)
+    """The same on every device, but for what would take long to draw on the CPU."""
+    place = device if math.prod(size) > 2**24 else "cpu"
+    generator = torch.Generator(place).manual_seed(sum(size))
+    return torch.randn(size, generator=generator, device=place).to(device)
 
 
 def _first_in_double(inputs: tuple[object, ...]) -> tuple[object, ...]:
@@ -50,11 +58,13 @@ def _providers(
     elements: float,
     gigaflops: float,
     kept: Callable[..., tuple[object, ...]],
+    products: Callable[..., list[tuple[Tensor, Tensor]]] | None,
     device: torch.device,
 ) -> Iterator[Provider]:
     """Ours, eager and compiled; the truth is ours in float64. On a GPU in bfloat16 as well.
 
-    `kept` makes of our inputs those of the peers, with what they compute once and keep.
+    `kept` makes of our inputs those of the peers, with what they compute once and keep; `products` the
+    matrices and maps whose bare products no way can avoid, which are timed on a GPU.
     """
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         values = tuple(_cast(value, dtype) for value in inputs(device))
@@ -79,6 +89,19 @@ def _providers(
         yield Provider("eager PyTorch", partial(call, peer, theirs), PEER, **same)
         compiled = torch.compile(peer, dynamic=False)
         yield Provider("torch.compile", partial(call, compiled, theirs), PEER, compiles=True, **same)
+        if products and device.type == "cuda":
+            for layout in FORMATS:
+                run = partial(call, _multiply, (products(*values), layout))
+                yield Provider(table.VENDOR, run, LIMIT, word, direction, layout, gigaflops=gigaflops)
+
+
+def _multiply(pairs: list[tuple[Tensor, Tensor]], layout: str) -> None:
+    """The vendor's products of matrices (N, K) with maps (B, K, P), as they lie or as rows (B * P, K)."""
+    for matrix, x in pairs:
+        if layout == "contiguous":
+            torch.matmul(matrix, x)
+        else:
+            F.linear(x.view(-1, x.shape[1]), matrix)
 
 
 def _case(
@@ -92,9 +115,23 @@ def _case(
     elements: float,
     gigaflops: float = 0.0,
     kept: Callable[..., tuple[object, ...]] = lambda *values: values,
+    products: Callable[..., list[tuple[Tensor, Tensor]]] | None = None,
 ) -> Case:
-    providers = partial(_providers, ours, peer, inputs, direction, elements, gigaflops, kept)
-    return Case(name, providers, shape, first=shape["batch"] == 8)
+    providers = partial(_providers, ours, peer, inputs, direction, elements, gigaflops, kept, products)
+    batch, large = shape["batch"], shape["batch"] == LARGE[0]
+    return Case(
+        name,
+        providers,
+        shape,
+        quick=not large,
+        turn=0 if large else 1 if batch == 8 else 2,
+        first=large or batch == 8,
+        devices=("cuda",) if large else ("cpu", "cuda"),
+    )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(2)
 
 
 def _coupling(batch: int, channels: int, side: int) -> Iterator[Case]:
@@ -168,6 +205,7 @@ def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
             elements=2 * size + 2 * channels**2,
             gigaflops=2e-9 * size * channels,
             kept=eager.lu_kept,
+            products=None if direction == "inverse" else lambda x, _, upper, *__: [(upper, _flat(x))],
         )
 
 
@@ -189,11 +227,12 @@ def _residual(batch: int, channels: int, side: int) -> Iterator[Case]:
         inputs,
         elements=2 * size + 2 * channels * hidden,
         gigaflops=4e-9 * size * hidden,
+        products=lambda x, first, _, last, __: [(first, _flat(x)), (last, _flat(x)[:, :hidden].contiguous())],
     )
 
 
 def _scores() -> Iterator[Case]:
-    for batch, channels, side in SHAPES:
+    for batch, channels, side in (*SHAPES, LARGE):
         yield _case(
             f"squared norm, {channels} @ {side}^2, batch {batch}",
             {"batch": batch, "channels": channels, "side": side},
@@ -217,8 +256,9 @@ def _scores() -> Iterator[Case]:
             inputs,
             elements=batch * (channels + 1) * side**2 + channels**2,
             gigaflops=2e-9 * batch * channels**2 * side**2,
+            products=lambda x, matrix, _: [(matrix, _flat(x))],
         )
-    for batch in (1, 8):
+    for batch in (1, 8, LARGE[0]):
         elements = batch * (sum(c * s * s for c, s in SCALES) + SIZE**2)
         for interpolate, peer in (("likelihood", eager.likelihood_map), ("latent", eager.latent_map)):
             yield _case(
@@ -234,17 +274,17 @@ def _scores() -> Iterator[Case]:
 COUPLING = Subject(
     name="coupling",
     about="couplings, given what the conditioner returned",
-    cases=tuple(case for shape in SHAPES for case in _coupling(*shape)),
+    cases=tuple(case for shape in (*SHAPES, LARGE) for case in _coupling(*shape)),
 )
 LU_CONV = Subject(
     name="lu_conv",
     about="LU 1x1 convolution, from its triangles",
-    cases=tuple(case for shape in SHAPES for case in _lu(*shape)),
+    cases=tuple(case for shape in (*SHAPES, LARGE) for case in _lu(*shape)),
 )
 RESIDUAL = Subject(
     name="residual",
     about="conjugated blocks as residual networks of two layers",
-    cases=tuple(case for shape in SHAPES for case in _residual(*shape)),
+    cases=tuple(case for shape in (*SHAPES, LARGE) for case in _residual(*shape)),
 )
 SCORE = Subject(
     name="score",

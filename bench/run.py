@@ -78,10 +78,16 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subje
     ranked = []
     for name in options.subjects or SUBJECTS:
         subject = SUBJECTS[name]
-        cases = [c for c in subject.cases if (c.quick or not options.quick) and options.cases in c.name]
-        if device.type in subject.devices:
-            cases.sort(key=lambda case: not (case.first if options.minutes else case.quick))
-            ranked += [(not case.first, i, subject, case) for i, case in enumerate(cases)]
+        cases = [
+            case
+            for case in subject.cases
+            if (case.quick or not options.quick)
+            and options.cases in case.name
+            and device.type in case.devices
+            and device.type in subject.devices
+        ]
+        cases.sort(key=lambda case: case.turn if options.minutes else not case.quick)
+        ranked += [(case.turn, i, subject, case) for i, case in enumerate(cases)]
     if not ranked:
         raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
     if options.minutes:  # of every subject the most valuable first, then of every one the next

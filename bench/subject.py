@@ -68,7 +68,9 @@ class Case:
         shape: what curves are drawn against, of channels, side, kernel, batch and depth.
         seconds: to spend on it.
         quick: whether it belongs to the quick run.
-        first: whether it comes first, compilers included, where the time is limited.
+        turn: when it comes where the time is limited: those of turn 0 first.
+        first: whether compilers take part where the time is limited.
+        devices: kinds that it is for.
     """
 
     name: str
@@ -76,7 +78,9 @@ class Case:
     shape: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 2.0
     quick: bool = True
+    turn: int = 2
     first: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def pixels(self) -> int:

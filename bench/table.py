@@ -23,6 +23,7 @@ FIELDS = (
 # Endings of providers' names.
 FUSED, CAPTURED, REVERSIBLE = ", fused", ", CUDA graph", ", reversible"
 ANOMALIB = ("anomalib", "anomalib, channels-last")  # its block in either memory format
+VENDOR = "vendor's products"  # the provider of bare ones
 OPERATIONS = ("coupling", "lu_conv", "residual", "score")  # subjects
 
 

@@ -85,7 +85,7 @@ def test_what_peers_keep_is_made_before_they_are_timed(monkeypatch):
 def test_scores(monkeypatch):
     monkeypatch.setattr(operations, "SHAPES", ((2, 6, 5),))
     monkeypatch.setattr(operations, "SCALES", ((6, 5), (4, 3)))
-    cases = list(operations._scores())
+    cases = [case for case in operations._scores() if "cpu" in case.devices]
     assert len(cases) == 2 + 2 * 2
     for case in cases:
         ours, eager, _ = case.providers(CPU)
