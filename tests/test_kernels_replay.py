@@ -1,5 +1,7 @@
 """Launchers done again from notes: the same bits as without, and only where that is right."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import DEVICE, layouts
@@ -135,6 +137,17 @@ def test_results_do_not_share_memory():
     launcher(*make())
     assert all(torch.equal(v, k) for v, k in zip(second, kept, strict=True))
     assert len({v.data_ptr() for result in (first, second, third) for v in result}) == 6
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_notes_keep_no_tensors(name):
+    launcher, make = CALLS[name]
+    arguments = make()
+    results = launcher(*arguments)
+    tensors = [v for v in arguments if isinstance(v, torch.Tensor)]
+    alive = [weakref.ref(v) for v in tensors]
+    del arguments, results, tensors
+    assert [ref() for ref in alive] == [None] * len(alive)
 
 
 def test_other_forms_are_noted_anew():

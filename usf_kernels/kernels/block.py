@@ -36,6 +36,7 @@ from usf_kernels.kernels.products import (
     vendor_linear,
 )
 from usf_kernels.kernels.replay import replayed
+from usf_kernels.ops.matrices import full_precision
 
 UNSPECIALIZED = [*runtime(*"xay"), "v_n", "v_k", "w_n", "w_k", "N"]
 
@@ -152,12 +153,26 @@ def two_products(
     inverse: bool,
 ) -> Tensor:
     """`residual_mlp` by the vendor's products."""
-    hidden = vendor_linear(x, first, first_bias)
+    hidden, sign = vendor_linear(x, first, first_bias), -1 if inverse else 1
     if bias_map is not None:
         hidden += bias_map
     if activation == "relu":
         hidden.relu_()
-    return torch.add(x, vendor_linear(hidden, last, last_bias), alpha=-1 if inverse else 1)
+    if not (x.dtype == hidden.dtype == last.dtype and x.ndim > 2):
+        return torch.add(x, vendor_linear(hidden, last, last_bias), alpha=sign)
+    # The product is added to what is there already: x, with the bias.
+    y = empty_output(x, x.dtype)
+    if last_bias is None:
+        y.copy_(x)
+    else:
+        torch.add(x, last_bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2)), alpha=sign, out=y)
+    with full_precision(x):
+        if y.stride(1) == 1:
+            rows, hidden = (v.movedim(1, -1).flatten(0, -2) for v in (y, hidden))
+            rows.addmm_(hidden, last.mT, alpha=sign)
+        else:
+            y.flatten(2).baddbmm_(last.expand(len(x), *last.shape), hidden.flatten(2), alpha=sign)
+    return y
 
 
 def fused_channels(dtype: torch.dtype) -> int:

@@ -143,13 +143,14 @@ def _again(
     """The tensors among the arguments, and the launch with others in their places."""
     tensors: list[torch.Tensor] = []
     holes: list[tuple[int, slice | int]] = []
+    values: list[Any] = list(arguments)
     for i, value in enumerate(arguments):
         inner = [v for v in (value if type(value) is tuple else (value,)) if isinstance(v, torch.Tensor)]
         if inner:
             start = len(tensors)
             holes.append((i, slice(start, start + len(inner)) if type(value) is tuple else start))
             tensors += inner
-    values: list[Any] = list(arguments)
+            values[i] = None  # what is to be launched again must not keep them
     found = None if _BY_TRITON else _found(kernel, arguments, options, device)[0]
 
     def relaunch(others: Sequence[torch.Tensor]) -> None:

@@ -80,20 +80,20 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     @forming_products()
-    def forward(ctx, steps, check, places, x, cond, *parameters):  # noqa: ANN001
+    def forward(ctx, steps, inner, check, places, x, cond, *parameters):  # noqa: ANN001
         ctx.steps, ctx.places, ctx.turn = steps, places, check.count
         ctx.states, ctx.samples, ctx.kinds, due = [], [], [], check.due()
-        ctx.check = check if due else None
+        ctx.check, rng = check if due else None, None
         log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
         z = x
-        for step in steps:
-            state = State(step, z)
+        for step, modules in zip(steps, inner, strict=True):
+            state = State(modules, z, rng)
             ctx.kinds.append((z.dtype, memory_format(z)))
             if due:
                 ctx.samples.append(check.sample(z, ctx.turn))
             with state.autocasting():
                 z, step_log_det = step(z, cond)
-            state.settle(z)
+            rng = state.settle(z)
             ctx.states.append(state)
             log_det = log_det + step_log_det
         ctx.autocast_dtype = ctx.states[0].autocast_dtype
@@ -111,10 +111,10 @@ class _Reversible(torch.autograd.Function):
         z, cond, *parameters = ctx.saved_tensors
         leaves = [
             p.detach().requires_grad_(needed)
-            for p, needed in zip(parameters, ctx.needs_input_grad[5:], strict=True)
+            for p, needed in zip(parameters, ctx.needs_input_grad[6:], strict=True)
         ]
         if cond is not None:
-            cond = cond.detach().requires_grad_(ctx.needs_input_grad[4])
+            cond = cond.detach().requires_grad_(ctx.needs_input_grad[5])
         z, grad_z = z.clone(), grad_z.clone()  # the steps work in place on them
         gradients: list[Tensor | None] = [None] * len(leaves)
         grad_cond, norms = None, []
@@ -137,7 +137,7 @@ class _Reversible(torch.autograd.Function):
                 truth = ctx.samples[i].to(compute_dtype(z))
                 norms.append((i, (ctx.check.sample(z, ctx.turn) - truth).norm(), truth.norm()))
         ReconstructionCheck.compare(norms, ctx.autocast_dtype or _narrowest(ctx.kinds))
-        return None, None, None, grad_z, grad_cond, *gradients
+        return None, None, None, None, grad_z, grad_cond, *gradients
 
 
 def _narrowest(kinds: Sequence[tuple[torch.dtype, torch.memory_format]]) -> torch.dtype:
@@ -169,14 +169,14 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     parameters: dict[Tensor, int] = {}
     places = []
-    for step in steps:
-        own = [m._parameters for m in step.modules()]
+    inner = [list(step.modules()) for step in steps]
+    for modules in inner:
         places.append(
             [
-                (place, name, parameters.setdefault(p, len(parameters)))
-                for place in own
-                for name, p in place.items()
+                (module._parameters, name, parameters.setdefault(p, len(parameters)))
+                for module in modules
+                for name, p in module._parameters.items()
                 if p is not None
             ]
         )
-    return _Reversible.apply(list(steps), check, places, x, cond, *parameters)
+    return _Reversible.apply(list(steps), inner, check, places, x, cond, *parameters)

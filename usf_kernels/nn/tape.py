@@ -14,6 +14,7 @@ from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.nn.permutation import Permutation
 
 Slot = tuple[dict[str, Tensor | None], str, Tensor]  # a module's parameters or buffers, a name, a value
+Generators = tuple[Tensor, list[int], list[Tensor]]  # the CPU's state, devices, theirs
 _swapped: set[int] = set()
 SETTLED = (ActNorm, LUConv1x1, Permutation)
 
@@ -80,14 +81,22 @@ def add(total: Tensor | None, value: Tensor) -> Tensor:
     return value if total is None else total + value
 
 
+def generators(x: Tensor) -> Generators:
+    """The states of the CPU's random generator and of that of the device of x."""
+    if x.is_cpu:
+        return torch.get_rng_state(), [], []
+    return (torch.get_rng_state(), *get_device_states(x))
+
+
 class State:
     """Autocast and random numbers as they were before a step, and buffers that the step has changed since."""
 
-    def __init__(self, step: nn.Module, x: Tensor) -> None:
+    def __init__(self, modules: Sequence[nn.Module], x: Tensor, rng: Generators | None = None) -> None:
+        """Of a step's modules, in front of it; `rng` where that is known, from the step before."""
         self.device = x.device.type
         self.autocast = torch.is_autocast_enabled(self.device)
         self.autocast_dtype = torch.get_autocast_dtype(self.device) if self.autocast else None
-        self.rng = (torch.get_rng_state(), *get_device_states(x))
+        self.rng: Generators | None = generators(x) if rng is None else rng
         # The buffers of flow modules are set for good; others (running averages, power iterations) have to be
         # what they were, and their second update goes nowhere.
         self._before = [
@@ -96,22 +105,23 @@ class State:
                 for name, b in module._buffers.items()
                 if b is not None
             ]
-            for module in step.modules()
+            for module in modules
             if module._buffers and not isinstance(module, SETTLED)
         ]
         self.buffers: list[Slot] = []
-        self._training = [(module, module.training) for module in step.modules()]
+        self._training = [(module, module.training) for module in modules]
 
-    def settle(self, x: Tensor) -> None:
-        """After the step: keep what it changed, so that an ordinary conditioner costs no memory."""
-        after = (torch.get_rng_state(), get_device_states(x)[1])
-        cpu, _, devices = self.rng
-        unchanged = torch.equal(cpu, after[0]) and all(map(torch.equal, devices, after[1]))
-        self.rng = None if unchanged else self.rng
+    def settle(self, x: Tensor) -> Generators:
+        """After the step: keep what it changed, so that an ordinary conditioner costs no memory. Returns the
+        generators as they are now."""
+        before, after = self.rng, generators(x)
+        unchanged = torch.equal(before[0], after[0]) and all(map(torch.equal, before[2], after[2]))
+        self.rng = None if unchanged else before
         for buffers in self._before:  # of a module all or none: batch_norm's updates leave the versions alone
             if any(place[name] is not b or b._version != version for place, name, b, version, _ in buffers):
                 self.buffers.extend((place, name, old) for place, name, _, _, old in buffers)
         self._before = []
+        return after
 
     def autocasting(self) -> contextlib.AbstractContextManager:
         """Autocast as it was."""

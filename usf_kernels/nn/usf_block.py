@@ -13,6 +13,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.ops import eager, masked_additive_coupling
 from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, promoted_dtype
+from usf_kernels.ops.linear import linear
 from usf_kernels.ops.matrices import (
     accurate_inverse,
     apply_matrix,
@@ -194,8 +195,11 @@ class USFBlock(Fusible, nn.Module):
         """`matrix @ x + bias` in full precision; the conditioner's input comes in the module's dtype."""
         with full_precision(x):
             wide = x.to(matrix.dtype)
-            run = eager.product if eager.by_hand(matrix, wide, bias) else apply_matrix
-            y = run(matrix, wide, bias)
+            if x.is_cuda:
+                y = linear(wide, matrix, bias)
+            else:
+                run = eager.product if eager.by_hand(matrix, wide, bias) else apply_matrix
+                y = run(matrix, wide, bias)
         return y if bias is None else y.to(promoted_dtype(x, self.linear.upper))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
