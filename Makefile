@@ -88,7 +88,7 @@ test-gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) -m pytest --numprocesses $(GPU_WORKERS) --dist worksteal tests/test_kernels_*.py
 	$(GPU_PYTHON) -m pytest --numprocesses $(GPU_WORKERS) --dist worksteal -m gpu tests/test_gpu.py \
-	  tests/test_segmentation.py tests/test_nn_reversible_surroundings.py tests/test_bench.py
+	  tests/test_segmentation.py tests/test_nn_reversible_surroundings.py tests/test_bench.py tests/test_bench_gpu.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bench import markdown, table
+from bench import markdown, table, target_sections
 from bench.markdown import number, prose, times, versions
+from bench.models import TRAINING
 from bench.subject import OURS
 
 DTYPES = ("float32", "bfloat16")
@@ -22,6 +23,7 @@ def section(rows: Sequence[table.Row]) -> Iterator[str]:
         "yours), peers captured as well, which is what the GPU itself takes. Again: `make bench-gpu`; each "
         "kernel's configurations: `python -m bench.tune`."
     )
+    yield from target_sections.section(rows)
     blocks = [row for row in rows if row["subject"] == "blocks" and row["direction"] == "forward"]
     if blocks:
         yield markdown.table(*_compared(blocks, "ms", table.FUSED, "8 blocks"))
@@ -31,6 +33,11 @@ def section(rows: Sequence[table.Row]) -> Iterator[str]:
     steps = [row for row in rows if row["subject"] == "training_step"]
     if steps:
         yield markdown.table(*_training(steps))
+    models = [row for row in rows if row["subject"] == "models"]
+    for ending, title in ((table.FUSED, "model"), ("", TRAINING)):
+        some = [row for row in models if (row["direction"] == TRAINING) == (title == TRAINING)]
+        if some:
+            yield markdown.table(*_compared(some, "ms", ending, title))
 
 
 def _compared(
@@ -62,6 +69,8 @@ def _compared(
 def _words(row: table.Row, name: str) -> tuple[str, str]:
     """What and on which input."""
     shown = row["case"].replace("^2", "²")
+    if row["subject"] == "models":
+        return name, shown.removesuffix(f", {TRAINING}")
     if row["subject"] == "blocks":
         return name, shown.removesuffix(", 8 blocks")
     what, _, size = shown.partition(", ")

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,17 +143,52 @@ def _alarm(seconds: int) -> Iterator[None]:
 
 
 def captured(call: Call) -> Call:
-    """The call's work as a CUDA graph: one launch, whatever the number of kernels."""
+    """The call's work as a CUDA graph: one launch, whatever the number of kernels.
+
+    Raises:
+        Exception: what the call or the capture raises; CUDA is usable after it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+        with _nothing_read_back():
+            call()
+    before = torch.cuda.current_stream()
+    before.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            call()
+    except Exception:
+        _give_up(before, pool)
+        raise
     return graph.replay
+
+
+@contextmanager
+def _nothing_read_back() -> Iterator[None]:
+    """Whatever waits for the device raises here, and does not break a capture, which it would."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _give_up(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
+    """Leave a capture that broke, where torch stays half in it: on its stream, with memory from its pool, and
+    a random generator that waits for its end."""
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # it may have been ended
+        torch._C._cuda_endAllocateToPool(device, pool)
+    with suppress(RuntimeError):
+        fresh = torch.Generator(f"cuda:{device}").manual_seed(0)
+        torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
+    torch.cuda.synchronize()
 
 
 class Neighbours:

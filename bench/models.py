@@ -182,21 +182,43 @@ def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
             (", autocast, channels-last", partial(_autocast, run, _last(model), narrow), "bfloat16"),
         ):
             compiles = suffix == ", torch.compile"
-            yield Provider(name + suffix, call, PEER, dtype, check=partial(check, dtype), compiles=compiles)
+            yield Provider(
+                name + suffix,
+                call,
+                PEER,
+                dtype,
+                check=partial(check, dtype),
+                compiles=compiles,
+                graphed=None if compiles else partial(_all_on, device, call),
+            )
 
 
 def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
     """Everybody's forward and backward from images on; without the optimiser."""
-    options = {"direction": TRAINING, "capture": False}
+    device = inputs[0].device
     for coupling, linear in FORMS:
         for mode, memory in MODES.items():
-            model = spec.ours(coupling, linear, memory).to(inputs[0].device).train()
-            name, check = f"{coupling}, {linear.replace('lu', 'LU')}", partial(_right_gradient, model, inputs)
-            yield Provider(name + mode, partial(_step, model, inputs), OURS, check=check, **options)
+            model = spec.ours(coupling, linear, memory).to(device).train()
+            yield Provider(
+                f"{coupling}, {linear.replace('lu', 'LU')}{mode}",
+                partial(_step, model, inputs),
+                OURS,
+                direction=TRAINING,
+                check=partial(_right_gradient, model, inputs),
+                # A reversible pass looks at the states of random generators, and at what it has rebuilt.
+                capture=mode != REVERSIBLE,
+            )
     for name, make in peers_of(spec).items():
-        model = make().to(inputs[0].device).train()
-        check = partial(_right_gradient, model, inputs)
-        yield Provider(name, partial(_step, model, inputs), PEER, check=check, **options)
+        model = make().to(device).train()
+        call, check = partial(_step, model, inputs), partial(_right_gradient, model, inputs)
+        graphed = partial(_all_on, device, call)
+        yield Provider(name, call, PEER, direction=TRAINING, check=check, graphed=graphed)
+
+
+def _all_on(device: torch.device, call: Callable[[], object]) -> object:
+    """For CUDA graphs of peers, which make constants on the CPU and copy them at every call."""
+    with device:
+        return call()
 
 
 def _features(model: FeatureFlow, inputs: Inputs) -> list[Tensor]:

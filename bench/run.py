@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from bench import compilation, machine, summary, table
+from bench import compilation, machine, priorities, summary, table
 from bench.measure import BUSY, Neighbours, Timing, alternate, captured, first_call, usable_cores
 from bench.memory import peak_bytes, saved_bytes
 from bench.registry import SUBJECTS
@@ -26,7 +26,7 @@ GPU_SHARE = 0.15  # of a case's seconds on a GPU, where calls are short
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the options (of `usf_kernels.cli.bench`) ask for; the exit code.
+    """Measure what the options (of `usf_kernels.cli.bench`) ask for; the exit code, 1 where a case failed.
 
     Raises:
         ValueError: a subject that does not exist, or none that the device can run.
@@ -48,15 +48,22 @@ def run(options: argparse.Namespace) -> int:
         print("this processor has no arithmetic for bfloat16: nothing is measured in it")
     limits = _limits(device)
     end = time.perf_counter() + 60 * options.minutes if options.minutes else float("inf")
+    failed = 0
     with progress(len(work), "benchmark") as advance:
         for i, (subject, case) in enumerate(work, 1):
             if time.perf_counter() > end:
                 print(f"\n{options.minutes:g} minutes are over: {len(work) - i + 1} cases left out")
                 break
             print(f"\n[{i}/{len(work)}] {subject.name}: {case.name}", flush=True)
-            rows = [row | shared for row in measure(subject, case, device, options, limits)]
+            begin = time.perf_counter()
+            try:
+                rows = [row | shared for row in measure(subject, case, device, options, limits)]
+            except Exception as error:  # the others are measured
+                print(f"  not measured: {_first_line(error)}")
+                rows, failed = [], 1
             for row in rows:
-                print(describe(row, rows), flush=True)
+                print(describe(row, rows))
+            print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
             if rows and output is not None:
                 table.replace(output, rows)
             gc.collect()
@@ -67,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         rows = [row for row in table.read(output) if row["device"] == shared["device"]]
         if rows:
             print(f"\n{summary.page([rows])}")
-    return 0
+    return failed
 
 
 def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subject, Case]]:
@@ -87,12 +94,19 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subje
             and device.type in subject.devices
         ]
         cases.sort(key=lambda case: case.turn if options.minutes else not case.quick)
-        ranked += [(case.turn, i, subject, case) for i, case in enumerate(cases)]
+        ranked += [(_place(subject, case, device), i, subject, case) for i, case in enumerate(cases)]
     if not ranked:
         raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
     if options.minutes:  # of every subject the most valuable first, then of every one the next
         ranked.sort(key=lambda entry: entry[:2])
     return [(subject, case) for _, _, subject, case in ranked]
+
+
+def _place(subject: Subject, case: Case, device: torch.device) -> int:
+    """Where a case stands if the time is limited: on a GPU those of `priorities` come before all turns."""
+    last = len(priorities.ORDER)
+    place = priorities.ORDER.get((subject.name, case.name), last) if device.type == "cuda" else last
+    return place if place < last else last + case.turn
 
 
 def _say_what_is_missing(subject: Subject) -> None:
@@ -165,11 +179,11 @@ def _started(
         try:
             with compiling:
                 result, seconds = first_call(provider.call, device, limit=limit)
-        except (RuntimeError, TimeoutError) as error:
+            wrong = provider.check(result) if provider.check else None
+            del result
+        except Exception as error:  # of whatever kind: the others are timed
             print(f"{name}: not timed: {_first_line(error)}")
             continue
-        wrong = provider.check(result) if provider.check else None
-        del result
         if wrong:
             print(f"{name}: not timed, wrong: {wrong}")
         else:
@@ -190,9 +204,9 @@ def _graphs(providers: Sequence[Provider]) -> dict[str, Callable[[], object]]:
     for i, provider in enumerate(providers):
         if provider.capture:
             try:
-                graphs[f"{GRAPH}{i}"] = captured(provider.call)
-            except RuntimeError as error:
-                print(f"  {provider.name}: no CUDA graph: {_first_line(error)}")
+                graphs[f"{GRAPH}{i}"] = captured(provider.graphed or provider.call)
+            except Exception as error:  # of whatever kind: it is timed as it is called
+                print(f"  {provider.name}, {provider.dtype}: no CUDA graph: {_first_line(error)}")
     return graphs
 
 

@@ -38,6 +38,7 @@ class Provider:
         live: tensors that are not counted, because they live anyway.
         peak: whether to measure its memory.
         capture: whether it can be captured as a CUDA graph.
+        graphed: what is captured, where that is not `call`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Provider:
     live: tuple[Tensor, ...] = ()
     peak: bool = False
     capture: bool = True
+    graphed: Call | None = None
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,18 @@ HEADER = ("", "over the fastest of")
 
 def section(files: Sequence[Rows]) -> str:
     """The README's section on speed, from the rows of each device."""
+    captured = any(
+        row["direction"] == TRAINING and row["provider"].endswith(table.CAPTURED)
+        for rows in files
+        for row in rows
+        if row["role"] == PEER
+    )
     parts = [
         prose(
             "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets "
             "the worst; on a CPU (2 threads) over the cases of `make bench`, which prints this table for any "
-            "machine, on a GPU in CUDA graphs, peers captured as well, training as it is called. "
+            "machine, on a GPU in CUDA graphs, peers captured as well, "
+            f"{'reversible ' if captured else ''}training as it is called. "
             "*Reversible* training, the default, keeps outputs only. "
             "The first picture has all shapes and batches, and peers under torch.compile. " + _losses(files)
         ),

@@ -128,7 +128,6 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
             direction=DIRECTION,
             layout=layout,
             gigaflops=3 * shape.gigaflops(outputs=FORMS[form].outputs, product=False),
-            capture=False,
         )
 
 

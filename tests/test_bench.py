@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,20 @@ def test_what_is_wrong_is_reported_and_not_timed(measured, capsys):
     printed = capsys.readouterr().out
     assert "peer, float32, forward: not timed, wrong: gives 3" in printed
     assert "other peer, float32, forward: not timed: no such kernel\n" in printed
+
+
+def test_a_case_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys):
+    def broken(_):
+        raise ValueError("no such layout")
+
+    good = tiny(Provider("a", lambda: 1), Provider("b", lambda: 2, check=broken))
+    bad = Case("bad", broken, seconds=0)
+    monkeypatch.setitem(registry.SUBJECTS, "tiny", replace(good, cases=(bad, *good.cases)))
+    assert command(["bench", "tiny", "--output", str(tmp_path / "rows.csv")]) == 1
+    assert [(row["case"], row["provider"]) for row in table.read(tmp_path / "rows.csv")] == [("tiny", "a")]
+    printed = capsys.readouterr().out
+    assert "not measured: no such layout" in printed
+    assert "b, float32, forward: not timed: no such layout" in printed
 
 
 def test_a_case_replaces_its_rows_and_no_others(measured):

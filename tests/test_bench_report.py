@@ -1,10 +1,12 @@
 import pytest
 from test_bench_compare import row
 
-from bench import demonstration, report, summary, table
+from bench import demonstration, gpu_sections, report, summary, table
 from bench.machine import RESULTS
 from bench.registry import SUBJECTS
 from bench.sections import losses, section
+
+TRAINED = ", training step"
 
 
 def test_the_readme_and_its_page_say_what_the_rows_say():
@@ -147,6 +149,64 @@ def test_the_tree_is_beside_the_fastest():
     rows = [row("usf_kernels", 0.02, **shared), row("slow", 1, "peer", **shared)]
     rows.append(row("maxtree (uint16)", 0.1, "peer", **shared))
     assert "| 28² | 0.02 / 0.1 (maxtree), **5.0x** |" in section(rows)
+
+
+def on_gpu(subject, case, *named, **shared):
+    """Rows of (provider, role, ms), all of them captured but those that end with "eager"."""
+    shared |= {"subject": subject, "case": case, "direction": "forward", "device": "GPU"}
+    shared |= {"versions": "torch=2"}
+    for name, role, p50, *more in named:
+        name = name.removesuffix(" eager") if name.endswith(" eager") else name + table.CAPTURED
+        yield row(name, p50, role, **(shared | (more[0] if more else {})))
+
+
+def test_what_was_aimed_at_is_beside_what_was_reached():
+    large = {"batch": "64", "dtype": "float32"}
+    rows = [
+        *on_gpu(
+            "coupling",
+            "additive coupling, 256 @ 64^2, batch 64",
+            ("usf_kernels", "ours", 2, {"of_limit": "0.846"}),
+            ("torch.compile", "peer", 2.6),
+            **large,
+        ),
+        *on_gpu(
+            "lu_conv",
+            "LU 1x1 convolution, 256 @ 64^2, batch 64, forward",
+            ("usf_kernels", "ours", 2, {"of_limit": "0.9", "gflop_per_s": "5"}),
+            (table.VENDOR, "limit", 1.6),
+            (table.VENDOR, "limit", 1.9),
+            **large | {"dtype": "bfloat16"},
+        ),
+        *on_gpu(
+            "blocks",
+            "64 @ 64^2, k=1, batch 1, 8 blocks",
+            ("conjugated, fused", "ours", 1),
+            ("conjugated", "ours", 2),
+            ("FrEIA 0.2 eager", "peer", 6),
+            ("FrEIA 0.2", "peer", 3),
+            **{"batch": "1", "depth": "8", "dtype": "float32"},
+        ),
+    ]
+    text = "\n\n".join(gpu_sections.section(rows))
+    lines = (
+        "| additive coupling | 256 @ 64², batch 64 | 85 % | **1.30x** |  |  |",
+        "| LU 1x1 convolution | 256 @ 64², batch 64 |  |  |  | **80 %** |",
+        "| 8 blocks: conjugated | 64 @ 64², k=1, batch 1 |  |  | **6.0x** |  |",
+    )
+    assert all(line in text for line in lines)
+    small = [r | {"batch": "8"} for r in rows]
+    assert "aimed at" not in "".join(gpu_sections.section(small))
+
+
+def test_models_of_a_gpu_have_tables():
+    rows = [r | {"device": "GPU", "versions": "torch=2"} for r in (*models(""), *models(TRAINED))]
+    rows = [r | {"direction": "training step" if TRAINED in r["case"] else "forward"} for r in rows]
+    rows += [r | {"provider": r["provider"] + table.CAPTURED, "p50_ms": "1"} for r in rows]
+    text = "\n\n".join(gpu_sections.section(rows))
+    assert "| additive, LU | UFlow resnet18 256², batch 8 | 1 | 1.50x | **1.00x** |" in text
+    assert "| additive, LU | UFlow resnet18 256², batch 8 | 1 | 0.75x | **1.00x** |" in text
+    assert "reversible training as it is called" in summary.section([rows]).replace("\n", " ")
 
 
 def models(part, dtype="float32", **shared):

@@ -1,15 +1,29 @@
 """What is timed is what it says: every provider of a small case passes its check, and checks can fail."""
 
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import usf_kernels as usf
-from bench import accelerate, blocks, flows, machine, models, nfa, operations, table, training, tree
+from bench import (
+    accelerate,
+    blocks,
+    flows,
+    machine,
+    models,
+    nfa,
+    operations,
+    table,
+    training,
+    tree,
+)
 from bench.flows import FORMS, Shape
 from bench.measure import CPU
 from bench.memory import saved_bytes
@@ -110,6 +124,7 @@ def test_models(spec, part):
     assert {p.name for p in providers if p.role == OURS} == names | {name + ending for name in names}
     assert {p.direction for p in providers} == {models.TRAINING if part == models.TRAINING else "forward"}
     assert [p.name for p in providers if p.role == LIMIT] == ([] if part else ["backbone alone"])
+    assert all(p.capture != p.name.endswith(table.REVERSIBLE) for p in providers)
 
 
 def test_a_wrong_model_is_noticed():
@@ -138,6 +153,28 @@ def with_anomalib(monkeypatch):
     """Undoes `_without_anomalib`."""
     pytest.importorskip("anomalib")
     monkeypatch.setattr(models, "find_spec", find_spec)
+
+
+@pytest.mark.parametrize("run", [models._map, models._latents, models._step])
+@pytest.mark.parametrize("model", ["FastFlow", "UFlow", "CFlow"])
+def test_peers_that_are_captured_make_nothing_on_the_cpu(with_anomalib, model, run):
+    """A copy from there would break the capture; here the device is one that computes nothing."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(func for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device == CPU)
+            return out
+
+    spec = models.Spec(model, "resnet18", (1, 2, 3) if model != "CFlow" else (2, 3, 4), side=64)
+    inputs = spec.features(1) if run is models._latents else [spec.images(1)]
+    for make in models.peers_of(spec).values():
+        peer = make().to("meta").train(run is models._step)
+        call = partial(run, peer, [x.to("meta") for x in inputs])
+        with Watch():
+            models._all_on(torch.device("meta"), call)
+    assert made == []
 
 
 @pytest.mark.parametrize("part", ["whole model", models.FLOW])
