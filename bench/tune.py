@@ -39,9 +39,14 @@ from usf_kernels.kernels import (
     score,
 )
 from usf_kernels.kernels.configs import Config
+from usf_kernels.kernels.vendor import vendor_linear
 
-SHAPES = ((8, 64, 64), (32, 64, 64), (8, 256, 16), (32, 256, 32), (1, 384, 14), (8, 816, 28))  # B, C, side
-PRODUCTS = ((16, 64), (64, 64), (128, 64), (128, 32), (192, 32), (256, 32), (384, 32), (512, 32))  # C, side
+# Batch, channels, side; at last what no cache holds.
+SHAPES = ((8, 64, 64), (32, 64, 64), (8, 256, 16), (32, 256, 32), (1, 384, 14), (8, 816, 28), (64, 256, 64))
+PRODUCTS = tuple((8, c, s) for c, s in ((16, 64), (64, 64), (128, 64))) + tuple(
+    (8, c, 32) for c in (128, 192, 256, 384, 512)
+)
+PRODUCTS += ((128, 64, 64), (64, 128, 64), (64, 256, 64))
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 # What else might be faster than the candidates.
 MORE: dict[str, tuple[Config, ...]] = {
@@ -50,6 +55,7 @@ MORE: dict[str, tuple[Config, ...]] = {
         for p, n, k, warps, stages in (
             (64, 64, 32, 4, 3), (128, 64, 32, 4, 3), (128, 128, 32, 8, 3), (128, 128, 64, 8, 3),
             (128, 64, 64, 4, 4), (128, 64, 16, 8, 3), (64, 128, 32, 4, 4),
+            (128, 128, 64, 4, 3), (128, 128, 32, 4, 4), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3),
             (32, 64, 32, 4, 3), (64, 32, 32, 4, 3),
         )
     ),
@@ -67,6 +73,7 @@ MORE["reduce"] = tuple(
     for c, p, warps in (
         (64, 32, 4), (128, 32, 4), (128, 32, 8), (128, 64, 8), (64, 64, 8), (32, 128, 8), (64, 128, 8),
         (32, 64, 4), (256, 32, 8), (256, 16, 8), (256, 8, 4), (64, 16, 4),
+        (64, 64, 4), (32, 128, 4), (16, 256, 4),
     )
 )  # fmt: skip
 MORE["resize"] = tuple(
@@ -136,10 +143,10 @@ def map_calls(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"anomaly map {'latent' if latent else 'likelihood'}, batch {batch}", run, moved)
 
 
-def product_calls(dtype: torch.dtype, last: bool, channels: int, side: int) -> Iterator[Call]:
+def product_calls(dtype: torch.dtype, last: bool, batch: int, channels: int, side: int) -> Iterator[Call]:
     """Everything with a matrix in it."""
     memory_format = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(8, channels, side, side, device="cuda").to(dtype, memory_format=memory_format)
+    x = torch.randn(batch, channels, side, side, device="cuda").to(dtype, memory_format=memory_format)
     matrix = torch.randn(channels, channels, device="cuda", dtype=dtype) / channels
     half = channels // 2
     first, final, bias, b = (
@@ -149,14 +156,14 @@ def product_calls(dtype: torch.dtype, last: bool, channels: int, side: int) -> I
         matrix[0, :half],
     )
     flops = 2 * x.numel() * channels
-    vendor = partial(products.vendor_linear, x, matrix, bias)
+    vendor = partial(vendor_linear, x, matrix, bias)
     yield Call("linear", lambda: products.linear(x, matrix, bias), _bytes(x, x, matrix), flops, vendor)
 
     layers = x, first, b, final, bias, None, "relu", False
     one, two = partial(block.residual_mlp, *layers), partial(block.two_products, *layers)
     yield Call("residual MLP", one, _bytes(x, x, matrix), flops, two)
     norm = partial(linear_norm.linear_squared_norm, x, matrix, bias)
-    vendor_norm = lambda: score.squared_norm(products.vendor_linear(x, matrix, bias))  # noqa: E731
+    vendor_norm = lambda: score.squared_norm(vendor_linear(x, matrix, bias))  # noqa: E731
     yield Call("squared norm of linear", norm, _bytes(x, matrix), flops, vendor_norm)
     vendor_outer = partial(outer.vendor_outer, x, x)
     yield Call("outer", lambda: outer.outer(x, x), _bytes(x, x, matrix), flops, vendor_outer)
@@ -171,12 +178,12 @@ def calls() -> Iterator[tuple[str, Call]]:
             yield where, call
     for call in map_calls(torch.float32):
         yield "float32", call
-    for (precision, dtype), (last, layout), (channels, side) in itertools.product(
+    for (precision, dtype), (last, layout), (batch, channels, side) in itertools.product(
         PRECISIONS.items(), layouts, PRODUCTS
     ):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        for call in product_calls(dtype, last, channels, side):
-            yield f"{precision}, {layout}, 8 x {channels} @ {side}^2", call
+        for call in product_calls(dtype, last, batch, channels, side):
+            yield f"{precision}, {layout}, {batch} x {channels} @ {side}^2", call
 
 
 def candidates_of(name: str, candidates: list[Config]) -> list[Config]:

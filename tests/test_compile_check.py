@@ -37,7 +37,7 @@ EVERY_LAUNCH = """
 import random
 from bench.compile_check import TARGETS, compile_cases, create_function_from_signature
 from bench.compile_check import launches_of, make_backend
-from usf_kernels.kernels.launch import inspected
+from usf_kernels.kernels.compiled import inspected
 
 random.seed(0)
 backend, found = make_backend(TARGETS["sm_90"]), {}

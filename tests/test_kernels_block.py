@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 def path(request, monkeypatch):
     """Both ways that the launcher has, whatever the number of channels."""
     limit = 256 if request.param == "fused" else 0
-    monkeypatch.setattr(block, "fused_channels", lambda dtype: limit)
+    monkeypatch.setattr(block, "fused_channels", lambda dtype, many: limit)
     return request.param
 
 

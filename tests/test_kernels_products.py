@@ -9,9 +9,10 @@ from usf_kernels.ops import linear_squared_norm, residual_mlp
 from usf_kernels.ops.linear import Linear, Outer
 
 pytest.importorskip("triton")
-from usf_kernels.kernels import block, linear_norm, products
+from usf_kernels.kernels import block, linear_norm, products, replay, vendor
 from usf_kernels.kernels import outer as outer_file
-from usf_kernels.kernels.layout import View
+from usf_kernels.kernels.finish import finish
+from usf_kernels.kernels.layout import View, empty_output
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 linear, outer = torch.ops.usf_kernels.linear, torch.ops.usf_kernels.outer
@@ -106,6 +107,7 @@ def test_offsets_of_64_bits_walk_the_same(monkeypatch):
     arguments = draw((2, 19, 4, 5))
     expected = linear(*arguments), norm(*arguments), outer(arguments[0], arguments[0])
     monkeypatch.setattr(View, "is_wide", lambda self: True)
+    replay.forget()
     actual = linear(*arguments), norm(*arguments), outer(arguments[0], arguments[0])
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
@@ -127,12 +129,14 @@ def test_whatever_is_made_of_the_vendors_products_is_ours(monkeypatch):
         )
         for strided in (x, *(v for _, v in layouts(x))):
             ours = [call(strided) for call in calls]
-            monkeypatch.setattr(products, "VENDOR_CHANNELS", dict.fromkeys(KINDS, (1, 1)))
+            monkeypatch.setattr(vendor, "VENDOR_CHANNELS", dict.fromkeys(KINDS, (1, 1)))
             monkeypatch.setattr(outer_file, "_vendor_is_faster", lambda *_: True)
             for file in (products, block, outer_file, linear_norm):
                 monkeypatch.setattr(file, "launch", None)
+            replay.forget()
             theirs = [call(strided) for call in calls]
             monkeypatch.undo()
+            replay.forget()
             for found, expected in zip(theirs, ours, strict=True):
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
@@ -143,7 +147,7 @@ def test_the_vendors_product_is_ours(monkeypatch):
             x, matrix, b = draw(shape)
             for strided in (x, *(v for _, v in layouts(x))):
                 ours = products.linear(strided, matrix, b if bias else None)
-                monkeypatch.setattr(products, "VENDOR_CHANNELS", dict.fromkeys(KINDS, (1, 1)))
+                monkeypatch.setattr(vendor, "VENDOR_CHANNELS", dict.fromkeys(KINDS, (1, 1)))
                 monkeypatch.setattr(products, "linear", None)
                 theirs = linear(strided, matrix, b if bias else None)
                 monkeypatch.undo()
@@ -229,3 +233,24 @@ def test_errors():
         linear_squared_norm(x, torch.ones(5, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="found float64"):
         linear_squared_norm(x.double(), torch.ones(5, 3), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_stands_around_a_product(dtype, relu):
+    for shape in ((2, 6, 5, 4), (3, 7), (2, 4, 4, 4), (0, 3, 2)):
+        x, hidden = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
+        bias = torch.randn(shape[1], device=DEVICE).to(dtype)
+        for b, h in ((bias, None), (None, hidden), (bias, hidden), (None, None)):
+            for _, strided in (("contiguous", x), *layouts(x)):
+                exact = strided.double()
+                if b is not None:
+                    exact = exact - b.double().view(-1, *[1] * (x.ndim - 2))
+                exact = exact if h is None else exact + h.double()
+                exact = exact.relu() if relu else exact
+                y = empty_output(strided, dtype)
+                assert finish(strided, b, h, relu, -1, y) is y
+                assert max_error(y, exact) <= 2 * torch.finfo(dtype).eps * max(
+                    1, float(exact.abs().max()) if exact.numel() else 0
+                )
+        assert finish(x, bias, None, relu, 1, x) is x  # in place

@@ -13,6 +13,7 @@ from usf_kernels.kernels import (
     configs,
     coupling,
     coupling_backward,
+    finish,
     launch,
     linear_norm,
     lu_conv,
@@ -78,6 +79,14 @@ def calls():
         lambda: (
             *(draw(1, 66, 2, 2), draw(33, 66), draw(33), draw(66, 33), None),
             *(None, "relu", True),
+        ),
+    )
+    yield (
+        "finish",
+        finish.finish,
+        lambda: (
+            *(draw(*small), draw(6), draw(*small), True, -1),
+            torch.empty(small, device=DEVICE),
         ),
     )
     for inverse in (False, True):

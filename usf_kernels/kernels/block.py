@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from usf_kernels.kernels.accounting import Work, product_cases
-from usf_kernels.kernels.configs import Config, pick
+from usf_kernels.kernels.configs import MANY_POSITIONS, Config, pick
+from usf_kernels.kernels.finish import finish
 from usf_kernels.kernels.launch import (
     Case,
     aligned,
@@ -32,10 +33,9 @@ from usf_kernels.kernels.products import (
     matrix_arguments,
     place,
     power_of_2,
-    vendor_channels,
-    vendor_linear,
 )
 from usf_kernels.kernels.replay import replayed
+from usf_kernels.kernels.vendor import has_many_positions, vendor_channels, vendor_linear
 from usf_kernels.ops.matrices import full_precision
 
 UNSPECIALIZED = [*runtime(*"xay"), "v_n", "v_k", "w_n", "w_k", "N"]
@@ -114,9 +114,9 @@ def residual_mlp(
     if bias_map is not None:
         bias_map = bias_map.expand(x.shape[0], *bias_map.shape[1:])
     hidden, channels = first.shape
-    if channels >= vendor_channels(x, first):
+    if channels >= vendor_channels(x, first, alone=False):
         return two_products(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
-    if channels > fused_channels(first.dtype):
+    if channels > fused_channels(first.dtype, many=has_many_positions(x)):
         h = linear(x, first, first_bias, bias_map, activation=activation)
         return linear(h, last, last_bias, residual=x, sign=-1 if inverse else 1)
     y = empty_output(x, torch.promote_types(x.dtype, first.dtype))
@@ -153,19 +153,13 @@ def two_products(
     inverse: bool,
 ) -> Tensor:
     """`residual_mlp` by the vendor's products."""
-    hidden, sign = vendor_linear(x, first, first_bias), -1 if inverse else 1
-    if bias_map is not None:
-        hidden += bias_map
-    if activation == "relu":
-        hidden.relu_()
+    hidden, sign, relu = vendor_linear(x, first, None), -1 if inverse else 1, activation == "relu"
+    if relu or first_bias is not None or bias_map is not None:
+        finish(hidden, first_bias, bias_map, relu, 1, hidden)
     if not (x.dtype == hidden.dtype == last.dtype and x.ndim > 2):
         return torch.add(x, vendor_linear(hidden, last, last_bias), alpha=sign)
     # The product is added to what is there already: x, with the bias.
-    y = empty_output(x, x.dtype)
-    if last_bias is None:
-        y.copy_(x)
-    else:
-        torch.add(x, last_bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2)), alpha=sign, out=y)
+    y = finish(x, last_bias, None, False, sign, empty_output(x, x.dtype))
     with full_precision(x):
         if y.stride(1) == 1:
             rows, hidden = (v.movedim(1, -1).flatten(0, -2) for v in (y, hidden))
@@ -175,19 +169,22 @@ def two_products(
     return y
 
 
-def fused_channels(dtype: torch.dtype) -> int:
-    """Largest C whose tiles stay in registers and shared memory: what the fused kernel takes."""
-    return 64 if dtype == torch.float32 and product_precision() == "ieee" else 256
+def fused_channels(dtype: torch.dtype, *, many: bool = False) -> int:
+    """Largest C whose tiles stay in registers and shared memory: what the fused kernel takes. Of `many`
+    positions two products with larger tiles are faster before that."""
+    if dtype == torch.float32 and product_precision() == "ieee":
+        return 64
+    return 128 if many else 256
 
 
 def tiles(first: Tensor, view: View) -> list[Config]:
     """Candidates (positions, hidden units, warps, stages) by number of channels: as large as spills no
     register."""
     hidden, channels = first.shape
-    block_c = power_of_2(channels, 16, 256)
+    block_c, many = power_of_2(channels, 16, 256), view.batch * view.positions >= MANY_POSITIONS
     hopper = capability(first.device) == 90  # where they were measured; others have fewer registers for them
     if first.dtype != torch.float32 and block_c <= 128:
-        shapes = ((64, 64, 4, 2) if hopper else (64, 32, 4, 2), (64, 32, 8, 2))
+        shapes = ((64, 64, 4, 2) if hopper and not many else (64, 32, 4, 2), (64, 32, 8, 2))
     elif first.dtype != torch.float32:
         other = (64, 32, 8, 2) if warp_size() == 32 else (32, 32, 4, 2)  # wide warps leave fewer to a thread
         shapes = ((32, 32, 4, 3) if hopper else other, (16, 32, 4, 2))
@@ -219,17 +216,20 @@ def residual_mlp_work(
     return Work.of(4 * x.numel() * len(first), *given, x)
 
 
-def _cases(channels: int, channels_last: bool) -> Iterator[Case]:
+def _cases(channels: int, channels_last: bool, batch: int, side: int) -> Iterator[Case]:
     def call(new: Callable[..., Tensor]) -> None:
         layers = new(2 * channels, channels), new(2 * channels), new(channels, 2 * channels), new(channels)
-        bias_map = new(1, 2 * channels, 28, 28)
-        residual_mlp(new(8, channels, 28, 28), *layers, bias_map, "relu", False)
+        bias_map = new(1, 2 * channels, side, side)
+        residual_mlp(new(batch, channels, side, side), *layers, bias_map, "relu", False)
 
-    return product_cases(f"{channels} channels", "residual_mlp_kernel", call, channels_last)
+    name = f"{channels} channels" + (", many positions" if batch * side**2 >= MANY_POSITIONS else "")
+    return product_cases(name, "residual_mlp_kernel", call, channels_last)
 
 
 COMPILE_CASES = [
     case
     for channels, channels_last in ((64, False), (64, True), (128, True), (256, False), (256, True))
-    for case in _cases(channels, channels_last)
+    for batch, side in ((8, 28), (64, 64))
+    if channels <= 128 or batch == 8
+    for case in _cases(channels, channels_last, batch, side)
 ]

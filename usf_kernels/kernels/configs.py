@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from usf_kernels.kernels.launch import cdiv, is_recording, warp_size
+from usf_kernels.kernels.launch import cdiv, is_recording, product_precision, warp_size
 
 Config = dict[str, int]
 Key = tuple[Hashable, ...]
@@ -26,6 +26,9 @@ Result = TypeVar("Result")
 # Products whose matrix has both sides at least this long are the vendor's: with x contiguous, channels-last.
 # Below, applying a matrix is limited by memory, or nearly so.
 VENDOR_CHANNELS = {"ieee": (128, 64), "tf32": (512, 1024), "half": (1024, 1024)}
+# The same for inputs of many positions, in the whole batch.
+VENDOR_CHANNELS_OF_MANY = {"ieee": (64, 64), "tf32": (512, 1024), "half": (1024, 256)}
+MANY_POSITIONS = 1 << 17
 AUTOTUNE = os.environ.get("USF_AUTOTUNE") == "1"
 Listener = Callable[[str, list[Config], Callable[[Config], Any]], None]
 _listener: Listener | None = None
@@ -41,6 +44,11 @@ def hearing(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listener = None
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """Of products in this dtype: "half", or how float32 is rounded."""
+    return product_precision() if dtype == torch.float32 else "half"
 
 
 def is_observed() -> bool:
@@ -150,17 +158,22 @@ def _lanes(length: int, inner: int, width: int, size: int) -> int:
     return cdiv(length, inner) * cdiv(width, size // inner) * size
 
 
-def reduction(itemsize: int, operands: int, channels: int, channels_last: bool) -> list[Config]:
+def reduction(
+    itemsize: int, operands: int, channels: int, positions: int, channels_last: bool
+) -> list[Config]:
     """Tiles of (channels, positions) for kernels that walk all channels of some positions (of all images).
 
     Few positions and many channels at a time: then there are programs for every multiprocessor, and each
-    has many loads on their way before it waits. Channels-last, of four operands or more, whole rows."""
+    has many loads on their way before it waits. Of many positions whole cache lines, where there are enough
+    programs anyway. Channels-last, of four operands or more, whole rows."""
     if channels_last:
         block_c = min(_power_of_2(channels), 256 if operands < 4 else 1024 // itemsize)
         size = warp_size() * 16 // itemsize * max(1, 2 // operands)  # of one warp
         shapes = [(block_c, max(1, warps * size // block_c), warps) for warps in (4, 8)]
     elif operands > 1:
         shapes = [(32, 64, 4), (64, 32, 4)]
+    elif positions >= MANY_POSITIONS:
+        shapes = [(64, 16 * itemsize, 4), (32, 64, 4)]
     elif channels > 64:
         shapes = [(256, 64 // itemsize, 8), (128, 32, 4)]
     else:

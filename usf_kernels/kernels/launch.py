@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
 
+from usf_kernels.kernels import compiled
+
 # The interpreter runs kernels on CPU tensors; Triton read the same variable when it was imported.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
-# Elsewhere than on CUDA devices, machine code depends on more than `_kinds` knows.
-_BY_TRITON = bool(triton.knobs.runtime.interpret or torch.version.hip)
 
 
 class Launch(NamedTuple):
@@ -94,12 +94,11 @@ def product_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-Relaunch = Callable[[Sequence[torch.Tensor]], None]
 _thread = threading.local()
 
 
 @contextlib.contextmanager
-def hearing(listener: Callable[[Sequence[torch.Tensor], Relaunch], None]) -> Iterator[None]:
+def hearing(listener: Callable[[Sequence[torch.Tensor], compiled.Relaunch], None]) -> Iterator[None]:
     """Inside, of this thread, `listener(tensors, relaunch)` is called after each launch: its tensors, and a
     function that launches the same on others of their forms."""
     _thread.listener = listener
@@ -111,7 +110,7 @@ def hearing(listener: Callable[[Sequence[torch.Tensor], Relaunch], None]) -> Ite
 
 def is_direct(device: torch.device) -> bool:
     """Whether a launch on this device is one and nothing more: no other one is current, no profiler hears."""
-    return device.type != "cuda" or (device.index == torch.cuda.current_device() and not _hooked())
+    return device.type != "cuda" or (device.index == torch.cuda.current_device() and not compiled.hooked())
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **options: Any) -> None:
@@ -129,126 +128,9 @@ def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **
         torch.cuda.device(device) if elsewhere else contextlib.nullcontext(),
         _disable_current_modes() if listener else contextlib.nullcontext(),
     ):
-        if _BY_TRITON:
-            kernel[(programs,)](*arguments, **options)
-        else:
-            _launch(kernel, programs, arguments, options, device)
+        compiled.launch(kernel, programs, arguments, options, device)
     if listener is not None:
-        listener(*_again(kernel, programs, arguments, options, device))
-
-
-def _again(
-    kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
-) -> tuple[list[torch.Tensor], Relaunch]:
-    """The tensors among the arguments, and the launch with others in their places."""
-    tensors: list[torch.Tensor] = []
-    holes: list[tuple[int, slice | int]] = []
-    values: list[Any] = list(arguments)
-    for i, value in enumerate(arguments):
-        inner = [v for v in (value if type(value) is tuple else (value,)) if isinstance(v, torch.Tensor)]
-        if inner:
-            start = len(tensors)
-            holes.append((i, slice(start, start + len(inner)) if type(value) is tuple else start))
-            tensors += inner
-            values[i] = None  # what is to be launched again must not keep them
-    found = None if _BY_TRITON else _found(kernel, arguments, options, device)[0]
-
-    def relaunch(others: Sequence[torch.Tensor]) -> None:
-        given = values.copy()
-        if found is None:
-            for i, place in holes:
-                given[i] = tuple(others[place]) if type(place) is slice else others[place]
-            kernel[(programs,)](*given, **options)
-            return
-        pointers = [tensor.data_ptr() for tensor in others]
-        for i, place in holes:
-            given[i] = tuple(pointers[place]) if type(place) is slice else pointers[place]
-        found.launch(programs, given, device)
-
-    return tensors, relaunch
-
-
-class _Compiled(NamedTuple):
-    """A compiled kernel, and what each of its launches needs apart from its arguments."""
-
-    kernel: Any
-    run: Callable[..., None]
-    function: int
-    metadata: Any
-    constants: list[Any]
-
-    def launch(self, programs: int, values: list[Any], device: torch.device) -> None:
-        """Past Triton's own way to here, which looks up the device, and asks hooks."""
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        nobody = None, None, None
-        self.run(programs, 1, 1, stream, self.function, self.metadata, *nobody, *values, *self.constants)
-
-
-_compiled: dict[tuple[Any, ...], _Compiled] = {}
-
-
-def _launch(
-    kernel: Any,
-    programs: int,
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
-    device: torch.device,
-) -> None:
-    """As `kernel[(programs,)](...)`, which binds and inspects all arguments at every launch: what it found is
-    kept, and asked for by as little as it depends on."""
-    found, values, key = _found(kernel, arguments, options, device)
-    if found is None:
-        compiled = kernel[(programs,)](*arguments, **options)
-        constants = [options[parameter.name] for parameter in kernel.params[len(arguments) :]]
-        attributes = compiled.run, compiled.function, compiled.packed_metadata
-        _compiled[key] = _Compiled(compiled, *attributes, constants)
-    elif _hooked():  # by a profiler, which wants to know what is launched
-        found.kernel[(programs, 1, 1)](*arguments, *found.constants)
-    else:
-        found.launch(programs, values, device)
-
-
-def _found(
-    kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
-) -> tuple[_Compiled | None, list[Any], tuple[Any, ...]]:
-    """The kernel compiled for such arguments, if it is; the arguments with addresses; and its key."""
-    kinds: list[Any] = [id(kernel), device, *options.values()]
-    values = inspected(arguments, kinds)
-    key = tuple(kinds)
-    return _compiled.get(key), values, key
-
-
-def _hooked() -> bool:
-    hook = triton.knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
-
-
-def inspected(arguments: tuple[Any, ...], kinds: list[Any]) -> list[Any]:
-    """The arguments with addresses for tensors, which Triton would look up. What the machine code depends on
-    goes to `kinds`.
-
-    Kernels declare that they take any size, stride or factor (`do_not_specialize`): of a number it is the
-    width alone. In tuples Triton does not heed that: it is a constant where it is 1, and known to be a
-    multiple of 16 where it is one."""
-    values: list[Any] = []
-    for value in arguments:
-        kind = type(value)
-        if kind is int:
-            kinds.append(-(2**31) <= value < 2**31)
-        elif value is None:
-            kinds.append(None)
-        elif isinstance(value, torch.Tensor):
-            kinds.append(value.dtype)
-            value = value.data_ptr()
-            kinds.append(value % 16 == 0)
-        elif kind is tuple:
-            kinds.append(len(value))
-            kinds += [(v == 1, v % 16 == 0) for v in value if type(v) is int]
-            value = tuple(inspected(value, kinds))
-        else:
-            kinds.append(kind)
-        values.append(value)
-    return values
+        listener(*compiled.again(kernel, programs, arguments, options, device))
 
 
 def cdiv(n: int, block: int) -> int:

@@ -16,11 +16,10 @@ from usf_kernels.kernels.products import (
     matrix_arguments,
     place,
     tiles,
-    vendor_is_faster,
-    vendor_linear,
 )
 from usf_kernels.kernels.replay import replayed
 from usf_kernels.kernels.score import squared_norm
+from usf_kernels.kernels.vendor import vendor_is_faster, vendor_linear
 
 UNSPECIALIZED = [*runtime(*"xu"), "m_n", "m_k", "N", "K", "run"]
 
@@ -94,10 +93,11 @@ def linear_squared_norm_work(x: Tensor, matrix: Tensor, bias: Tensor | None) -> 
 COMPILE_CASES = [
     case
     for channels_last in (False, True)
+    for name, size in (("", (8, 256, 28, 28)), (", many positions", (64, 256, 64, 64)))
     for case in product_cases(
-        "linear_squared_norm",
+        f"linear_squared_norm{name}",
         "squared_norm_kernel",
-        lambda new: linear_squared_norm(new(8, 256, 28, 28), new(256, 256), new(256)),
+        lambda new, size=size: linear_squared_norm(new(*size), new(256, 256), new(256)),
         channels_last,
     )
 ]

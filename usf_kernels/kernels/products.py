@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from usf_kernels.kernels.accounting import Work, product_cases
-from usf_kernels.kernels.configs import VENDOR_CHANNELS, Config, pick
+from usf_kernels.kernels.configs import MANY_POSITIONS, Config, kind_of, pick
 from usf_kernels.kernels.launch import (
     INTERPRETED,
     Case,
@@ -25,7 +25,6 @@ from usf_kernels.kernels.launch import (
     bound,
     capability,
     cdiv,
-    is_recording,
     launch,
     narrow,
     product_precision,
@@ -35,7 +34,7 @@ from usf_kernels.kernels.launch import (
 )
 from usf_kernels.kernels.layout import View, empty_output
 from usf_kernels.kernels.replay import replayed
-from usf_kernels.ops.matrices import apply_matrix, full_precision
+from usf_kernels.kernels.vendor import vendor_is_faster, vendor_linear
 
 
 def power_of_2(n: int, low: int, high: int) -> int:
@@ -153,11 +152,6 @@ def matrix_arguments(matrix: Tensor) -> tuple[list[Any], int]:
     return [matrix, *(None if s == 1 else s for s in strides)], math.gcd(8, *numbers)
 
 
-def kind_of(dtype: torch.dtype) -> str:
-    """Of products in this dtype: "half", or how float32 is rounded."""
-    return product_precision() if dtype == torch.float32 else "half"
-
-
 def tiles(dtype: torch.dtype, matrix: Tensor, view: View, *, sums: bool = False) -> list[Config]:
     """Candidates for a product of this dtype with a (N, K) matrix at the positions of a view, `sums` where
     the kernel has sums of its own in registers. As many outputs in a tile as hold x to few reads, and
@@ -188,7 +182,10 @@ def _tiles(
         shapes = (large, small)
     elif kind == "half":
         shapes = ((64, 128, 64, 4, 3), (64, 64, 32, 4, 3))
-        shapes = ((128, 128, 64, 8, 3), *shapes) if outputs >= 512 else shapes
+        if outputs >= 512:
+            shapes = ((128, 128, 64, 8, 3), *shapes)
+        elif outputs >= 128 and hopper and batch * positions >= MANY_POSITIONS:
+            shapes = ((128, 128, 64, 4, 3), *shapes)
     elif channels_last:
         shapes = ((64, 128, 32, 4, 4), (128, 128, 32, 8, 3))
         shapes = shapes[::-1] if outputs >= 384 else shapes
@@ -250,27 +247,6 @@ def linear(
     return pick("linear", (x.dtype, matrix.dtype, unit), candidates, run, x.device)
 
 
-def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """`matrix @ x + bias` by torch, which calls the vendor's library, in the layout that `linear` returns."""
-    dtype = torch.promote_types(x.dtype, matrix.dtype)
-    bias = None if bias is None else bias.to(dtype)
-    with full_precision(x):
-        return apply_matrix(matrix.to(dtype), x.to(dtype), bias)
-
-
-def vendor_is_faster(x: Tensor, matrix: Tensor) -> bool:
-    """Whether products of this size, precision and layout are the vendor's."""
-    return min(matrix.shape) >= vendor_channels(x, matrix)
-
-
-def vendor_channels(x: Tensor, matrix: Tensor) -> float:
-    """From how many channels on products of x with matrices like this are the vendor's."""
-    if is_recording():
-        return math.inf
-    channels_last = x.ndim == 2 or x.stride(1) == 1
-    return VENDOR_CHANNELS[kind_of(torch.promote_types(x.dtype, matrix.dtype))][channels_last]
-
-
 def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` by whichever is faster at this size: `linear` or `vendor_linear`."""
     return (vendor_linear if vendor_is_faster(x, matrix) else linear)(x, matrix, bias)
@@ -297,7 +273,11 @@ def _linear_cases(channels_last: bool) -> Iterator[Case]:
     def odd(new: Callable[..., Tensor]) -> None:
         linear(new(8, 19, 28, 28), new(19, 19), new(19))
 
+    def many(new: Callable[..., Tensor]) -> None:
+        linear(new(64, 256, 64, 64), new(256, 256), new(256))
+
     yield from product_cases("linear", "linear_kernel", whole, channels_last)
+    yield from product_cases("linear, many positions", "linear_kernel", many, channels_last)
     yield from product_cases("linear with epilogue", "linear_kernel", with_epilogue, channels_last)
     if not channels_last:  # there no row of 19 channels is aligned
         yield from product_cases("linear, 19 channels", "linear_kernel", odd, channels_last)

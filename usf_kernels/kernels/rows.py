@@ -154,7 +154,7 @@ def affine_rows(
         )  # fmt: skip
 
     itemsize = max(rows.element_size(), outputs.element_size())
-    candidates = reduction(itemsize, 4, chosen, channels_last=True)
+    candidates = reduction(itemsize, 4, chosen, count, channels_last=True)
     key = (rows.dtype, outputs.dtype)
     _launch_in_place("affine_rows", key, candidates, launch_on, rows)
     return log_det

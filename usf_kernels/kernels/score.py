@@ -183,7 +183,7 @@ def reduce(
     largest = max(range(len(views)), key=lambda i: latents[i].numel())
     channels_last = views[largest].strides[0].channel == 1
     itemsize, operands = max(z.element_size() for z in latents), 4 if neighbours else 1
-    candidates = reduction(itemsize, operands, channels[largest], channels_last)
+    candidates = reduction(itemsize, operands, channels[largest], batch * positions[largest], channels_last)
     key = (latents[largest].dtype, neighbours, units[largest], channels_last)
     return pick("reduce", key, candidates, run, maps.device)
 
@@ -194,8 +194,10 @@ def reduce(
 def _cases(dtype: torch.dtype, memory_format: torch.memory_format) -> list[Case]:
     z = torch.empty((8, 256, 32, 32), dtype=dtype, device="meta").to(memory_format=memory_format)
     needs = {"reduce_kernel": "vector loads", "squared_norm_backward_kernel": "vectors"}
+    many = z.repeat(8, 1, 2, 2).to(memory_format=memory_format)
     calls = {
         "squared norm": lambda: squared_norm(z),
+        "squared norm of many positions": lambda: squared_norm(many),
         "squared norm backward": lambda: squared_norm_backward(z.select(1, 0).float().contiguous(), z),
     }
     return [

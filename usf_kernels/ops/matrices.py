@@ -38,12 +38,7 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         return products.map_product(matrix, x, bias=bias)
     matrices = matrix.expand(x.shape[0], *matrix.shape)
     flat = x.flatten(2)
-    if bias is None:
-        y = torch.bmm(matrices, flat)
-    elif x.is_cuda:  # where the other way writes the bias everywhere first, and reads it while it multiplies
-        y = torch.bmm(matrices, flat).add_(bias[:, None])
-    else:
-        y = torch.baddbmm(bias[:, None], matrices, flat)
+    y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
     return y.reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 

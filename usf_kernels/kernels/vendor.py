@@ -1,0 +1,50 @@
+"""Products by the vendor's library, and where they are faster than ours."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from usf_kernels.kernels.configs import (
+    MANY_POSITIONS,
+    VENDOR_CHANNELS,
+    VENDOR_CHANNELS_OF_MANY,
+    kind_of,
+)
+from usf_kernels.kernels.finish import finish
+from usf_kernels.kernels.launch import is_recording
+from usf_kernels.ops.matrices import apply_matrix, full_precision
+
+
+def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`matrix @ x + bias` by torch, which calls the vendor's library, in the layout that `linear` returns."""
+    dtype = torch.promote_types(x.dtype, matrix.dtype)
+    x, matrix, bias = (None if v is None else v.to(dtype) for v in (x, matrix, bias))
+    with full_precision(x):
+        if bias is None or x.ndim == 2 or x.stride(1) == 1:  # of rows, the library adds the bias
+            return apply_matrix(matrix, x, bias)
+        y = apply_matrix(matrix, x, None)
+    return finish(y, bias, None, False, 1, y)
+
+
+def has_many_positions(x: Tensor) -> bool:
+    """Whether x keeps the whole device busy for long, so that only rates count."""
+    return x.shape[0] * math.prod(x.shape[2:]) >= MANY_POSITIONS
+
+
+def vendor_is_faster(x: Tensor, matrix: Tensor) -> bool:
+    """Whether products of this size, precision and layout are the vendor's."""
+    return min(matrix.shape) >= vendor_channels(x, matrix)
+
+
+def vendor_channels(x: Tensor, matrix: Tensor, *, alone: bool = True) -> float:
+    """From how many channels on products of x with matrices like this are the vendor's; `alone` where there
+    is nothing around them that a kernel of ours would do on the way."""
+    if is_recording():
+        return math.inf
+    kind = kind_of(torch.promote_types(x.dtype, matrix.dtype))
+    many = has_many_positions(x) and (alone or kind == "ieee")
+    bands = VENDOR_CHANNELS_OF_MANY if many else VENDOR_CHANNELS
+    return bands[kind][x.ndim == 2 or x.stride(1) == 1]
