@@ -190,13 +190,6 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
         )
 
 
-def _turn(shape: Shape) -> int:
-    """Eight blocks of FastFlow's first scale, one image or eight; then the other shapes."""
-    if shape.depth != DEPTH or shape.batch > 8:
-        return 2
-    return 0 if shape.channels == 64 else 1 if shape.batch == 8 else 2
-
-
 def _case(shape: Shape) -> Case:
     work = shape.gigaflops(outputs=2, product=True)
     return Case(
@@ -205,7 +198,6 @@ def _case(shape: Shape) -> Case:
         shape.columns,
         seconds=4.0,
         quick=shape.depth == 1 and work < 5 and shape.batch in (1, 8),
-        turn=_turn(shape),
         first=shape.depth == DEPTH and shape.batch == 8,
     )
 

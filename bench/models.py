@@ -273,9 +273,6 @@ def _cases() -> Iterator[Case]:
                     {"batch": batch, "side": spec.side},
                     seconds=8.0,
                     quick=batch == 1 and spec.backbone == "resnet18",
-                    turn=0
-                    if batch == (1 if spec.model == "CFlow" else 8) and spec.backbone == "resnet18"
-                    else 2,
                 )
 
 

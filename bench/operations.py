@@ -96,10 +96,10 @@ def _providers(
 
 
 def _multiply(pairs: list[tuple[Tensor, Tensor]], layout: str) -> None:
-    """The vendor's products of matrices (N, K) with maps (B, K, P), as they lie or as rows (B * P, K)."""
+    """The vendor's products of matrices (N, K) with maps (B, K, H, W), as they lie or as rows of K."""
     for matrix, x in pairs:
         if layout == "contiguous":
-            torch.matmul(matrix, x)
+            torch.matmul(matrix, x.flatten(2))
         else:
             F.linear(x.view(-1, x.shape[1]), matrix)
 
@@ -124,14 +124,9 @@ def _case(
         providers,
         shape,
         quick=not large,
-        turn=0 if large else 1 if batch == 8 else 2,
         first=large or batch == 8,
         devices=("cuda",) if large else ("cpu", "cuda"),
     )
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(2)
 
 
 def _coupling(batch: int, channels: int, side: int) -> Iterator[Case]:
@@ -205,7 +200,7 @@ def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
             elements=2 * size + 2 * channels**2,
             gigaflops=2e-9 * size * channels,
             kept=eager.lu_kept,
-            products=None if direction == "inverse" else lambda x, _, upper, *__: [(upper, _flat(x))],
+            products=None if direction == "inverse" else lambda x, _, upper, *__: [(upper, x)],
         )
 
 
@@ -227,7 +222,7 @@ def _residual(batch: int, channels: int, side: int) -> Iterator[Case]:
         inputs,
         elements=2 * size + 2 * channels * hidden,
         gigaflops=4e-9 * size * hidden,
-        products=lambda x, first, _, last, __: [(first, _flat(x)), (last, _flat(x)[:, :hidden].contiguous())],
+        products=lambda x, first, _, last, __: [(first, x), (last, x[:, :hidden].contiguous())],
     )
 
 
@@ -256,7 +251,7 @@ def _scores() -> Iterator[Case]:
             inputs,
             elements=batch * (channels + 1) * side**2 + channels**2,
             gigaflops=2e-9 * batch * channels**2 * side**2,
-            products=lambda x, matrix, _: [(matrix, _flat(x))],
+            products=lambda x, matrix, _: [(matrix, x)],
         )
     for batch in (1, 8, LARGE[0]):
         elements = batch * (sum(c * s * s for c, s in SCALES) + SIZE**2)

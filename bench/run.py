@@ -93,7 +93,7 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subje
             and device.type in case.devices
             and device.type in subject.devices
         ]
-        cases.sort(key=lambda case: case.turn if options.minutes else not case.quick)
+        cases.sort(key=lambda case: not (case.first if options.minutes else case.quick))
         ranked += [(_place(subject, case, device), i, subject, case) for i, case in enumerate(cases)]
     if not ranked:
         raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
@@ -103,10 +103,10 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subje
 
 
 def _place(subject: Subject, case: Case, device: torch.device) -> int:
-    """Where a case stands if the time is limited: on a GPU those of `priorities` come before all turns."""
+    """Where a case stands if the time is limited: on a GPU those of `priorities` come before all others."""
     last = len(priorities.ORDER)
     place = priorities.ORDER.get((subject.name, case.name), last) if device.type == "cuda" else last
-    return place if place < last else last + case.turn
+    return place if place < last else last + (not case.first)
 
 
 def _say_what_is_missing(subject: Subject) -> None:

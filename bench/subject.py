@@ -70,8 +70,7 @@ class Case:
         shape: what curves are drawn against, of channels, side, kernel, batch and depth.
         seconds: to spend on it.
         quick: whether it belongs to the quick run.
-        turn: when it comes where the time is limited: those of turn 0 first.
-        first: whether compilers take part where the time is limited.
+        first: whether it comes first, compilers included, where the time is limited.
         devices: kinds that it is for.
     """
 
@@ -80,7 +79,6 @@ class Case:
     shape: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 2.0
     quick: bool = True
-    turn: int = 2
     first: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
 

@@ -141,7 +141,6 @@ def _case(shape: Shape, *, quick: bool) -> Case:
         shape.columns,
         seconds=4.0,
         quick=quick,
-        turn=0 if (shape.channels, shape.depth) == (64, 8) else 1 if shape.depth == 8 else 2,
         first=shape.depth == 8,
     )
 

@@ -43,10 +43,11 @@ from usf_kernels.kernels.vendor import vendor_linear
 
 # Batch, channels, side; at last what no cache holds.
 SHAPES = ((8, 64, 64), (32, 64, 64), (8, 256, 16), (32, 256, 32), (1, 384, 14), (8, 816, 28), (64, 256, 64))
-PRODUCTS = tuple((8, c, s) for c, s in ((16, 64), (64, 64), (128, 64))) + tuple(
-    (8, c, 32) for c in (128, 192, 256, 384, 512)
+PRODUCTS = (
+    *((8, 16, 64), (8, 64, 64), (8, 128, 64)),
+    *((8, 128, 32), (8, 192, 32), (8, 256, 32), (8, 384, 32), (8, 512, 32)),
+    *((128, 64, 64), (64, 128, 64), (64, 256, 64)),
 )
-PRODUCTS += ((128, 64, 64), (64, 128, 64), (64, 256, 64))
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
 # What else might be faster than the candidates.
 MORE: dict[str, tuple[Config, ...]] = {

@@ -177,7 +177,7 @@ def test_part_of_the_providers_leaves_the_rows_alone(monkeypatch, capsys):
 
 def test_where_time_is_limited_every_subject_gets_its_turn(monkeypatch, tmp_path, capsys):
     cases = [
-        Case(n, lambda _: [Provider("a", lambda: 1)], seconds=0, turn=int(n != "best")) for n in ("x", "best")
+        Case(n, lambda _: [Provider("a", lambda: 1)], seconds=0, first=n == "best") for n in ("x", "best")
     ]
     for name in ("tiny", "other"):
         monkeypatch.setitem(registry.SUBJECTS, name, Subject(name, "a test", tuple(cases)))

@@ -16,7 +16,6 @@ from usf_kernels.ops.checks import check_choice, check_features, check_int, comp
 from usf_kernels.ops.linear import linear
 from usf_kernels.ops.matrices import (
     accurate_inverse,
-    apply_matrix,
     full_precision,
     lu_inverse,
     matrix_gradient,
@@ -195,11 +194,10 @@ class USFBlock(Fusible, nn.Module):
         """`matrix @ x + bias` in full precision; the conditioner's input comes in the module's dtype."""
         with full_precision(x):
             wide = x.to(matrix.dtype)
-            if x.is_cuda:
-                y = linear(wide, matrix, bias)
+            if eager.by_hand(matrix, wide, bias):
+                y = eager.product(matrix, wide, bias)
             else:
-                run = eager.product if eager.by_hand(matrix, wide, bias) else apply_matrix
-                y = run(matrix, wide, bias)
+                y = linear(wide, matrix, bias)
         return y if bias is None else y.to(promoted_dtype(x, self.linear.upper))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
