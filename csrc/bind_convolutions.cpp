@@ -15,8 +15,8 @@ using Address = std::uintptr_t;
 using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 using ProductSizes = std::tuple<std::int64_t, int, int, std::int64_t>;  // images, outputs, inputs, positions
-using Matrix = std::tuple<Address, std::int64_t, bool>;        // from one row to the next; transposed or not
-using View = std::tuple<Address, std::int64_t, std::int64_t>;  // of maps: image and channel strides
+using Matrix = std::tuple<Address, std::int64_t, bool>;  // from one row to the next; transposed or not
+using View = std::tuple<Address, std::int64_t, std::int64_t, bool>;  // as MapView has them
 
 const float* values_at(std::optional<Address> address) {
     return address ? reinterpret_cast<const float*>(*address) : nullptr;
@@ -27,8 +27,18 @@ Ending ending_of(bool relu, std::optional<Address> mask) {
 }
 
 MapView view_of(const View& view) {
-    const auto [data, image, channel] = view;
-    return {values_at(data), image, channel};
+    const auto [data, image, next, rows] = view;
+    return {values_at(data), image, next, rows};
+}
+
+MatrixView matrix_of(const Matrix& matrix) {
+    const auto [data, stride, transposed] = matrix;
+    return {values_at(data), stride, transposed};
+}
+
+// -1, 0 or 1 for lower, whole and upper.
+Triangle triangle_of(int sign) {
+    return sign < 0 ? Triangle::lower : sign > 0 ? Triangle::upper : Triangle::whole;
 }
 
 // Tensors come as addresses, in the shapes that `usf_kernels.ops.convolution` has checked.
@@ -67,42 +77,43 @@ void bind_convolutions(nb::module_& m) {
         "sizes"_a, "rows"_a, "grad"_a, "channels"_a, "out"_a, "threads"_a);
     m.def(
         "map_product",
-        [](const ProductSizes& sizes, Address matrix, bool transposed, const View& x,
+        [](const ProductSizes& sizes, const Matrix& matrix, int triangle, const View& x,
            std::optional<Address> bias, bool relu, std::optional<Address> mask, Address out, int threads) {
             nb::gil_scoped_release unlocked;
             const auto [images, outputs, inputs, positions] = sizes;
-            map_product(values_at(matrix), transposed, outputs, inputs, view_of(x), images, positions,
-                        values_at(bias), ending_of(relu, mask), values_at(mask),
+            map_product(matrix_of(matrix), triangle_of(triangle), outputs, inputs, view_of(x), images,
+                        positions, values_at(bias), ending_of(relu, mask), values_at(mask),
                         reinterpret_cast<float*>(out), threads);
         },
-        "sizes"_a, "matrix"_a, "transposed"_a, "x"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(), "out"_a,
+        "sizes"_a, "matrix"_a, "triangle"_a, "x"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(), "out"_a,
         "threads"_a);
     m.def(
         "row_product",
         [](const std::tuple<std::int64_t, std::int64_t>& sizes, const Matrix& matrix,
-           const std::tuple<int, int>& channels, Address rows, std::optional<Address> bias, bool relu,
-           std::optional<Address> mask, std::optional<Address> share, Address out, int threads) {
+           const std::tuple<int, int>& channels, const std::tuple<Address, std::int64_t>& rows,
+           std::optional<Address> bias, bool relu, std::optional<Address> mask, std::optional<Address> share,
+           Address out, int threads) {
             nb::gil_scoped_release unlocked;
             const auto [images, positions] = sizes;
-            const auto [of_matrix, stride, transposed] = matrix;
             const auto [outputs, inputs] = channels;
+            const auto [of_rows, stride] = rows;
             const Condition beside{values_at(mask ? mask : share), mask ? images : 1, outputs};
-            row_product({values_at(of_matrix), stride, transposed}, values_at(bias), outputs, inputs,
-                        ending_of(relu, mask), Inputs{values_at(rows), inputs},
+            row_product(matrix_of(matrix), values_at(bias), outputs, inputs, ending_of(relu, mask),
+                        Inputs{values_at(of_rows), stride},
                         Call{{images, positions, 1}, threads, beside.data ? &beside : nullptr},
                         reinterpret_cast<float*>(out));
         },
         "sizes"_a, "matrix"_a, "channels"_a, "rows"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(),
         "share"_a.none(), "out"_a, "threads"_a);
     m.def(
-        "map_outer",
-        [](const ProductSizes& sizes, const View& a, const View& x, Address out, int threads) {
+        "outer_product",
+        [](const ProductSizes& sizes, const View& a, const View& x, int triangle, Address out, int threads) {
             nb::gil_scoped_release unlocked;
             const auto [images, outputs, inputs, positions] = sizes;
-            map_outer(view_of(a), view_of(x), outputs, inputs, images, positions,
-                      reinterpret_cast<float*>(out), threads);
+            outer_product(view_of(a), view_of(x), triangle_of(triangle), outputs, inputs, images, positions,
+                          reinterpret_cast<float*>(out), threads);
         },
-        "sizes"_a, "a"_a, "x"_a, "out"_a, "threads"_a);
+        "sizes"_a, "a"_a, "x"_a, "triangle"_a, "out"_a, "threads"_a);
 }
 
 #else

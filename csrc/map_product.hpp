@@ -11,10 +11,28 @@
 
 namespace usf {
 
-// (images, channels, positions), from one image or channel to the next.
+// (images, channels, positions), from one image and from one channel to the next, positions side by side; or
+// `rows`: from one position to the next, channels side by side.
 struct MapView {
     const float* data;
-    std::int64_t image, channel;
+    std::int64_t image, next;
+    bool rows = false;
+
+    const float* at(std::int64_t i, std::int64_t position) const {
+        return data + i * image + position * (rows ? next : 1);
+    }
+};
+
+// What is not zero of a matrix, or what is wanted of it.
+enum class Triangle { whole, lower, upper };
+
+// The columns of `columns` in which a triangle has something in `count` rows from the first on.
+struct Reach {
+    int first, last;
+
+    Reach(Triangle part, int row, int count, int columns)
+        : first(part == Triangle::upper ? std::min(row, columns) : 0),
+          last(part == Triangle::lower ? std::min(row + count, columns) : columns) {}
 };
 
 // Finishes a tile of which a row is a channel: out = ending(sums + bias of the row). `mask` has the strides
@@ -72,38 +90,43 @@ struct PositionBlocks {
     }
 };
 
-// out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), dense; matrix[c, o] if
-// `transposed`.
-inline void map_product(const float* matrix, bool transposed, int outputs, int inputs, const MapView& x,
+// Rows of a matrix that pass together, while they are in the first cache.
+constexpr int together = 48;
+
+// out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), dense, of maps x; the matrix is
+// `part` of one, with zeros elsewhere.
+inline void map_product(const MatrixView& matrix, Triangle part, int outputs, int inputs, const MapView& x,
                         std::int64_t images, std::int64_t positions, const float* bias, Ending ending,
                         const float* mask, float* out, int threads) {
-    constexpr int together = 48;  // rows of the matrix that pass while they are in the first cache
     const int width = Panels::best_width();
     const PositionBlocks blocks(images, positions, cache_numbers / std::max(inputs, 1), threads);
     team_for(blocks.count, threads, [&](std::int64_t i) {
         blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
             const std::int64_t columns = Panels::padded(count, width);
             float* const panels = scratch_of_thread().points[0].at_least(columns * inputs);
-            fill_panels({x.data + image * x.image + first, x.channel, true}, count, inputs, width, panels);
-            const Panels weights{panels, nullptr, count, inputs, width};
+            fill_panels({x.at(image, first), x.next, true}, count, inputs, width, panels);
+            const Panels whole{panels, nullptr, count, inputs, width};
             for (int o = 0; o < outputs; o += together) {
                 const std::int64_t at = (image * outputs + o) * positions + first;
                 const StoreMaps store{out + at, positions, bias ? bias + o : nullptr, ending,
                                       mask ? mask + at : nullptr};
                 const int rows = std::min(together, outputs - o);
-                if (transposed)
-                    multiply(Columns{matrix + o, outputs}, rows, weights, store);
+                const Reach reach(part, o, rows, inputs);
+                const Panels weights = whole.of_inputs(reach.first, reach.last);
+                const float* const from = matrix.at(o, reach.first);
+                if (matrix.transposed)
+                    multiply(Columns{from, matrix.stride}, rows, weights, store);
                 else
-                    multiply(Inputs{matrix + std::int64_t{o} * inputs, inputs}, rows, weights, store);
+                    multiply(Inputs{from, matrix.stride}, rows, weights, store);
             }
         });
     });
 }
 
-// out[o, c] = sum over images and positions of a[b, o, p] x[b, c, p]. The same bits whenever it is computed
-// by as many threads.
-inline void map_outer(const MapView& a, const MapView& x, int outputs, int inputs, std::int64_t images,
-                      std::int64_t positions, float* out, int threads) {
+// out[o, c] = sum over images and positions of a[b, o, p] x[b, c, p], of which a triangle is all that is
+// wanted; beyond its blocks it is 0. The same bits whenever it is computed by as many threads.
+inline void outer_product(const MapView& a, const MapView& x, Triangle part, int outputs, int inputs,
+                          std::int64_t images, std::int64_t positions, float* out, int threads) {
     static thread_local Floats memory;
     const int width = Panels::best_width();
     const std::int64_t size = std::int64_t{outputs} * inputs;
@@ -118,10 +141,21 @@ inline void map_outer(const MapView& a, const MapView& x, int outputs, int input
             blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
                 float* const panels = scratch_of_thread().points[0].at_least(
                     std::int64_t{Panels::padded(inputs, width)} * count);
-                fill_panels({x.data + image * x.image + first, x.channel, false}, inputs, count, width,
-                            panels);
-                multiply(Inputs{a.data + image * a.image + first, static_cast<std::ptrdiff_t>(a.channel)},
-                         outputs, Panels{panels, nullptr, inputs, count, width}, Add{mine, inputs, 1.0f});
+                fill_panels({x.at(image, first), x.next, x.rows}, inputs, count, width, panels);
+                const Panels whole{panels, nullptr, inputs, count, width};
+                const int step = part == Triangle::whole ? outputs : together;
+                for (int o = 0; o < outputs; o += step) {
+                    const int rows = std::min(step, outputs - o);
+                    const Reach reach(part, o, rows, inputs);
+                    const int column = reach.first / width * width;
+                    const Panels weights = whole.of_outputs(column, reach.last);
+                    const Add add{mine + std::int64_t{o} * inputs + column, inputs, 1.0f};
+                    const float* const from = a.at(image, first) + o * (a.rows ? 1 : a.next);
+                    if (a.rows)
+                        multiply(Columns{from, a.next}, rows, weights, add);
+                    else
+                        multiply(Inputs{from, a.next}, rows, weights, add);
+                }
             });
     });
     team_for(outputs, threads, [&](std::int64_t o) {

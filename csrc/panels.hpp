@@ -20,9 +20,19 @@ struct Panels {
     const float* data;
     const float* bias;
     int outputs, inputs, width;
+    int depth = inputs;  // of the panels as they lie, of which these may be a part
 
     const float* panel(int first_output) const {
-        return data + static_cast<std::ptrdiff_t>(first_output) * inputs;
+        return data + static_cast<std::ptrdiff_t>(first_output) * depth;
+    }
+    // Of the same without a bias: some inputs of all outputs, or some outputs, of whole panels from the
+    // first.
+    Panels of_inputs(int first, int last) const {
+        return {
+            data + static_cast<std::ptrdiff_t>(first) * width, nullptr, outputs, last - first, width, depth};
+    }
+    Panels of_outputs(int first, int last) const {
+        return {panel(first), nullptr, last - first, inputs, width, depth};
     }
     static int best_width() { return 2 * best_lanes(); }
     static int padded(int outputs, int width) { return (outputs + width - 1) / width * width; }
@@ -33,6 +43,10 @@ struct MatrixView {
     const float* data;
     std::int64_t stride;
     bool transposed;
+
+    const float* at(std::int64_t output, std::int64_t input) const {
+        return data + (transposed ? input * stride + output : output * stride + input);
+    }
 };
 
 // One panel: that of `count` outputs from the first on, padded with zeros.

@@ -185,7 +185,7 @@ USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, 
                               const Finish& finish) {
     constexpr int lanes = sizeof(V) / sizeof(float);
     const float* panel = weights.panel(column);
-    const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.inputs;  // the next panel
+    const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.depth;  // the next panel
     const std::ptrdiff_t inputs = weights.inputs / in.taps();
     V total[count][2] = {};
     if constexpr (several) {

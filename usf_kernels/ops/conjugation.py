@@ -19,7 +19,7 @@ from torch.linalg import solve_triangular
 
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import full_precision, triangular_inverse
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.native import batched, somebody_looks
 
 
 def conjugation(
@@ -45,8 +45,8 @@ def _plain(
     lower: Tensor, upper: Tensor, signs: Tensor, log_diagonal: Tensor | None, split: int
 ) -> tuple[Tensor, Tensor]:
     dtype, wide = upper.dtype, torch.float32 if upper.device.type == "mps" else torch.float64
-    lower, upper, signs = lower.to(wide), upper.to(wide), signs.to(wide)
-    diagonal = signs if log_diagonal is None else signs * log_diagonal.to(wide).exp()
+    lower, upper = lower.to(wide), upper.to(wide)
+    diagonal = _diagonal(signs, log_diagonal, wide)
     eye = torch.eye(len(upper), dtype=wide, device=upper.device)
     lower, upper = torch.tril(lower, -1) + eye, torch.triu(upper, 1) + torch.diag(diagonal)
     lower1, lower2 = lower[:split, :split], lower[split:, split:]
@@ -64,38 +64,64 @@ def _plain(
 
 
 class _Halves(torch.autograd.Function):
-    """The gradient by hand: products of half the size, where autograd would repeat every solve in float64."""
+    """By hand, in few passes over memory, and the gradient in products of half the size, where autograd would
+    repeat every solve in float64. Solvers read one triangle, so that the other is not cleared for them."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        rows, columns = _plain(*given)
-        ctx.split = given[-1]
-        ctx.save_for_backward(*given[:-1], columns)
-        return rows, columns
+    def forward(
+        ctx: Any, lower: Tensor, upper: Tensor, signs: Tensor, log_diagonal: Tensor | None, split: int
+    ) -> tuple[Tensor, Tensor]:
+        dtype, wide = upper.dtype, torch.float32 if upper.device.type == "mps" else torch.float64
+        first, second = slice(None, split), slice(split, None)
+        diagonal = _diagonal(signs, log_diagonal, wide)
+        lower1, lower2, top, upper2 = (
+            t.to(wide, copy=True)
+            for t in (lower[first, first], lower[second, second], upper[first], upper[second, second])
+        )
+        top.triu_(1).diagonal().copy_(diagonal[first])
+        upper2.diagonal().copy_(diagonal[second])
+        columns = upper.new_empty(len(upper), len(upper2))
+        with full_precision(upper):
+            rows = torch.addmm(top, lower1.tril_(-1), top)
+            eye = torch.eye(len(upper2), dtype=wide, device=upper.device)
+            corner = solve_triangular(lower2, eye, upper=False, unitriangular=True)
+            corner = solve_triangular(upper2, corner, upper=True)
+            above = solve_triangular(top[:, first], torch.mm(top[:, second], corner).neg_(), upper=True)
+        columns[first], columns[second] = above, corner
+        ctx.split = split
+        ctx.save_for_backward(lower, upper, signs, log_diagonal, columns)
+        return rows.to(dtype), columns
 
     @staticmethod
     def backward(ctx: Any, of_rows: Tensor, of_columns: Tensor) -> tuple:
         lower, upper, signs, log_diagonal, columns = ctx.saved_tensors
-        if differentiates_again():
+        if differentiates_again() or batched(of_rows, of_columns):
             given = lower, upper, signs, log_diagonal
             found = gradients_through(partial(_plain, split=ctx.split), given, (of_rows, of_columns))
             return *found[:2], None, found[3], None
         first, second = slice(None, ctx.split), slice(ctx.split, None)
-        diagonal = signs if log_diagonal is None else signs * log_diagonal.exp()
-        lower, upper = torch.tril(lower, -1), torch.triu(upper, 1)
-        lower.diagonal().fill_(1)
-        upper.diagonal().copy_(diagonal)
+        diagonal = _diagonal(signs, log_diagonal, upper.dtype)
+        top, upper2 = torch.triu(upper[first], 1), torch.triu(upper[second, second], 1)
+        top.diagonal().copy_(diagonal[first])
+        upper2.diagonal().copy_(diagonal[second])
+        lower1, lower2 = (torch.tril(lower[half, half], -1) for half in (first, second))
         above, corner = columns[first], columns[second]  # -U11^-1 U12 S, and S
+        of_lower, of_upper = torch.zeros_like(lower), torch.zeros_like(upper)
         with full_precision(upper):
-            of_product = -solve_triangular(upper[first, first].mT, of_columns[first], upper=False)
-            of_corner = torch.addmm(of_columns[second], upper[first, second].mT, of_product)
+            of_product = solve_triangular(top[:, first].mT, of_columns[first], upper=False).neg_()
+            of_corner = torch.addmm(of_columns[second], top[:, second].mT, of_product)
             inverted = torch.mm(torch.mm(corner.mT, of_corner), corner.mT).neg_()  # of L22 U22
-            of_upper, of_lower = torch.zeros_like(upper), torch.zeros_like(lower)
-            torch.mm(lower[first, first].mT, of_rows, out=of_upper[first])
-            of_upper[first, first].addmm_(of_product, above.mT)
+            torch.addmm(of_rows, lower1.mT, of_rows, out=of_upper[first])
+            of_upper[first, first].addmm_(of_product, above.mT).triu_()
             of_upper[first, second].addmm_(of_product, corner.mT)
-            of_upper[second, second] = torch.mm(lower[second, second].mT, inverted)
-            of_lower[first, first] = torch.mm(of_rows, upper[first].mT)
-            of_lower[second, second] = torch.mm(inverted, upper[second, second].mT)
+            torch.addmm(inverted, lower2.mT, inverted, out=of_upper[second, second]).triu_()
+            torch.mm(of_rows, top.mT, out=of_lower[first, first]).tril_(-1)
+            torch.mm(inverted, upper2.mT, out=of_lower[second, second]).tril_(-1)
         of_log_diagonal = None if log_diagonal is None else of_upper.diagonal() * diagonal
-        return of_lower.tril_(-1), of_upper.triu_(1), None, of_log_diagonal, None
+        of_upper.diagonal().zero_()
+        return of_lower, of_upper, None, of_log_diagonal, None
+
+
+def _diagonal(signs: Tensor, log_diagonal: Tensor | None, dtype: torch.dtype) -> Tensor:
+    signs = signs.to(dtype)
+    return signs if log_diagonal is None else signs * log_diagonal.to(dtype).exp()

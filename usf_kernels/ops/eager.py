@@ -27,7 +27,7 @@ def by_hand(*tensors: Tensor | None) -> bool:
         all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
         and given[0].dtype in (torch.float32, torch.float64)
         and not native.somebody_looks()
-        and not any(map(torch._C._functorch.is_legacy_batchedtensor, given))
+        and not native.batched(*given)
     )
 
 

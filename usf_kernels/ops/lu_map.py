@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, runs_triton
-from usf_kernels.ops.eager import by_hand
+from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import matrix_op
-from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
+from usf_kernels.ops.native import batched, somebody_looks
 
 
 def lu_map(
@@ -65,7 +65,16 @@ def _plain(*given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
 def _product(lower: Tensor, upper: Tensor) -> Tensor:
     if runs_triton("lu_conv1x1", lower, upper):  # of full precision whatever the setting for TF32
         return matrix_op(lower, upper, False, lower.dtype)
-    return lu_matrix(lower, upper)
+    if torch.is_grad_enabled():
+        return lu_matrix(lower, upper)
+    return apply_matrix(_unit_lower(lower), torch.triu(upper)[None], None, triangle=-1)[0]
+
+
+def _unit_lower(lower: Tensor) -> Tensor:
+    """L, of which `lower` has the strict triangle; and of a gradient by hand, nothing is recorded."""
+    unit = torch.tril(lower, -1)
+    unit.diagonal().fill_(1)
+    return unit
 
 
 class _Map(torch.autograd.Function):
@@ -89,7 +98,7 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
         *given, upper, diagonal, matrix, scale = ctx.saved_tensors
-        if differentiates_again():
+        if differentiates_again() or batched(grad, grad_bias, grad_log_det):
             found = gradients_through(_plain, given, (grad, grad_bias, grad_log_det))
             return *found[:2], None, *found[3:]
         lower, *_, offset = given
@@ -99,13 +108,14 @@ class _Map(torch.autograd.Function):
                 of_product = torch.addr(grad * scale, grad_bias, offset)
                 of_log_scale = (grad * matrix).sum(0) + grad_log_det
                 of_offset = torch.mv(matrix.mT, grad_bias).div_(scale)
-            of_lower = torch.mm(of_product, upper.mT).tril_(-1)
-            of_upper = torch.addmm(of_product, torch.tril(lower, -1).mT, of_product)
+            of_lower = matrix_gradient(of_product[None], upper[None], triangle=-1).tril_(-1)
+            of_upper = apply_matrix(_unit_lower(lower).mT, of_product[None], None, triangle=1)[0].triu_()
         of_log_diagonal = None
         if given[3] is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
         of_bias = None if given[4] is None else grad_bias
-        return of_lower, of_upper.triu_(1), None, of_log_diagonal, of_bias, of_log_scale, of_offset
+        of_upper.diagonal().zero_()
+        return of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
 
 
 def apply_factors(x: Tensor, *given: Tensor | None) -> Tensor:
@@ -120,22 +130,22 @@ def _factors_plain(x: Tensor, *given: Tensor | None) -> Tensor:
 
 
 class _Factors(torch.autograd.Function):
-    """What scales and shifts, and changes of memory format, does so to x: it has fewer numbers than the
-    triangles. Positions are rows here, (N, C)."""
+    """What scales and shifts does so to x: it has fewer numbers than the triangles."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> Tensor:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
-        diagonal, scale = signs if log_diagonal is None else signs * log_diagonal.exp(), None
-        lower, upper, v = torch.tril(lower, -1), torch.triu(upper, 1), _rows(x)
+        diagonal, scale, v = signs if log_diagonal is None else signs * log_diagonal.exp(), None, x
+        lower, upper = _unit_lower(lower), torch.triu(upper, 1)
+        upper.diagonal().copy_(diagonal)
+        if log_scale is not None:
+            scale = per_channel(log_scale.exp(), x)
+            v = torch.addcmul(per_channel(offset, x), x, scale)
         with full_precision(x):
-            if log_scale is not None:
-                scale = log_scale.exp()
-                v = torch.addcmul(offset, v, scale)
-            w = torch.addmm(v * diagonal, v, upper.mT)
-            y = torch.addmm(w if bias is None else w + bias, w, lower.mT)
+            w = apply_matrix(upper, v, None, triangle=1)
+            y = apply_matrix(lower, w, bias, triangle=-1)
         ctx.save_for_backward(*given, x, v, w, lower, upper, diagonal, scale)
-        return _maps(y, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,28 +155,17 @@ class _Factors(torch.autograd.Function):
             return of_x, *found[:2], None, *found[3:]
         log_diagonal, bias = given[3:5]
         of_log_diagonal = of_log_scale = of_offset = None
-        of_y = _rows(grad)
         with full_precision(grad):
-            of_w = torch.addmm(of_y, of_y, lower)
-            of_v = torch.addmm(of_w * diagonal, of_w, upper)
-            of_lower = torch.mm(of_y.mT, w).tril_(-1)
-            of_upper = torch.mm(of_w.mT, v).triu_(1)
+            of_w = apply_matrix(lower.mT, grad, None, triangle=1)
+            of_v = apply_matrix(upper.mT, of_w, None, triangle=-1)
+            of_lower = matrix_gradient(grad, w, triangle=-1).tril_(-1)
+            of_upper = matrix_gradient(of_w, v, triangle=1).triu_()
         if log_diagonal is not None:
-            of_log_diagonal = (of_w * v).sum(0) * diagonal
+            of_log_diagonal = of_upper.diagonal() * diagonal
+        of_upper.diagonal().zero_()
         if scale is not None:
-            of_log_scale, of_offset = (of_v * _rows(x)).sum(0) * scale, of_v.sum(0)
+            of_offset = channel_sums(of_v)
             of_v *= scale
-        of_bias = None if bias is None else of_y.sum(0)
-        of_x = _maps(of_v, x)
-        return of_x, of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, C, *spatial) as (N, C), a row per position."""
-    return x.movedim(1, -1).flatten(0, -2)
-
-
-def _maps(rows: Tensor, like: Tensor) -> Tensor:
-    """The way back, in the memory format of `like`."""
-    maps = rows.view(len(like), *like.shape[2:], like.shape[1]).movedim(-1, 1)
-    return maps if like.ndim == 2 or like.stride(1) == 1 else maps.contiguous()
+            of_log_scale = channel_sums(of_v * x)
+        of_bias = None if bias is None else channel_sums(grad)
+        return of_v, of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset

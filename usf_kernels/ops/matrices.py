@@ -17,7 +17,6 @@ from torch import Tensor
 from usf_kernels.ops import native, products
 
 _forms_products: ContextVar[bool] = ContextVar("forms_products", default=False)
-LARGEST_OUTER = 1 << 18  # numbers of a sum of outer products; PyTorch adds up larger ones faster
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
@@ -28,39 +27,48 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`matrix @ x + bias` at every position, in x's memory format. All of one dtype."""
+def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: int = 0) -> Tensor:
+    """`matrix @ x + bias` at every position, in x's memory format. All of one dtype. `triangle`: the matrix is
+    lower (-1) or upper (1) triangular, which the extension makes use of; 0 for neither."""
     # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
     # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
+    extension = _in_extension(x, matrix, bias)
+    if extension and products.walks_maps(x) and x.ndim > 2:
+        return products.map_product(matrix, x, bias=bias, triangle=triangle)
+    if extension and products.row_stride(x) is not None:
+        return products.row_product(matrix, x, bias=bias)
     if x.ndim == 2 or x.stride(1) == 1:
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
-    if _in_extension(x, matrix, bias):
-        return products.map_product(matrix, x, bias=bias)
     matrices = matrix.expand(x.shape[0], *matrix.shape)
     flat = x.flatten(2)
     y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
     return y.reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
-def matrix_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """(C, C) gradient of the matrix of `apply_matrix`: outer products of grad and x, summed. One dtype."""
+def matrix_gradient(grad: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:
+    """(C, C) gradient of the matrix of `apply_matrix`: outer products of grad and x, summed. One dtype. With a
+    `triangle`, lower (-1) or upper (1), only that part of it is right."""
+    if _in_extension(x, grad) and all(_walks(t) for t in (x, grad)):
+        return products.outer_product(grad, x, triangle)
     if x.ndim == 2 or (x.stride(1) == 1 and grad.stride(1) == 1):
         grad, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
         return grad.mT @ x
-    small = grad.shape[1] * x.shape[1] <= LARGEST_OUTER
-    if small and _in_extension(x, grad) and products.walks_maps(grad):
-        return products.map_outer(grad, x)
     grad, x = grad.flatten(2), x.flatten(2)
     if len(grad) == 0:
         return grad.new_zeros(grad.shape[1], x.shape[1])
+    if len(grad) == 1:
+        return torch.mm(grad[0], x[0].mT)
     # Image after image into one matrix, where a batched product would write one for each.
     return torch.mm(grad[0], x[0].mT).addbmm_(grad[1:], x[1:].mT)
 
 
+def _walks(x: Tensor) -> bool:
+    return products.walks_maps(x) or products.row_stride(x) is not None
+
+
 def _in_extension(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the extension multiplies maps as they lie: in float32 on the CPU, where nothing is recorded."""
-    recorded = torch.is_grad_enabled()
-    return products.MULTIPLIES and not recorded and native.fits(x, *others) and products.walks_maps(x)
+    """Whether the extension may multiply: in float32 on the CPU, where nothing is recorded."""
+    return products.MULTIPLIES and not torch.is_grad_enabled() and native.fits(x, *others)
 
 
 def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:

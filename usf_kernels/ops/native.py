@@ -31,6 +31,11 @@ def somebody_looks() -> bool:
     )
 
 
+def batched(*tensors: Tensor | None) -> bool:
+    """Whether autograd computes with many gradients at once (`is_grads_batched`), which cannot be written to."""
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
 def fits(*tensors: Tensor | None) -> bool:
     """Whether the extension may read these tensors: memory of float32 values, and nobody looking inside."""
     if somebody_looks():
@@ -45,7 +50,7 @@ def fits(*tensors: Tensor | None) -> bool:
 
 def _is_memory(t: Tensor) -> bool:
     return t.layout is torch.strided and not (
-        t.is_neg() or t._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(t)
+        t.is_neg() or t._is_zerotensor() or batched(t)
     )
 
 

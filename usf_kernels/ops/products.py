@@ -1,6 +1,7 @@
-"""Matrices applied to the channels of float32 maps on the CPU, by the extension: of maps or rows as they lie.
+"""Matrices applied to the channels of float32 features on the CPU, by the extension: of maps or rows as they lie.
 
-Who calls them has asked `native.fits` first.
+On processors of a make that the vendor's library does not know it takes half the time of that. Who calls these
+has asked `native.fits` first, and `walks_maps` or `row_stride`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,33 @@ def threads_for(multiplications: int) -> int:
 
 def walks_maps(x: Tensor) -> bool:
     """Whether each channel's positions lie side by side."""
-    expected = 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+    return _position_stride(x) in (1, None)
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Numbers from one position to the next, over the whole batch, where each one's channels lie side by side;
+    None where they do not."""
+    if x.numel() == 0:
+        return x.shape[1]
+    if x.stride(1) != 1 and x.shape[1] != 1:
+        return None
+    stride = _position_stride(x)
+    if stride is None:
+        return x.stride(0)
+    one_walk = len(x) == 1 or x.stride(0) == stride * math.prod(x.shape[2:])
+    return stride if stride > 0 and one_walk else None
+
+
+def _position_stride(x: Tensor) -> int | None:
+    """From one position of an image to the next; None where there is no next, 0 where it is not the same."""
+    stride, count = None, 1
+    for size, own in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size != 1:
+            stride = own if stride is None else stride
+            if own != stride * count:
+                return 0
+        count *= size
+    return stride
 
 
 def map_product(
@@ -40,6 +62,7 @@ def map_product(
     relu: bool = False,
     transposed: bool = False,
     mask: Tensor | None = None,
+    triangle: int = 0,
 ) -> Tensor:
     """`matrix @ x + bias` at every position of an x that `walks_maps`, (B, C, *spatial): dense.
 
@@ -48,14 +71,15 @@ def map_product(
         bias: (N,), or None.
         relu: put the result through a ReLU.
         mask: of the result's shape, dense; where it is not positive the result is 0. Without `relu`.
+        triangle: what is multiplied with is lower (-1) or upper (1) triangular; 0 for neither.
     """
-    matrix, bias = matrix.contiguous(), None if bias is None else bias.contiguous()
+    matrix, bias = _lying(matrix), None if bias is None else bias.contiguous()
     outputs, (batch, inputs, *spatial) = matrix.shape[1 if transposed else 0], x.shape
     y = x.new_empty((batch, outputs, *spatial))
     sizes = batch, outputs, inputs, math.prod(spatial)
-    of_matrix, threads = (matrix.data_ptr(), transposed), threads_for(y.numel() * inputs)
+    threads = threads_for(y.numel() * inputs // (2 if triangle else 1))
     ending = address(bias), relu, address(mask), y.data_ptr(), threads
-    _core.map_product(sizes, *of_matrix, _maps_of(x), *ending)
+    _core.map_product(sizes, _matrix(matrix, transposed), triangle, _view(x, None), *ending)
     return y
 
 
@@ -69,35 +93,55 @@ def row_product(
     mask: Tensor | None = None,
     share: Tensor | None = None,
 ) -> Tensor:
-    """`map_product` of an x in channels-last memory, (B, C, H, W), to which the result and the mask keep.
+    """`map_product` of an x with a `row_stride`, (B, C, *spatial): in channels-last memory.
 
     Args:
-        matrix, bias, relu, transposed, mask: of `map_product`.
-        share: (1, N, H, W), added to the result of every sample in front of the ReLU. Without a mask.
+        matrix, bias, relu, transposed: of `map_product`.
+        mask: of `map_product`, in channels-last memory.
+        share: (1, N, *spatial), added to the result of every sample in front of the ReLU. Without a mask.
     """
-    matrix = matrix.flatten(1)
-    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    share = None if share is None else share.contiguous(memory_format=torch.channels_last)
+    matrix, bias = _lying(matrix), None if bias is None else bias.contiguous()
+    share = None if share is None else share.movedim(1, -1).contiguous()
     outputs, (batch, inputs, *spatial) = matrix.shape[1 if transposed else 0], x.shape
-    shape = batch, outputs, *spatial
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = x.new_empty((batch, *spatial, outputs))
     sizes, channels = (batch, math.prod(spatial)), (outputs, inputs)
-    of_matrix = matrix.data_ptr(), matrix.stride(0), transposed
+    rows = x.data_ptr(), row_stride(x)
     ending = address(bias), relu, address(mask), address(share), y.data_ptr()
-    _core.row_product(sizes, of_matrix, channels, x.data_ptr(), *ending, threads_for(y.numel() * inputs))
-    return y
+    of_matrix = _matrix(matrix, transposed)
+    _core.row_product(sizes, of_matrix, channels, rows, *ending, threads_for(y.numel() * inputs))
+    return y.movedim(-1, 1)
 
 
-def map_outer(a: Tensor, x: Tensor) -> Tensor:
-    """Sum over the batch and all positions of `a x^T`, (M, N); both `walks_maps`."""
-    batch, inputs, *spatial = x.shape
-    out = x.new_empty((a.shape[1], inputs))
-    sizes = batch, a.shape[1], inputs, math.prod(spatial)
-    threads = threads_for(a.numel() * inputs)
-    _core.map_outer(sizes, _maps_of(a), _maps_of(x), out.data_ptr(), threads)
+def outer_product(a: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
+    """Sum over the batch and all positions of `a x^T`, (M, N); each `walks_maps` or has a `row_stride`.
+
+    With a `triangle`, lower (-1) or upper (1), only that part of the result is right.
+    """
+    (batch, inputs, *spatial), outputs = x.shape, a.shape[1]
+    strides = row_stride(a), row_stride(x)
+    together = None not in strides  # then the batch is one image
+    positions = math.prod(spatial)
+    sizes = (1, outputs, inputs, batch * positions) if together else (batch, outputs, inputs, positions)
+    out = x.new_empty((outputs, inputs))
+    threads = threads_for(a.numel() * inputs // (2 if triangle else 1))
+    views = (_view(t, stride) for t, stride in zip((a, x), strides, strict=True))
+    _core.outer_product(sizes, *views, triangle, out.data_ptr(), threads)
     return out
 
 
-def _maps_of(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
+def _lying(matrix: Tensor) -> Tensor:
+    """(N, C) of (N, C, ...) with nothing behind, one of the dimensions side by side."""
+    matrix = matrix.flatten(1)
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _matrix(matrix: Tensor, transposed: bool) -> tuple[int, int, bool]:
+    if matrix.stride(1) == 1:
+        return matrix.data_ptr(), matrix.stride(0), transposed
+    return matrix.data_ptr(), matrix.stride(1), not transposed
+
+
+def _view(x: Tensor, row_stride: int | None) -> tuple[int, int, int, bool]:
+    if row_stride is None:
+        return x.data_ptr(), x.stride(0), x.stride(1), False
+    return x.data_ptr(), x.stride(0), row_stride, True
