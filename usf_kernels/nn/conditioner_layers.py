@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from usf_kernels.ops import native
 from usf_kernels.ops.convolution import Layer, convolutions, pays
+from usf_kernels.ops.linear import linear as product
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ELEMENTWISE = (
@@ -68,12 +69,12 @@ def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
     """The same where the first layer takes each position alone, so that its sum can be taken apart."""
     first = conditioner[0]
     own, shared = first.weight.split([x.shape[1], cond.shape[1]], dim=1)
-    share = F.linear(cond.movedim(1, -1), shared.flatten(1), first.bias).movedim(-1, 1)
     layers = _convolutional_layers(conditioner) if native.fits(x) else None
     if layers:
         layers[0] = layers[0]._replace(weight=own, bias=None)
         if pays(x, layers):
-            return convolutions(x, layers, share)
+            return convolutions(x, layers, product(cond, shared.flatten(1), first.bias))
+    share = F.linear(cond.movedim(1, -1), shared.flatten(1), first.bias).movedim(-1, 1)
     hidden = F.conv2d(x, own) + share
     for layer in list(conditioner)[1:]:
         hidden = layer(hidden)

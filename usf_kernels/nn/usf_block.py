@@ -192,12 +192,7 @@ class USFBlock(Fusible, nn.Module):
 
     def _product(self, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`matrix @ x + bias` in full precision; the conditioner's input comes in the module's dtype."""
-        with full_precision(x):
-            wide = x.to(matrix.dtype)
-            if eager.by_hand(matrix, wide, bias):
-                y = eager.product(matrix, wide, bias)
-            else:
-                y = linear(wide, matrix, bias)
+        y = linear(x.to(matrix.dtype), matrix, bias)
         return y if bias is None else y.to(promoted_dtype(x, self.linear.upper))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
-from usf_kernels.ops.matrices import full_precision, triangular_inverse
+from usf_kernels.ops.matrices import apply_matrix, full_precision, matrix_gradient, triangular_inverse
 from usf_kernels.ops.native import batched, somebody_looks
 
 
@@ -37,7 +37,7 @@ def conjugation(
     Returns:
         (split, C) and (C, C - split).
     """
-    run = _Halves.apply if torch.is_grad_enabled() and not somebody_looks() else _plain
+    run = _plain if somebody_looks() else _Halves.apply
     return run(lower, upper, signs, log_diagonal, split)
 
 
@@ -101,25 +101,38 @@ class _Halves(torch.autograd.Function):
             return *found[:2], None, found[3], None
         first, second = slice(None, ctx.split), slice(ctx.split, None)
         diagonal = _diagonal(signs, log_diagonal, upper.dtype)
-        top, upper2 = torch.triu(upper[first], 1), torch.triu(upper[second, second], 1)
-        top.diagonal().copy_(diagonal[first])
-        upper2.diagonal().copy_(diagonal[second])
-        lower1, lower2 = (torch.tril(lower[half, half], -1) for half in (first, second))
-        above, corner = columns[first], columns[second]  # -U11^-1 U12 S, and S
+        top = _triangle(upper[first], diagonal[first], triangle=1)
+        upper2 = _triangle(upper[second, second], diagonal[second], triangle=1)
+        one = diagonal.new_ones(())
+        lower1, lower2 = (_triangle(lower[half, half], one, triangle=-1) for half in (first, second))
+        corner = columns[second]  # S; above it -U11^-1 U12 S
         of_lower, of_upper = torch.zeros_like(lower), torch.zeros_like(upper)
         with full_precision(upper):
             of_product = solve_triangular(top[:, first].mT, of_columns[first], upper=False).neg_()
-            of_corner = torch.addmm(of_columns[second], top[:, second].mT, of_product)
-            inverted = torch.mm(torch.mm(corner.mT, of_corner), corner.mT).neg_()  # of L22 U22
-            torch.addmm(of_rows, lower1.mT, of_rows, out=of_upper[first])
-            of_upper[first, first].addmm_(of_product, above.mT).triu_()
-            of_upper[first, second].addmm_(of_product, corner.mT)
-            torch.addmm(inverted, lower2.mT, inverted, out=of_upper[second, second]).triu_()
-            torch.mm(of_rows, top.mT, out=of_lower[first, first]).tril_(-1)
-            torch.mm(inverted, upper2.mT, out=of_lower[second, second]).tril_(-1)
+            of_corner = _times(top[:, second].mT, of_product).add_(of_columns[second])
+            inverted = _times(corner.mT, _outer(of_corner, corner)).neg_()  # of L22 U22
+            of_upper[first] = _times(lower1.mT, of_rows, triangle=1).add_(_outer(of_product, columns))
+            of_upper[second, second] = _times(lower2.mT, inverted, triangle=1)
+            of_lower[first, first] = _outer(of_rows, top, triangle=-1)
+            of_lower[second, second] = _outer(inverted, upper2, triangle=-1)
         of_log_diagonal = None if log_diagonal is None else of_upper.diagonal() * diagonal
-        of_upper.diagonal().zero_()
-        return of_lower, of_upper, None, of_log_diagonal, None
+        return of_lower.tril_(-1), of_upper.triu_(1), None, of_log_diagonal, None
+
+
+def _triangle(matrix: Tensor, diagonal: Tensor, *, triangle: int) -> Tensor:
+    found = torch.tril(matrix, -1) if triangle < 0 else torch.triu(matrix, 1)
+    found.diagonal().copy_(diagonal)
+    return found
+
+
+def _times(matrix: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
+    """`matrix @ x`, by the extension where that multiplies."""
+    return apply_matrix(matrix, x[None], None, triangle=triangle)[0]
+
+
+def _outer(a: Tensor, b: Tensor, triangle: int = 0) -> Tensor:
+    """`a @ b^T`, or a triangle of it, the rest of which is anything."""
+    return matrix_gradient(a[None], b[None], triangle=triangle)
 
 
 def _diagonal(signs: Tensor, log_diagonal: Tensor | None, dtype: torch.dtype) -> Tensor:

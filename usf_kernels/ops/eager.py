@@ -279,7 +279,8 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 def product(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` at every position, for what `by_hand` accepts."""
-    return _Product.apply(matrix, x, bias)
+    with full_precision(x):
+        return _Product.apply(matrix, x, bias)
 
 
 def gather_step(
