@@ -110,7 +110,7 @@ void bind_convolutions(nb::module_& m) {
         [](const ProductSizes& sizes, const View& a, const View& x, int triangle, Address out, int threads) {
             nb::gil_scoped_release unlocked;
             const auto [images, outputs, inputs, positions] = sizes;
-            outer_product(view_of(a), view_of(x), triangle_of(triangle), outputs, inputs, images, positions,
+            outer_product({view_of(a), view_of(x), triangle_of(triangle), outputs, inputs}, images, positions,
                           reinterpret_cast<float*>(out), threads);
         },
         "sizes"_a, "a"_a, "x"_a, "triangle"_a, "out"_a, "threads"_a);

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "layer.hpp"
 
@@ -123,48 +125,91 @@ inline void map_product(const MatrixView& matrix, Triangle part, int outputs, in
     });
 }
 
-// out[o, c] = sum over images and positions of a[b, o, p] x[b, c, p], of which a triangle is all that is
-// wanted; beyond its blocks it is 0. The same bits whenever it is computed by as many threads.
-inline void outer_product(const MapView& a, const MapView& x, Triangle part, int outputs, int inputs,
-                          std::int64_t images, std::int64_t positions, float* out, int threads) {
+// Sums over positions of the outer products of a[b, :, p] and x[b, :, p], or of a triangle of them.
+struct OuterProduct {
+    MapView a, x;
+    Triangle part;
+    int outputs, inputs;
+
+    // Rows first..last-1 of the sum over some positions, to `out`, which has the first of them at its
+    // beginning: written, or added to what is there.
+    void sum(std::int64_t image, std::int64_t position, int count, int first, int last, float* out,
+             bool fresh) const {
+        const int width = Panels::best_width();
+        float* const panels =
+            scratch_of_thread().points[0].at_least(std::int64_t{Panels::padded(inputs, width)} * count);
+        fill_panels({x.at(image, position), x.next, x.rows}, inputs, count, width, panels);
+        const Panels whole{panels, nullptr, inputs, count, width};
+        const int step = part == Triangle::whole ? std::max(last - first, 1) : together;
+        for (int o = first; o < last; o += step) {
+            const int rows = std::min(step, last - o);
+            const Reach reach(part, o, rows, inputs);
+            const int column = reach.first / width * width;
+            const Panels weights = whole.of_outputs(column, reach.last);
+            float* const to = out + std::int64_t{o - first} * inputs + column;
+            const float* const from = a.at(image, position) + o * (a.rows ? 1 : a.next);
+            const auto finish = [&](const auto& how) {
+                if (a.rows)
+                    multiply(Columns{from, a.next}, rows, weights, how);
+                else
+                    multiply(Inputs{from, a.next}, rows, weights, how);
+            };
+            if (fresh)
+                finish(StoreMaps{to, inputs, nullptr, Ending::plain, nullptr});
+            else
+                finish(Add{to, inputs, 1.0f});
+        }
+    }
+    // The first row of a group's share of the rows: each has as much to compute.
+    int first_row(int group, int groups) const {
+        const double share = double(group) / groups;
+        const double of_rows = part == Triangle::whole   ? share
+                               : part == Triangle::lower ? std::sqrt(share)
+                                                         : 1 - std::sqrt(1 - share);
+        return static_cast<int>(std::lround(of_rows * outputs));
+    }
+};
+
+// Fewest rows of a sum of outer products for which it pays to make panels of all positions.
+constexpr int fewest_rows = 96;
+
+// out[o, c] = sum over images and positions of a[b, o, p] x[b, c, p]. Of a triangle, the rest may hold
+// anything. The same bits whenever it is computed by as many threads.
+inline void outer_product(const OuterProduct& product, std::int64_t images, std::int64_t positions,
+                          float* out, int threads) {
+    const int outputs = product.outputs, inputs = product.inputs;
+    if (images * positions == 0) {
+        std::fill_n(out, std::int64_t{outputs} * inputs, 0.0f);
+        return;
+    }
+    const auto sums_of = [&](const PositionBlocks& blocks, std::int64_t first, std::int64_t last,
+                             int first_row, int last_row, float* to) {
+        for (std::int64_t i = first; i < last; ++i)
+            blocks.at(i, [&](std::int64_t image, std::int64_t position, int count) {
+                product.sum(image, position, count, first_row, last_row, to, i == first);
+            });
+    };
+    if (outputs >= fewest_rows * threads) {
+        const PositionBlocks blocks(images, positions, chain, 1);
+        team_for(threads, threads, [&](std::int64_t group) {
+            const int first = product.first_row(static_cast<int>(group), threads),
+                      last = product.first_row(static_cast<int>(group) + 1, threads);
+            sums_of(blocks, 0, blocks.count, first, last, out + std::int64_t{first} * inputs);
+        });
+        return;
+    }
+    // Sums of positions, a part of them each, to be added up.
     static thread_local Floats memory;
-    const int width = Panels::best_width();
     const std::int64_t size = std::int64_t{outputs} * inputs;
     const PositionBlocks blocks(images, positions, chain, threads);
     const int groups = workers_for(blocks.count, threads);
-    float* const sums = memory.at_least(groups * size);
+    float* const sums = groups > 1 ? memory.at_least((groups - 1) * size) : nullptr;
     team_for(groups, threads, [&](std::int64_t group) {
-        float* const mine = sums + group * size;
-        std::fill_n(mine, size, 0.0f);
-        const std::int64_t last = blocks.count * (group + 1) / groups;
-        for (std::int64_t i = blocks.count * group / groups; i < last; ++i)
-            blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
-                float* const panels = scratch_of_thread().points[0].at_least(
-                    std::int64_t{Panels::padded(inputs, width)} * count);
-                fill_panels({x.at(image, first), x.next, x.rows}, inputs, count, width, panels);
-                const Panels whole{panels, nullptr, inputs, count, width};
-                const int step = part == Triangle::whole ? outputs : together;
-                for (int o = 0; o < outputs; o += step) {
-                    const int rows = std::min(step, outputs - o);
-                    const Reach reach(part, o, rows, inputs);
-                    const int column = reach.first / width * width;
-                    const Panels weights = whole.of_outputs(column, reach.last);
-                    const Add add{mine + std::int64_t{o} * inputs + column, inputs, 1.0f};
-                    const float* const from = a.at(image, first) + o * (a.rows ? 1 : a.next);
-                    if (a.rows)
-                        multiply(Columns{from, a.next}, rows, weights, add);
-                    else
-                        multiply(Inputs{from, a.next}, rows, weights, add);
-                }
-            });
+        sums_of(blocks, blocks.count * group / groups, blocks.count * (group + 1) / groups, 0, outputs,
+                group == 0 ? out : sums + (group - 1) * size);
     });
-    team_for(outputs, threads, [&](std::int64_t o) {
-        for (std::int64_t i = o * inputs; i < (o + 1) * inputs; ++i) {
-            float sum = sums[i];
-            for (int group = 1; group < groups; ++group) sum += sums[group * size + i];
-            out[i] = sum;
-        }
-    });
+    for (int group = 1; group < groups; ++group)
+        for (std::int64_t i = 0; i < size; ++i) out[i] += sums[(group - 1) * size + i];
 }
 
 }  // namespace usf

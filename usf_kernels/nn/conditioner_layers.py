@@ -73,6 +73,8 @@ def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
     if layers:
         layers[0] = layers[0]._replace(weight=own, bias=None)
         if pays(x, layers):
+            if x.is_contiguous(memory_format=torch.channels_last):  # then so is the share
+                cond = cond.contiguous(memory_format=torch.channels_last)
             return convolutions(x, layers, product(cond, shared.flatten(1), first.bias))
     share = F.linear(cond.movedim(1, -1), shared.flatten(1), first.bias).movedim(-1, 1)
     hidden = F.conv2d(x, own) + share

@@ -119,12 +119,16 @@ class _Convolutions(torch.autograd.Function):
             found = _parameter_gradients(rows[i], layers[i], grad, wanted, on_maps=ctx.on_maps)
             of_parameters[2 * i : 2 * i + 2] = found
             if i == 0:
-                of_share = grad.sum(0, keepdim=True) if ctx.needs_input_grad[1] else None
+                of_share = _sum_of_samples(grad) if ctx.needs_input_grad[1] else None
                 if not ctx.needs_input_grad[0]:
                     return None, of_share, None, *of_parameters
             masked = i > 0 and ctx.relus[i - 1]
             grad = _input_gradient(rows[i], layers[i], grad, masked=masked, on_maps=ctx.on_maps)
         return grad, of_share, None, *of_parameters
+
+
+def _sum_of_samples(grad: Tensor) -> Tensor:
+    return grad if len(grad) == 1 else grad.sum(0, keepdim=True)
 
 
 def _layers(relus: tuple[bool, ...], parameters: tuple[Tensor | None, ...]) -> list[Layer]:

@@ -32,11 +32,11 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: in
     lower (-1) or upper (1) triangular, which the extension makes use of; 0 for neither."""
     # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
     # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
-    extension = _in_extension(x, matrix, bias)
-    if extension and products.walks_maps(x) and x.ndim > 2:
-        return products.map_product(matrix, x, bias=bias, triangle=triangle)
-    if extension and products.row_stride(x) is not None:
-        return products.row_product(matrix, x, bias=bias)
+    if _in_extension(len(matrix), x, matrix, bias):
+        if x.ndim > 2 and products.walks_maps(x):
+            return products.map_product(matrix, x, bias=bias, triangle=triangle)
+        if products.row_stride(x) is not None:
+            return products.row_product(matrix, x, bias=bias)
     if x.ndim == 2 or x.stride(1) == 1:
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
     matrices = matrix.expand(x.shape[0], *matrix.shape)
@@ -48,7 +48,7 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: in
 def matrix_gradient(grad: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:
     """(C, C) gradient of the matrix of `apply_matrix`: outer products of grad and x, summed. One dtype. With a
     `triangle`, lower (-1) or upper (1), only that part of it is right."""
-    if _in_extension(x, grad) and all(_walks(t) for t in (x, grad)):
+    if _in_extension(grad.shape[1], x, grad) and all(_walks(t) for t in (x, grad)):
         return products.outer_product(grad, x, triangle)
     if x.ndim == 2 or (x.stride(1) == 1 and grad.stride(1) == 1):
         grad, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
@@ -66,9 +66,12 @@ def _walks(x: Tensor) -> bool:
     return products.walks_maps(x) or products.row_stride(x) is not None
 
 
-def _in_extension(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the extension may multiply: in float32 on the CPU, where nothing is recorded."""
-    return products.MULTIPLIES and not torch.is_grad_enabled() and native.fits(x, *others)
+def _in_extension(outputs: int, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the extension is to multiply channels of x by as many outputs: in float32 on the CPU, where
+    nothing is recorded. PyTorch's way is shorter for a few rows."""
+    if not products.MULTIPLIES or torch.is_grad_enabled() or not native.fits(x, *others):
+        return False
+    return (x.ndim > 2 and x.stride(1) != 1) or x.numel() * outputs >= products.WORTH_THREADS
 
 
 def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:
