@@ -17,14 +17,16 @@ def test_the_density_is_the_mixtures():
         torch.distributions.Independent(normals, 1),
     )
     assert max_error(experiment.log_density(x), mixture.log_prob(x.double())) < 1e-9
-    many = experiment.mixture(20_000, 2)
-    assert many.mean(0).abs().max() < 0.05
-    expected = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    assert max_error(torch.cov(many.T), expected) < 0.08
+    for draw, tolerance in ((experiment.mixture, 0.08), (experiment.even_mixture, 0.01)):
+        many = draw(1 << 14, 2)
+        assert many.mean(0).abs().max() < tolerance
+        expected = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        assert max_error(torch.cov(many.T), expected) < tolerance
+        assert not torch.equal(draw(8, 2), draw(8, 2))
 
 
 def test_a_run_writes_rows_latents_and_a_picture_and_is_not_repeated(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "QUICK", {"dimensions": (2,), "seeds": (0,), "steps": 4})
+    monkeypatch.setattr(experiment, "QUICK", {"steps": {2: 4}, "seeds": (0,)})
     monkeypatch.setattr(experiment, "TEST", 200)
     monkeypatch.setattr(experiment, "EPOCHS", 2)
     arguments = ["--quick", "--output", str(tmp_path)]

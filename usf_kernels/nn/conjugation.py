@@ -10,7 +10,8 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.usf_block import checkerboard
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, compute_dtype
-from usf_kernels.ops.matrices import apply_matrix, full_precision
+from usf_kernels.ops.linear import linear
+from usf_kernels.ops.matrices import full_precision
 
 
 class Householder(Fusible, nn.Module):
@@ -57,7 +58,7 @@ class Householder(Fusible, nn.Module):
         wide = compute_dtype(x, self.vectors)
         with full_precision(x):
             matrix = self.matrix(wide)
-            y = apply_matrix(matrix.mT if inverse else matrix, x.to(wide), None)
+        y = linear(x, matrix.mT if inverse else matrix, None)
         y = y.to(torch.promote_types(x.dtype, self.vectors.dtype))
         return y, y.new_zeros((), dtype=compute_dtype(y))
 

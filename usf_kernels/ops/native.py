@@ -49,9 +49,7 @@ def fits(*tensors: Tensor | None) -> bool:
 
 
 def _is_memory(t: Tensor) -> bool:
-    return t.layout is torch.strided and not (
-        t.is_neg() or t._is_zerotensor() or batched(t)
-    )
+    return t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor() or batched(t))
 
 
 def squared_norm(z: Tensor) -> Tensor:
