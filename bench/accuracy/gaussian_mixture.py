@@ -5,9 +5,10 @@ density is known. Deep SVDD, an affine and a uniformly scaling flow are trained 
 correlation of true density and latent norm (distance from the centre) on held-out samples. -1 is perfect.
 
 Every sample of training is a fresh one, so no model can overfit. No continuous map of constant determinant
-takes a density with two peaks exactly to one with a single peak, but one may come as near as it likes. The last
-step is worth little likelihood: in two dimensions a flow that ranks with |rho| = 0.985 is within 0.001 nats of
-one that ranks without a fault. So the samples of a batch are spread evenly, or their noise would hide it.
+takes a density with two peaks exactly to one with a single peak, but one may come as near as it likes. The
+last step is worth little likelihood: in two dimensions a flow that ranks with |rho| = 0.985 is within 0.001
+nats of one that ranks without a fault. So the samples of a batch are spread evenly, or their noise would
+hide it.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: int = 0) -> Tensor:
-    """`matrix @ x + bias` at every position, in x's memory format. All of one dtype. `triangle`: the matrix is
-    lower (-1) or upper (1) triangular, which the extension makes use of; 0 for neither."""
+    """`matrix @ x + bias` at every position, in x's memory format. All of one dtype. `triangle`: the matrix
+    is lower (-1) or upper (1) triangular, which the extension makes use of; 0 for neither."""
     # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
     # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
     if _in_extension(len(matrix), x, matrix, bias):
@@ -46,8 +46,8 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: in
 
 
 def matrix_gradient(grad: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:
-    """(C, C) gradient of the matrix of `apply_matrix`: outer products of grad and x, summed. One dtype. With a
-    `triangle`, lower (-1) or upper (1), only that part of it is right."""
+    """(C, C) gradient of the matrix of `apply_matrix`: outer products of grad and x, summed. One dtype. With
+    a `triangle`, lower (-1) or upper (1), only that part of it is right."""
     if _in_extension(grad.shape[1], x, grad) and all(_walks(t) for t in (x, grad)):
         return products.outer_product(grad, x, triangle)
     if x.ndim == 2 or (x.stride(1) == 1 and grad.stride(1) == 1):

@@ -1,7 +1,7 @@
-"""Matrices applied to the channels of float32 features on the CPU, by the extension: of maps or rows as they lie.
+"""Matrices applied to the channels of float32 features on the CPU by the extension, of maps or rows as they lie.
 
-On processors of a make that the vendor's library does not know it takes half the time of that. Who calls these
-has asked `native.fits` first, and `walks_maps` or `row_stride`.
+Where PyTorch's library for products does not use the widest vectors of a processor, it takes half the time.
+Who calls these has asked `native.fits` first, and `walks_maps` or `row_stride`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def walks_maps(x: Tensor) -> bool:
 
 
 def row_stride(x: Tensor) -> int | None:
-    """Numbers from one position to the next, over the whole batch, where each one's channels lie side by side;
-    None where they do not."""
+    """Numbers from one position to the next, over the whole batch, where each one's channels lie side by
+    side; None where they do not."""
     if x.numel() == 0:
         return x.shape[1]
     if x.stride(1) != 1 and x.shape[1] != 1:
