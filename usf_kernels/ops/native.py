@@ -32,7 +32,7 @@ def somebody_looks() -> bool:
 
 
 def batched(*tensors: Tensor | None) -> bool:
-    """Whether autograd computes with many gradients at once (`is_grads_batched`): none is to be written to."""
+    """Whether autograd computes with many gradients at once (`is_grads_batched`), not to be written to."""
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 

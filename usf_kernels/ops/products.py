@@ -1,4 +1,4 @@
-"""Matrices applied to the channels of float32 features on the CPU by the extension, of maps or rows as they lie.
+"""Matrices applied to the channels of float32 features on the CPU by the extension: of maps or rows in place.
 
 Where PyTorch's library for products does not use the widest vectors of a processor, it takes half the time.
 Who calls these has asked `native.fits` first, and `walks_maps` or `row_stride`.
