@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from usf_kernels.integrations.anomalib_graph import FastGraphINN
 from usf_kernels.integrations.faster import Faster
-from usf_kernels.models.convolutions import tile_convolutions_, untile_convolutions_
+from usf_kernels.models.native_layers import use_extension_, use_pytorch_
 from usf_kernels.models.scoring import TAIL, TESTS
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.fused_conditioner import to_rows
@@ -52,7 +52,7 @@ class Accelerated(Faster):
     def begin_fast(self, *, exact: bool, one_step: bool) -> None:
         """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
         self.exact, self.one_step = exact, one_step
-        if self.network and tile_convolutions_(network := getattr(self, self.network)):
+        if self.network and use_extension_(network := getattr(self, self.network)):
             network.to(memory_format=torch.channels_last)
 
     def end_fast(self) -> None:
@@ -60,7 +60,7 @@ class Accelerated(Faster):
         for name in ("exact", "one_step"):
             self.__dict__.pop(name, None)
         if self.network:
-            untile_convolutions_(getattr(self, self.network).to(memory_format=torch.contiguous_format))
+            use_pytorch_(getattr(self, self.network).to(memory_format=torch.contiguous_format))
 
 
 class FastFastflowModel(Accelerated, FastflowModel):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from usf_kernels.models.batch_norms import fold_batch_norms
-from usf_kernels.models.convolutions import tile_convolutions_
+from usf_kernels.models.native_layers import use_extension_
 from usf_kernels.models.timm_networks import EMBEDDED, integer_padding, make_network, own_size
 from usf_kernels.ops.checks import check_int
 
@@ -26,7 +26,7 @@ class Backbone(nn.Module):
     """A frozen network that maps images to a pyramid of feature maps, normalisation of the input included.
 
     Stays in evaluation mode and takes no gradient, whatever is called on the model around it. In float32 on
-    the CPU its 3 x 3 convolutions run in tiles (`TiledConv2d`).
+    the CPU its 3 x 3 convolutions and linear layers run in the extension (`models.native_layers`).
 
     Attributes:
         config: arguments of `create_backbone` that make it again, as plain JSON values.
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
-        tile_convolutions_(network)
+        use_extension_(network)
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the features that a flow models must not move."""

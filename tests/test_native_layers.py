@@ -1,4 +1,4 @@
-"""Convolutions in tiles: against float64, in any memory, and left to PyTorch where they have to be."""
+"""Layers in the extension: against float64, in any memory, and left to PyTorch where they have to be."""
 
 import copy
 import pickle
@@ -9,10 +9,11 @@ from helpers import layouts, max_error
 from torch import nn
 
 from usf_kernels.models import create_backbone
-from usf_kernels.models.convolutions import (
+from usf_kernels.models.native_layers import (
+    PackedLinear,
     TiledConv2d,
-    tile_convolutions_,
-    untile_convolutions_,
+    use_extension_,
+    use_pytorch_,
 )
 from usf_kernels.ops.products import MULTIPLIES
 
@@ -25,7 +26,7 @@ pytestmark = [
 def draw(inputs=24, outputs=40, bias=True):
     conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
     tiled = copy.copy(conv)  # with the same parameters
-    assert tile_convolutions_(tiled)
+    assert use_extension_(tiled)
     return conv, tiled
 
 
@@ -114,15 +115,15 @@ def test_what_is_replaced():
         nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1)),
     )
     before = network.state_dict()
-    assert tile_convolutions_(network)
+    assert use_extension_(network)
     tiled = [name for name, module in network.named_modules() if isinstance(module, TiledConv2d)]
     assert tiled == ["0", "1"]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert not tile_convolutions_(network)
+    assert not use_extension_(network)
     x = torch.randn(1, 16, 8, 8)
     with torch.no_grad():
         y = network[0](x)
-    untile_convolutions_(network)
+    use_pytorch_(network)
     assert not any(isinstance(module, TiledConv2d) or hasattr(module, "_layer") for module in network)
     assert max_error(network[0](x), y) < 1e-5
 
@@ -140,3 +141,80 @@ def test_fused_backbones_have_them():
     assert all(convolution._layer is not None for convolution in convolutions)
     narrow = backbone.float().fuse(torch.bfloat16)
     assert narrow(images)[0].dtype == torch.bfloat16
+
+
+def draw_linear(inputs=48, outputs=70, bias=True):
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    packed = copy.copy(linear)
+    assert not use_extension_(packed)  # no convolution
+    assert type(packed) is PackedLinear
+    return linear, packed
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(197, 48), (2, 99, 48), (2, 3, 50, 48), (1, 1000, 48)])
+@torch.no_grad()
+def test_linear_layers_match_float64(shape, bias):
+    linear, packed = draw_linear(bias=bias)
+    x = torch.randn(shape)
+    truth = copy.deepcopy(linear).double()(x.double())
+    assert max_error(packed(x), truth) < 2e-6
+    assert packed._layer is not None
+    assert max_error(packed(x.mT.contiguous().mT), truth) < 2e-6
+    wide = torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., :48]
+    assert max_error(packed(wide), truth) < 2e-6
+
+
+def test_linear_layers_of_few_rows_with_gradients_or_in_other_precisions_are_pytorchs():
+    linear, packed = draw_linear()
+    x = torch.randn(300, 48)
+    packed(x).sum().backward()
+    with torch.no_grad():
+        for few in (x[:3], x[:0], x[0]):
+            assert torch.equal(packed(few), linear(few))
+        assert torch.equal(
+            copy.deepcopy(packed).double()(x.double()), copy.deepcopy(linear).double()(x.double())
+        )
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(packed, fullgraph=True, backend="eager")(x), linear(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert packed(x).dtype == torch.bfloat16
+        assert packed._layer is None
+        with pytest.raises(RuntimeError, match="shape"):
+            packed(torch.randn(300, 47))
+
+
+@torch.no_grad()
+def test_what_happens_to_linear_weights_is_seen():
+    linear, packed = draw_linear()
+    x = torch.randn(300, 48)
+    before = packed(x)
+    linear.weight.mul_(2)  # whose parameters it shares
+    assert max_error(packed(x), linear(x)) < 1e-5
+    assert max_error(packed(x), before) > 0.1
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(other(x), packed(x))
+
+
+def test_which_linear_layers_are_replaced():
+    def hook(module, inputs, output):
+        return output
+
+    hooked = nn.Linear(64, 64)
+    hooked.register_forward_hook(hook)
+    network = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16), hooked, nn.Bilinear(64, 64, 64))
+    assert not use_extension_(network)
+    assert [type(module) is PackedLinear for module in network] == [True, False, False, False]
+    use_pytorch_(network)
+    assert type(network[0]) is nn.Linear
+
+
+def test_fused_transformers_have_them():
+    torch.manual_seed(0)
+    backbone = create_backbone("deit_tiny_patch16_224", out_indices=(2,), weights=None)
+    fused, images = backbone.fuse(), torch.rand(1, 3, 224, 224)
+    layers = [module for module in fused.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == 12
+    for ours, truth in zip(fused(images), backbone.double()(images.double()), strict=True):
+        assert max_error(ours, truth) < 1e-5 * truth.abs().max()
+    assert all(layer._layer is not None for layer in layers)

@@ -1,0 +1,104 @@
+"""Layers of frozen networks in the C++ extension, where it is faster than PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from usf_kernels.nn.conditioner_layers import hooked, keeps_size
+from usf_kernels.nn.stage_extension import layer_of
+from usf_kernels.ops import native
+from usf_kernels.ops.convolution import in_tiles
+from usf_kernels.ops.products import MULTIPLIES, WORTH_THREADS
+
+NARROWEST_LINEAR = 32  # inputs and outputs: the extension multiplies so many at a time
+
+
+class _Native:
+    """In float32 on the CPU and without gradients the extension's, with its own copy of the parameters, made
+    anew when they have changed; anything else is PyTorch's. Made by `use_extension_`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _layer: tuple[Any, Any] | None = None  # the parameters' versions, and the extension's copy of them
+
+    def _fits(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return False
+        return native.fits(x, self.weight, self.bias) and not torch.is_autocast_enabled("cpu")
+
+    def _run(self, rows: Tensor, height: int, width: int) -> Tensor:
+        """(N, inputs), contiguous, to (N, outputs)."""
+        parameters = [t for t in (self.weight, self.bias) if t is not None]
+        # Inference tensors have no versions: nobody writes to them.
+        versions = [(t.data_ptr(), None if t.is_inference() else t._version) for t in parameters]
+        if self._layer is None or self._layer[0] != versions:
+            self._layer = versions, layer_of(self.weight, self.bias)
+        y = rows.new_empty(len(rows), len(self.weight))
+        self._layer[1].run(rows, y, height, width, torch.get_num_threads())
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_layer"}
+
+
+class TiledConv2d(_Native, nn.Conv2d):
+    """`nn.Conv2d` of 3 x 3 kernels that keep the size, by Winograd's minimal filtering F(2 x 2, 3 x 3): 16
+    multiplications for four outputs instead of 36 (arXiv:1509.09308), with rounding errors of the same size.
+    The result is in channels-last memory."""
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a module is such a convolution, and worth it."""
+        return type(module) is nn.Conv2d and keeps_size(module) and in_tiles(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H, W)."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels or not self._fits(x):
+            return super().forward(x)
+        batch, channels, height, width = x.shape
+        rows = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, channels)
+        y = self._run(rows, height, width)
+        return y.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+
+
+class PackedLinear(_Native, nn.Linear):
+    """`nn.Linear` of many rows, with weights in the order in which they are read."""
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a module is such a layer, and worth it."""
+        narrow = type(module) is not nn.Linear or min(module.weight.shape) < NARROWEST_LINEAR
+        return MULTIPLIES and not narrow and not hooked(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        few = x.numel() * self.out_features < WORTH_THREADS
+        if few or x.shape[-1] != self.in_features or not self._fits(x):
+            return super().forward(x)
+        rows = x.reshape(-1, self.in_features).contiguous()
+        return self._run(rows, 1, len(rows)).view(*x.shape[:-1], self.out_features)
+
+
+def use_extension_(network: nn.Module) -> bool:
+    """Make a `TiledConv2d` or a `PackedLinear`, in place, of every layer of a network that they take; whether
+    there were convolutions, which want channels-last memory.
+
+    Parameters, hooks and the state_dict stay what they are. `use_pytorch_` undoes it.
+    """
+    found = {kind: [m for m in network.modules() if kind.takes(m)] for kind in (TiledConv2d, PackedLinear)}
+    for kind, modules in found.items():
+        for module in modules:
+            module.__class__ = kind
+    return bool(found[TiledConv2d])
+
+
+def use_pytorch_(network: nn.Module) -> None:
+    """Make them PyTorch's again."""
+    for module in network.modules():
+        for kind, own in ((TiledConv2d, nn.Conv2d), (PackedLinear, nn.Linear)):
+            if type(module) is kind:
+                module.__class__ = own
+                module.__dict__.pop("_layer", None)
