@@ -42,7 +42,7 @@ def lu_map(
     Returns:
         matrix (C, C); bias (C,), None where there is nothing to shift by; log-determinant per position, 0-d.
     """
-    run = _Map.apply if torch.is_grad_enabled() and not somebody_looks() else _plain
+    run = _plain if somebody_looks() else _Map.apply
     if log_scale is None:
         matrix, _, log_det = run(lower, upper, signs, log_diagonal, None, None, None)
         return matrix, bias, log_det
@@ -62,16 +62,17 @@ def _plain(*given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     return matrix * log_scale.exp(), bias, log_det + log_scale.sum()
 
 
-def _product(lower: Tensor, upper: Tensor) -> Tensor:
+def _product(lower: Tensor, upper: Tensor, *, seen: bool = True) -> Tensor:
+    """L U of an upper triangular `upper`: in operations for whoever has `seen` them, or the quickest way."""
     if runs_triton("lu_conv1x1", lower, upper):  # of full precision whatever the setting for TF32
         return matrix_op(lower, upper, False, lower.dtype)
-    if torch.is_grad_enabled():
+    if seen:
         return lu_matrix(lower, upper)
-    return apply_matrix(_unit_lower(lower), torch.triu(upper)[None], None, triangle=-1)[0]
+    return apply_matrix(_unit_lower(lower), upper[None], None, triangle=-1)[0]
 
 
 def _unit_lower(lower: Tensor) -> Tensor:
-    """L, of which `lower` has the strict triangle; and of a gradient by hand, nothing is recorded."""
+    """L, of which `lower` has the strict triangle. Nothing is recorded."""
     unit = torch.tril(lower, -1)
     unit.diagonal().fill_(1)
     return unit
@@ -87,7 +88,7 @@ class _Map(torch.autograd.Function):
         upper.diagonal().copy_(diagonal)
         scale = None
         with full_precision(upper):
-            matrix = _product(lower, upper)
+            matrix = _product(lower, upper, seen=False)
             if log_scale is not None:
                 bias = torch.mv(matrix, offset) if bias is None else torch.addmv(bias, matrix, offset)
                 scale, log_det = log_scale.exp(), log_det + log_scale.sum()
