@@ -32,12 +32,13 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: in
     is lower (-1) or upper (1) triangular, which the extension makes use of; 0 for neither."""
     # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
     # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
+    rows = x.ndim == 2 or x.stride(1) == 1
     if _in_extension(len(matrix), x, matrix, bias):
         if x.ndim > 2 and products.walks_maps(x):
             return products.map_product(matrix, x, bias=bias, triangle=triangle)
-        if products.row_stride(x) is not None:
+        if rows and products.row_stride(x) is not None:
             return products.row_product(matrix, x, bias=bias)
-    if x.ndim == 2 or x.stride(1) == 1:
+    if rows:
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
     matrices = matrix.expand(x.shape[0], *matrix.shape)
     flat = x.flatten(2)
