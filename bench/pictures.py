@@ -281,12 +281,14 @@ def roofline(rows: Rows) -> Figure | None:
         everything = [*points[PEER], *points[OURS], (peak / bandwidth, peak)]
         xs = [0.7 * min(x for x, _ in everything), peak / bandwidth, 1.5 * max(x for x, _ in everything)]
         axis.plot(xs, [min(peak, bandwidth * x) for x in xs], color=INK, linewidth=1.3)
+        top = 1.5 * max(y for _, y in everything)
         if dtype == "float32":  # in which ours filters
             axis.plot(xs[1:], [WINOGRAD * peak] * 2, color=INK, linewidth=1.0, linestyle="--")
+            top = max(top, 1.2 * WINOGRAD * peak)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-        round_ticks(axis, 0.7 * min(y for _, y in everything), 1.5 * max(y for _, y in everything))
+        round_ticks(axis, 0.7 * min(y for _, y in everything), top)
         axis.set_xlabel("FLOP per byte that has to move", fontsize=8.5, color=FAINT)
         title_of(axis, f"GFLOP/s, {dtype}")
     return figure
