@@ -1,5 +1,8 @@
 """The extension's loops on the CPU against the plain operations: values, gradients, strides, who runs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import SHAPES, layouts, max_error, shapes
@@ -284,3 +287,11 @@ def test_an_index_that_is_no_permutation_is_left_to_torch():
     index = torch.tensor([0, 0, 1, 3])
     y, _ = coupling_step(x, params, split=split, index=index)
     assert torch.equal(y, coupling_step(x, params, split=split)[0][:, index])
+
+
+def test_a_missing_extension_is_named():
+    code = "import sys; sys.modules['usf_kernels._core'] = None; import usf_kernels"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "its C++ extension is missing" in ended.stderr
+    assert "`pip install .` makes it" in ended.stderr

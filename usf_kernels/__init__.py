@@ -1,5 +1,12 @@
 """Fast uniformly scaling flows for image anomaly detection, with a threshold that can be trusted."""
 
+try:
+    import usf_kernels._core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"usf_kernels: its C++ extension is missing, or does not load ({error}). `pip install .` makes it"
+    ) from error
+
 from usf_kernels import models, nn
 from usf_kernels.integrations import replace_blocks, restore_blocks
 from usf_kernels.integrations.accelerate import accelerate
