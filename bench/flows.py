@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from bench.measure import LONG, first_call
+from bench.measure import least_seconds
 from usf_kernels import nn as flows
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -184,13 +184,7 @@ def peer_flow(package: str, ours: flows.FlowSequence, shape: Shape) -> nn.Module
 
 def best_layout(make: Callable[[str], Callable[[], object]], device: torch.device) -> str:
     """The memory format in which the call that `make` returns takes the least time."""
-    seconds = {}
-    for layout in FORMATS:
-        call = make(layout)
-        _, seconds[layout] = first_call(call, device)
-        if seconds[layout] < LONG:
-            seconds[layout] = min(first_call(call, device)[1] for _ in range(3))
-    return min(seconds, key=seconds.__getitem__)
+    return min(FORMATS, key=lambda layout: least_seconds(make(layout), device))
 
 
 def truth(form: str, shape: Shape, direction: str) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
-import timeit
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench.measure import least_seconds
 from bench.subject import LIMIT, Case, Provider, Subject
 from usf_kernels.doctor import has_bfloat16
 
@@ -105,13 +105,9 @@ def _providers(device: torch.device) -> Sequence[Provider]:
         product = partial(torch.mm, a, b)
         if device.type == "cpu":  # whose convolutions may know vectors that its library for products does not
             image = a.view(1, side, 1, side).movedim(-1, 1)
-            product = min(product, partial(F.conv2d, image, b[:, :, None, None]), key=_seconds)
+            product = min(product, partial(F.conv2d, image, b[:, :, None, None]), key=least_seconds)
         providers.append(Provider("matrix product", product, LIMIT, word, gigaflops=2e-9 * side**3))
     return providers
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    return min(timeit.repeat(call, number=1, repeat=4))
 
 
 SUBJECT = Subject(

@@ -128,17 +128,23 @@ def test_what_is_replaced():
     assert max_error(network[0](x), y) < 1e-5
 
 
+def fused_matches_float64(backbone, images, kind, *, count, tolerance):
+    """And its `count` layers of this kind have all run in the extension. The backbone is left in float64."""
+    fused = backbone.fuse()
+    layers = [module for module in fused.modules() if isinstance(module, kind)]
+    assert len(layers) == count
+    for ours, truth in zip(fused(images), backbone.double()(images.double()), strict=True):
+        assert max_error(ours, truth) < tolerance * truth.abs().max()
+    assert all(layer._layer is not None for layer in layers)
+
+
 def test_fused_backbones_have_them():
     torch.manual_seed(0)
     backbone = create_backbone("resnet18", out_indices=(1, 2), weights=None)
     for parameter in backbone.parameters():  # its last norms start as zeros, which would hide convolutions
         parameter.data.add_(0.1 * torch.rand_like(parameter))
-    fused, images = backbone.fuse(), torch.rand(2, 3, 70, 66)
-    convolutions = [module for module in fused.modules() if isinstance(module, TiledConv2d)]
-    assert len(convolutions) == 7
-    for ours, truth in zip(fused(images), backbone.double()(images.double()), strict=True):
-        assert max_error(ours, truth) < 2e-5 * truth.abs().max()
-    assert all(convolution._layer is not None for convolution in convolutions)
+    images = torch.rand(2, 3, 70, 66)
+    fused_matches_float64(backbone, images, TiledConv2d, count=7, tolerance=2e-5)
     narrow = backbone.float().fuse(torch.bfloat16)
     assert narrow(images)[0].dtype == torch.bfloat16
 
@@ -212,9 +218,4 @@ def test_which_linear_layers_are_replaced():
 def test_fused_transformers_have_them():
     torch.manual_seed(0)
     backbone = create_backbone("deit_tiny_patch16_224", out_indices=(2,), weights=None)
-    fused, images = backbone.fuse(), torch.rand(1, 3, 224, 224)
-    layers = [module for module in fused.modules() if isinstance(module, PackedLinear)]
-    assert len(layers) == 12
-    for ours, truth in zip(fused(images), backbone.double()(images.double()), strict=True):
-        assert max_error(ours, truth) < 1e-5 * truth.abs().max()
-    assert all(layer._layer is not None for layer in layers)
+    fused_matches_float64(backbone, torch.rand(1, 3, 224, 224), PackedLinear, count=12, tolerance=1e-5)

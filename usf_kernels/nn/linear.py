@@ -31,6 +31,7 @@ from usf_kernels.ops.matrices import (
     full_precision,
     matrix_gradient,
 )
+from usf_kernels.ops.triangles import diagonal_of
 
 if TYPE_CHECKING:
     from usf_kernels.nn.tape import Tape
@@ -158,7 +159,7 @@ class LUConv1x1(Fusible, nn.Module):
         With `act_norm`, those of the ActNorm followed by this map: scaling the inputs scales U's columns,
         which leaves it upper triangular, so both together cost one map.
         """
-        diagonal = self.signs if self.log_diagonal is None else self.signs * self.log_diagonal.exp()
+        diagonal = diagonal_of(self.signs, self.log_diagonal)
         upper, bias = torch.triu(self.upper, 1) + torch.diag(diagonal), self.bias
         if act_norm is not None:
             offset = torch.mv(upper, act_norm.bias)

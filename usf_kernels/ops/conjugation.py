@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
-from usf_kernels.ops.matrices import apply_matrix, full_precision, matrix_gradient, triangular_inverse
+from usf_kernels.ops.matrices import full_precision, triangular_inverse
 from usf_kernels.ops.native import batched, somebody_looks
+from usf_kernels.ops.triangles import diagonal_of, outer, times, unit_lower, upper_with
 
 
 def conjugation(
@@ -46,7 +47,7 @@ def _plain(
 ) -> tuple[Tensor, Tensor]:
     dtype, wide = upper.dtype, torch.float32 if upper.device.type == "mps" else torch.float64
     lower, upper = lower.to(wide), upper.to(wide)
-    diagonal = _diagonal(signs, log_diagonal, wide)
+    diagonal = diagonal_of(signs, log_diagonal, wide)
     eye = torch.eye(len(upper), dtype=wide, device=upper.device)
     lower, upper = torch.tril(lower, -1) + eye, torch.triu(upper, 1) + torch.diag(diagonal)
     lower1, lower2 = lower[:split, :split], lower[split:, split:]
@@ -73,7 +74,7 @@ class _Halves(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype, wide = upper.dtype, torch.float32 if upper.device.type == "mps" else torch.float64
         first, second = slice(None, split), slice(split, None)
-        diagonal = _diagonal(signs, log_diagonal, wide)
+        diagonal = diagonal_of(signs, log_diagonal, wide)
         lower1, lower2, top, upper2 = (
             t.to(wide, copy=True)
             for t in (lower[first, first], lower[second, second], upper[first], upper[second, second])
@@ -100,41 +101,19 @@ class _Halves(torch.autograd.Function):
             found = gradients_through(partial(_plain, split=ctx.split), given, (of_rows, of_columns))
             return *found[:2], None, found[3], None
         first, second = slice(None, ctx.split), slice(ctx.split, None)
-        diagonal = _diagonal(signs, log_diagonal, upper.dtype)
-        top = _triangle(upper[first], diagonal[first], triangle=1)
-        upper2 = _triangle(upper[second, second], diagonal[second], triangle=1)
-        one = diagonal.new_ones(())
-        lower1, lower2 = (_triangle(lower[half, half], one, triangle=-1) for half in (first, second))
+        diagonal = diagonal_of(signs, log_diagonal, upper.dtype)
+        top = upper_with(upper[first], diagonal[first])
+        upper2 = upper_with(upper[second, second], diagonal[second])
+        lower1, lower2 = (unit_lower(lower[half, half]) for half in (first, second))
         corner = columns[second]  # S; above it -U11^-1 U12 S
         of_lower, of_upper = torch.zeros_like(lower), torch.zeros_like(upper)
         with full_precision(upper):
             of_product = solve_triangular(top[:, first].mT, of_columns[first], upper=False).neg_()
-            of_corner = _times(top[:, second].mT, of_product).add_(of_columns[second])
-            inverted = _times(corner.mT, _outer(of_corner, corner)).neg_()  # of L22 U22
-            of_upper[first] = _times(lower1.mT, of_rows, triangle=1).add_(_outer(of_product, columns))
-            of_upper[second, second] = _times(lower2.mT, inverted, triangle=1)
-            of_lower[first, first] = _outer(of_rows, top, triangle=-1)
-            of_lower[second, second] = _outer(inverted, upper2, triangle=-1)
+            of_corner = times(top[:, second].mT, of_product).add_(of_columns[second])
+            inverted = times(corner.mT, outer(of_corner, corner)).neg_()  # of L22 U22
+            of_upper[first] = times(lower1.mT, of_rows, triangle=1).add_(outer(of_product, columns))
+            of_upper[second, second] = times(lower2.mT, inverted, triangle=1)
+            of_lower[first, first] = outer(of_rows, top, triangle=-1)
+            of_lower[second, second] = outer(inverted, upper2, triangle=-1)
         of_log_diagonal = None if log_diagonal is None else of_upper.diagonal() * diagonal
         return of_lower.tril_(-1), of_upper.triu_(1), None, of_log_diagonal, None
-
-
-def _triangle(matrix: Tensor, diagonal: Tensor, *, triangle: int) -> Tensor:
-    found = torch.tril(matrix, -1) if triangle < 0 else torch.triu(matrix, 1)
-    found.diagonal().copy_(diagonal)
-    return found
-
-
-def _times(matrix: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
-    """`matrix @ x`, by the extension where that multiplies."""
-    return apply_matrix(matrix, x[None], None, triangle=triangle)[0]
-
-
-def _outer(a: Tensor, b: Tensor, triangle: int = 0) -> Tensor:
-    """`a @ b^T`, or a triangle of it, the rest of which is anything."""
-    return matrix_gradient(a[None], b[None], triangle=triangle)
-
-
-def _diagonal(signs: Tensor, log_diagonal: Tensor | None, dtype: torch.dtype) -> Tensor:
-    signs = signs.to(dtype)
-    return signs if log_diagonal is None else signs * log_diagonal.to(dtype).exp()

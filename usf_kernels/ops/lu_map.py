@@ -18,6 +18,7 @@ from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import matrix_op
 from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
 from usf_kernels.ops.native import batched, somebody_looks
+from usf_kernels.ops.triangles import diagonal_of, outer, times, unit_lower, upper_with
 
 
 def lu_map(
@@ -51,7 +52,7 @@ def lu_map(
 
 def _plain(*given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     lower, upper, signs, log_diagonal, bias, log_scale, offset = given
-    diagonal = signs if log_diagonal is None else signs * log_diagonal.exp()
+    diagonal = diagonal_of(signs, log_diagonal)
     log_det = signs.new_zeros(()) if log_diagonal is None else log_diagonal.sum()
     with full_precision(upper):
         matrix = _product(lower, torch.triu(upper, 1) + torch.diag(diagonal))
@@ -68,25 +69,16 @@ def _product(lower: Tensor, upper: Tensor, *, seen: bool = True) -> Tensor:
         return matrix_op(lower, upper, False, lower.dtype)
     if seen:
         return lu_matrix(lower, upper)
-    return apply_matrix(_unit_lower(lower), upper[None], None, triangle=-1)[0]
-
-
-def _unit_lower(lower: Tensor) -> Tensor:
-    """L, of which `lower` has the strict triangle. Nothing is recorded."""
-    unit = torch.tril(lower, -1)
-    unit.diagonal().fill_(1)
-    return unit
+    return times(unit_lower(lower), upper, triangle=-1)
 
 
 class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
-        diagonal = signs if log_diagonal is None else signs * log_diagonal.exp()
+        diagonal, scale = diagonal_of(signs, log_diagonal), None
         log_det = signs.new_zeros(()) if log_diagonal is None else log_diagonal.sum()
-        upper = torch.triu(upper, 1)
-        upper.diagonal().copy_(diagonal)
-        scale = None
+        upper = upper_with(upper, diagonal)
         with full_precision(upper):
             matrix = _product(lower, upper, seen=False)
             if log_scale is not None:
@@ -109,13 +101,14 @@ class _Map(torch.autograd.Function):
                 of_product = torch.addr(grad * scale, grad_bias, offset)
                 of_log_scale = (grad * matrix).sum(0) + grad_log_det
                 of_offset = torch.mv(matrix.mT, grad_bias).div_(scale)
-            of_lower = matrix_gradient(of_product[None], upper[None], triangle=-1).tril_(-1)
-            of_upper = apply_matrix(_unit_lower(lower).mT, of_product[None], None, triangle=1)[0].triu_()
+            of_lower = outer(of_product, upper, triangle=-1)
+            of_upper = times(unit_lower(lower).mT, of_product, triangle=1)
         of_log_diagonal = None
         if given[3] is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
         of_bias = None if given[4] is None else grad_bias
-        of_upper.diagonal().zero_()
+        of_lower.tril_(-1)
+        of_upper.triu_(1)
         return of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
 
 
@@ -136,9 +129,8 @@ class _Factors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> Tensor:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
-        diagonal, scale, v = signs if log_diagonal is None else signs * log_diagonal.exp(), None, x
-        lower, upper = _unit_lower(lower), torch.triu(upper, 1)
-        upper.diagonal().copy_(diagonal)
+        diagonal, scale, v = diagonal_of(signs, log_diagonal), None, x
+        lower, upper = unit_lower(lower), upper_with(upper, diagonal)
         if log_scale is not None:
             scale = per_channel(log_scale.exp(), x)
             v = torch.addcmul(per_channel(offset, x), x, scale)
@@ -159,11 +151,12 @@ class _Factors(torch.autograd.Function):
         with full_precision(grad):
             of_w = apply_matrix(lower.mT, grad, None, triangle=1)
             of_v = apply_matrix(upper.mT, of_w, None, triangle=-1)
-            of_lower = matrix_gradient(grad, w, triangle=-1).tril_(-1)
-            of_upper = matrix_gradient(of_w, v, triangle=1).triu_()
+            of_lower = matrix_gradient(grad, w, triangle=-1)
+            of_upper = matrix_gradient(of_w, v, triangle=1)
         if log_diagonal is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal
-        of_upper.diagonal().zero_()
+        of_lower.tril_(-1)
+        of_upper.triu_(1)
         if scale is not None:
             of_offset = channel_sums(of_v)
             of_v *= scale

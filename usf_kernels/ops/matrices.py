@@ -57,10 +57,9 @@ def matrix_gradient(grad: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:
     grad, x = grad.flatten(2), x.flatten(2)
     if len(grad) == 0:
         return grad.new_zeros(grad.shape[1], x.shape[1])
-    if len(grad) == 1:
-        return torch.mm(grad[0], x[0].mT)
     # Image after image into one matrix, where a batched product would write one for each.
-    return torch.mm(grad[0], x[0].mT).addbmm_(grad[1:], x[1:].mT)
+    total = torch.mm(grad[0], x[0].mT)
+    return total if len(grad) == 1 else total.addbmm_(grad[1:], x[1:].mT)
 
 
 def _walks(x: Tensor) -> bool:
