@@ -56,7 +56,7 @@ def text(folder: Path) -> str:
     """The page's section, from the rows in a folder."""
     rows = rows_in(folder).read()
     if not rows:
-        return "No rows yet: `make accuracy` measures them, in about an hour."
+        return "No rows yet: `make accuracy` measures them, in about half an hour."
     picture = "![Image and pixel AUROC of each model in each form, a dot per seed](substitution.png)"
     return f"{picture}\n\n{comparison.section(rows, 'texture')}"
 
