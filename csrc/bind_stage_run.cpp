@@ -37,18 +37,19 @@ Half channels_of(const Channels& index, const StageRun& run) {
 
 void bind_stage_run(nb::module_& m) {
     using namespace nb::literals;
+    m.attr("MULTIPLIES_PAIRS") = multiplies_pairs();
     nb::class_<Layer>(m, "Layer")
         .def(
             "__init__",
             [](Layer* self, Matrix weight, Bias bias, bool relu, bool conditioned, int kernel_height,
-               int kernel_width) {
+               int kernel_width, bool pairs) {
                 const int outputs = static_cast<int>(weight.shape(0)),
                           inputs = static_cast<int>(weight.shape(1));
                 new (self) Layer(weight.data(), bias.data(), outputs, inputs, relu, conditioned,
-                                 kernel_height, kernel_width);
+                                 kernel_height, kernel_width, pairs && multiplies_pairs());
             },
             "weight"_a.noconvert(), "bias"_a.noconvert(), "relu"_a, "conditioned"_a, "kernel_height"_a,
-            "kernel_width"_a)
+            "kernel_width"_a, "pairs"_a)
         .def(
             "run",
             [](const Layer& layer, Matrix rows, State out, std::int64_t height, std::int64_t width,

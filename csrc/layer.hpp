@@ -18,14 +18,15 @@ namespace usf {
 // A linear layer or a convolution (stride 1, padded with zeros to the same size), its activation behind it.
 class Layer {
 public:
-    // The matrix of a convolution is [outputs, taps * inputs].
+    // The matrix of a convolution is [outputs, taps * inputs]. With `pairs`, for a processor that multiplies
+    // them, products are those of bfloat16 numbers, but for convolutions that are none of tiles.
     Layer(const float* matrix, const float* bias, int outputs, int inputs, bool relu, bool conditioned,
-          int kernel_height = 1, int kernel_width = 1)
+          int kernel_height = 1, int kernel_width = 1, bool pairs = false)
         : relu(relu),
           conditioned(conditioned),
           kernel_height(kernel_height),
           kernel_width(kernel_width),
-          weights_(of(matrix, bias, outputs, inputs, kernel_height, kernel_width)) {}
+          weights_(of(matrix, bias, outputs, inputs, kernel_height, kernel_width, pairs)) {}
 
     const bool relu;
     const bool conditioned;  // a condition's share is added in front of the activation
@@ -42,10 +43,13 @@ public:
 private:
     using Either = std::variant<Weights, Winograd>;
 
-    static Either of(const float* matrix, const float* bias, int outputs, int inputs, int height, int width) {
-        if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= Winograd::fewest)
-            return Winograd({matrix, outputs, inputs / 9, inputs, 1, inputs / 9}, bias);
-        return Weights(matrix, bias, outputs, inputs);
+    static Either of(const float* matrix, const float* bias, int outputs, int inputs, int height, int width,
+                     bool pairs) {
+        if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= Winograd::fewest) {
+            const Winograd winograd({matrix, outputs, inputs / 9, inputs, 1, inputs / 9}, bias);
+            return pairs ? winograd.in_pairs() : winograd;
+        }
+        return Weights(matrix, bias, outputs, inputs, pairs && height * width == 1);
     }
     Either weights_;
 };
@@ -75,7 +79,7 @@ struct Call {
 // Of a thread, kept from call to call: fresh memory costs more than what is done with it.
 struct Scratch {
     Floats outputs[2];
-    Floats zeros;
+    Floats zeros, rounded;
     std::vector<float> affine, log_det;
     std::vector<const float*> pointers, condition;
     std::vector<WinogradTile> tiles;
@@ -232,9 +236,10 @@ inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, floa
     const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
                       shares};
     if (layer.taps() > 1)
-        multiply(neighbours(layer, all, on), on.rows, layer.weights(), store);
+        multiply(neighbours(layer, all, on), on.rows, static_cast<Panels>(layer.weights()), store);
     else
-        multiply(Inputs{all.data + on.first * all.stride, all.stride}, on.rows, layer.weights(), store);
+        multiply(Inputs{all.data + on.first * all.stride, all.stride}, on.rows, layer.weights(), store,
+                 on.scratch.rounded);
 }
 
 // Of all rows.

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "interleave.hpp"
+#include "pairs.hpp"
 #include "vectors.hpp"
 
 #ifdef USF_PRODUCTS
@@ -21,6 +22,7 @@ struct Panels {
     const float* bias;
     int outputs, inputs, width;
     int depth = inputs;  // of the panels as they lie, of which these may be a part
+    bool pairs = false;  // of bfloat16 numbers; `inputs` and `depth` are then words
 
     const float* panel(int first_output) const {
         return data + static_cast<std::ptrdiff_t>(first_output) * depth;
@@ -72,28 +74,41 @@ inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int w
                    panels + std::int64_t{first} * inputs);
 }
 
-// A matrix as panels, padded with zeros, and a bias, which may be null. Copies share both.
+// A matrix as panels, of pairs or not, padded with zeros, and a bias, which may be null. Copies share both.
 class Weights {
 public:
-    Weights(const float* matrix, const float* bias, int outputs, int inputs)
-        : outputs_(outputs), inputs_(inputs), width_(Panels::best_width()) {
-        const std::size_t columns = padded(), size = columns * (inputs + std::size_t{1});
+    Weights(const float* matrix, const float* bias, int outputs, int inputs, bool pairs = false)
+        : outputs_(outputs), inputs_(inputs), width_(Panels::best_width()), pairs_(pairs) {
+        const std::size_t columns = padded(), numbers = columns * depth();
         auto memory = std::make_shared<Floats>();
-        float* const panels = memory->at_least(size);
-        fill_panels({matrix, inputs, false}, outputs, inputs, width_, panels);
-        std::fill_n(panels + columns * inputs, columns, 0.0f);
-        if (bias) std::copy_n(bias, outputs, panels + columns * inputs);
+        float* const panels = memory->at_least(numbers + columns);
+        const MatrixView view{matrix, inputs, false};
+        if (pairs) {
+            Floats panel;
+            for (int first = 0; first < outputs; first += width_) {
+                float* const floats = panel.at_least(static_cast<std::size_t>(width_) * inputs);
+                fill_panel(view, first, std::min(width_, outputs - first), inputs, width_, floats);
+                pair_panel(floats, inputs, width_, panels + static_cast<std::size_t>(first) * depth());
+            }
+        } else {
+            fill_panels(view, outputs, inputs, width_, panels);
+        }
+        std::fill_n(panels + numbers, columns, 0.0f);
+        if (bias) std::copy_n(bias, outputs, panels + numbers);
         memory_ = std::move(memory);
     }
     int outputs() const { return outputs_; }
     int inputs() const { return inputs_; }
-    const float* bias() const { return memory_->data() + static_cast<std::size_t>(padded()) * inputs_; }
-    operator Panels() const { return {memory_->data(), bias(), outputs_, inputs_, width_}; }
+    bool pairs() const { return pairs_; }
+    const float* bias() const { return memory_->data() + static_cast<std::size_t>(padded()) * depth(); }
+    operator Panels() const { return {memory_->data(), bias(), outputs_, depth(), width_, depth(), pairs_}; }
 
 private:
     int padded() const { return Panels::padded(outputs_, width_); }
+    int depth() const { return pairs_ ? words_of(inputs_) : inputs_; }
 
     int outputs_, inputs_, width_;
+    bool pairs_;
     std::shared_ptr<const Floats> memory_;
 };
 

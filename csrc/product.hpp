@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -151,7 +152,7 @@ struct Add {
 };
 
 // Adds the products of some inputs of some taps to a tile, in registers; returns where the panel goes on.
-template <class V, int count, class Source>
+template <class Arithmetic, class V, int count, class Source>
 USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int row, int tap, int last_tap,
                                      std::ptrdiff_t first, std::ptrdiff_t last, const float* panel,
                                      std::ptrdiff_t ahead) {
@@ -166,11 +167,8 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
             const V left = *reinterpret_cast<const U*>(panel);
             const V right = *reinterpret_cast<const U*>(panel + lanes);
 #pragma GCC unroll 12
-            for (int i = 0; i < count; ++i) {
-                const float x = from[i][k * in.step()];
-                sums[i][0] += x * left;
-                sums[i][1] += x * right;
-            }
+            for (int i = 0; i < count; ++i)
+                Arithmetic::template add<V>(sums[i], from[i] + k * in.step(), left, right);
         }
     }
     return panel;
@@ -180,7 +178,7 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
 // sum grow as the square root of the length of such chains.
 constexpr std::ptrdiff_t chain = 256;
 
-template <class V, int count, bool several, class Source, class Finish>
+template <class Arithmetic, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, int column,
                               const Finish& finish) {
     constexpr int lanes = sizeof(V) / sizeof(float);
@@ -193,55 +191,74 @@ USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, 
         for (int tap = 0; tap < in.taps(); tap += taps_each)
             for (std::ptrdiff_t k = 0; k < inputs; k += chain) {
                 V sums[count][2] = {};
-                panel = add_products<V, count>(sums, in, row, tap, std::min(tap + taps_each, in.taps()), k,
-                                               std::min(k + chain, inputs), panel, ahead);
+                panel = add_products<Arithmetic, V, count>(sums, in, row, tap,
+                                                           std::min(tap + taps_each, in.taps()), k,
+                                                           std::min(k + chain, inputs), panel, ahead);
                 for (int i = 0; i < count; ++i)
                     for (int half = 0; half < 2; ++half) total[i][half] += sums[i][half];
             }
     } else {
-        add_products<V, count>(total, in, row, 0, in.taps(), 0, inputs, panel, ahead);
+        add_products<Arithmetic, V, count>(total, in, row, 0, in.taps(), 0, inputs, panel, ahead);
     }
     finish(total, row, column, std::min(2 * lanes, weights.outputs - column));
 }
 
 // The rows that are left when no more full tile fits, `count` of them at a time, then half as many: a tile
 // for every number would take long to compile.
-template <class V, int count, bool several, class Source, class Finish>
+template <class Arithmetic, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rest(const Source& in, const Panels& weights, int row, int left, int column,
                               const Finish& finish) {
     if (left >= count) {
-        multiply_tile<V, count, several>(in, weights, row, column, finish);
+        multiply_tile<Arithmetic, V, count, several>(in, weights, row, column, finish);
         row += count, left -= count;
     }
-    if constexpr (count > 1) multiply_rest<V, count / 2, several>(in, weights, row, left, column, finish);
+    if constexpr (count > 1)
+        multiply_rest<Arithmetic, V, count / 2, several>(in, weights, row, left, column, finish);
 }
 
-template <class V, int count, bool several, class Source, class Finish>
+template <class Arithmetic, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rows(const Source& in, int rows, const Panels& weights, const Finish& finish) {
     constexpr int rest = std::bit_floor(count - 1u);
     for (int column = 0; column < weights.outputs; column += weights.width) {
         int row = 0;
         for (; row + count <= rows; row += count)
-            multiply_tile<V, count, several>(in, weights, row, column, finish);
-        multiply_rest<V, rest, several>(in, weights, row, rows - row, column, finish);
+            multiply_tile<Arithmetic, V, count, several>(in, weights, row, column, finish);
+        multiply_rest<Arithmetic, V, rest, several>(in, weights, row, rows - row, column, finish);
     }
 }
 
 // One chain or several, not in one function: in one that holds both, GCC puts the sums into memory.
-template <bool several, class Source, class Finish>
+template <class Arithmetic, bool several, class Source, class Finish>
 void multiply_in(const Source& in, int rows, const Panels& weights, const Finish& finish) {
     with_lanes(weights.width / 2, [&]<int lanes>() USF_LAMBDA {
-        multiply_rows<typename Vector<lanes>::type, rows_of_tile(lanes), several>(in, rows, weights, finish);
+        using V = typename Vector<lanes>::type;
+        multiply_rows<Arithmetic, V, rows_of_tile(lanes), several>(in, rows, weights, finish);
     });
 }
 
-// All outputs of `rows` rows (Inputs, Neighbours), which `finish` (Store, Add) takes tile by tile.
+// All outputs of `rows` rows (Inputs, Neighbours), which `finish` (Store, Add) takes tile by tile. Rows are
+// words where weights are pairs, and then Inputs.
 template <class Source, class Finish>
 void multiply(const Source& in, int rows, const Panels& weights, const Finish& finish) {
+    if constexpr (std::same_as<Source, Inputs>) {
+        if (weights.pairs && weights.inputs <= chain)
+            return multiply_in<Pairs, false>(in, rows, weights, finish);
+        if (weights.pairs) return multiply_in<Pairs, true>(in, rows, weights, finish);
+    }
     if (weights.inputs <= chain)
-        multiply_in<false>(in, rows, weights, finish);
+        multiply_in<Singles, false>(in, rows, weights, finish);
     else
-        multiply_in<true>(in, rows, weights, finish);
+        multiply_in<Singles, true>(in, rows, weights, finish);
+}
+
+// The same of rows of floats, which are rounded, in memory to be given, where the weights are pairs.
+template <class Finish>
+void multiply(const Inputs& in, int rows, const Weights& weights, const Finish& finish, Floats& rounded) {
+    if (!weights.pairs()) return multiply(in, rows, static_cast<Panels>(weights), finish);
+    const int words = words_of(weights.inputs());
+    float* const to = rounded.at_least(static_cast<std::size_t>(rows) * words);
+    round_rows(in.data, in.stride, rows, weights.inputs(), to);
+    multiply(Inputs{to, words}, rows, static_cast<Panels>(weights), finish);
 }
 
 }  // namespace usf

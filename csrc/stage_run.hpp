@@ -143,7 +143,8 @@ private:
             float* const out = on.scratch.outputs[next].at_least(static_cast<std::size_t>(width) * on.rows);
             multiply(in, on.rows, layer.weights(),
                      Store{out, width, layer.weights().bias(), layer.ending(),
-                           layer.conditioned ? rows_of_condition(condition++, on) : nullptr});
+                           layer.conditioned ? rows_of_condition(condition++, on) : nullptr},
+                     on.scratch.rounded);
             in = {out, width};
             next = 1 - next;
         }
@@ -154,7 +155,7 @@ private:
         const std::int64_t numbers = std::int64_t{on.rows} * channels_;
         float* const out = on.scratch.outputs[0].at_least(numbers);
         multiply(Inputs{state(on), channels_}, on.rows, stage.weights,
-                 Store{out, channels_, stage.weights.bias(), Ending::plain, nullptr});
+                 Store{out, channels_, stage.weights.bias(), Ending::plain, nullptr}, on.scratch.rounded);
         std::copy_n(out, numbers, state(on));
     }
     void pass(const Reorder& stage, int, const Stretch& on) const {
@@ -172,7 +173,7 @@ private:
     }
 
     void update(const Residual& stage, const Inputs& hidden, const Stretch& on) const {
-        multiply(hidden, on.rows, stage.weights, Add{state(on), channels_, stage.factor});
+        multiply(hidden, on.rows, stage.weights, Add{state(on), channels_, stage.factor}, on.scratch.rounded);
     }
     void update(const Additive& stage, const Inputs& shift, const Stretch& on) const {
         stage.active.add(shift.data, shift.stride, stage.factor, on.rows, state(on));

@@ -73,20 +73,40 @@ public:
         if (bias) std::copy_n(bias, outputs_, to + all + padded());
         memory_ = std::move(memory);
     }
+    // The same in pairs of bfloat16 numbers, for a processor that multiplies them.
+    Winograd in_pairs() const {
+        Winograd rounded = *this;
+        rounded.pairs_ = true;
+        auto memory = std::make_shared<Floats>();
+        float* to = memory->at_least(points * rounded.apart() + 2 * padded());
+        const std::ptrdiff_t size = std::ptrdiff_t{width_} * inputs_,
+                             size_in_pairs = std::ptrdiff_t{width_} * rounded.depth();
+        for (const float* panel = memory_->data(); panel < memory_->data() + points * apart();
+             panel += size) {
+            pair_panel(panel, inputs_, width_, to);
+            to += size_in_pairs;
+        }
+        std::copy_n(memory_->data() + points * apart(), 2 * padded(), to);
+        rounded.memory_ = std::move(memory);
+        return rounded;
+    }
     int outputs() const { return outputs_; }
     int inputs() const { return inputs_; }
     int lanes() const { return width_ / 2; }
+    bool pairs() const { return pairs_; }
+    int depth() const { return pairs_ ? words_of(inputs_) : inputs_; }  // words to an entered tile's point
     Panels at(int point) const {
         const float* const data = memory_->data();
-        return {data + point * apart(), data + points * apart(), outputs_, inputs_, width_};
+        return {data + point * apart(), data + points * apart(), outputs_, depth(), width_, depth(), pairs_};
     }
     const float* bias() const { return memory_->data() + points * apart() + padded(); }
 
 private:
     std::size_t padded() const { return Panels::padded(outputs_, width_); }
-    std::size_t apart() const { return padded() * inputs_; }
+    std::size_t apart() const { return padded() * depth(); }
 
     int outputs_, inputs_, width_;
+    bool pairs_ = false;
     std::shared_ptr<const Floats> memory_;
 };
 
@@ -112,8 +132,18 @@ USF_INLINE void from_points(V* m, int step) {
     m[step] = apart - m[3 * step];
 }
 
+// A vector as floats, or rounded.
 template <int lanes>
-USF_INLINE void enter_channels(const WinogradTile& tile, std::ptrdiff_t apart, int channel, float* to) {
+USF_INLINE void store_point(typename Vector<lanes>::type values, float* to) {
+    *reinterpret_cast<typename Vector<lanes>::unaligned*>(to) = values;
+}
+template <int lanes>
+USF_INLINE void store_point(typename Vector<lanes>::type values, BFloat16* to) {
+    store_rounded<lanes>(values, to);
+}
+
+template <int lanes, class T>
+USF_INLINE void enter_channels(const WinogradTile& tile, std::ptrdiff_t apart, int channel, T* to) {
     using V = typename Vector<lanes>::type;
     using U = typename Vector<lanes>::unaligned;
     V d[Winograd::points];
@@ -124,7 +154,7 @@ USF_INLINE void enter_channels(const WinogradTile& tile, std::ptrdiff_t apart, i
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) to_points(d + 4 * i, 1);
 #pragma GCC unroll 16
-    for (int i = 0; i < Winograd::points; ++i) *reinterpret_cast<U*>(to + i * apart) = d[i];
+    for (int i = 0; i < Winograd::points; ++i) store_point<lanes>(d[i], to + i * apart);
 }
 
 template <int lanes>
@@ -165,14 +195,18 @@ USF_INLINE void for_channels(int channels, Body&& body) {
     for (; channel < channels; ++channel) body.template operator()<1>(channel);
 }
 
-// Inputs of tiles to [points, tiles, channels].
-inline void enter(const WinogradTile* tiles, int count, int channels, int lanes, float* to) {
+// Inputs of tiles to [points, tiles, channels], `width` numbers from one tile to the next.
+template <class T>
+void enter(const WinogradTile* tiles, int count, int channels, int width, int lanes, T* to) {
     with_lanes(lanes, [&]<int widest>() USF_LAMBDA {
-        const std::ptrdiff_t apart = std::ptrdiff_t{count} * channels;
-        float* row = to;
-        for (int t = 0; t < count; ++t, row += channels)
+        const std::ptrdiff_t apart = std::ptrdiff_t{count} * width;
+        T* row = to;
+        for (int t = 0; t < count; ++t, row += width) {
             for_channels<widest>(
                 channels, [&]<int n>(int c) USF_LAMBDA { enter_channels<n>(tiles[t], apart, c, row + c); });
+            if (channels < width)
+                for (int i = 0; i < Winograd::points; ++i) row[i * apart + channels] = {};
+        }
     });
 }
 // And back.
@@ -192,14 +226,17 @@ inline void leave(const float* from, int count, const Winograd& layer, Ending en
 inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& layer, Ending ending,
                      Floats& entered, Floats& left) {
     const int count = static_cast<int>(tiles.size());
-    const std::ptrdiff_t in = std::ptrdiff_t{count} * layer.inputs(),
-                         out = std::ptrdiff_t{count} * layer.outputs();
+    const int inputs = layer.inputs(), depth = layer.depth();
+    const std::ptrdiff_t in = std::ptrdiff_t{count} * depth, out = std::ptrdiff_t{count} * layer.outputs();
     float* const from = entered.at_least(Winograd::points * in);
     float* const to = left.at_least(Winograd::points * out);
-    enter(tiles.data(), count, layer.inputs(), layer.lanes(), from);
+    if (layer.pairs())
+        enter(tiles.data(), count, inputs, 2 * depth, layer.lanes(), reinterpret_cast<BFloat16*>(from));
+    else
+        enter(tiles.data(), count, inputs, inputs, layer.lanes(), from);
     for (int point = 0; point < Winograd::points; ++point) {
         const Panels weights = layer.at(point);
-        multiply(Inputs{from + point * in, layer.inputs()}, count, weights,
+        multiply(Inputs{from + point * in, depth}, count, weights,
                  Store{to + point * out, layer.outputs(), weights.bias, Ending::plain, nullptr});
     }
     leave(to, count, layer, ending, tiles.data());

@@ -1,4 +1,4 @@
-"""Stages of a fused flow in the C++ extension, in float32 on the CPU."""
+"""Stages of a fused flow in the C++ extension, on the CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class StageExtension:
     """Stages with their weights as the extension wants them, as they are when it is made.
 
     It knows couplings and residual blocks whose conditioners are linear layers and convolutions that keep the
-    size of one- and two-dimensional maps, with nothing or ReLU behind them.
+    size of one- and two-dimensional maps, with nothing or ReLU behind them. Of bfloat16 rows and weights only
+    products are in bfloat16: the state between stages, the sums and the log-determinants are float32.
 
     Attributes:
         complete: whether it knows all of the stages.
@@ -62,7 +63,7 @@ class StageExtension:
         return (
             products.MULTIPLIES
             and rows.device.type == "cpu"
-            and rows.dtype == torch.float32
+            and (rows.dtype == torch.float32 or _in_pairs(rows))
             and not native.somebody_looks()
         )
 
@@ -99,16 +100,19 @@ class StageExtension:
             inverse: the direction.
             keep: whether the result has memory of its own, so that `rows` stay as they are.
         """
+        dtype = rows.dtype
+        if dtype != torch.float32:
+            rows, keep = rows.float(), False
         if inverse not in self._runs:
             self._runs[inverse] = self._compiled(rows.shape[1], inverse)
         log_det = rows.new_zeros(len(rows), dtype=compute_dtype(rows)) if self._affine else None
-        shares = [share.contiguous() for share in (reversed(cond) if inverse else cond)]
+        shares = [share.float().contiguous() for share in (reversed(cond) if inverse else cond)]
         threads = products.threads_for(len(rows) * self._multiplications)
         state = torch.empty_like(rows) if keep else rows
         # Where there are convolutions there are one or two spatial dimensions.
         height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))
         self._runs[inverse].run(rows, state, height, width, shares, log_det, threads)
-        return state, log_det
+        return state.to(dtype), log_det
 
     def _compiled(self, channels: int, inverse: bool) -> Any:
         run, factor = _core.StageRun(channels), -1.0 if inverse else 1.0
@@ -118,13 +122,14 @@ class StageExtension:
                 undone = (stage.inverse_weight, stage.inverse_bias)
                 run.product(layer_of(*(undone if inverse else (stage.weight, stage.bias))))
             elif isinstance(stage, Reorder):
-                run.reorder(*stage.undo() if inverse else (stage.index, stage.scale, stage.bias))
+                index, scale, bias = stage.undo() if inverse else (stage.index, stage.scale, stage.bias)
+                run.reorder(index, scale.float(), bias.float())
             elif isinstance(stage, ProjectedBlock):
                 run.residual(layers, layer_of(stage.weight.mT, None), factor)
             elif isinstance(stage, AdditiveBlock):
                 run.additive(layers, *_seen_by(stage), stage.active, factor)
             else:
-                run.affine(layers, *_seen_by(stage), stage.active, stage.shift, stage.clamp, inverse)
+                run.affine(layers, *_seen_by(stage), stage.active, stage.shift.float(), stage.clamp, inverse)
         return run
 
 
@@ -150,11 +155,17 @@ def _layers(stage: nn.Module) -> list[Any]:
 def _seen_by(stage: AdditiveBlock | AffineBlock) -> tuple[Tensor, Tensor | None]:
     """The channels that its conditioner sees, and what is added to them."""
     shift = stage.conditioner.shift
-    return stage.passive, None if shift is None else shift.detach()
+    return stage.passive, None if shift is None else shift.detach().float()
 
 
 def layer_of(weight: Tensor, bias: Tensor | None, *, relu: bool = False, conditioned: bool = False) -> Any:
-    """The extension's, of a weight (outputs, inputs, *kernel)."""
-    weight, kernel = weight.detach(), (1, 1, *weight.shape[2:])[-2:]
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
-    return _core.Layer(weight.movedim(1, -1).flatten(1).contiguous(), bias, relu, conditioned, *kernel)
+    """The extension's, of a weight (outputs, inputs, *kernel) in float32, or in bfloat16 `_in_pairs`."""
+    pairs, weight, kernel = _in_pairs(weight), weight.detach().float(), (1, 1, *weight.shape[2:])[-2:]
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
+    matrix = weight.movedim(1, -1).flatten(1).contiguous()
+    return _core.Layer(matrix, bias, relu, conditioned, *kernel, pairs)
+
+
+def _in_pairs(x: Tensor) -> bool:
+    """Whether the extension multiplies in bfloat16 what these are."""
+    return products.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16

@@ -1,0 +1,98 @@
+// Matrices and rows in bfloat16, two numbers to a word as wide as a float: processors with an instruction for
+// it multiply both in the time of one, and add them up in float32.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "half.hpp"
+#include "vectors.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// Whether this processor has the instruction.
+inline bool multiplies_pairs() {
+#if defined(__x86_64__)
+    return best_lanes() == 16 && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+// Words that hold so many numbers.
+constexpr int words_of(int numbers) {
+    return (numbers + 1) / 2;
+}
+
+// How a tile's sums grow by x times some outputs' weights.
+struct Singles {
+    template <class V>
+    static USF_INLINE void add(V (&sums)[2], const float* x, const V& left, const V& right) {
+        sums[0] += *x * left;
+        sums[1] += *x * right;
+    }
+};
+
+// The same where x and weights are pairs. Not by intrinsics: those are inlined only into functions for the
+// same instructions, which the ones around tiles are not.
+struct Pairs {
+    template <class V>
+    static USF_INLINE void add([[maybe_unused]] V (&sums)[2], [[maybe_unused]] const float* x,
+                               [[maybe_unused]] const V& left, [[maybe_unused]] const V& right) {
+#if defined(__x86_64__)
+        typedef std::int32_t Words __attribute__((vector_size(sizeof(V))));
+        typedef std::int32_t Word __attribute__((may_alias));
+        const Words both = *reinterpret_cast<const Word*>(x) - Words{};
+        V first = sums[0], second = sums[1];  // GCC leaves an array that is written to by asm in memory
+        asm("vdpbf16ps %2, %1, %0" : "+v"(first) : "v"(left), "v"(both));
+        asm("vdpbf16ps %2, %1, %0" : "+v"(second) : "v"(right), "v"(both));
+        sums[0] = first, sums[1] = second;
+#endif
+    }
+};
+
+// The numbers of a vector, to the nearest.
+template <int lanes>
+USF_INLINE void store_rounded(typename Vector<lanes>::type values, BFloat16* to) {
+#if defined(__x86_64__)
+    if constexpr (lanes == 16) {
+        std::uint16_t __attribute__((vector_size(2 * lanes))) rounded;
+        asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(values));
+        std::memcpy(to, &rounded, sizeof(rounded));
+        return;
+    }
+#endif
+    for (int i = 0; i < lanes; ++i) narrow(values[i], to[i]);
+}
+
+// Rows of `numbers` numbers as rows of words; what is missing in the last word is 0.
+inline void round_rows(const float* from, std::ptrdiff_t stride, int rows, int numbers, float* to) {
+    with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA {
+        for (int r = 0; r < rows; ++r, from += stride, to += words_of(numbers)) {
+            auto* const out = reinterpret_cast<BFloat16*>(to);
+            int i = 0;
+            for (; i + lanes <= numbers; i += lanes)
+                store_rounded<lanes>(*reinterpret_cast<const typename Vector<lanes>::unaligned*>(from + i),
+                                     out + i);
+            for (; i < numbers; ++i) narrow(from[i], out[i]);
+            if (numbers % 2) out[numbers] = {};
+        }
+    });
+}
+
+// A panel of floats, input after input, as one of pairs of inputs.
+inline void pair_panel(const float* panel, int inputs, int width, float* to) {
+    for (int i = 0; i < inputs; i += 2)
+        for (int o = 0; o < width; ++o) {
+            BFloat16 pair[2] = {};
+            for (int j = 0; j < 2 && i + j < inputs; ++j) narrow(panel[(i + j) * width + o], pair[j]);
+            *to++ = std::bit_cast<float>(pair);
+        }
+}
+
+}  // namespace usf
+#endif
