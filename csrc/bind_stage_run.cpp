@@ -46,7 +46,7 @@ void bind_stage_run(nb::module_& m) {
                 const int outputs = static_cast<int>(weight.shape(0)),
                           inputs = static_cast<int>(weight.shape(1));
                 new (self) Layer(weight.data(), bias.data(), outputs, inputs, relu, conditioned,
-                                 kernel_height, kernel_width, pairs && multiplies_pairs());
+                                 kernel_height, kernel_width, pairs);
             },
             "weight"_a.noconvert(), "bias"_a.noconvert(), "relu"_a, "conditioned"_a, "kernel_height"_a,
             "kernel_width"_a, "pairs"_a)

@@ -236,7 +236,7 @@ inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, floa
     const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
                       shares};
     if (layer.taps() > 1)
-        multiply(neighbours(layer, all, on), on.rows, static_cast<Panels>(layer.weights()), store);
+        multiply(neighbours(layer, all, on), on.rows, layer.weights(), store);
     else
         multiply(Inputs{all.data + on.first * all.stride, all.stride}, on.rows, layer.weights(), store,
                  on.scratch.rounded);

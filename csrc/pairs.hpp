@@ -84,14 +84,15 @@ inline void round_rows(const float* from, std::ptrdiff_t stride, int rows, int n
     });
 }
 
-// A panel of floats, input after input, as one of pairs of inputs.
-inline void pair_panel(const float* panel, int inputs, int width, float* to) {
-    for (int i = 0; i < inputs; i += 2)
-        for (int o = 0; o < width; ++o) {
-            BFloat16 pair[2] = {};
-            for (int j = 0; j < 2 && i + j < inputs; ++j) narrow(panel[(i + j) * width + o], pair[j]);
-            *to++ = std::bit_cast<float>(pair);
-        }
+// Panels of floats, one behind the other and input after input, as those of pairs of inputs.
+inline void pair_panels(const float* panels, std::size_t count, int inputs, int width, float* to) {
+    for (std::size_t p = 0; p < count; ++p, panels += std::ptrdiff_t{width} * inputs)
+        for (int i = 0; i < inputs; i += 2)
+            for (int o = 0; o < width; ++o) {
+                BFloat16 pair[2] = {};
+                for (int j = 0; j < 2 && i + j < inputs; ++j) narrow(panels[(i + j) * width + o], pair[j]);
+                *to++ = std::bit_cast<float>(pair);
+            }
 }
 
 }  // namespace usf

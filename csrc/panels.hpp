@@ -84,12 +84,9 @@ public:
         float* const panels = memory->at_least(numbers + columns);
         const MatrixView view{matrix, inputs, false};
         if (pairs) {
-            Floats panel;
-            for (int first = 0; first < outputs; first += width_) {
-                float* const floats = panel.at_least(static_cast<std::size_t>(width_) * inputs);
-                fill_panel(view, first, std::min(width_, outputs - first), inputs, width_, floats);
-                pair_panel(floats, inputs, width_, panels + static_cast<std::size_t>(first) * depth());
-            }
+            Floats floats;
+            fill_panels(view, outputs, inputs, width_, floats.at_least(columns * inputs));
+            pair_panels(floats.data(), columns / width_, inputs, width_, panels);
         } else {
             fill_panels(view, outputs, inputs, width_, panels);
         }

@@ -254,11 +254,11 @@ void multiply(const Source& in, int rows, const Panels& weights, const Finish& f
 // The same of rows of floats, which are rounded, in memory to be given, where the weights are pairs.
 template <class Finish>
 void multiply(const Inputs& in, int rows, const Weights& weights, const Finish& finish, Floats& rounded) {
-    if (!weights.pairs()) return multiply(in, rows, static_cast<Panels>(weights), finish);
+    if (!weights.pairs()) return multiply(in, rows, weights, finish);
     const int words = words_of(weights.inputs());
     float* const to = rounded.at_least(static_cast<std::size_t>(rows) * words);
     round_rows(in.data, in.stride, rows, weights.inputs(), to);
-    multiply(Inputs{to, words}, rows, static_cast<Panels>(weights), finish);
+    multiply(Inputs{to, words}, rows, weights, finish);
 }
 
 }  // namespace usf

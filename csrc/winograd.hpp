@@ -78,15 +78,10 @@ public:
         Winograd rounded = *this;
         rounded.pairs_ = true;
         auto memory = std::make_shared<Floats>();
-        float* to = memory->at_least(points * rounded.apart() + 2 * padded());
-        const std::ptrdiff_t size = std::ptrdiff_t{width_} * inputs_,
-                             size_in_pairs = std::ptrdiff_t{width_} * rounded.depth();
-        for (const float* panel = memory_->data(); panel < memory_->data() + points * apart();
-             panel += size) {
-            pair_panel(panel, inputs_, width_, to);
-            to += size_in_pairs;
-        }
-        std::copy_n(memory_->data() + points * apart(), 2 * padded(), to);
+        const std::size_t all = points * rounded.apart();
+        float* const to = memory->at_least(all + 2 * padded());
+        pair_panels(memory_->data(), points * padded() / width_, inputs_, width_, to);
+        std::copy_n(memory_->data() + points * apart(), 2 * padded(), to + all);
         rounded.memory_ = std::move(memory);
         return rounded;
     }

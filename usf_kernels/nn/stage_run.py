@@ -21,9 +21,10 @@ Step = tuple[nn.Module, Tensor | None]  # a stage, and what its conditioner take
 class StageRun(nn.Module):
     """Stages one after the other.
 
-    In float32 on the CPU the extension runs them, where it knows all of their layers: products and all else
-    in the cache. Elsewhere, stages that treat every row alone get a stretch of rows at a time, so that the
-    state passes through memory once and not once per stage.
+    In float32 on the CPU, and in bfloat16 where it multiplies such numbers, the extension runs them, where it
+    knows all of their layers: products and all else in the cache. Elsewhere, stages that treat every row
+    alone get a stretch of rows at a time, so that the state passes through memory once and not once per
+    stage.
     """
 
     in_place = True
