@@ -242,6 +242,23 @@ inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, floa
                  on.scratch.rounded);
 }
 
+// The outputs of a layer that sees a row alone, of a stretch's rows; as words where `pairs`.
+inline Inputs apply_to_rows(const Layer& layer, const Inputs& in, const Stretch& on,
+                            const float* const* shares, bool pairs, Floats& memory) {
+    const Weights& weights = layer.weights();
+    const int width = pairs ? words_of(weights.outputs()) : weights.outputs();
+    float* const out = memory.at_least(static_cast<std::size_t>(width) * on.rows);
+    const auto multiply_into = [&]<class T>(T* to, std::ptrdiff_t stride) {
+        const StoreAs<T> store{to, stride, weights.bias(), layer.ending(), shares};
+        multiply(in, on.rows, weights, store, on.scratch.rounded);
+    };
+    if (pairs)
+        multiply_into(reinterpret_cast<BFloat16*>(out), std::ptrdiff_t{2} * width);
+    else
+        multiply_into(out, width);
+    return {out, width, pairs};
+}
+
 // Of all rows.
 inline void apply(const Winograd& winograd, Ending ending, const Inputs& in, const Call& call, float* out) {
     const std::int64_t width = winograd.outputs();

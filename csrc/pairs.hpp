@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "amx.hpp"
 #include "half.hpp"
 #include "vectors.hpp"
 
@@ -23,9 +24,10 @@ inline bool multiplies_pairs() {
 #endif
 }
 
-// Words that hold so many numbers.
+// Words that hold so many numbers, in whole rows of AMX's tiles. Numbers that are not there are 0.
 constexpr int words_of(int numbers) {
-    return (numbers + 1) / 2;
+    constexpr int together = 2 * tile_words;
+    return (numbers + together - 1) / together * tile_words;
 }
 
 // How a tile's sums grow by x times some outputs' weights.
@@ -55,9 +57,13 @@ struct Pairs {
     }
 };
 
-// The numbers of a vector, to the nearest.
+// A vector as floats, or rounded to the nearest.
 template <int lanes>
-USF_INLINE void store_rounded(typename Vector<lanes>::type values, BFloat16* to) {
+USF_INLINE void store(typename Vector<lanes>::type values, float* to) {
+    *reinterpret_cast<typename Vector<lanes>::unaligned*>(to) = values;
+}
+template <int lanes>
+USF_INLINE void store(typename Vector<lanes>::type values, BFloat16* to) {
 #if defined(__x86_64__)
     if constexpr (lanes == 16) {
         std::uint16_t __attribute__((vector_size(2 * lanes))) rounded;
@@ -69,25 +75,26 @@ USF_INLINE void store_rounded(typename Vector<lanes>::type values, BFloat16* to)
     for (int i = 0; i < lanes; ++i) narrow(values[i], to[i]);
 }
 
-// Rows of `numbers` numbers as rows of words; what is missing in the last word is 0.
+// Rows of `numbers` numbers as rows of words.
 inline void round_rows(const float* from, std::ptrdiff_t stride, int rows, int numbers, float* to) {
+    const int words = words_of(numbers);
     with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA {
-        for (int r = 0; r < rows; ++r, from += stride, to += words_of(numbers)) {
+        for (int r = 0; r < rows; ++r, from += stride, to += words) {
             auto* const out = reinterpret_cast<BFloat16*>(to);
             int i = 0;
             for (; i + lanes <= numbers; i += lanes)
-                store_rounded<lanes>(*reinterpret_cast<const typename Vector<lanes>::unaligned*>(from + i),
-                                     out + i);
+                store<lanes>(*reinterpret_cast<const typename Vector<lanes>::unaligned*>(from + i), out + i);
             for (; i < numbers; ++i) narrow(from[i], out[i]);
-            if (numbers % 2) out[numbers] = {};
+            for (; i < 2 * words; ++i) out[i] = {};
         }
     });
 }
 
 // Panels of floats, one behind the other and input after input, as those of pairs of inputs.
 inline void pair_panels(const float* panels, std::size_t count, int inputs, int width, float* to) {
+    const int words = words_of(inputs);
     for (std::size_t p = 0; p < count; ++p, panels += std::ptrdiff_t{width} * inputs)
-        for (int i = 0; i < inputs; i += 2)
+        for (int i = 0; i < 2 * words; i += 2)
             for (int o = 0; o < width; ++o) {
                 BFloat16 pair[2] = {};
                 for (int j = 0; j < 2 && i + j < inputs; ++j) narrow(panels[(i + j) * width + o], pair[j]);

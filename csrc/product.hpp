@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "panels.hpp"
+#include "tile_product.hpp"
 
 #ifdef USF_PRODUCTS
 
@@ -36,6 +37,7 @@ constexpr int rows_of_tile(int lanes) {
 struct Inputs {
     const float* data;
     std::ptrdiff_t stride;
+    bool pairs = false;  // whether they are words
 
     static constexpr int taps() { return 1; }
     static constexpr int step() { return 1; }  // from one input to the next
@@ -71,9 +73,10 @@ struct Neighbours {
 enum class Ending { plain, relu, masked };
 
 // Finishes a tile: out = ending(sums + bias + what stands beside), but for Ending::masked, which adds
-// nothing.
-struct Store {
-    float* out;
+// nothing. Rows of BFloat16 are those of whole words.
+template <class T>
+struct StoreAs {
+    T* out;
     std::ptrdiff_t stride;
     const float* bias;
     Ending ending;
@@ -85,7 +88,7 @@ struct Store {
         using U = typename Vector<lanes>::unaligned;
         const V left = *reinterpret_cast<const U*>(bias + column);
         const V right = *reinterpret_cast<const U*>(bias + column + lanes);
-        float* const to = out + row * stride + column;
+        T* const to = out + row * stride + column;
 #pragma GCC unroll 12
         for (int i = 0; i < count; ++i) {
             V first = sums[i][0] + left, second = sums[i][1] + right;
@@ -94,13 +97,13 @@ struct Store {
                 first = first < 0 ? V{} : first;
                 second = second < 0 ? V{} : second;
             }
-            if (width == 2 * lanes) {
-                *reinterpret_cast<U*>(to + i * stride) = first;
-                *reinterpret_cast<U*>(to + i * stride + lanes) = second;
+            if (sizeof(T) < sizeof(float) || width == 2 * lanes) {
+                store<lanes>(first, to + i * stride);
+                store<lanes>(second, to + i * stride + lanes);
             } else {
-                float values[2 * lanes];
-                *reinterpret_cast<U*>(values) = first;
-                *reinterpret_cast<U*>(values + lanes) = second;
+                T values[2 * lanes];
+                store<lanes>(first, values);
+                store<lanes>(second, values + lanes);
                 std::copy_n(values, width, to + i * stride);
             }
         }
@@ -126,6 +129,7 @@ private:
         }
     }
 };
+using Store = StoreAs<float>;
 
 // Finishes a tile: out += factor * sums.
 struct Add {
@@ -241,6 +245,9 @@ void multiply_in(const Source& in, int rows, const Panels& weights, const Finish
 template <class Source, class Finish>
 void multiply(const Source& in, int rows, const Panels& weights, const Finish& finish) {
     if constexpr (std::same_as<Source, Inputs>) {
+#ifdef USF_AMX
+        if (weights.pairs && has_amx()) return multiply_in_tiles(in.data, in.stride, rows, weights, finish);
+#endif
         if (weights.pairs && weights.inputs <= chain)
             return multiply_in<Pairs, false>(in, rows, weights, finish);
         if (weights.pairs) return multiply_in<Pairs, true>(in, rows, weights, finish);
@@ -251,14 +258,15 @@ void multiply(const Source& in, int rows, const Panels& weights, const Finish& f
         multiply_in<Singles, true>(in, rows, weights, finish);
 }
 
-// The same of rows of floats, which are rounded, in memory to be given, where the weights are pairs.
+// The same of rows of floats, which are rounded, in memory to be given, where the weights are pairs. `finish`
+// may write where they are.
 template <class Finish>
 void multiply(const Inputs& in, int rows, const Weights& weights, const Finish& finish, Floats& rounded) {
-    if (!weights.pairs()) return multiply(in, rows, weights, finish);
+    if (in.pairs || !weights.pairs()) return multiply(in, rows, weights, finish);
     const int words = words_of(weights.inputs());
     float* const to = rounded.at_least(static_cast<std::size_t>(rows) * words);
     round_rows(in.data, in.stride, rows, weights.inputs(), to);
-    multiply(Inputs{to, words}, rows, weights, finish);
+    multiply(Inputs{to, words, true}, rows, weights, finish);
 }
 
 }  // namespace usf

@@ -126,37 +126,41 @@ private:
 
     float* state(const Stretch& on) const { return on.call.state + on.first * channels_; }
 
-    // A pointwise conditioner's outputs of a stretch.
-    Inputs outputs(const Conditioner& conditioner, int condition, const Stretch& on) const {
-        Inputs in{state(on), channels_};
+    // A pointwise conditioner's outputs of a stretch, as words where `pairs`.
+    Inputs outputs(const Conditioner& conditioner, int condition, const Stretch& on, bool pairs) const {
         int next = 0;
-        if (conditioner.passive) {
-            const int size = conditioner.passive->size();
-            float* const passive =
-                on.scratch.outputs[next].at_least(static_cast<std::size_t>(size) * on.rows);
-            take_passive(conditioner, state(on), on.rows, passive);
-            in = {passive, size};
+        Inputs in = seen(conditioner, on, on.scratch.outputs[next]);
+        for (auto layer = conditioner.layers.begin(); layer != conditioner.layers.end();) {
+            const Layer& now = *layer++;
             next = 1 - next;
-        }
-        for (const Layer& layer : conditioner.layers) {
-            const int width = layer.outputs();
-            float* const out = on.scratch.outputs[next].at_least(static_cast<std::size_t>(width) * on.rows);
-            multiply(in, on.rows, layer.weights(),
-                     Store{out, width, layer.weights().bias(), layer.ending(),
-                           layer.conditioned ? rows_of_condition(condition++, on) : nullptr},
-                     on.scratch.rounded);
-            in = {out, width};
-            next = 1 - next;
+            in = apply_to_rows(now, in, on, now.conditioned ? rows_of_condition(condition++, on) : nullptr,
+                               layer == conditioner.layers.end() ? pairs : layer->weights().pairs(),
+                               on.scratch.outputs[next]);
         }
         return in;
+    }
+    // And what it sees.
+    Inputs seen(const Conditioner& conditioner, const Stretch& on, Floats& memory) const {
+        if (!conditioner.passive) return {state(on), channels_};
+        const int size = conditioner.passive->size();
+        if (conditioner.layers.front().weights().pairs() && conditioner.shift.empty()) {
+            const int words = words_of(size);
+            float* const to = memory.at_least(static_cast<std::size_t>(words) * on.rows);
+            take_words(*conditioner.passive, state(on), on.rows, to);
+            return {to, words, true};
+        }
+        float* const to = memory.at_least(static_cast<std::size_t>(size) * on.rows);
+        take_passive(conditioner, state(on), on.rows, to);
+        return {to, size};
     }
 
     void pass(const Product& stage, int, const Stretch& on) const {
         const std::int64_t numbers = std::int64_t{on.rows} * channels_;
-        float* const out = on.scratch.outputs[0].at_least(numbers);
+        const bool in_place = stage.weights.pairs();  // a rounded copy is read
+        float* const out = in_place ? state(on) : on.scratch.outputs[0].at_least(numbers);
         multiply(Inputs{state(on), channels_}, on.rows, stage.weights,
                  Store{out, channels_, stage.weights.bias(), Ending::plain, nullptr}, on.scratch.rounded);
-        std::copy_n(out, numbers, state(on));
+        if (!in_place) std::copy_n(out, numbers, state(on));
     }
     void pass(const Reorder& stage, int, const Stretch& on) const {
         float* const before = on.scratch.outputs[0].at_least(channels_);
@@ -169,7 +173,10 @@ private:
     }
     template <class Coupling>
     void pass(const Coupling& stage, int condition, const Stretch& on) const {
-        update(stage, outputs(stage.conditioner, condition, on), on);
+        update(stage, outputs(stage.conditioner, condition, on, false), on);
+    }
+    void pass(const Residual& stage, int condition, const Stretch& on) const {
+        update(stage, outputs(stage.conditioner, condition, on, stage.weights.pairs()), on);
     }
 
     void update(const Residual& stage, const Inputs& hidden, const Stretch& on) const {

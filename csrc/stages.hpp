@@ -67,6 +67,15 @@ inline void take_passive(const Conditioner& conditioner, const float* state, int
         for (int j = 0; j < size; ++j) to[j] += conditioner.shift[j];
 }
 
+// The channels of a half, as words.
+inline void take_words(const Half& half, const float* state, int rows, float* to) {
+    const int size = half.size(), width = 2 * words_of(size);
+    auto* const numbers = reinterpret_cast<BFloat16*>(to);
+    half.take(state, rows, numbers, width);
+    for (int r = 0; r < rows; ++r)
+        std::fill(numbers + r * width + size, numbers + (r + 1) * width, BFloat16{});
+}
+
 // Null for stages that have none.
 inline const Conditioner* conditioner_of(const Stage& stage) {
     return std::visit(

@@ -127,16 +127,6 @@ USF_INLINE void from_points(V* m, int step) {
     m[step] = apart - m[3 * step];
 }
 
-// A vector as floats, or rounded.
-template <int lanes>
-USF_INLINE void store_point(typename Vector<lanes>::type values, float* to) {
-    *reinterpret_cast<typename Vector<lanes>::unaligned*>(to) = values;
-}
-template <int lanes>
-USF_INLINE void store_point(typename Vector<lanes>::type values, BFloat16* to) {
-    store_rounded<lanes>(values, to);
-}
-
 template <int lanes, class T>
 USF_INLINE void enter_channels(const WinogradTile& tile, std::ptrdiff_t apart, int channel, T* to) {
     using V = typename Vector<lanes>::type;
@@ -149,7 +139,7 @@ USF_INLINE void enter_channels(const WinogradTile& tile, std::ptrdiff_t apart, i
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) to_points(d + 4 * i, 1);
 #pragma GCC unroll 16
-    for (int i = 0; i < Winograd::points; ++i) store_point<lanes>(d[i], to + i * apart);
+    for (int i = 0; i < Winograd::points; ++i) store<lanes>(d[i], to + i * apart);
 }
 
 template <int lanes>
@@ -200,7 +190,8 @@ void enter(const WinogradTile* tiles, int count, int channels, int width, int la
             for_channels<widest>(
                 channels, [&]<int n>(int c) USF_LAMBDA { enter_channels<n>(tiles[t], apart, c, row + c); });
             if (channels < width)
-                for (int i = 0; i < Winograd::points; ++i) row[i * apart + channels] = {};
+                for (int i = 0; i < Winograd::points; ++i)
+                    std::fill(row + i * apart + channels, row + i * apart + width, T{});
         }
     });
 }

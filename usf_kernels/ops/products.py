@@ -16,8 +16,7 @@ from usf_kernels.ops.native import address
 
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 MULTIPLIES = hasattr(_core, "map_product")  # compilers without vector types build none
-# Of bfloat16 numbers, in fused flows: where there is AVX-512's instruction, and not AMX, which PyTorch uses.
-MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False) and not torch.cpu._is_amx_tile_supported()
+MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False)  # in fused flows, with AMX or AVX-512
 
 
 def threads_for(multiplications: int) -> int:

@@ -1,0 +1,86 @@
+// The tile registers of processors with AMX: eight of 16 rows of 64 bytes, and an instruction that adds the
+// product of two of them, of bfloat16 numbers, to a third one's floats (Intel Architecture Instruction Set
+// Extensions Programming Reference, "Intel AMX instruction set reference").
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "vectors.hpp"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define USF_AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace usf {
+
+inline bool may_use_amx = true;  // not in tests, which then run what other processors would
+
+// Whether this processor has them, and the system lets the process use them, which it has to be asked for.
+inline bool has_amx() {
+#ifdef USF_AMX
+    static const bool granted = [] {
+        constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
+        constexpr long ask_for = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        unsigned eax, ebx, ecx, edx;
+        return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & bfloat16) && (edx & tiles) &&
+               syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
+    }();
+    return may_use_amx && granted && best_lanes() == 16;
+#else
+    return false;
+#endif
+}
+
+// Of a tile: rows, and words to a row.
+constexpr int tile_rows = 16, tile_words = 16;
+
+#ifdef USF_AMX
+
+// Shapes of the tiles of this thread, until the end of its life: sums of two by two tiles in registers 0 to
+// 3, the rows they belong to in 4 and 5, the weights in 6 and 7.
+class TileShapes {
+public:
+    TileShapes() = default;
+    TileShapes(const TileShapes&) = delete;
+    ~TileShapes() { asm volatile("tilerelease" ::: "memory"); }
+
+    void load(int first_rows, int second_rows) {
+        struct {
+            std::uint8_t palette = 1, start = 0, reserved[14] = {};
+            std::uint16_t bytes[16] = {};
+            std::uint8_t rows[16] = {};
+        } shapes;
+        const int rows[8] = {first_rows, first_rows,  second_rows, second_rows,
+                             first_rows, second_rows, tile_rows,   tile_rows};
+        for (int i = 0; i < 8; ++i)
+            if (rows[i] > 0)
+                shapes.bytes[i] = 4 * tile_words, shapes.rows[i] = static_cast<std::uint8_t>(rows[i]);
+        asm volatile("ldtilecfg %0" ::"m"(shapes));
+    }
+};
+
+template <int tile>
+USF_INLINE void clear_tile() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+}
+// From and to memory with a row of a tile every `stride` words.
+template <int tile>
+USF_INLINE void load_tile(const float* from, std::ptrdiff_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(4 * stride), "i"(tile) : "memory");
+}
+template <int tile>
+USF_INLINE void store_tile(float* to, std::ptrdiff_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(4 * stride), "i"(tile) : "memory");
+}
+template <int sums, int rows, int weights>
+USF_INLINE void add_product_of_tiles() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(rows), "i"(weights));
+}
+
+#endif
+
+}  // namespace usf
