@@ -3,6 +3,7 @@
 // Extensions Programming Reference, "Intel AMX instruction set reference").
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -40,27 +41,22 @@ constexpr int tile_rows = 16, tile_words = 16;
 
 #ifdef USF_AMX
 
-// Shapes of the tiles of this thread, until the end of its life: sums of two by two tiles in registers 0 to
-// 3, the rows they belong to in 4 and 5, the weights in 6 and 7.
+// While it lives, the thread's eight tiles have their full size. Registers 0 to 3 are for sums, 4 and 5 for
+// the rows they belong to, 6 and 7 for weights.
 class TileShapes {
 public:
-    TileShapes() = default;
-    TileShapes(const TileShapes&) = delete;
-    ~TileShapes() { asm volatile("tilerelease" ::: "memory"); }
-
-    void load(int first_rows, int second_rows) {
+    TileShapes() {
         struct {
             std::uint8_t palette = 1, start = 0, reserved[14] = {};
             std::uint16_t bytes[16] = {};
             std::uint8_t rows[16] = {};
         } shapes;
-        const int rows[8] = {first_rows, first_rows,  second_rows, second_rows,
-                             first_rows, second_rows, tile_rows,   tile_rows};
-        for (int i = 0; i < 8; ++i)
-            if (rows[i] > 0)
-                shapes.bytes[i] = 4 * tile_words, shapes.rows[i] = static_cast<std::uint8_t>(rows[i]);
+        std::fill_n(shapes.bytes, 8, std::uint16_t{4 * tile_words});
+        std::fill_n(shapes.rows, 8, std::uint8_t{tile_rows});
         asm volatile("ldtilecfg %0" ::"m"(shapes));
     }
+    ~TileShapes() { asm volatile("tilerelease" ::: "memory"); }
+    TileShapes(const TileShapes&) = delete;
 };
 
 template <int tile>

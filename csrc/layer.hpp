@@ -19,7 +19,8 @@ namespace usf {
 class Layer {
 public:
     // The matrix of a convolution is [outputs, taps * inputs]. With `pairs`, for a processor that multiplies
-    // them, products are those of bfloat16 numbers, but for convolutions that are none of tiles.
+    // them, products are those of bfloat16 numbers, but without AMX not those of other convolutions than
+    // Winograd's.
     Layer(const float* matrix, const float* bias, int outputs, int inputs, bool relu, bool conditioned,
           int kernel_height = 1, int kernel_width = 1, bool pairs = false)
         : relu(relu),
@@ -39,12 +40,14 @@ public:
     }
     const Weights& weights() const { return std::get<Weights>(weights_); }
     const Winograd* winograd() const { return std::get_if<Winograd>(&weights_); }  // null for none
+    bool takes_words() const { return !winograd() && weights().pairs(); }
 
 private:
     using Either = std::variant<Weights, Winograd>;
 
     static Either of(const float* matrix, const float* bias, int outputs, int inputs, int height, int width,
                      bool pairs) {
+        if (pairs && has_amx()) return Weights(matrix, bias, outputs, inputs, pairs, height * width);
         if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= Winograd::fewest) {
             const Winograd winograd({matrix, outputs, inputs / 9, inputs, 1, inputs / 9}, bias);
             return pairs ? winograd.in_pairs() : winograd;
@@ -82,6 +85,7 @@ struct Scratch {
     Floats zeros, rounded;
     std::vector<float> affine, log_det;
     std::vector<const float*> pointers, condition;
+    std::vector<float*> rows;
     std::vector<WinogradTile> tiles;
     Floats points[2];
 };
@@ -247,7 +251,7 @@ inline Inputs apply_to_rows(const Layer& layer, const Inputs& in, const Stretch&
                             const float* const* shares, bool pairs, Floats& memory) {
     const Weights& weights = layer.weights();
     const int width = pairs ? words_of(weights.outputs()) : weights.outputs();
-    float* const out = memory.at_least(static_cast<std::size_t>(width) * on.rows);
+    float* const out = rows_of_words(memory, on.rows, width);
     const auto multiply_into = [&]<class T>(T* to, std::ptrdiff_t stride) {
         const StoreAs<T> store{to, stride, weights.bias(), layer.ending(), shares};
         multiply(in, on.rows, weights, store, on.scratch.rounded);

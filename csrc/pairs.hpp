@@ -30,6 +30,12 @@ constexpr int words_of(int numbers) {
     return (numbers + together - 1) / together * tile_words;
 }
 
+// Memory for rows of words, and for what products read behind the last one.
+inline float* rows_of_words(Floats& memory, std::int64_t rows, int words) {
+    constexpr int behind = 2 * tile_rows - 1;
+    return memory.at_least((rows + behind) * words);
+}
+
 // How a tile's sums grow by x times some outputs' weights.
 struct Singles {
     template <class V>

@@ -74,11 +74,12 @@ inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int w
                    panels + std::int64_t{first} * inputs);
 }
 
-// A matrix as panels, of pairs or not, padded with zeros, and a bias, which may be null. Copies share both.
+// A matrix as panels, of pairs or not, padded with zeros, and a bias, which may be null. Its inputs are those
+// of `taps` taps, one behind the other. Copies share both.
 class Weights {
 public:
-    Weights(const float* matrix, const float* bias, int outputs, int inputs, bool pairs = false)
-        : outputs_(outputs), inputs_(inputs), width_(Panels::best_width()), pairs_(pairs) {
+    Weights(const float* matrix, const float* bias, int outputs, int inputs, bool pairs = false, int taps = 1)
+        : outputs_(outputs), inputs_(inputs), taps_(taps), width_(Panels::best_width()), pairs_(pairs) {
         const std::size_t columns = padded(), numbers = columns * depth();
         auto memory = std::make_shared<Floats>();
         float* const panels = memory->at_least(numbers + columns);
@@ -86,7 +87,7 @@ public:
         if (pairs) {
             Floats floats;
             fill_panels(view, outputs, inputs, width_, floats.at_least(columns * inputs));
-            pair_panels(floats.data(), columns / width_, inputs, width_, panels);
+            pair_panels(floats.data(), columns / width_ * taps, inputs / taps, width_, panels);
         } else {
             fill_panels(view, outputs, inputs, width_, panels);
         }
@@ -102,9 +103,9 @@ public:
 
 private:
     int padded() const { return Panels::padded(outputs_, width_); }
-    int depth() const { return pairs_ ? words_of(inputs_) : inputs_; }
+    int depth() const { return pairs_ ? taps_ * words_of(inputs_ / taps_) : inputs_; }
 
-    int outputs_, inputs_, width_;
+    int outputs_, inputs_, taps_, width_;
     bool pairs_;
     std::shared_ptr<const Floats> memory_;
 };

@@ -13,11 +13,9 @@
 #include <bit>
 #include <concepts>
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <utility>
+#include <vector>
 
+#include "finish.hpp"
 #include "panels.hpp"
 #include "tile_product.hpp"
 
@@ -68,91 +66,16 @@ struct Neighbours {
     }
 };
 
-// What becomes of outputs: nothing, or 0 where they are negative, or where what stands beside them is not
-// positive.
-enum class Ending { plain, relu, masked };
-
-// Finishes a tile: out = ending(sums + bias + what stands beside), but for Ending::masked, which adds
-// nothing. Rows of BFloat16 are those of whole words.
-template <class T>
-struct StoreAs {
-    T* out;
+// Rows of words shifted along the line in which they lie, by so many rows for each tap of a kernel.
+using Shifts = std::vector<std::ptrdiff_t>;
+struct Shifted {
+    const float* data;
     std::ptrdiff_t stride;
-    const float* bias;
-    Ending ending;
-    const float* const* beside;  // a row for each row, or null
+    const Shifts& shifts;
 
-    template <class V, int count>
-    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
-        constexpr int lanes = sizeof(V) / sizeof(float);
-        using U = typename Vector<lanes>::unaligned;
-        const V left = *reinterpret_cast<const U*>(bias + column);
-        const V right = *reinterpret_cast<const U*>(bias + column + lanes);
-        T* const to = out + row * stride + column;
-#pragma GCC unroll 12
-        for (int i = 0; i < count; ++i) {
-            V first = sums[i][0] + left, second = sums[i][1] + right;
-            if (beside) stand_beside<V>(beside[row + i] + column, width, first, second);
-            if (ending == Ending::relu) {  // in this order NaN stays NaN
-                first = first < 0 ? V{} : first;
-                second = second < 0 ? V{} : second;
-            }
-            if (sizeof(T) < sizeof(float) || width == 2 * lanes) {
-                store<lanes>(first, to + i * stride);
-                store<lanes>(second, to + i * stride + lanes);
-            } else {
-                T values[2 * lanes];
-                store<lanes>(first, values);
-                store<lanes>(second, values + lanes);
-                std::copy_n(values, width, to + i * stride);
-            }
-        }
-    }
-
-private:
-    template <class V>
-    USF_INLINE void stand_beside(const float* from, int width, V& first, V& second) const {
-        constexpr int lanes = sizeof(V) / sizeof(float);
-        using U = typename Vector<lanes>::unaligned;
-        float padded[2 * lanes];
-        if (width < 2 * lanes) {  // what lies behind the last panel is not ours to read
-            std::fill_n(std::copy_n(from, width, padded), 2 * lanes - width, 0.0f);
-            from = padded;
-        }
-        const V left = *reinterpret_cast<const U*>(from);
-        const V right = *reinterpret_cast<const U*>(from + lanes);
-        if (ending == Ending::masked) {
-            first = left <= 0 ? V{} : first;
-            second = right <= 0 ? V{} : second;
-        } else {
-            first += left, second += right;
-        }
-    }
-};
-using Store = StoreAs<float>;
-
-// Finishes a tile: out += factor * sums.
-struct Add {
-    float* out;
-    std::ptrdiff_t stride;
-    float factor;
-
-    template <class V, int count>
-    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
-        constexpr int lanes = sizeof(V) / sizeof(float);
-        using U = typename Vector<lanes>::unaligned;
-        for (int i = 0; i < count; ++i) {
-            float* const to = out + (row + i) * stride + column;
-            if (width == 2 * lanes) {
-                *reinterpret_cast<U*>(to) += factor * sums[i][0];
-                *reinterpret_cast<U*>(to + lanes) += factor * sums[i][1];
-            } else {
-                float values[2 * lanes];
-                std::memcpy(values, sums[i], sizeof(values));
-                for (int j = 0; j < width; ++j) to[j] += factor * values[j];
-            }
-        }
-    }
+    int taps() const { return static_cast<int>(shifts.size()); }
+    static constexpr int step() { return 1; }
+    USF_INLINE const float* row(int tap, int r) const { return data + (r + shifts[tap]) * stride; }
 };
 
 // Adds the products of some inputs of some taps to a tile, in registers; returns where the panel goes on.
@@ -240,13 +163,13 @@ void multiply_in(const Source& in, int rows, const Panels& weights, const Finish
     });
 }
 
-// All outputs of `rows` rows (Inputs, Neighbours), which `finish` (Store, Add) takes tile by tile. Rows are
-// words where weights are pairs, and then Inputs.
+// All outputs of `rows` rows (Inputs, Neighbours, Shifted), which `finish` (Store, Add) takes tile by tile.
+// Rows are words where weights are pairs, and then not Neighbours.
 template <class Source, class Finish>
 void multiply(const Source& in, int rows, const Panels& weights, const Finish& finish) {
-    if constexpr (std::same_as<Source, Inputs>) {
+    if constexpr (std::same_as<Source, Inputs> || std::same_as<Source, Shifted>) {
 #ifdef USF_AMX
-        if (weights.pairs && has_amx()) return multiply_in_tiles(in.data, in.stride, rows, weights, finish);
+        if (weights.pairs && has_amx()) return multiply_in_tiles(in, rows, weights, finish);
 #endif
         if (weights.pairs && weights.inputs <= chain)
             return multiply_in<Pairs, false>(in, rows, weights, finish);
@@ -264,7 +187,7 @@ template <class Finish>
 void multiply(const Inputs& in, int rows, const Weights& weights, const Finish& finish, Floats& rounded) {
     if (in.pairs || !weights.pairs()) return multiply(in, rows, weights, finish);
     const int words = words_of(weights.inputs());
-    float* const to = rounded.at_least(static_cast<std::size_t>(rows) * words);
+    float* const to = rows_of_words(rounded, rows, words);
     round_rows(in.data, in.stride, rows, weights.inputs(), to);
     multiply(Inputs{to, words, true}, rows, weights, finish);
 }

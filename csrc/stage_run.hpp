@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "line.hpp"
 #include "stages.hpp"
 #include "team.hpp"
 
@@ -44,7 +45,10 @@ public:
             while (next != stages_.end() && is_pointwise(next->stage)) ++next;
             if (next == stage) {
                 if (from != state) copy(from, call);
-                look_around(*next++, call);
+                if (takes_words(next->stage))
+                    look_along_line(*next++, call);
+                else
+                    look_around(*next++, call);
             } else {
                 pass_together(from, stage, next, call);
             }
@@ -124,7 +128,71 @@ private:
             for_stretches(call, floats, update_stretch);
     }
 
+    // The same where all of its layers take words.
+    void look_along_line(const Step& step, const Call& call) const {
+        static thread_local Floats memory[2];
+        const Conditioner& conditioner = *conditioner_of(step.stage);
+        const std::vector<Layer>& layers = conditioner.layers;
+        const Line line(call.maps, layers);
+        const auto of_row = [&](std::int64_t row, const LineStretch& on) {
+            const std::int64_t width = call.maps.width;
+            return Stretch{call, row * width, static_cast<int>(width), on.scratch};
+        };
+        LineOfWords in(line, conditioner.passive ? conditioner.passive->size() : channels_, memory[0]);
+        for_stretches_of(line, call, channels_ + in.words, [&](const LineStretch& on) {
+            on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
+                see(conditioner, of_row(row, on), in.at(on) + first * in.words);
+            });
+            in.clear(on);
+        });
+        int condition = step.first_condition;
+        const auto shares = [&](const Layer& layer, const LineStretch& on) {
+            return layer.conditioned ? rows_of_condition(call.conditions[condition], on) : nullptr;
+        };
+        for (std::size_t i = 0; i + 1 < layers.size(); ++i) {
+            const LineOfWords out(line, layers[i].outputs(), memory[1 - i % 2]);
+            const Shifts shifts = line.shifts(layers[i]);
+            for_stretches_of(line, call, in.words + out.words, [&](const LineStretch& on) {
+                apply(layers[i], in, shifts, on, true, out.at(on), shares(layers[i], on));
+                out.clear(on);
+            });
+            in = out;
+            condition += layers[i].conditioned;
+        }
+        const Layer& last = layers.back();
+        const Shifts shifts = line.shifts(last);
+        const bool words = std::holds_alternative<Residual>(step.stage);
+        for_stretches_of(line, call, in.words + last.outputs() + channels_, [&](const LineStretch& on) {
+            const std::int64_t stride = words ? words_of(last.outputs()) : last.outputs();
+            float* const out = rows_of_words(on.scratch.outputs[0], on.positions(), static_cast<int>(stride));
+            apply(last, in, shifts, on, words, out, shares(last, on));
+            if (const auto* const residual = std::get_if<Residual>(&step.stage)) {
+                find_pixels<float>(on, call.state, channels_, false, nullptr, on.scratch.rows);
+                return multiply(Inputs{out, stride, true}, on.positions(), residual->weights,
+                                AddToRows{on.scratch.rows.data(), residual->factor});
+            }
+            on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
+                const Inputs outputs{out + first * stride, stride};
+                std::visit(
+                    [&](const auto& stage) {
+                        if constexpr (requires { stage.active; }) update(stage, outputs, of_row(row, on));
+                    },
+                    step.stage);
+            });
+        });
+    }
+
     float* state(const Stretch& on) const { return on.call.state + on.first * channels_; }
+
+    // What a conditioner sees of a stretch, as words.
+    void see(const Conditioner& conditioner, const Stretch& on, float* to) const {
+        if (!conditioner.passive) return round_rows(state(on), channels_, on.rows, channels_, to);
+        if (conditioner.shift.empty()) return take_words(*conditioner.passive, state(on), on.rows, to);
+        const int size = conditioner.passive->size();
+        float* const floats = on.scratch.rounded.at_least(static_cast<std::size_t>(size) * on.rows);
+        take_passive(conditioner, state(on), on.rows, floats);
+        round_rows(floats, size, on.rows, size, to);
+    }
 
     // A pointwise conditioner's outputs of a stretch, as words where `pairs`.
     Inputs outputs(const Conditioner& conditioner, int condition, const Stretch& on, bool pairs) const {
@@ -143,9 +211,9 @@ private:
     Inputs seen(const Conditioner& conditioner, const Stretch& on, Floats& memory) const {
         if (!conditioner.passive) return {state(on), channels_};
         const int size = conditioner.passive->size();
-        if (conditioner.layers.front().weights().pairs() && conditioner.shift.empty()) {
+        if (conditioner.layers.front().takes_words() && conditioner.shift.empty()) {
             const int words = words_of(size);
-            float* const to = memory.at_least(static_cast<std::size_t>(words) * on.rows);
+            float* const to = rows_of_words(memory, on.rows, words);
             take_words(*conditioner.passive, state(on), on.rows, to);
             return {to, words, true};
         }

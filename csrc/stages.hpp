@@ -1,6 +1,7 @@
 // What the stages of a fused flow do to its state, rows [images * height * width, channels].
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <utility>
@@ -86,6 +87,11 @@ inline const Conditioner* conditioner_of(const Stage& stage) {
                 return nullptr;
         },
         stage);
+}
+
+inline bool takes_words(const Stage& stage) {
+    const Conditioner* const conditioner = conditioner_of(stage);
+    return conditioner && std::ranges::all_of(conditioner->layers, &Layer::takes_words);
 }
 
 inline bool is_pointwise(const Stage& stage) {

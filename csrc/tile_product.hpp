@@ -12,28 +12,31 @@
 
 namespace usf {
 
-// Sums of at most two tiles of rows (`both`: more than one) times two of outputs, into [2 * tile_rows, 2 *
-// tile_words].
-template <bool both>
-USF_INLINE void multiply_tiles(const float* rows, std::ptrdiff_t stride, const float* panel, int words,
-                               float* sums) {
+// Sums of two tiles of rows, or of one unless `both`, times two of outputs, [2 * tile_rows, 2 * tile_words].
+template <bool both, class Source>
+USF_INLINE void multiply_tiles(const Source& in, int row, const Panels& weights, int column, float* sums) {
     constexpr std::ptrdiff_t width = 2 * tile_words;
+    const float* panel = weights.panel(column);
+    const std::ptrdiff_t words = weights.inputs / in.taps();
     clear_tile<0>();
     clear_tile<1>();
     if constexpr (both) {
         clear_tile<2>();
         clear_tile<3>();
     }
-    for (int k = 0; k < words; k += tile_words, panel += width * tile_words) {
-        load_tile<4>(rows + k, stride);
-        load_tile<6>(panel, width);
-        load_tile<7>(panel + tile_words, width);
-        add_product_of_tiles<0, 4, 6>();
-        add_product_of_tiles<1, 4, 7>();
-        if constexpr (both) {
-            load_tile<5>(rows + tile_rows * stride + k, stride);
-            add_product_of_tiles<2, 5, 6>();
-            add_product_of_tiles<3, 5, 7>();
+    for (int tap = 0; tap < in.taps(); ++tap) {
+        const float* const first = in.row(tap, row);
+        for (std::ptrdiff_t k = 0; k < words; k += tile_words, panel += width * tile_words) {
+            load_tile<4>(first + k, in.stride);
+            load_tile<6>(panel, width);
+            load_tile<7>(panel + tile_words, width);
+            add_product_of_tiles<0, 4, 6>();
+            add_product_of_tiles<1, 4, 7>();
+            if constexpr (both) {
+                load_tile<5>(first + tile_rows * in.stride + k, in.stride);
+                add_product_of_tiles<2, 5, 6>();
+                add_product_of_tiles<3, 5, 7>();
+            }
         }
     }
     store_tile<0>(sums, width);
@@ -65,31 +68,24 @@ USF_INLINE void finish_rows(const float* sums, int count, int row, int column, i
     }
 }
 
-// All outputs of rows of words, which `finish` takes.
-template <class Finish>
-void multiply_in_tiles(const float* in, std::ptrdiff_t stride, int rows, const Panels& weights,
-                       const Finish& finish) {
-    with_lanes(tile_words, [&]<int lanes>() USF_LAMBDA {
+// All outputs of rows of words, which `finish` takes. Tiles are whole: what is read behind the last row is
+// computed with and dropped.
+template <class Source, class Finish>
+void multiply_in_tiles(const Source& in, int rows, const Panels& weights, const Finish& finish) {
+    with_avx512([&]<int lanes>() USF_LAMBDA {
         using V = typename Vector<lanes>::type;
         alignas(64) float sums[4 * tile_rows * tile_words];
-        TileShapes shapes;
-        for (int row = 0; row < rows;) {
-            // Full tiles as long as there are rows for them, in one sweep through the panels each.
-            const int left = rows - row, count = std::min(left, 2 * tile_rows);
-            const int last = left >= 2 * tile_rows ? rows - left % (2 * tile_rows) : rows;
-            shapes.load(std::min(count, tile_rows), count - std::min(count, tile_rows));
-            for (int column = 0; column < weights.outputs; column += weights.width)
-                for (int r = row; r < last; r += count) {
-                    const float* const from = in + r * stride;
-                    if (count > tile_rows)
-                        multiply_tiles<true>(from, stride, weights.panel(column), weights.inputs, sums);
-                    else
-                        multiply_tiles<false>(from, stride, weights.panel(column), weights.inputs, sums);
-                    finish_rows<V>(sums, count, r, column, std::min(2 * lanes, weights.outputs - column),
-                                   finish);
-                }
-            row = last;
-        }
+        const TileShapes shapes;
+        for (int column = 0; column < weights.outputs; column += weights.width)
+            for (int row = 0; row < rows; row += 2 * tile_rows) {
+                const int count = std::min(rows - row, 2 * tile_rows);
+                if (count > tile_rows)
+                    multiply_tiles<true>(in, row, weights, column, sums);
+                else
+                    multiply_tiles<false>(in, row, weights, column, sums);
+                finish_rows<V>(sums, count, row, column, std::min(2 * lanes, weights.outputs - column),
+                               finish);
+            }
     });
 }
 

@@ -214,7 +214,7 @@ inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& lay
     const int count = static_cast<int>(tiles.size());
     const int inputs = layer.inputs(), depth = layer.depth();
     const std::ptrdiff_t in = std::ptrdiff_t{count} * depth, out = std::ptrdiff_t{count} * layer.outputs();
-    float* const from = entered.at_least(Winograd::points * in);
+    float* const from = rows_of_words(entered, std::int64_t{Winograd::points} * count, depth);
     float* const to = left.at_least(Winograd::points * out);
     if (layer.pairs())
         enter(tiles.data(), count, inputs, 2 * depth, layer.lanes(), reinterpret_cast<BFloat16*>(from));

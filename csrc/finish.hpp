@@ -1,0 +1,122 @@
+// What is done with a tile of a product's sums while it is in registers: a few rows times two vectors of
+// outputs, of which those from `width` on are not the product's.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+
+#include "pairs.hpp"
+#include "vectors.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// What becomes of outputs: nothing, or 0 where they are negative, or where what stands beside them is not
+// positive.
+enum class Ending { plain, relu, masked };
+
+// Finishes a tile: out = ending(sums + bias + what stands beside), but for Ending::masked, which adds
+// nothing. Rows of BFloat16 are those of whole words.
+template <class T>
+struct StoreAs {
+    T* out;
+    std::ptrdiff_t stride;
+    const float* bias;
+    Ending ending;
+    const float* const* beside;  // a row for each row, or null
+
+    template <class V, int count>
+    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        using U = typename Vector<lanes>::unaligned;
+        const V left = *reinterpret_cast<const U*>(bias + column);
+        const V right = *reinterpret_cast<const U*>(bias + column + lanes);
+        T* const to = out + row * stride + column;
+#pragma GCC unroll 12
+        for (int i = 0; i < count; ++i) {
+            V first = sums[i][0] + left, second = sums[i][1] + right;
+            if (beside) stand_beside<V>(beside[row + i] + column, width, first, second);
+            if (ending == Ending::relu) {  // in this order NaN stays NaN
+                first = first < 0 ? V{} : first;
+                second = second < 0 ? V{} : second;
+            }
+            if (sizeof(T) < sizeof(float) || width == 2 * lanes) {
+                store<lanes>(first, to + i * stride);
+                store<lanes>(second, to + i * stride + lanes);
+            } else {
+                T values[2 * lanes];
+                store<lanes>(first, values);
+                store<lanes>(second, values + lanes);
+                std::copy_n(values, width, to + i * stride);
+            }
+        }
+    }
+
+private:
+    template <class V>
+    USF_INLINE void stand_beside(const float* from, int width, V& first, V& second) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        using U = typename Vector<lanes>::unaligned;
+        float padded[2 * lanes];
+        if (width < 2 * lanes) {  // what lies behind the last panel is not ours to read
+            std::fill_n(std::copy_n(from, width, padded), 2 * lanes - width, 0.0f);
+            from = padded;
+        }
+        const V left = *reinterpret_cast<const U*>(from);
+        const V right = *reinterpret_cast<const U*>(from + lanes);
+        if (ending == Ending::masked) {
+            first = left <= 0 ? V{} : first;
+            second = right <= 0 ? V{} : second;
+        } else {
+            first += left, second += right;
+        }
+    }
+};
+using Store = StoreAs<float>;
+
+// row(i) += factor * sums[i] from a column on, where there is such a row.
+template <class V, int count, class Rows>
+USF_INLINE void add_tile(V (&sums)[count][2], float factor, int column, int width, const Rows& row) {
+    constexpr int lanes = sizeof(V) / sizeof(float);
+    using U = typename Vector<lanes>::unaligned;
+    for (int i = 0; i < count; ++i) {
+        float* to = row(i);
+        if (!to) continue;
+        to += column;
+        if (width == 2 * lanes) {
+            *reinterpret_cast<U*>(to) += factor * sums[i][0];
+            *reinterpret_cast<U*>(to + lanes) += factor * sums[i][1];
+        } else {
+            float values[2 * lanes];
+            std::memcpy(values, sums[i], sizeof(values));
+            for (int j = 0; j < width; ++j) to[j] += factor * values[j];
+        }
+    }
+}
+
+// Finishes a tile: out += factor * sums.
+struct Add {
+    float* out;
+    std::ptrdiff_t stride;
+    float factor;
+
+    template <class V, int count>
+    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
+        add_tile(sums, factor, column, width, [&](int i) USF_LAMBDA { return out + (row + i) * stride; });
+    }
+};
+// The same for rows that lie anywhere, or are null.
+struct AddToRows {
+    float* const* rows;
+    float factor;
+
+    template <class V, int count>
+    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
+        add_tile(sums, factor, column, width, [&](int i) USF_LAMBDA { return rows[row + i]; });
+    }
+};
+
+}  // namespace usf
+#endif

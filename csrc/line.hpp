@@ -1,0 +1,126 @@
+// Convolutions of maps of words, their taps added up one after the other. The maps lie in one line with zeros
+// between them, so that a tap is a shift of the line, and whole tiles of positions are rows of one stride.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "layer.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// Where positions lie: behind each row of a map the zeros that are also those in front of the next one, and
+// behind each map rows of zeros. As much as the largest of some kernels sees lies in front of and behind all.
+struct Line {
+    Maps maps;
+    std::int64_t above = 0, left = 0;
+
+    Line(const Maps& maps, const std::vector<Layer>& layers) : maps(maps) {
+        for (const Layer& layer : layers) {
+            above = std::max<std::int64_t>(above, layer.kernel_height / 2);
+            left = std::max<std::int64_t>(left, layer.kernel_width / 2);
+        }
+    }
+    std::int64_t pitch() const { return maps.width + left; }
+    std::int64_t margin() const { return above * pitch() + left; }
+    std::int64_t rows() const { return maps.images * maps.height; }
+    // Of a map's row, counted over all maps; that of one behind the last is the length.
+    std::int64_t start(std::int64_t row) const {
+        return maps.height == 0 ? 0 : row / maps.height * above * pitch() + row * pitch();
+    }
+    // Of positions, as far as a tap can see.
+    Shifts shifts(const Layer& layer) const {
+        Shifts shifts;
+        for (std::int64_t dy = 0; dy < layer.kernel_height; ++dy)
+            for (std::int64_t dx = 0; dx < layer.kernel_width; ++dx)
+                shifts.push_back((dy - layer.kernel_height / 2) * pitch() + dx - layer.kernel_width / 2);
+        return shifts;
+    }
+};
+
+// Some rows of the maps, and the zeros behind each.
+struct LineStretch {
+    const Line& line;
+    std::int64_t first, last;
+    Scratch& scratch;
+
+    std::int64_t begin() const { return line.start(first); }
+    int positions() const { return static_cast<int>(line.start(last) - begin()); }
+    // Calls body(row of the maps, its first position in this stretch, positions to the next one).
+    template <class Body>
+    void for_rows(Body&& body) const {
+        for (std::int64_t row = first; row < last; ++row)
+            body(row, line.start(row) - begin(), line.start(row + 1) - line.start(row));
+    }
+};
+
+// Calls body for stretches that stay in the cache with `numbers` to each position.
+template <class Body>
+void for_stretches_of(const Line& line, const Call& call, std::int64_t numbers, Body&& body) {
+    const std::int64_t rows = line.rows(), most = std::max(least_rows, cache_numbers / numbers);
+    const std::int64_t length =
+        stretch_length(rows, std::max<std::int64_t>(most / line.pitch(), 1), call.threads);
+    team_for((rows + length - 1) / length, call.threads, [&](std::int64_t i) {
+        body(LineStretch{line, i * length, std::min((i + 1) * length, rows), scratch_of_thread()});
+    });
+}
+
+// Words at all positions.
+struct LineOfWords {
+    float* data;
+    int words;
+
+    LineOfWords(const Line& line, int numbers, Floats& memory) : words(words_of(numbers)) {
+        const std::int64_t positions = line.start(line.rows());
+        const std::int64_t margin = line.margin() * words, length = positions * words;
+        data = rows_of_words(memory, positions + 2 * line.margin(), words) + margin;
+        std::fill_n(data - margin, margin, 0.0f);
+        std::fill_n(data + length, margin, 0.0f);
+    }
+    float* at(const LineStretch& on) const { return data + on.begin() * words; }
+    // Where no pixel is.
+    void clear(const LineStretch& on) const {
+        on.for_rows([&](std::int64_t, std::int64_t first, std::int64_t count) {
+            const std::int64_t width = on.line.maps.width;
+            std::fill_n(at(on) + (first + width) * words, (count - width) * words, 0.0f);
+        });
+    }
+};
+
+// For each position the row [.., width] of its pixel, of maps or of the first one only; `none` where there is
+// no pixel.
+template <class T>
+void find_pixels(const LineStretch& on, T* rows, std::int64_t width, bool first_only, T* none,
+                 std::vector<T*>& to) {
+    to.assign(on.positions(), none);
+    const Maps& maps = on.line.maps;
+    on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
+        const std::int64_t pixel = (first_only ? row % maps.height : row) * maps.width;
+        for (std::int64_t x = 0; x < maps.width; ++x) to[first + x] = rows + (pixel + x) * width;
+    });
+}
+inline const float* const* rows_of_condition(const Condition& condition, const LineStretch& on) {
+    find_pixels(on, condition.data, condition.width, condition.images == 1, condition.data,
+                on.scratch.condition);
+    return on.scratch.condition.data();
+}
+
+// A layer's outputs of a stretch, as words or as floats.
+inline void apply(const Layer& layer, const LineOfWords& in, const Shifts& shifts, const LineStretch& on,
+                  bool words, float* out, const float* const* shares) {
+    const Weights& weights = layer.weights();
+    const auto multiply_into = [&]<class T>(T* to, std::ptrdiff_t stride) {
+        const StoreAs<T> store{to, stride, weights.bias(), layer.ending(), shares};
+        multiply(Shifted{in.at(on), in.words, shifts}, on.positions(), weights, store);
+    };
+    if (words)
+        multiply_into(reinterpret_cast<BFloat16*>(out), std::ptrdiff_t{2} * words_of(layer.outputs()));
+    else
+        multiply_into(out, layer.outputs());
+}
+
+}  // namespace usf
+#endif
