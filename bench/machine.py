@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from bench.measure import least_seconds
 from bench.subject import LIMIT, Case, Provider, Subject
 from usf_kernels.doctor import has_bfloat16
+from usf_kernels.ops.products import HAS_AMX
 
 PACKAGES = ("torch", "triton", "numpy", "anomalib", "FrEIA", "timm", "higra", "scikit-image", "maxtree")
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +50,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """As the maker calls it, a processor with the vector instructions that torch uses on it."""
+    """As the maker calls it, a processor with its instructions: the vectors that torch uses, and AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -57,7 +58,7 @@ def device_name(device: torch.device) -> str:
             name = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' if HAS_AMX else ''}"
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

@@ -18,17 +18,26 @@
 
 namespace usf {
 
+// Whether this processor has them.
+inline bool processor_has_amx() {
+#ifdef USF_AMX
+    constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & bfloat16) && (edx & tiles);
+#else
+    return false;
+#endif
+}
+
 inline bool may_use_amx = true;  // not in tests, which then run what other processors would
 
-// Whether this processor has them, and the system lets the process use them, which it has to be asked for.
+// Whether the system lets this process use them, too. It is asked at the first call, not when the extension
+// is loaded: from then on it wants more room for the stacks of signal handlers.
 inline bool has_amx() {
 #ifdef USF_AMX
     static const bool granted = [] {
-        constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
         constexpr long ask_for = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        unsigned eax, ebx, ecx, edx;
-        return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & bfloat16) && (edx & tiles) &&
-               syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
+        return processor_has_amx() && syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
     }();
     return may_use_amx && granted && best_lanes() == 16;
 #else

@@ -7,7 +7,7 @@ import torch
 
 from usf_kernels import doctor
 from usf_kernels.cli import main
-from usf_kernels.ops import dispatch
+from usf_kernels.ops import dispatch, products
 
 
 def test_report_is_complete_and_json():
@@ -30,11 +30,23 @@ def test_report_is_complete_and_json():
         else:
             expected = on_cpu.get(name, "PyTorch reference on cpu")
         assert report["operations"][name] == expected
-    own = "Triton and " if on_gpu else ""
-    inference = f"{own}PyTorch on cuda" if torch.cuda.is_available() else "C++ and PyTorch on cpu"
-    assert report["operations"][doctor.INFERENCE] == inference
+    if torch.cuda.is_available():
+        own = "Triton and " if on_gpu else ""
+        assert report["operations"][doctor.INFERENCE] == f"{own}PyTorch on cuda"
     conditioners = "PyTorch on cuda" if torch.cuda.is_available() else "C++ for float32 on cpu"
     assert report["operations"][doctor.CONDITIONERS] == conditioners
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for the CPU")
+@pytest.mark.parametrize(
+    ("multiplies", "amx", "also"),
+    [(False, False, ""), (True, False, ", bfloat16 with AVX-512"), (True, True, ", bfloat16 with AMX")],
+)
+def test_report_says_what_fused_flows_run_on(monkeypatch, multiplies, amx, also):
+    monkeypatch.setattr(products, "MULTIPLIES_BFLOAT16", multiplies)
+    monkeypatch.setattr(products, "HAS_AMX", amx)
+    found = doctor.diagnose()["operations"][doctor.INFERENCE]
+    assert found == f"C++ for float32{also} and PyTorch on cpu"
 
 
 def test_report_says_which_operations_run_triton(monkeypatch):

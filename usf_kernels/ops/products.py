@@ -16,7 +16,8 @@ from usf_kernels.ops.native import address
 
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 MULTIPLIES = hasattr(_core, "map_product")  # compilers without vector types build none
-MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False)  # in fused flows, with AMX or AVX-512
+MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False)  # in fused flows
+HAS_AMX = getattr(_core, "HAS_AMX", False)  # for that; otherwise it takes AVX-512's instruction
 
 
 def threads_for(multiplications: int) -> int:
