@@ -26,13 +26,32 @@ std::vector<float> values_of(const std::optional<Bias>& values) {
     return {values->data(), values->data() + values->shape(0)};
 }
 
-Maps maps_of(const Matrix& rows, std::int64_t height, std::int64_t width) {
-    const auto count = static_cast<std::int64_t>(rows.shape(0));
-    return {count / std::max<std::int64_t>(height * width, 1), height, width};
+Maps maps_of(std::size_t rows, std::int64_t height, std::int64_t width) {
+    return {static_cast<std::int64_t>(rows) / std::max<std::int64_t>(height * width, 1), height, width};
 }
 
 Half channels_of(const Channels& index, const StageRun& run) {
     return Half(index.data(), static_cast<int>(index.shape(0)), run.channels());
+}
+
+template <class T>
+void bind_run(nb::class_<StageRun>& stage_run) {
+    using namespace nb::literals;
+    using Rows = nb::ndarray<Bits<T>, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+    stage_run.def(
+        "run",
+        [](const StageRun& run, Rows rows, Rows state, std::int64_t height, std::int64_t width,
+           const std::vector<Shares>& shares, std::optional<LogDet> log_det, int threads) {
+            std::vector<Condition> conditions;
+            for (const Shares& share : shares)
+                conditions.push_back({share.data(), static_cast<std::int64_t>(share.shape(0)),
+                                      static_cast<int>(share.shape(2))});
+            nb::gil_scoped_release unlocked;
+            run.run(data_of<T>(rows), data_of<T>(state), maps_of(rows.shape(0), height, width), conditions,
+                    log_det ? log_det->data() : nullptr, threads);
+        },
+        "rows"_a.noconvert(), "state"_a.noconvert(), "height"_a, "width"_a, "shares"_a,
+        "log_det"_a.noconvert().none(), "threads"_a);
 }
 
 void bind_stage_run(nb::module_& m) {
@@ -56,13 +75,13 @@ void bind_stage_run(nb::module_& m) {
             [](const Layer& layer, Matrix rows, State out, std::int64_t height, std::int64_t width,
                int threads) {
                 nb::gil_scoped_release unlocked;
-                const Maps maps = maps_of(rows, height, width);
+                const Maps maps = maps_of(rows.shape(0), height, width);
                 const Inputs in{rows.data(), static_cast<std::ptrdiff_t>(rows.shape(1))};
                 apply(layer, in, Call{maps, threads}, out.data());
             },
             "rows"_a.noconvert(), "out"_a.noconvert(), "height"_a, "width"_a, "threads"_a);
-    nb::class_<StageRun>(m, "StageRun")
-        .def(nb::init<int>(), "channels"_a)
+    nb::class_<StageRun> stage_run(m, "StageRun");
+    stage_run.def(nb::init<int>(), "channels"_a)
         .def(
             "product", [](StageRun& run, const Layer& layer) { run.add(Product{layer.weights()}); },
             "layer"_a)
@@ -100,21 +119,9 @@ void bind_stage_run(nb::module_& m) {
                 run.add(Reorder{
                     {index.data(), index.data() + index.shape(0)}, values_of(scale), values_of(bias)});
             },
-            "index"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert())
-        .def(
-            "run",
-            [](const StageRun& run, Matrix rows, State state, std::int64_t height, std::int64_t width,
-               const std::vector<Shares>& shares, std::optional<LogDet> log_det, int threads) {
-                std::vector<Condition> conditions;
-                for (const Shares& share : shares)
-                    conditions.push_back({share.data(), static_cast<std::int64_t>(share.shape(0)),
-                                          static_cast<int>(share.shape(2))});
-                nb::gil_scoped_release unlocked;
-                run.run(rows.data(), state.data(), maps_of(rows, height, width), conditions,
-                        log_det ? log_det->data() : nullptr, threads);
-            },
-            "rows"_a.noconvert(), "state"_a.noconvert(), "height"_a, "width"_a, "shares"_a,
-            "log_det"_a.noconvert().none(), "threads"_a);
+            "index"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert());
+    bind_run<float>(stage_run);
+    bind_run<BFloat16>(stage_run);
 }
 
 #else

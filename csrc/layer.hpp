@@ -82,7 +82,7 @@ struct Call {
 // Of a thread, kept from call to call: fresh memory costs more than what is done with it.
 struct Scratch {
     Floats outputs[2];
-    Floats zeros, rounded;
+    Floats zeros, rounded, state;
     std::vector<float> affine, log_det;
     std::vector<const float*> pointers, condition;
     std::vector<float*> rows;
@@ -99,6 +99,7 @@ struct Stretch {
     std::int64_t first;
     int rows;
     Scratch& scratch;
+    float* state = nullptr;  // its own; null where it is a part of the call's
 };
 
 // Numbers that stay in the second cache, and rows or tiles that are worth fetching a layer's weights for.

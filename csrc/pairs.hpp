@@ -81,17 +81,24 @@ USF_INLINE void store(typename Vector<lanes>::type values, BFloat16* to) {
     for (int i = 0; i < lanes; ++i) narrow(values[i], to[i]);
 }
 
+template <int lanes>
+USF_INLINE void round_numbers(const float* from, std::int64_t count, BFloat16* to) {
+    std::int64_t i = 0;
+    for (; i + lanes <= count; i += lanes)
+        store<lanes>(*reinterpret_cast<const typename Vector<lanes>::unaligned*>(from + i), to + i);
+    for (; i < count; ++i) narrow(from[i], to[i]);
+}
+inline void round_to(const float* from, std::int64_t count, BFloat16* to) {
+    with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA { round_numbers<lanes>(from, count, to); });
+}
 // Rows of `numbers` numbers as rows of words.
 inline void round_rows(const float* from, std::ptrdiff_t stride, int rows, int numbers, float* to) {
     const int words = words_of(numbers);
     with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA {
         for (int r = 0; r < rows; ++r, from += stride, to += words) {
             auto* const out = reinterpret_cast<BFloat16*>(to);
-            int i = 0;
-            for (; i + lanes <= numbers; i += lanes)
-                store<lanes>(*reinterpret_cast<const typename Vector<lanes>::unaligned*>(from + i), out + i);
-            for (; i < numbers; ++i) narrow(from[i], out[i]);
-            for (; i < 2 * words; ++i) out[i] = {};
+            round_numbers<lanes>(from, numbers, out);
+            for (int i = numbers; i < 2 * words; ++i) out[i] = {};
         }
     });
 }

@@ -53,10 +53,10 @@ USF_CLONES inline void affine(float* values, const float* raw, const float* tran
     }
 }
 
-USF_CLONES inline void widen_to(const BFloat16* from, int n, float* to) {
-    for (int j = 0; j < n; ++j) to[j] = widen(from[j]);
+USF_CLONES inline void widen_to(const BFloat16* from, std::int64_t n, float* to) {
+    for (std::int64_t j = 0; j < n; ++j) to[j] = widen(from[j]);
 }
-inline void widen_to(const float* from, int n, float* to) {
+inline void widen_to(const float* from, std::int64_t n, float* to) {
     std::copy_n(from, n, to);
 }
 

@@ -58,6 +58,32 @@ public:
         if (from != state) copy(from, call);
     }
 
+    // The same of numbers in bfloat16, for a processor that multiplies them. The state is of floats.
+    void run(const BFloat16* from, BFloat16* to, const Maps& maps, const std::vector<Condition>& conditions,
+             float* log_det, int threads) const {
+        static thread_local Floats memory;
+        const bool together = std::ranges::all_of(stages_, is_pointwise, &Step::stage);
+        float* const state = together ? nullptr : memory.at_least(maps.rows() * channels_);
+        const Call call{maps, threads, conditions.data(), state, log_det};
+        const auto numbers = [&](const Stretch& on) { return std::int64_t{on.rows} * channels_; };
+        if (together) {  // a stretch at a time, of which the state stays in the cache
+            for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
+                on.state = on.scratch.state.at_least(numbers(on));
+                widen_to(from + on.first * channels_, numbers(on), on.state);
+                pass_all(stages_.begin(), stages_.end(), on);
+                round_to(on.state, numbers(on), to + on.first * channels_);
+            });
+            return;
+        }
+        for_stretches(call, 2 * channels_, [&](const Stretch& on) {
+            widen_to(from + on.first * channels_, numbers(on), this->state(on));
+        });
+        run(state, state, maps, conditions, log_det, threads);
+        for_stretches(call, 2 * channels_, [&](const Stretch& on) {
+            round_to(this->state(on), numbers(on), to + on.first * channels_);
+        });
+    }
+
 private:
     struct Step {
         Stage stage;
@@ -74,9 +100,13 @@ private:
         for_stretches(call, channels_ + 2 * widest_, [&](const Stretch& on) {
             if (from != call.state)
                 std::copy_n(from + on.first * channels_, std::int64_t{on.rows} * channels_, state(on));
-            for (auto step = begin; step != end; ++step)
-                std::visit([&](const auto& stage) { pass(stage, step->first_condition, on); }, step->stage);
+            pass_all(begin, end, on);
         });
+    }
+    template <class Iterator>
+    void pass_all(Iterator begin, Iterator end, const Stretch& on) const {
+        for (auto step = begin; step != end; ++step)
+            std::visit([&](const auto& stage) { pass(stage, step->first_condition, on); }, step->stage);
     }
 
     // One stage whose conditioner looks at neighbours.
@@ -182,7 +212,9 @@ private:
         });
     }
 
-    float* state(const Stretch& on) const { return on.call.state + on.first * channels_; }
+    float* state(const Stretch& on) const {
+        return on.state ? on.state : on.call.state + on.first * channels_;
+    }
 
     // What a conditioner sees of a stretch, as words.
     void see(const Conditioner& conditioner, const Stretch& on, float* to) const {

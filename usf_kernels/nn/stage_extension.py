@@ -100,9 +100,6 @@ class StageExtension:
             inverse: the direction.
             keep: whether the result has memory of its own, so that `rows` stay as they are.
         """
-        dtype = rows.dtype
-        if dtype != torch.float32:
-            rows, keep = rows.float(), False
         if inverse not in self._runs:
             self._runs[inverse] = self._compiled(rows.shape[1], inverse)
         log_det = rows.new_zeros(len(rows), dtype=compute_dtype(rows)) if self._affine else None
@@ -111,8 +108,13 @@ class StageExtension:
         state = torch.empty_like(rows) if keep else rows
         # Where there are convolutions there are one or two spatial dimensions.
         height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))
-        self._runs[inverse].run(rows, state, height, width, shares, log_det, threads)
-        return state.to(dtype), log_det
+        arrays = (
+            (rows, state)
+            if rows.dtype == torch.float32
+            else (rows.view(torch.int16), state.view(torch.int16))
+        )
+        self._runs[inverse].run(*arrays, height, width, shares, log_det, threads)
+        return state, log_det
 
     def _compiled(self, channels: int, inverse: bool) -> Any:
         run, factor = _core.StageRun(channels), -1.0 if inverse else 1.0
