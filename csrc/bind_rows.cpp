@@ -14,6 +14,15 @@ Half half_of(const Index& index, std::size_t channels) {
     return Half(index.data(), static_cast<int>(index.shape(0)), static_cast<int>(channels));
 }
 
+// NumPy has no bfloat16: such tensors come as their bits.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, std::int16_t, float>;
+
+template <class T, class Array>
+T* data_of(const Array& array) {
+    return reinterpret_cast<T*>(array.data());
+}
+
 template <class T>
 void bind_value_type(nb::module_& m) {
     using namespace nb::literals;

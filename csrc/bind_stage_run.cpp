@@ -5,6 +5,7 @@
 
 #ifdef USF_PRODUCTS
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 #endif
 
@@ -17,8 +18,9 @@ using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::c
 using Bias = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Channels = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using State = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using LogDet = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Shares = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+// What passes at every call comes as addresses of contiguous tensors: making an array of each would take as
+// long as a small flow. Of a condition's share [images, positions, width]: (address, images, width).
+using Shares = std::vector<std::tuple<std::uintptr_t, std::int64_t, int>>;
 using Layers = std::vector<Layer>;
 
 std::vector<float> values_of(const std::optional<Bias>& values) {
@@ -26,32 +28,13 @@ std::vector<float> values_of(const std::optional<Bias>& values) {
     return {values->data(), values->data() + values->shape(0)};
 }
 
-Maps maps_of(std::size_t rows, std::int64_t height, std::int64_t width) {
-    return {static_cast<std::int64_t>(rows) / std::max<std::int64_t>(height * width, 1), height, width};
+Maps maps_of(const Matrix& rows, std::int64_t height, std::int64_t width) {
+    const auto count = static_cast<std::int64_t>(rows.shape(0));
+    return {count / std::max<std::int64_t>(height * width, 1), height, width};
 }
 
 Half channels_of(const Channels& index, const StageRun& run) {
     return Half(index.data(), static_cast<int>(index.shape(0)), run.channels());
-}
-
-template <class T>
-void bind_run(nb::class_<StageRun>& stage_run) {
-    using namespace nb::literals;
-    using Rows = nb::ndarray<Bits<T>, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-    stage_run.def(
-        "run",
-        [](const StageRun& run, Rows rows, Rows state, std::int64_t height, std::int64_t width,
-           const std::vector<Shares>& shares, std::optional<LogDet> log_det, int threads) {
-            std::vector<Condition> conditions;
-            for (const Shares& share : shares)
-                conditions.push_back({share.data(), static_cast<std::int64_t>(share.shape(0)),
-                                      static_cast<int>(share.shape(2))});
-            nb::gil_scoped_release unlocked;
-            run.run(data_of<T>(rows), data_of<T>(state), maps_of(rows.shape(0), height, width), conditions,
-                    log_det ? log_det->data() : nullptr, threads);
-        },
-        "rows"_a.noconvert(), "state"_a.noconvert(), "height"_a, "width"_a, "shares"_a,
-        "log_det"_a.noconvert().none(), "threads"_a);
 }
 
 void bind_stage_run(nb::module_& m) {
@@ -75,13 +58,13 @@ void bind_stage_run(nb::module_& m) {
             [](const Layer& layer, Matrix rows, State out, std::int64_t height, std::int64_t width,
                int threads) {
                 nb::gil_scoped_release unlocked;
-                const Maps maps = maps_of(rows.shape(0), height, width);
+                const Maps maps = maps_of(rows, height, width);
                 const Inputs in{rows.data(), static_cast<std::ptrdiff_t>(rows.shape(1))};
                 apply(layer, in, Call{maps, threads}, out.data());
             },
             "rows"_a.noconvert(), "out"_a.noconvert(), "height"_a, "width"_a, "threads"_a);
-    nb::class_<StageRun> stage_run(m, "StageRun");
-    stage_run.def(nb::init<int>(), "channels"_a)
+    nb::class_<StageRun>(m, "StageRun")
+        .def(nb::init<int>(), "channels"_a)
         .def(
             "product", [](StageRun& run, const Layer& layer) { run.add(Product{layer.weights()}); },
             "layer"_a)
@@ -119,9 +102,28 @@ void bind_stage_run(nb::module_& m) {
                 run.add(Reorder{
                     {index.data(), index.data() + index.shape(0)}, values_of(scale), values_of(bias)});
             },
-            "index"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert());
-    bind_run<float>(stage_run);
-    bind_run<BFloat16>(stage_run);
+            "index"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert())
+        .def(
+            "run",
+            [](const StageRun& run, std::uintptr_t rows, std::uintptr_t state, bool bfloat16,
+               std::int64_t images, std::int64_t height, std::int64_t width, const Shares& shares,
+               std::optional<std::uintptr_t> log_det, int threads) {
+                std::vector<Condition> conditions;
+                for (const auto& [address, images, width] : shares)
+                    conditions.push_back({reinterpret_cast<const float*>(address), images, width});
+                const auto run_as = [&]<class T>(const T*) {
+                    run.run(reinterpret_cast<const T*>(rows), reinterpret_cast<T*>(state),
+                            {images, height, width}, conditions,
+                            reinterpret_cast<float*>(log_det.value_or(0)), threads);
+                };
+                nb::gil_scoped_release unlocked;
+                if (bfloat16)
+                    run_as(static_cast<const BFloat16*>(nullptr));
+                else
+                    run_as(static_cast<const float*>(nullptr));
+            },
+            "rows"_a, "state"_a, "bfloat16"_a, "images"_a, "height"_a, "width"_a, "shares"_a,
+            "log_det"_a.none(), "threads"_a);
 }
 
 #else

@@ -4,9 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
-#include <cstdint>
 #include <initializer_list>
-#include <type_traits>
 #include <utility>
 
 #include "buffer.hpp"
@@ -27,15 +25,6 @@ template <class T>
 nb::ndarray<nb::numpy, T> to_numpy(Memory<T> data, std::initializer_list<std::size_t> shape) {
     T* values = data.get();
     return nb::ndarray<nb::numpy, T>(values, shape, to_owner(std::move(data)));
-}
-
-// NumPy has no bfloat16: such tensors come as their bits.
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 2, std::int16_t, float>;
-
-template <class T, class Array>
-T* data_of(const Array& array) {
-    return reinterpret_cast<T*>(array.data());
 }
 
 void bind_component_tree(nb::module_& m);

@@ -82,6 +82,25 @@ double tolerance(bool pairs) {
     return pairs ? 0.03 : 2e-5;
 }
 
+// Rows in bfloat16 give what the same numbers give as floats, rounded.
+void test_in_bfloat16(const StageRun& run, const std::vector<float>& values, const Maps& maps,
+                      const std::vector<Condition>& conditions) {
+    std::vector<BFloat16> from(values.size()), to(values.size());
+    for (std::size_t i = 0; i < values.size(); ++i) narrow(values[i], from[i]);
+    std::vector<float> state(values.size()), log_det(maps.rows()), expected(maps.rows());
+    widen_to(from.data(), static_cast<std::int64_t>(from.size()), state.data());
+    run.run(state.data(), state.data(), maps, conditions, expected.data(), 1);
+    run.run(from.data(), to.data(), maps, conditions, log_det.data(), 2);
+    CHECK(log_det == expected);
+    for (std::size_t i = 0; i < state.size(); ++i) {
+        BFloat16 rounded;
+        narrow(state[i], rounded);
+        CHECK(to[i].bits == rounded.bits);
+    }
+    run.run(from.data(), from.data(), maps, conditions, log_det.data(), 1);
+    for (std::size_t i = 0; i < to.size(); ++i) CHECK(from[i].bits == to[i].bits);
+}
+
 // All kinds of stages, forward; then undone by a run of their inverses.
 void test(const Case& c, bool pairs) {
     const std::int64_t rows = c.maps.rows();
@@ -139,6 +158,7 @@ void test(const Case& c, bool pairs) {
     forward.run(again.data(), again.data(), c.maps, conditions, log_det_again.data(), 3);
     CHECK(again == state);
     CHECK(log_det_again == log_det);
+    if (pairs) test_in_bfloat16(forward, before, c.maps, conditions);
     inverse.run(state.data(), state.data(), c.maps, conditions, log_det.data(), 1);
     for (std::size_t i = 0; i < state.size(); ++i)
         CHECK(std::abs(state[i] - before[i]) <= 1e-3 * (1 + std::abs(before[i])));

@@ -21,6 +21,7 @@ from usf_kernels.nn.fused_blocks import (
 )
 from usf_kernels.ops import native, products
 from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.native import address
 
 
 class _Weight(NamedTuple):
@@ -65,6 +66,7 @@ class StageExtension:
             and rows.device.type == "cpu"
             and (rows.dtype == torch.float32 or _in_pairs(rows))
             and not native.somebody_looks()
+            and native.is_memory(rows)
         )
 
     @staticmethod
@@ -108,12 +110,10 @@ class StageExtension:
         state = torch.empty_like(rows) if keep else rows
         # Where there are convolutions there are one or two spatial dimensions.
         height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))
-        arrays = (
-            (rows, state)
-            if rows.dtype == torch.float32
-            else (rows.view(torch.int16), state.view(torch.int16))
-        )
-        self._runs[inverse].run(*arrays, height, width, shares, log_det, threads)
+        arrays = [(share.data_ptr(), share.shape[0], share.shape[2]) for share in shares]
+        run, bfloat16 = self._runs[inverse], rows.dtype == torch.bfloat16
+        written = (rows.data_ptr(), state.data_ptr(), bfloat16)
+        run.run(*written, sizes[0], height, width, arrays, address(log_det), threads)
         return state, log_det
 
     def _compiled(self, channels: int, inverse: bool) -> Any:

@@ -42,13 +42,14 @@ def fits(*tensors: Tensor | None) -> bool:
         return False
     for t in tensors:
         if t is not None and not (
-            type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and _is_memory(t)
+            type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and is_memory(t)
         ):
             return False
     return True
 
 
-def _is_memory(t: Tensor) -> bool:
+def is_memory(t: Tensor) -> bool:
+    """Whether the values of a tensor are what lies at its address."""
     return t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor() or batched(t))
 
 
