@@ -110,7 +110,11 @@ void bind_stage_run(nb::module_& m) {
                std::optional<std::uintptr_t> log_det, int threads) {
                 std::vector<Condition> conditions;
                 for (const auto& [address, images, width] : shares)
-                    conditions.push_back({reinterpret_cast<const float*>(address), images, width});
+                    if (bfloat16)
+                        conditions.push_back(
+                            {nullptr, images, width, reinterpret_cast<const BFloat16*>(address)});
+                    else
+                        conditions.push_back({reinterpret_cast<const float*>(address), images, width});
                 const auto run_as = [&]<class T>(const T*) {
                     run.run(reinterpret_cast<const T*>(rows), reinterpret_cast<T*>(state),
                             {images, height, width}, conditions,

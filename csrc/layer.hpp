@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "product.hpp"
+#include "rows.hpp"
 #include "team.hpp"
 #include "winograd.hpp"
 
@@ -65,11 +66,13 @@ struct Maps {
     std::int64_t rows() const { return images * positions(); }
 };
 
-// What a conditioned layer adds: rows [images, positions, width], one image's for all if `images` is 1.
+// What a conditioned layer adds: rows [images, positions, width], one image's for all if `images` is 1. They
+// are `rounded` if that is not null.
 struct Condition {
     const float* data;
     std::int64_t images;
     int width;
+    const BFloat16* rounded = nullptr;
 };
 
 // What a call works on. `state` and `log_det` are those of a StageRun.
@@ -82,7 +85,7 @@ struct Call {
 // Of a thread, kept from call to call: fresh memory costs more than what is done with it.
 struct Scratch {
     Floats outputs[2];
-    Floats zeros, rounded, state;
+    Floats zeros, rounded, state, shares;
     std::vector<float> affine, log_det;
     std::vector<const float*> pointers, condition;
     std::vector<float*> rows;
@@ -216,14 +219,23 @@ inline Neighbours neighbours(const Layer& layer, const Inputs& all, const Stretc
     return {pointers.data(), on.rows, layer.taps()};
 }
 
+// A stretch of the condition's rows, from a number on; what was rounded is put into the cache as floats,
+// `to`.
+inline const float* as_floats(const Condition& condition, std::int64_t at, std::int64_t numbers, float* to) {
+    if (!condition.rounded) return condition.data + at;
+    widen_to(condition.rounded + at, numbers, to);
+    return to;
+}
+
 inline const float* const* rows_of_condition(int index, const Stretch& on) {
     const Condition& condition = on.call.conditions[index];
-    const std::int64_t positions = on.call.maps.positions();
+    const std::int64_t positions = on.call.maps.positions(), width = condition.width;
+    float* widened = on.scratch.shares.at_least(condition.rounded ? on.rows * width : 0);
     on.scratch.condition.resize(on.rows);
     for (int r = 0; r < on.rows; ++r) {
-        const std::int64_t row = on.first + r;
-        on.scratch.condition[r] =
-            condition.data + (condition.images == 1 ? row % positions : row) * condition.width;
+        const std::int64_t row = on.first + r, at = condition.images == 1 ? row % positions : row;
+        on.scratch.condition[r] = as_floats(condition, at * width, width, widened);
+        if (condition.rounded) widened += width;
     }
     return on.scratch.condition.data();
 }

@@ -90,21 +90,29 @@ struct LineOfWords {
     }
 };
 
-// For each position the row [.., width] of its pixel, of maps or of the first one only; `none` where there is
-// no pixel.
-template <class T>
-void find_pixels(const LineStretch& on, T* rows, std::int64_t width, bool first_only, T* none,
-                 std::vector<T*>& to) {
-    to.assign(on.positions(), none);
-    const Maps& maps = on.line.maps;
+// For each position the row [channels] of its pixel, or null.
+inline float* const* rows_of_pixels(float* pixels, int channels, const LineStretch& on) {
+    on.scratch.rows.assign(on.positions(), nullptr);
     on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
-        const std::int64_t pixel = (first_only ? row % maps.height : row) * maps.width;
-        for (std::int64_t x = 0; x < maps.width; ++x) to[first + x] = rows + (pixel + x) * width;
+        for (std::int64_t x = 0; x < on.line.maps.width; ++x)
+            on.scratch.rows[first + x] = pixels + (row * on.line.maps.width + x) * channels;
     });
+    return on.scratch.rows.data();
 }
+
+// For each position the row of the condition for its pixel, or any where there is none.
 inline const float* const* rows_of_condition(const Condition& condition, const LineStretch& on) {
-    find_pixels(on, condition.data, condition.width, condition.images == 1, condition.data,
-                on.scratch.condition);
+    const std::int64_t width = condition.width;
+    const Maps& maps = on.line.maps;
+    const std::int64_t pixels = (on.last - on.first) * maps.width;
+    float* widened = on.scratch.shares.at_least((condition.rounded ? pixels + 1 : 1) * width);
+    on.scratch.condition.assign(on.positions(), widened);
+    on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
+        const std::int64_t at = (condition.images == 1 ? row % maps.height : row) * maps.width;
+        const float* const from = as_floats(condition, at * width, maps.width * width, widened);
+        for (std::int64_t x = 0; x < maps.width; ++x) on.scratch.condition[first + x] = from + x * width;
+        if (condition.rounded) widened += maps.width * width;
+    });
     return on.scratch.condition.data();
 }
 

@@ -58,29 +58,27 @@ public:
         if (from != state) copy(from, call);
     }
 
-    // The same of numbers in bfloat16, for a processor that multiplies them. The state is of floats.
+    // The same of rows in bfloat16, for a processor that multiplies them. The state is of floats.
     void run(const BFloat16* from, BFloat16* to, const Maps& maps, const std::vector<Condition>& conditions,
              float* log_det, int threads) const {
-        static thread_local Floats memory;
-        const bool together = std::ranges::all_of(stages_, is_pointwise, &Step::stage);
-        float* const state = together ? nullptr : memory.at_least(maps.rows() * channels_);
-        const Call call{maps, threads, conditions.data(), state, log_det};
         const auto numbers = [&](const Stretch& on) { return std::int64_t{on.rows} * channels_; };
-        if (together) {  // a stretch at a time, of which the state stays in the cache
-            for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
+        const Call call{maps, threads, conditions.data(), nullptr, log_det};
+        if (std::ranges::all_of(stages_, is_pointwise,
+                                &Step::stage))  // the state of a stretch stays in the cache
+            return for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
                 on.state = on.scratch.state.at_least(numbers(on));
                 widen_to(from + on.first * channels_, numbers(on), on.state);
                 pass_all(stages_.begin(), stages_.end(), on);
                 round_to(on.state, numbers(on), to + on.first * channels_);
             });
-            return;
-        }
+        static thread_local Floats memory;
+        float* const state = memory.at_least(maps.rows() * channels_);
         for_stretches(call, 2 * channels_, [&](const Stretch& on) {
-            widen_to(from + on.first * channels_, numbers(on), this->state(on));
+            widen_to(from + on.first * channels_, numbers(on), state + on.first * channels_);
         });
         run(state, state, maps, conditions, log_det, threads);
         for_stretches(call, 2 * channels_, [&](const Stretch& on) {
-            round_to(this->state(on), numbers(on), to + on.first * channels_);
+            round_to(state + on.first * channels_, numbers(on), to + on.first * channels_);
         });
     }
 
@@ -197,9 +195,8 @@ private:
             float* const out = rows_of_words(on.scratch.outputs[0], on.positions(), static_cast<int>(stride));
             apply(last, in, shifts, on, words, out, shares(last, on));
             if (const auto* const residual = std::get_if<Residual>(&step.stage)) {
-                find_pixels<float>(on, call.state, channels_, false, nullptr, on.scratch.rows);
-                return multiply(Inputs{out, stride, true}, on.positions(), residual->weights,
-                                AddToRows{on.scratch.rows.data(), residual->factor});
+                const AddToRows add{rows_of_pixels(call.state, channels_, on), residual->factor};
+                return multiply(Inputs{out, stride, true}, on.positions(), residual->weights, add);
             }
             on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
                 const Inputs outputs{out + first * stride, stride};

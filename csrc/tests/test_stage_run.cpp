@@ -89,15 +89,25 @@ void test_in_bfloat16(const StageRun& run, const std::vector<float>& values, con
     for (std::size_t i = 0; i < values.size(); ++i) narrow(values[i], from[i]);
     std::vector<float> state(values.size()), log_det(maps.rows()), expected(maps.rows());
     widen_to(from.data(), static_cast<std::int64_t>(from.size()), state.data());
-    run.run(state.data(), state.data(), maps, conditions, expected.data(), 1);
-    run.run(from.data(), to.data(), maps, conditions, log_det.data(), 2);
+    Condition condition = conditions[0];
+    std::vector<BFloat16> share(condition.images * maps.positions() * condition.width);
+    std::vector<float> widened(share.size());
+    for (std::size_t i = 0; i < share.size(); ++i) {
+        narrow(condition.data[i], share[i]);
+        widened[i] = widen(share[i]);
+    }
+    condition.data = widened.data();
+    run.run(state.data(), state.data(), maps, {condition, condition}, expected.data(), 1);
+    condition.data = nullptr, condition.rounded = share.data();
+    const std::vector<Condition> rounded{condition, condition};
+    run.run(from.data(), to.data(), maps, rounded, log_det.data(), 2);
     CHECK(log_det == expected);
     for (std::size_t i = 0; i < state.size(); ++i) {
-        BFloat16 rounded;
-        narrow(state[i], rounded);
-        CHECK(to[i].bits == rounded.bits);
+        BFloat16 nearest;
+        narrow(state[i], nearest);
+        CHECK(to[i].bits == nearest.bits);
     }
-    run.run(from.data(), from.data(), maps, conditions, log_det.data(), 1);
+    run.run(from.data(), from.data(), maps, rounded, log_det.data(), 1);
     for (std::size_t i = 0; i < to.size(); ++i) CHECK(from[i].bits == to[i].bits);
 }
 

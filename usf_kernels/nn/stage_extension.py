@@ -105,7 +105,7 @@ class StageExtension:
         if inverse not in self._runs:
             self._runs[inverse] = self._compiled(rows.shape[1], inverse)
         log_det = rows.new_zeros(len(rows), dtype=compute_dtype(rows)) if self._affine else None
-        shares = [share.float().contiguous() for share in (reversed(cond) if inverse else cond)]
+        shares = [share.to(rows.dtype).contiguous() for share in (reversed(cond) if inverse else cond)]
         threads = products.threads_for(len(rows) * self._multiplications)
         state = torch.empty_like(rows) if keep else rows
         # Where there are convolutions there are one or two spatial dimensions.
