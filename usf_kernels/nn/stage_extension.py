@@ -21,7 +21,6 @@ from usf_kernels.nn.fused_blocks import (
 )
 from usf_kernels.ops import native, products
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.native import address
 
 
 class _Weight(NamedTuple):
@@ -113,7 +112,7 @@ class StageExtension:
         arrays = [(share.data_ptr(), share.shape[0], share.shape[2]) for share in shares]
         run, bfloat16 = self._runs[inverse], rows.dtype == torch.bfloat16
         written = (rows.data_ptr(), state.data_ptr(), bfloat16)
-        run.run(*written, sizes[0], height, width, arrays, address(log_det), threads)
+        run.run(*written, sizes[0], height, width, arrays, native.address(log_det), threads)
         return state, log_det
 
     def _compiled(self, channels: int, inverse: bool) -> Any:
