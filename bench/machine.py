@@ -58,6 +58,7 @@ def device_name(device: torch.device) -> str:
             name = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
+    name = re.sub(r"\((R|TM)\)", "", name)
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' if HAS_AMX else ''}"
 
 
