@@ -109,12 +109,10 @@ void bind_stage_run(nb::module_& m) {
                std::int64_t images, std::int64_t height, std::int64_t width, const Shares& shares,
                std::optional<std::uintptr_t> log_det, int threads) {
                 std::vector<Condition> conditions;
-                for (const auto& [address, images, width] : shares)
-                    if (bfloat16)
-                        conditions.push_back(
-                            {nullptr, images, width, reinterpret_cast<const BFloat16*>(address)});
-                    else
-                        conditions.push_back({reinterpret_cast<const float*>(address), images, width});
+                for (const auto& [address, count, channels] : shares)
+                    conditions.push_back({bfloat16 ? nullptr : reinterpret_cast<const float*>(address), count,
+                                          channels,
+                                          bfloat16 ? reinterpret_cast<const BFloat16*>(address) : nullptr});
                 const auto run_as = [&]<class T>(const T*) {
                     run.run(reinterpret_cast<const T*>(rows), reinterpret_cast<T*>(state),
                             {images, height, width}, conditions,

@@ -259,21 +259,25 @@ inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, floa
                  on.scratch.rounded);
 }
 
-// The outputs of a layer that sees a row alone, of a stretch's rows; as words where `pairs`.
-inline Inputs apply_to_rows(const Layer& layer, const Inputs& in, const Stretch& on,
-                            const float* const* shares, bool pairs, Floats& memory) {
-    const Weights& weights = layer.weights();
-    const int width = pairs ? words_of(weights.outputs()) : weights.outputs();
-    float* const out = rows_of_words(memory, on.rows, width);
-    const auto multiply_into = [&]<class T>(T* to, std::ptrdiff_t stride) {
-        const StoreAs<T> store{to, stride, weights.bias(), layer.ending(), shares};
-        multiply(in, on.rows, weights, store, on.scratch.rounded);
-    };
-    if (pairs)
-        multiply_into(reinterpret_cast<BFloat16*>(out), std::ptrdiff_t{2} * width);
+// Calls body(how a layer's outputs are stored) for rows that follow each other, of words or of floats.
+template <class Body>
+void with_store(const Layer& layer, bool words, float* out, const float* const* shares, Body&& body) {
+    const float* const bias = layer.weights().bias();
+    const std::ptrdiff_t outputs = layer.outputs(), padded = std::ptrdiff_t{2} * words_of(layer.outputs());
+    if (words)
+        body(StoreAs<BFloat16>{reinterpret_cast<BFloat16*>(out), padded, bias, layer.ending(), shares});
     else
-        multiply_into(out, width);
-    return {out, width, pairs};
+        body(Store{out, outputs, bias, layer.ending(), shares});
+}
+
+// The outputs of a layer that sees a row alone, of a stretch's rows.
+inline Inputs apply_to_rows(const Layer& layer, const Inputs& in, const Stretch& on,
+                            const float* const* shares, bool words, Floats& memory) {
+    const int width = words ? words_of(layer.outputs()) : layer.outputs();
+    float* const out = rows_of_words(memory, on.rows, width);
+    with_store(layer, words, out, shares,
+               [&](const auto& store) { multiply(in, on.rows, layer.weights(), store, on.scratch.rounded); });
+    return {out, width, words};
 }
 
 // Of all rows.

@@ -119,15 +119,10 @@ inline const float* const* rows_of_condition(const Condition& condition, const L
 // A layer's outputs of a stretch, as words or as floats.
 inline void apply(const Layer& layer, const LineOfWords& in, const Shifts& shifts, const LineStretch& on,
                   bool words, float* out, const float* const* shares) {
-    const Weights& weights = layer.weights();
-    const auto multiply_into = [&]<class T>(T* to, std::ptrdiff_t stride) {
-        const StoreAs<T> store{to, stride, weights.bias(), layer.ending(), shares};
+    const Panels weights = layer.weights();
+    with_store(layer, words, out, shares, [&](const auto& store) {
         multiply(Shifted{in.at(on), in.words, shifts}, on.positions(), weights, store);
-    };
-    if (words)
-        multiply_into(reinterpret_cast<BFloat16*>(out), std::ptrdiff_t{2} * words_of(layer.outputs()));
-    else
-        multiply_into(out, layer.outputs());
+    });
 }
 
 }  // namespace usf

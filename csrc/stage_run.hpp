@@ -63,8 +63,8 @@ public:
              float* log_det, int threads) const {
         const auto numbers = [&](const Stretch& on) { return std::int64_t{on.rows} * channels_; };
         const Call call{maps, threads, conditions.data(), nullptr, log_det};
-        if (std::ranges::all_of(stages_, is_pointwise,
-                                &Step::stage))  // the state of a stretch stays in the cache
+        // The state of a stretch stays in the cache.
+        if (std::ranges::all_of(stages_, is_pointwise, &Step::stage))
             return for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
                 on.state = on.scratch.state.at_least(numbers(on));
                 widen_to(from + on.first * channels_, numbers(on), on.state);
@@ -239,16 +239,14 @@ private:
     // And what it sees.
     Inputs seen(const Conditioner& conditioner, const Stretch& on, Floats& memory) const {
         if (!conditioner.passive) return {state(on), channels_};
-        const int size = conditioner.passive->size();
-        if (conditioner.layers.front().takes_words() && conditioner.shift.empty()) {
-            const int words = words_of(size);
-            float* const to = rows_of_words(memory, on.rows, words);
-            take_words(*conditioner.passive, state(on), on.rows, to);
-            return {to, words, true};
-        }
-        float* const to = memory.at_least(static_cast<std::size_t>(size) * on.rows);
-        take_passive(conditioner, state(on), on.rows, to);
-        return {to, size};
+        const bool words = conditioner.layers.front().takes_words();
+        const int size = conditioner.passive->size(), width = words ? words_of(size) : size;
+        float* const to = rows_of_words(memory, on.rows, width);
+        if (words)
+            see(conditioner, on, to);
+        else
+            take_passive(conditioner, state(on), on.rows, to);
+        return {to, width, words};
     }
 
     void pass(const Product& stage, int, const Stretch& on) const {
