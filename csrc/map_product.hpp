@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 
 #include "layer.hpp"
 
@@ -73,15 +74,15 @@ struct StoreMaps {
     }
 };
 
-// Blocks of neighbouring positions, of whole panels, so many that all threads have some.
+// Blocks of neighbouring positions, of whole panels and at most so many, equally many for each thread.
 struct PositionBlocks {
     std::int64_t positions, length, each, count;  // of a block; blocks of an image, and of all
 
     PositionBlocks(std::int64_t images, std::int64_t positions, std::int64_t most, int threads)
         : positions(positions) {
         const std::int64_t width = Panels::best_width(), panels = (positions + width - 1) / width;
-        const std::int64_t fair = (images * panels + threads - 1) / threads;
-        length = std::max<std::int64_t>(1, std::min({most / width, fair, panels})) * width;
+        const std::int64_t shared = threads / std::gcd(std::max<std::int64_t>(images, 1), threads);
+        length = stretch_length(panels, std::max<std::int64_t>(most / width, 1), shared) * width;
         each = (positions + length - 1) / length, count = images * each;
     }
     // Calls body(image, first position, positions).
@@ -92,8 +93,19 @@ struct PositionBlocks {
     }
 };
 
-// Rows of a matrix that pass together, while they are in the first cache.
+// Rows of a matrix that pass together, while they are in the first cache: whole tiles.
 constexpr int together = 48;
+
+// A matrix whose outputs lie side by side, as what is multiplied with panels.
+inline Columns columns_of(const MatrixView& matrix, int outputs, int inputs, int threads, Floats& memory) {
+    const int width = rows_of_tile(best_lanes());
+    float* const to = memory.at_least(std::int64_t{Panels::padded(outputs, width)} * inputs);
+    team_for((outputs + together - 1) / together, threads, [&](std::int64_t i) {
+        const int first = static_cast<int>(i) * together, count = std::min(together, outputs - first);
+        fill_panels(matrix.from(first), count, inputs, width, to + std::int64_t{first} * inputs);
+    });
+    return {to, width, inputs};
+}
 
 // out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), dense, of maps x; the matrix is
 // `part` of one, with zeros elsewhere.
@@ -102,6 +114,9 @@ inline void map_product(const MatrixView& matrix, Triangle part, int outputs, in
                         const float* mask, float* out, int threads) {
     const int width = Panels::best_width();
     const PositionBlocks blocks(images, positions, cache_numbers / std::max(inputs, 1), threads);
+    static thread_local Floats memory;
+    const Columns turned =
+        matrix.transposed ? columns_of(matrix, outputs, inputs, threads, memory) : Columns{};
     team_for(blocks.count, threads, [&](std::int64_t i) {
         blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
             const std::int64_t columns = Panels::padded(count, width);
@@ -115,11 +130,10 @@ inline void map_product(const MatrixView& matrix, Triangle part, int outputs, in
                 const int rows = std::min(together, outputs - o);
                 const Reach reach(part, o, rows, inputs);
                 const Panels weights = whole.of_inputs(reach.first, reach.last);
-                const float* const from = matrix.at(o, reach.first);
                 if (matrix.transposed)
-                    multiply(Columns{from, matrix.stride}, rows, weights, store);
+                    multiply(turned.from(o, reach.first), rows, weights, store);
                 else
-                    multiply(Inputs{from, matrix.stride}, rows, weights, store);
+                    multiply(Inputs{matrix.at(o, reach.first), matrix.stride}, rows, weights, store);
             }
         });
     });
@@ -150,7 +164,8 @@ struct OuterProduct {
             const float* const from = a.at(image, position) + o * (a.rows ? 1 : a.next);
             const auto finish = [&](const auto& how) {
                 if (a.rows)
-                    multiply(Columns{from, a.next}, rows, weights, how);
+                    multiply(columns_of({from, a.next, true}, rows, count, 1, scratch_of_thread().points[1]),
+                             rows, weights, how);
                 else
                     multiply(Inputs{from, a.next}, rows, weights, how);
             };

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "interleave.hpp"
@@ -49,29 +51,54 @@ struct MatrixView {
     const float* at(std::int64_t output, std::int64_t input) const {
         return data + (transposed ? input * stride + output : output * stride + input);
     }
+    MatrixView from(std::int64_t output) const { return {at(output, 0), stride, transposed}; }
 };
 
-// One panel: that of `count` outputs from the first on, padded with zeros.
-inline void fill_panel(const MatrixView& matrix, int first, int count, int inputs, int width, float* panel) {
-    if (count < width) std::fill_n(panel, std::int64_t{width} * inputs, 0.0f);
-    if (matrix.transposed) {
+// All panels of a matrix whose outputs lie side by side. A row of it goes through several at a time: what
+// lies side by side is read at once, and is written to few places.
+inline void copy_panels(const float* from, std::int64_t stride, int outputs, int inputs, int width,
+                        float* panels) {
+    const auto copy = [&](int first, int last, auto count) USF_LAMBDA {
         for (std::int64_t i = 0; i < inputs; ++i)
-            std::copy_n(matrix.data + i * matrix.stride + first, count, panel + i * width);
-        return;
-    }
-    const auto transpose = transposition<float, float>();
-    const int some = std::min(tile, width);  // outputs, of this panel
-    for (int o = 0; o < count; o += some)
-        for (int i = 0; i < inputs; i += tile)
-            transpose(matrix.data + (first + o) * matrix.stride + i, matrix.stride, std::min(some, count - o),
-                      std::min(tile, inputs - i), panel + std::int64_t{i} * width + o, width);
+            for (int o = first; o < last; o += width)
+                std::memcpy(panels + (std::int64_t{o} * inputs + i * width), from + i * stride + o,
+                            count * sizeof(float));
+    };
+    const int whole = outputs / width * width, some = 8 * width;
+    with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA {
+        for (int first = 0; first < whole; first += some) {
+            const int last = std::min(first + some, whole);
+            if (width == 2 * lanes)
+                copy(first, last, std::integral_constant<int, 2 * lanes>());
+            else if (width == rows_of_tile(lanes))
+                copy(first, last, std::integral_constant<int, rows_of_tile(lanes)>());
+            else
+                copy(first, last, width);
+        }
+    });
+    if (whole == outputs) return;
+    std::fill_n(panels + std::int64_t{whole} * inputs, std::int64_t{width} * inputs, 0.0f);
+    copy(whole, outputs, outputs - whole);
 }
 
-// All panels, in memory for as many outputs as they have.
+// One panel of a matrix whose inputs lie side by side, `count` of whose outputs are not zero.
+inline void transpose_panel(const float* from, std::int64_t stride, int count, int inputs, int width,
+                            float* panel) {
+    if (count < width) std::fill_n(panel, std::int64_t{width} * inputs, 0.0f);
+    const auto transpose = transposition<float, float>();
+    const int some = std::min(tile, width);  // outputs
+    for (int o = 0; o < count; o += some)
+        for (int i = 0; i < inputs; i += tile)
+            transpose(from + o * stride + i, stride, std::min(some, count - o), std::min(tile, inputs - i),
+                      panel + std::int64_t{i} * width + o, width);
+}
+
+// All panels, in memory for as many outputs as they have; padded with zeros.
 inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int width, float* panels) {
+    if (matrix.transposed) return copy_panels(matrix.data, matrix.stride, outputs, inputs, width, panels);
     for (int first = 0; first < outputs; first += width)
-        fill_panel(matrix, first, std::min(width, outputs - first), inputs, width,
-                   panels + std::int64_t{first} * inputs);
+        transpose_panel(matrix.data + first * matrix.stride, matrix.stride, std::min(width, outputs - first),
+                        inputs, width, panels + std::int64_t{first} * inputs);
 }
 
 // A matrix as panels, of pairs or not, padded with zeros, and a bias, which may be null. Its inputs are those

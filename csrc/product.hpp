@@ -23,14 +23,6 @@
 
 namespace usf {
 
-// Rows of a tile of two vectors that the registers hold.
-constexpr int rows_of_tile(int lanes) {
-#if defined(__aarch64__)
-    if (lanes == 4) return 8;
-#endif
-    return lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
-}
-
 // Rows to be multiplied: the first columns of each, as many as the weights have inputs.
 struct Inputs {
     const float* data;
@@ -42,14 +34,19 @@ struct Inputs {
     USF_INLINE const float* row(int, int r) const { return data + r * stride; }
 };
 
-// Columns to be multiplied: input after input, those of all columns side by side.
+// Columns to be multiplied, in panels of as many as a tile takes, input after input.
 struct Columns {
     const float* data;
-    std::ptrdiff_t stride;
+    int width;
+    std::ptrdiff_t depth;  // of the panels as they lie, of whose inputs these may be a part
 
     static constexpr int taps() { return 1; }
-    USF_INLINE std::ptrdiff_t step() const { return stride; }
-    USF_INLINE const float* row(int, int r) const { return data + r; }
+    USF_INLINE int step() const { return width; }
+    USF_INLINE const float* row(int, int r) const { return data + r / width * width * depth + r % width; }
+    // Some columns, of whole panels from the first, and inputs.
+    Columns from(std::ptrdiff_t column, std::ptrdiff_t input) const {
+        return {data + column * depth + input * width, width, depth};
+    }
 };
 
 // Rows around rows: for each tap of a kernel, `count` pointers. The weights' inputs are those of tap after

@@ -20,8 +20,8 @@ inline Panels to_panels(const MatrixView& matrix, const float* bias, int outputs
     if (bias) std::copy_n(bias, outputs, panels + size);
     team_for(columns / width, threads, [&](std::int64_t p) {
         const int first = static_cast<int>(p) * width;
-        fill_panel(matrix, first, std::min(width, outputs - first), inputs, width,
-                   panels + std::int64_t{first} * inputs);
+        fill_panels(matrix.from(first), std::min(width, outputs - first), inputs, width,
+                    panels + std::int64_t{first} * inputs);
     });
     return {panels, panels + size, outputs, inputs, width};
 }
@@ -29,13 +29,30 @@ inline Panels to_panels(const MatrixView& matrix, const float* bias, int outputs
 // out = ending(matrix x + bias + what stands beside) for all rows x of a call, dense.
 inline void row_product(const MatrixView& matrix, const float* bias, int outputs, int inputs, Ending ending,
                         const Inputs& in, const Call& call, float* out) {
+    // Outputs of some rows, from the first one on that the weights have.
+    const auto multiply_by = [&](const Panels& weights, int first, const Stretch& on) {
+        const float* const* const beside = call.conditions ? rows_of_condition(0, on) : nullptr;
+        if (beside)
+            for (const float*& row : on.scratch.condition) row += first;
+        multiply(Inputs{in.data + on.first * in.stride, in.stride}, on.rows, weights,
+                 Store{out + on.first * outputs + first, outputs, weights.bias, ending, beside});
+    };
+    const std::int64_t rows = call.maps.rows(), width = Panels::best_width();
+    if (rows * in.stride <= 2 * cache_numbers && outputs >= 2 * call.threads * width) {
+        // Few rows: they stay in the cache while a panel passes that whoever has filled it reads alone.
+        team_for((outputs + width - 1) / width, call.threads, [&](std::int64_t p) {
+            const int first = static_cast<int>(p * width);
+            const int count = std::min(static_cast<int>(width), outputs - first);
+            const Stretch all{call, 0, static_cast<int>(rows), scratch_of_thread()};
+            multiply_by(to_panels(matrix.from(first), bias ? bias + first : nullptr, count, inputs, 1,
+                                  all.scratch.points[0]),
+                        first, all);
+        });
+        return;
+    }
     static thread_local Floats memory;
     const Panels weights = to_panels(matrix, bias, outputs, inputs, call.threads, memory);
-    for_stretches(call, in.stride + outputs, [&](const Stretch& on) {
-        const float* const* const beside = call.conditions ? rows_of_condition(0, on) : nullptr;
-        multiply(Inputs{in.data + on.first * in.stride, in.stride}, on.rows, weights,
-                 Store{out + on.first * outputs, outputs, weights.bias, ending, beside});
-    });
+    for_stretches(call, in.stride + outputs, [&](const Stretch& on) { multiply_by(weights, 0, on); });
 }
 
 }  // namespace usf

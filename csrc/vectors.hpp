@@ -52,6 +52,14 @@ inline int best_lanes() {
     return 4;
 }
 
+// Rows of a tile of two vectors that the registers hold.
+constexpr int rows_of_tile(int lanes) {
+#if defined(__aarch64__)
+    if (lanes == 4) return 8;
+#endif
+    return lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
+}
+
 // Calls body.operator()<lanes>(), compiled for the instructions that vectors of so many lanes take.
 #if defined(__x86_64__)
 template <class Body>

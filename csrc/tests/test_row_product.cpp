@@ -58,6 +58,8 @@ int main() {
         test(0, 9, 4, 4, 2);
         test(2, 0, 4, 4, 2);
         test(5, 16, 20, 100, 4);
+        test(3, 21, 150, 70, 1);  // panel after panel
+        test(2, 17, 300, 40, 2);
     }
     return failures != 0;
 }
