@@ -31,8 +31,7 @@ def page(devices: Sequence[Sequence[table.Row]]) -> str:
     """docs/speed.md: everything, one device after the other."""
     parts = [TITLE]
     for i, rows in enumerate(devices):
-        on_gpu = any(row["provider"].endswith(table.CAPTURED) for row in rows)
-        parts += gpu_sections.section(rows) if on_gpu else [section(rows, pictures=i == 0)]
+        parts += gpu_sections.section(rows) if table.on_gpu(rows) else [section(rows, pictures=i == 0)]
     lost = [line for rows in devices for line in losses(rows)]
     if lost:
         parts += ["## Where we do not win", LOST, "\n".join(lost)]

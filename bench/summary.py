@@ -22,28 +22,41 @@ HEADER = ("", "over the fastest of")
 
 def section(files: Sequence[Rows]) -> str:
     """The README's section on speed, from the rows of each device."""
-    captured = any(
-        row["direction"] == TRAINING and row["provider"].endswith(table.CAPTURED)
-        for rows in files
-        for row in rows
-        if row["role"] == PEER
-    )
     parts = [
         prose(
             "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets "
-            "the worst; on a CPU (2 threads) over the cases of `make bench`, which prints this table for any "
-            "machine, on a GPU in CUDA graphs, peers captured as well, "
-            f"{'reversible ' if captured else ''}training as it is called. "
-            "*Reversible* training, the default, keeps outputs only. "
-            "The first picture has all shapes and batches, and peers under torch.compile. " + _losses(files)
-        ),
-        page(files),
+            "the worst. *Reversible* training, the default, keeps outputs only."
+        )
+    ]
+    for describe, gpu in ((_on_cpus, False), (_on_gpus, True)):
+        found = [rows for rows in files if table.on_gpu(rows) is gpu]
+        if found:
+            parts += [prose(describe(found)), page(found)]
+    parts += [
+        prose(_losses(files)),
         *picture("speed.png", "How much longer the fastest peer takes, per operation", folder="docs/"),
         *picture(
             "speed_depth.png", "Memory and time of a training step over the number of blocks", folder="docs/"
         ),
     ]
     return "\n\n".join(parts)
+
+
+def _on_cpus(_: Sequence[Rows]) -> str:
+    return (
+        "On a CPU, 2 threads, over the cases of `make bench`, which prints this table for any machine; the "
+        "first picture has all shapes and batches, and peers under torch.compile:"
+    )
+
+
+def _on_gpus(files: Sequence[Rows]) -> str:
+    captured = any(
+        row["role"] == PEER and row["direction"] == TRAINING and row["provider"].endswith(table.CAPTURED)
+        for rows in files
+        for row in rows
+    )
+    reversible = ", reversible training as it is called" if captured else ""
+    return f"On a GPU, in CUDA graphs, peers captured as well{reversible}:"
 
 
 def _losses(files: Sequence[Rows]) -> str:

@@ -105,6 +105,11 @@ def merged(rows: Iterable[Row], names: Sequence[str]) -> list[Row]:
     return [*(row for row in rows if row["provider"] not in names), *fastest.values()]
 
 
+def on_gpu(rows: Iterable[Row]) -> bool:
+    """Whether they are of a device on which there are CUDA graphs."""
+    return any(row["provider"].endswith(CAPTURED) for row in rows)
+
+
 def milliseconds(row: Row) -> float:
     """The median."""
     return float(row["p50_ms"])
