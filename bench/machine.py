@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from bench.measure import least_seconds
 from bench.subject import LIMIT, Case, Provider, Subject
 from usf_kernels.doctor import has_bfloat16
-from usf_kernels.ops.products import HAS_AMX
+from usf_kernels.ops.products import has_amx
 
 PACKAGES = ("torch", "triton", "numpy", "anomalib", "FrEIA", "timm", "higra", "scikit-image", "maxtree")
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +59,7 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     name = re.sub(r"\((R|TM)\)", "", name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' if HAS_AMX else ''}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' if has_amx() else ''}"
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

@@ -40,7 +40,7 @@ Half channels_of(const Channels& index, const StageRun& run) {
 void bind_stage_run(nb::module_& m) {
     using namespace nb::literals;
     m.attr("MULTIPLIES_PAIRS") = multiplies_pairs();
-    m.attr("HAS_AMX") = processor_has_amx();
+    m.def("has_amx", has_amx);
     nb::class_<Layer>(m, "Layer")
         .def(
             "__init__",

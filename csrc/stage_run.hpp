@@ -258,13 +258,7 @@ private:
         if (!in_place) std::copy_n(out, numbers, state(on));
     }
     void pass(const Reorder& stage, int, const Stretch& on) const {
-        float* const before = on.scratch.outputs[0].at_least(channels_);
-        for (int r = 0; r < on.rows; ++r) {
-            float* const row = state(on) + static_cast<std::ptrdiff_t>(r) * channels_;
-            std::copy_n(row, channels_, before);
-            for (int j = 0; j < channels_; ++j)
-                row[j] = stage.scale[j] * before[stage.index[j]] + stage.bias[j];
-        }
+        stage.apply(state(on), on.rows, on.scratch.outputs[0]);
     }
     template <class Coupling>
     void pass(const Coupling& stage, int condition, const Stretch& on) const {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "layer.hpp"
+#include "reorder.hpp"
 #include "rows.hpp"
 
 #ifdef USF_PRODUCTS
@@ -31,11 +32,6 @@ struct Conditioner {
 // state = state @ weights.T + bias
 struct Product {
     Weights weights;
-};
-// state[j] = scale[j] * state[index[j]] + bias[j]
-struct Reorder {
-    std::vector<std::int32_t> index;
-    std::vector<float> scale, bias;
 };
 // state += factor * f(state) @ weights.T, without their bias
 struct Residual {

@@ -44,7 +44,7 @@ def test_report_is_complete_and_json():
 )
 def test_report_says_what_fused_flows_run_on(monkeypatch, multiplies, amx, also):
     monkeypatch.setattr(products, "MULTIPLIES_BFLOAT16", multiplies)
-    monkeypatch.setattr(products, "HAS_AMX", amx)
+    monkeypatch.setattr(products, "has_amx", lambda: amx)
     found = doctor.diagnose()["operations"][doctor.INFERENCE]
     assert found == f"C++ for float32{also} and PyTorch on cpu"
 

@@ -167,7 +167,7 @@ def _operations(torch: Any) -> dict[str, str]:
         operations[name] = f"{code} on {device}"
     in_extension = device == "cpu" and products.MULTIPLIES
     operations[CONDITIONERS] = f"{'C++ for float32' if in_extension else 'PyTorch'} on {device}"
-    bfloat16 = f", bfloat16 with {'AMX' if products.HAS_AMX else 'AVX-512'}"
+    bfloat16 = f", bfloat16 with {'AMX' if products.has_amx() else 'AVX-512'}"
     loops = f"C++ for float32{bfloat16 if products.MULTIPLIES_BFLOAT16 else ''}"
     own = loops if device == "cpu" else "Triton" if rows.runs_kernels(probe) else None
     inference = f"{own} and PyTorch on {device}" if own else f"PyTorch on {device}"

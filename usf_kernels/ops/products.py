@@ -17,7 +17,11 @@ from usf_kernels.ops.native import address
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 MULTIPLIES = hasattr(_core, "map_product")  # compilers without vector types build none
 MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False)  # in fused flows
-HAS_AMX = getattr(_core, "HAS_AMX", False)  # for that; otherwise it takes AVX-512's instruction
+
+
+def has_amx() -> bool:
+    """Whether that is by AMX, which the system has to let a process use, and not by AVX-512's instruction."""
+    return MULTIPLIES_BFLOAT16 and _core.has_amx()
 
 
 def threads_for(multiplications: int) -> int:

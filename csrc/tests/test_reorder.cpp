@@ -1,0 +1,48 @@
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "check.hpp"
+#include "noise.hpp"
+#include "reorder.hpp"
+
+#ifdef USF_PRODUCTS
+
+using namespace usf;
+
+namespace {
+
+// Against the definition, with rows around it that must stay as they are.
+void test(int channels, int rows) {
+    std::vector<std::int32_t> index(channels);
+    std::iota(index.begin(), index.end(), 0);
+    std::shuffle(index.begin(), index.end(), random_bits);
+    const std::vector<float> scale = noise(channels), bias = noise(channels);
+    const std::vector<float> before = noise((rows + 2) * channels);
+    std::vector<float> after = before;
+    Floats memory;
+    Reorder(index, scale, bias).apply(after.data() + channels, rows, memory);
+    for (int j = 0; j < channels; ++j) {
+        CHECK(after[j] == before[j]);
+        CHECK(after[(rows + 1) * channels + j] == before[(rows + 1) * channels + j]);
+    }
+    for (int r = 1; r <= rows; ++r)
+        for (int j = 0; j < channels; ++j) {
+            const double expected = double(scale[j]) * before[r * channels + index[j]] + bias[j];
+            CHECK(std::abs(after[r * channels + j] - expected) <= 1e-6 * (1 + std::abs(expected)));
+        }
+}
+
+}  // namespace
+
+int main() {
+    for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
+        for (const int channels : {1, 5, 16, 33, 64, 131, 400})
+            for (const int rows : {0, 1, 15, 16, 17, 96}) test(channels, rows);
+    return failures != 0;
+}
+
+#else
+int main() {}
+#endif
