@@ -7,6 +7,7 @@
 #include "bindings.hpp"
 #include "coupling_gradients.hpp"
 #include "norms.hpp"
+#include "triangle.hpp"
 
 namespace usf {
 
@@ -41,7 +42,17 @@ std::optional<Exit> exit_of(const Address& index, std::int64_t channels, const A
 
 void bind_ops(nb::module_& m) {
     using namespace nb::literals;
-    // All of them return false, and have written nothing, where no loop here walks such strides.
+    m.def(
+        "copy_triangle",
+        [](std::uintptr_t matrix, std::int64_t stride, const std::pair<std::int64_t, std::int64_t>& sizes,
+           bool upper, std::uintptr_t diagonal, std::uintptr_t out, int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [rows, columns] = sizes;
+            copy_triangle(reinterpret_cast<const float*>(matrix), stride, rows, columns, upper,
+                          reinterpret_cast<const float*>(diagonal), reinterpret_cast<float*>(out), threads);
+        },
+        "matrix"_a, "stride"_a, "sizes"_a, "upper"_a, "diagonal"_a, "out"_a, "threads"_a);
+    // All that follow return false, and have written nothing, where no loop here walks such strides.
     m.def(
         "squared_norm",
         [](const Sizes& sizes, const Tensor& z, std::uintptr_t out, int threads) {

@@ -20,7 +20,7 @@ from torch.linalg import solve_triangular
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import full_precision, triangular_inverse
 from usf_kernels.ops.native import batched, somebody_looks
-from usf_kernels.ops.triangles import diagonal_of, outer, times, unit_lower, upper_with
+from usf_kernels.ops.triangles import diagonal_of, outer, strict_, times, unit_lower, upper_with
 
 
 def conjugation(
@@ -116,4 +116,5 @@ class _Halves(torch.autograd.Function):
             of_lower[first, first] = outer(of_rows, top, triangle=-1)
             of_lower[second, second] = outer(inverted, upper2, triangle=-1)
         of_log_diagonal = None if log_diagonal is None else of_upper.diagonal() * diagonal
-        return of_lower.tril_(-1), of_upper.triu_(1), None, of_log_diagonal, None
+        strict_(of_lower, upper=False), strict_(of_upper, upper=True)
+        return of_lower, of_upper, None, of_log_diagonal, None

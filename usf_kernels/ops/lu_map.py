@@ -18,7 +18,7 @@ from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import matrix_op
 from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
 from usf_kernels.ops.native import batched, somebody_looks
-from usf_kernels.ops.triangles import diagonal_of, outer, times, unit_lower, upper_with
+from usf_kernels.ops.triangles import diagonal_of, outer, strict_, times, unit_lower, upper_with
 
 
 def lu_map(
@@ -107,8 +107,8 @@ class _Map(torch.autograd.Function):
         if given[3] is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
         of_bias = None if given[4] is None else grad_bias
-        of_lower.tril_(-1)
-        of_upper.triu_(1)
+        strict_(of_lower, upper=False)
+        strict_(of_upper, upper=True)
         return of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
 
 
@@ -155,8 +155,8 @@ class _Factors(torch.autograd.Function):
             of_upper = matrix_gradient(of_w, v, triangle=1)
         if log_diagonal is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal
-        of_lower.tril_(-1)
-        of_upper.triu_(1)
+        strict_(of_lower, upper=False)
+        strict_(of_upper, upper=True)
         if scale is not None:
             of_offset = channel_sums(of_v)
             of_v *= scale
