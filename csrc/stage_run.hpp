@@ -9,16 +9,19 @@
 #include <vector>
 
 #include "line.hpp"
-#include "stages.hpp"
+#include "passes.hpp"
 #include "team.hpp"
 
 #ifdef USF_PRODUCTS
 
 namespace usf {
 
-class StageRun {
+// Of the state, for each thread: those of images that go through all stages together. Fewer in tests.
+inline std::int64_t numbers_together = 1 << 19;
+
+class StageRun : Passes {
 public:
-    explicit StageRun(int channels) : channels_(channels) {}
+    explicit StageRun(int channels) : Passes(channels) {}
 
     void add(Stage stage) {
         int conditions = 0;
@@ -36,10 +39,38 @@ public:
 
     // From rows to state, [maps.rows(), channels] both, which may be the same. `conditions` are those of the
     // conditioned layers, in order. Adds the log-det of every row to log_det, which may be null where no
-    // stage is affine.
-    void run(const float* from, float* state, const Maps& maps, const std::vector<Condition>& conditions,
-             float* log_det, int threads) const {
-        const Call call{maps, threads, conditions.data(), state, log_det};
+    // stage is affine. Of rows in bfloat16, for a processor that multiplies them, the state is of floats too.
+    template <class T>
+    void run(const T* from, T* to, const Maps& maps, const std::vector<Condition>& conditions, float* log_det,
+             int threads) const {
+        const std::int64_t images = images_together(maps, threads);
+        std::vector<Condition> theirs = conditions;
+        for (std::int64_t first = 0; first < maps.images; first += images) {
+            const Maps some{std::min(images, maps.images - first), maps.height, maps.width};
+            const std::int64_t row = first * maps.positions();
+            for (std::size_t i = 0; i < theirs.size(); ++i) theirs[i] = conditions[i].from(row);
+            run_together(from + row * channels_, to + row * channels_,
+                         Call{some, threads, theirs.data(), nullptr, log_det ? log_det + row : nullptr});
+        }
+    }
+
+private:
+    struct Step {
+        Stage stage;
+        int first_condition;
+    };
+
+    bool pointwise() const { return std::ranges::all_of(stages_, is_pointwise, &Step::stage); }
+
+    // Where a conditioner looks at neighbours, the whole state passes through memory several times.
+    std::int64_t images_together(const Maps& maps, int threads) const {
+        if (pointwise()) return std::max<std::int64_t>(maps.images, 1);
+        const std::int64_t numbers = std::max<std::int64_t>(maps.positions() * channels_, 1);
+        return std::max<std::int64_t>(threads * numbers_together / numbers, 1);
+    }
+
+    void run_together(const float* from, float* state, Call call) const {
+        call.state = state;
         for (auto stage = stages_.begin(); stage != stages_.end();) {
             auto next = stage;
             while (next != stages_.end() && is_pointwise(next->stage)) ++next;
@@ -57,14 +88,10 @@ public:
         }
         if (from != state) copy(from, call);
     }
-
-    // The same of rows in bfloat16, for a processor that multiplies them. The state is of floats.
-    void run(const BFloat16* from, BFloat16* to, const Maps& maps, const std::vector<Condition>& conditions,
-             float* log_det, int threads) const {
+    void run_together(const BFloat16* from, BFloat16* to, const Call& call) const {
         const auto numbers = [&](const Stretch& on) { return std::int64_t{on.rows} * channels_; };
-        const Call call{maps, threads, conditions.data(), nullptr, log_det};
         // The state of a stretch stays in the cache.
-        if (std::ranges::all_of(stages_, is_pointwise, &Step::stage))
+        if (pointwise())
             return for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
                 on.state = on.scratch.state.at_least(numbers(on));
                 widen_to(from + on.first * channels_, numbers(on), on.state);
@@ -72,21 +99,16 @@ public:
                 round_to(on.state, numbers(on), to + on.first * channels_);
             });
         static thread_local Floats memory;
-        float* const state = memory.at_least(maps.rows() * channels_);
+        float* const state = memory.at_least(call.maps.rows() * channels_);
         for_stretches(call, 2 * channels_, [&](const Stretch& on) {
             widen_to(from + on.first * channels_, numbers(on), state + on.first * channels_);
         });
-        run(state, state, maps, conditions, log_det, threads);
+        run_together(state, state, call);
         for_stretches(call, 2 * channels_, [&](const Stretch& on) {
             round_to(state + on.first * channels_, numbers(on), to + on.first * channels_);
         });
     }
 
-private:
-    struct Step {
-        Stage stage;
-        int first_condition;
-    };
     void copy(const float* from, const Call& call) const {
         for_stretches(call, 2 * channels_, [&](const Stretch& on) {
             std::copy_n(from + on.first * channels_, std::int64_t{on.rows} * channels_, state(on));
@@ -209,80 +231,6 @@ private:
         });
     }
 
-    float* state(const Stretch& on) const {
-        return on.state ? on.state : on.call.state + on.first * channels_;
-    }
-
-    // What a conditioner sees of a stretch, as words.
-    void see(const Conditioner& conditioner, const Stretch& on, float* to) const {
-        if (!conditioner.passive) return round_rows(state(on), channels_, on.rows, channels_, to);
-        if (conditioner.shift.empty()) return take_words(*conditioner.passive, state(on), on.rows, to);
-        const int size = conditioner.passive->size();
-        float* const floats = on.scratch.rounded.at_least(static_cast<std::size_t>(size) * on.rows);
-        take_passive(conditioner, state(on), on.rows, floats);
-        round_rows(floats, size, on.rows, size, to);
-    }
-
-    // A pointwise conditioner's outputs of a stretch, as words where `pairs`.
-    Inputs outputs(const Conditioner& conditioner, int condition, const Stretch& on, bool pairs) const {
-        int next = 0;
-        Inputs in = seen(conditioner, on, on.scratch.outputs[next]);
-        for (auto layer = conditioner.layers.begin(); layer != conditioner.layers.end();) {
-            const Layer& now = *layer++;
-            next = 1 - next;
-            in = apply_to_rows(now, in, on, now.conditioned ? rows_of_condition(condition++, on) : nullptr,
-                               layer == conditioner.layers.end() ? pairs : layer->weights().pairs(),
-                               on.scratch.outputs[next]);
-        }
-        return in;
-    }
-    // And what it sees.
-    Inputs seen(const Conditioner& conditioner, const Stretch& on, Floats& memory) const {
-        if (!conditioner.passive) return {state(on), channels_};
-        const bool words = conditioner.layers.front().takes_words();
-        const int size = conditioner.passive->size(), width = words ? words_of(size) : size;
-        float* const to = rows_of_words(memory, on.rows, width);
-        if (words)
-            see(conditioner, on, to);
-        else
-            take_passive(conditioner, state(on), on.rows, to);
-        return {to, width, words};
-    }
-
-    void pass(const Product& stage, int, const Stretch& on) const {
-        const std::int64_t numbers = std::int64_t{on.rows} * channels_;
-        const bool in_place = stage.weights.pairs();  // a rounded copy is read
-        float* const out = in_place ? state(on) : on.scratch.outputs[0].at_least(numbers);
-        multiply(Inputs{state(on), channels_}, on.rows, stage.weights,
-                 Store{out, channels_, stage.weights.bias(), Ending::plain, nullptr}, on.scratch.rounded);
-        if (!in_place) std::copy_n(out, numbers, state(on));
-    }
-    void pass(const Reorder& stage, int, const Stretch& on) const {
-        stage.apply(state(on), on.rows, on.scratch.outputs[0]);
-    }
-    template <class Coupling>
-    void pass(const Coupling& stage, int condition, const Stretch& on) const {
-        update(stage, outputs(stage.conditioner, condition, on, false), on);
-    }
-    void pass(const Residual& stage, int condition, const Stretch& on) const {
-        update(stage, outputs(stage.conditioner, condition, on, stage.weights.pairs()), on);
-    }
-
-    void update(const Residual& stage, const Inputs& hidden, const Stretch& on) const {
-        multiply(hidden, on.rows, stage.weights, Add{state(on), channels_, stage.factor}, on.scratch.rounded);
-    }
-    void update(const Additive& stage, const Inputs& shift, const Stretch& on) const {
-        stage.active.add(shift.data, shift.stride, stage.factor, on.rows, state(on));
-    }
-    void update(const Affine& stage, const Inputs& outputs, const Stretch& on) const {
-        std::vector<float>& log_det = on.scratch.log_det;
-        log_det.resize(on.rows);
-        affine_stretch(state(on), on.rows, stage.active, outputs.data, outputs.stride, stage.shift.data(),
-                       stage.clamp, stage.inverse, log_det.data(), on.scratch.affine);
-        for (int r = 0; r < on.rows; ++r) on.call.log_det[on.first + r] += log_det[r];
-    }
-
-    int channels_;
     int widest_ = 1;
     int conditions_ = 0;
     std::vector<Step> stages_;

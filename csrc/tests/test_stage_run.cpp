@@ -223,12 +223,15 @@ int main() {
         {{2, 1, 30}, 1, 5, 6, 1, 5},    {{1, 6, 1}, 1, 4, 4, 5, 3},   {{0, 3, 3}, 1, 4, 4, 3, 3},
         {{1, 40, 40}, 1, 32, 32, 3, 3}, {{3, 7, 9}, 3, 43, 37, 3, 3}, {{2, 1, 5}, 1, 40, 20, 3, 3},
     };
-    for (const Case& c : cases) {
-        test(c, false);
-        test_residual(c, false);
-        if (!multiplies_pairs()) continue;
-        test(c, true);
-        test_residual(c, true);
+    for (const std::int64_t numbers : {numbers_together, std::int64_t{1}}) {
+        numbers_together = numbers;
+        for (const Case& c : cases) {
+            test(c, false);
+            test_residual(c, false);
+            if (!multiplies_pairs()) continue;
+            test(c, true);
+            test_residual(c, true);
+        }
     }
     test_nothing_to_do();
     return failures != 0;

@@ -1,0 +1,96 @@
+// What a stage of a fused flow does to a stretch of rows while it is in the cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "stages.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+class Passes {
+public:
+    explicit Passes(int channels) : channels_(channels) {}
+
+    float* state(const Stretch& on) const {
+        return on.state ? on.state : on.call.state + on.first * channels_;
+    }
+
+    // What a conditioner sees of a stretch, as words.
+    void see(const Conditioner& conditioner, const Stretch& on, float* to) const {
+        if (!conditioner.passive) return round_rows(state(on), channels_, on.rows, channels_, to);
+        if (conditioner.shift.empty()) return take_words(*conditioner.passive, state(on), on.rows, to);
+        const int size = conditioner.passive->size();
+        float* const floats = on.scratch.rounded.at_least(static_cast<std::size_t>(size) * on.rows);
+        take_passive(conditioner, state(on), on.rows, floats);
+        round_rows(floats, size, on.rows, size, to);
+    }
+
+    // A pointwise conditioner's outputs of a stretch, as words where `pairs`.
+    Inputs outputs(const Conditioner& conditioner, int condition, const Stretch& on, bool pairs) const {
+        int next = 0;
+        Inputs in = seen(conditioner, on, on.scratch.outputs[next]);
+        for (auto layer = conditioner.layers.begin(); layer != conditioner.layers.end();) {
+            const Layer& now = *layer++;
+            next = 1 - next;
+            in = apply_to_rows(now, in, on, now.conditioned ? rows_of_condition(condition++, on) : nullptr,
+                               layer == conditioner.layers.end() ? pairs : layer->weights().pairs(),
+                               on.scratch.outputs[next]);
+        }
+        return in;
+    }
+    // And what it sees.
+    Inputs seen(const Conditioner& conditioner, const Stretch& on, Floats& memory) const {
+        if (!conditioner.passive) return {state(on), channels_};
+        const bool words = conditioner.layers.front().takes_words();
+        const int size = conditioner.passive->size(), width = words ? words_of(size) : size;
+        float* const to = rows_of_words(memory, on.rows, width);
+        if (words)
+            see(conditioner, on, to);
+        else
+            take_passive(conditioner, state(on), on.rows, to);
+        return {to, width, words};
+    }
+
+    void pass(const Product& stage, int, const Stretch& on) const {
+        const std::int64_t numbers = std::int64_t{on.rows} * channels_;
+        const bool in_place = stage.weights.pairs();  // a rounded copy is read
+        float* const out = in_place ? state(on) : on.scratch.outputs[0].at_least(numbers);
+        multiply(Inputs{state(on), channels_}, on.rows, stage.weights,
+                 Store{out, channels_, stage.weights.bias(), Ending::plain, nullptr}, on.scratch.rounded);
+        if (!in_place) std::copy_n(out, numbers, state(on));
+    }
+    void pass(const Reorder& stage, int, const Stretch& on) const {
+        stage.apply(state(on), on.rows, on.scratch.outputs[0]);
+    }
+    template <class Coupling>
+    void pass(const Coupling& stage, int condition, const Stretch& on) const {
+        update(stage, outputs(stage.conditioner, condition, on, false), on);
+    }
+    void pass(const Residual& stage, int condition, const Stretch& on) const {
+        update(stage, outputs(stage.conditioner, condition, on, stage.weights.pairs()), on);
+    }
+
+    void update(const Residual& stage, const Inputs& hidden, const Stretch& on) const {
+        multiply(hidden, on.rows, stage.weights, Add{state(on), channels_, stage.factor}, on.scratch.rounded);
+    }
+    void update(const Additive& stage, const Inputs& shift, const Stretch& on) const {
+        stage.active.add(shift.data, shift.stride, stage.factor, on.rows, state(on));
+    }
+    void update(const Affine& stage, const Inputs& outputs, const Stretch& on) const {
+        std::vector<float>& log_det = on.scratch.log_det;
+        log_det.resize(on.rows);
+        affine_stretch(state(on), on.rows, stage.active, outputs.data, outputs.stride, stage.shift.data(),
+                       stage.clamp, stage.inverse, log_det.data(), on.scratch.affine);
+        for (int r = 0; r < on.rows; ++r) on.call.log_det[on.first + r] += log_det[r];
+    }
+
+protected:
+    int channels_;
+};
+
+}  // namespace usf
+#endif
