@@ -294,11 +294,11 @@ def roofline(rows: Rows) -> Figure | None:
     return figure
 
 
-PICTURES: dict[str, tuple[Callable[[Rows], Figure | None], str]] = {  # and the subject that they show
-    "speed": (overview, "models"),
-    "speed_blocks": (blocks, "blocks"),
-    "speed_depth": (depth, "training_step"),
-    "speed_tree": (tree, "tree"),
-    "speed_scaling": (scaling, "blocks"),
-    "speed_roofline": (roofline, "blocks"),
+PICTURES: dict[str, Callable[[Rows], Figure | None]] = {
+    "speed": overview,
+    "speed_blocks": blocks,
+    "speed_depth": depth,
+    "speed_tree": tree,
+    "speed_scaling": scaling,
+    "speed_roofline": roofline,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from bench import table
@@ -14,17 +13,16 @@ from bench.pictures import PICTURES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw every picture that the rows suffice for, each of the file that has most rows of its subject; of
-    several that have as many, the one with the latest."""
+    """Draw every picture, each from the first of the files whose rows suffice for it."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument(
-        "rows", nargs="*", type=Path, default=sorted(RESULTS.glob("cpu*.csv")), metavar="ROWS.csv"
+        "rows", nargs="*", type=Path, default=cpus(), metavar="ROWS.csv", help="(default: those of CPUs)"
     )
     parser.add_argument("--output", type=Path, default=DOCS, help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
     files = [table.read(path) for path in options.rows]
-    for name, (draw, subject) in PICTURES.items():
-        figure = draw(max(files, key=partial(_rows_of, subject)))
+    for name, draw in PICTURES.items():
+        figure = next((figure for figure in map(draw, files) if figure is not None), None)
         if figure is None:
             print(f"{name}: the rows do not suffice")
             continue
@@ -33,10 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rows_of(subject: str, rows: Sequence[table.Row]) -> tuple[int, str]:
-    """How many, and the latest date."""
-    dates = [row["date"] for row in rows if row["subject"] == subject]
-    return len(dates), max(dates, default="")
+def cpus() -> list[Path]:
+    """In the order of docs/speed.md, whose first part shows the pictures."""
+    return sorted(RESULTS.glob("cpu*.csv"), key=lambda path: (path.name != "cpu.csv", path.name))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,19 @@ def test_a_processor_without_bfloat16_has_one_panel(tmp_path, capsys):
     assert "do not suffice" not in capsys.readouterr().out
 
 
+def test_pictures_are_of_the_first_file_that_suffices(tmp_path):
+    for name, rows in (("first", measured()), ("rest", [r | {"device": "Another"} for r in measured()])):
+        table.write(tmp_path / f"{name}.csv", rows)
+    table.write(tmp_path / "none.csv", [r for r in measured() if r["subject"] == "machine"])
+    for name, files in (("both", ("none", "first", "rest")), ("one", ("first",)), ("other", ("rest",))):
+        (tmp_path / name).mkdir()
+        paths = [str(tmp_path / f"{file}.csv") for file in files]
+        assert plot.main([*paths, "--output", str(tmp_path / name)]) == 0
+    both, one, other = ((tmp_path / f / "speed_tree.png").read_bytes() for f in ("both", "one", "other"))
+    assert both == one != other
+    assert plot.cpus()[0].name == "cpu.csv"
+
+
 def test_without_rows_nothing_is_drawn(tmp_path, capsys):
     assert plot.main([str(tmp_path / "none.csv"), "--output", str(tmp_path)]) == 0
     assert not list(tmp_path.iterdir())
