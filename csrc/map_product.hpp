@@ -1,5 +1,6 @@
 // Matrices applied to the channels of maps, whose positions lie side by side, and sums over positions of
-// outer products. Maps become panels a block at a time, in the cache; nothing else is copied.
+// outer products. Maps become panels a block at a time, in the cache, and what lies across becomes columns;
+// nothing else is copied.
 #pragma once
 
 #include <algorithm>
