@@ -49,6 +49,11 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
+def result_files(pattern: str = "*.csv", folder: Path = RESULTS) -> list[Path]:
+    """In the order in which they are shown: cpu.csv first."""
+    return sorted(folder.glob(pattern), key=lambda path: (path.name != "cpu.csv", path.name))
+
+
 def device_name(device: torch.device) -> str:
     """As the maker calls it, a processor with its instructions: the vectors that torch uses, and AMX."""
     if device.type == "cuda":

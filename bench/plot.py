@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import table
-from bench.machine import RESULTS
+from bench.machine import result_files
 from bench.markdown import DOCS
 from bench.pictures import PICTURES
 
@@ -16,7 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw every picture, each from the first of the files whose rows suffice for it."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument(
-        "rows", nargs="*", type=Path, default=cpus(), metavar="ROWS.csv", help="(default: those of CPUs)"
+        "rows",
+        nargs="*",
+        type=Path,
+        default=result_files("cpu*.csv"),
+        metavar="ROWS.csv",
+        help="(default: those of CPUs, in the order of docs/speed.md, whose first part shows the pictures)",
     )
     parser.add_argument("--output", type=Path, default=DOCS, help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -29,11 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figure.savefig(options.output / f"{name}.png", metadata={"Software": None})
         print(options.output / f"{name}.png")
     return 0
-
-
-def cpus() -> list[Path]:
-    """In the order of docs/speed.md, whose first part shows the pictures."""
-    return sorted(RESULTS.glob("cpu*.csv"), key=lambda path: (path.name != "cpu.csv", path.name))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import demonstration, gpu_sections, summary, table
-from bench.machine import RESULTS
+from bench.machine import RESULTS, result_files
 from bench.markdown import DOCS
 from bench.sections import losses, section
 from usf_kernels.files import atomic_write
@@ -23,7 +23,7 @@ LOST = "Against the fastest peer in the same precision and direction, torch.comp
 
 def files(folder: Path) -> list[list[table.Row]]:
     """The rows of each device, those of cpu.csv first."""
-    paths = sorted(folder.glob("*.csv"), key=lambda path: (path.name != "cpu.csv", path.name))
+    paths = result_files(folder=folder)
     return [table.read(path) for path in paths if not path.name.startswith(OTHER_TABLES)]
 
 

@@ -18,6 +18,10 @@ COMPILED = "torch.compile"
 PARTS = {"": "from image to map", FLOW: "flow alone", TRAINING: "training step"}
 LIBRARIES = "anomalib, FrEIA"
 HEADER = ("", "over the fastest of")
+ON_CPUS = (
+    "On a CPU, 2 threads, over the cases of `make bench`, which prints this table for any machine; the "
+    "first picture has all shapes and batches, and peers under torch.compile:"
+)
 
 
 def section(files: Sequence[Rows]) -> str:
@@ -28,10 +32,11 @@ def section(files: Sequence[Rows]) -> str:
             "the worst. *Reversible* training, the default, keeps outputs only."
         )
     ]
-    for describe, gpu in ((_on_cpus, False), (_on_gpus, True)):
-        found = [rows for rows in files if table.on_gpu(rows) is gpu]
-        if found:
-            parts += [prose(describe(found)), page(found)]
+    cpus, gpus = ([rows for rows in files if table.on_gpu(rows) is on_gpu] for on_gpu in (False, True))
+    if cpus:
+        parts += [prose(ON_CPUS), page(cpus)]
+    if gpus:
+        parts += [prose(_on_gpus(gpus)), page(gpus)]
     parts += [
         prose(_losses(files)),
         *picture("speed.png", "How much longer the fastest peer takes, per operation", folder="docs/"),
@@ -40,13 +45,6 @@ def section(files: Sequence[Rows]) -> str:
         ),
     ]
     return "\n\n".join(parts)
-
-
-def _on_cpus(_: Sequence[Rows]) -> str:
-    return (
-        "On a CPU, 2 threads, over the cases of `make bench`, which prints this table for any machine; the "
-        "first picture has all shapes and batches, and peers under torch.compile:"
-    )
 
 
 def _on_gpus(files: Sequence[Rows]) -> str:

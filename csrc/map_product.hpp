@@ -101,10 +101,7 @@ constexpr int together = 48;
 inline Columns columns_of(const MatrixView& matrix, int outputs, int inputs, int threads, Floats& memory) {
     const int width = rows_of_tile(best_lanes());
     float* const to = memory.at_least(std::int64_t{Panels::padded(outputs, width)} * inputs);
-    team_for((outputs + together - 1) / together, threads, [&](std::int64_t i) {
-        const int first = static_cast<int>(i) * together, count = std::min(together, outputs - first);
-        fill_panels(matrix.from(first), count, inputs, width, to + std::int64_t{first} * inputs);
-    });
+    fill_panels(matrix, outputs, inputs, width, to, threads);
     return {to, width, inputs};
 }
 

@@ -11,6 +11,7 @@
 
 #include "interleave.hpp"
 #include "pairs.hpp"
+#include "team.hpp"
 #include "vectors.hpp"
 
 #ifdef USF_PRODUCTS
@@ -99,6 +100,17 @@ inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int w
     for (int first = 0; first < outputs; first += width)
         transpose_panel(matrix.data + first * matrix.stride, matrix.stride, std::min(width, outputs - first),
                         inputs, width, panels + std::int64_t{first} * inputs);
+}
+
+// The same by a team, some panels at a time.
+inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int width, float* panels,
+                        int threads) {
+    const int some = std::max(48 / width, 1) * width;  // outputs
+    team_for((outputs + some - 1) / some, threads, [&](std::int64_t i) {
+        const int first = static_cast<int>(i) * some;
+        fill_panels(matrix.from(first), std::min(some, outputs - first), inputs, width,
+                    panels + std::int64_t{first} * inputs);
+    });
 }
 
 // A matrix as panels, of pairs or not, padded with zeros, and a bias, which may be null. Its inputs are those

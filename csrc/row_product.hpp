@@ -18,11 +18,7 @@ inline Panels to_panels(const MatrixView& matrix, const float* bias, int outputs
     float* const panels = memory.at_least(size + columns);
     std::fill_n(panels + size, columns, 0.0f);
     if (bias) std::copy_n(bias, outputs, panels + size);
-    team_for(columns / width, threads, [&](std::int64_t p) {
-        const int first = static_cast<int>(p) * width;
-        fill_panels(matrix.from(first), std::min(width, outputs - first), inputs, width,
-                    panels + std::int64_t{first} * inputs);
-    });
+    fill_panels(matrix, outputs, inputs, width, panels, threads);
     return {panels, panels + size, outputs, inputs, width};
 }
 

@@ -76,6 +76,7 @@ def test_the_summary_is_of_the_quick_cases_and_of_all_on_a_gpu():
     text = summary.section([cpu, gpu])
     lost = "1 of 3 comparisons on cpu, 1 of 2 comparisons on GPU (worst, in `blocks`, 0.50x: additive, LU"
     assert lost in text.replace("\n", " ")
+    assert text.split("|")[0].count(". ") <= 3
     on_cpu, on_gpu = text.split("On a GPU, in CUDA graphs")
     assert "over the fastest of | cpu, float32 |\n" in on_cpu
     assert "over the fastest of | GPU, bfloat16 |\n" in on_gpu

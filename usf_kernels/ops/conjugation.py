@@ -116,5 +116,6 @@ class _Halves(torch.autograd.Function):
             of_lower[first, first] = outer(of_rows, top, triangle=-1)
             of_lower[second, second] = outer(inverted, upper2, triangle=-1)
         of_log_diagonal = None if log_diagonal is None else of_upper.diagonal() * diagonal
-        strict_(of_lower, upper=False), strict_(of_upper, upper=True)
+        strict_(of_lower, upper=False)
+        strict_(of_upper, upper=True)
         return of_lower, of_upper, None, of_log_diagonal, None

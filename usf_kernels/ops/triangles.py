@@ -44,7 +44,8 @@ def _triangle(matrix: Tensor, diagonal: Tensor, out: Tensor, *, upper: bool) -> 
         memory = diagonal.data_ptr(), out.data_ptr()
         _core.copy_triangle(*of_matrix, upper, *memory, native.threads_over(matrix))
         return out
-    torch.triu(matrix, 1, out=out) if upper else torch.tril(matrix, -1, out=out)
+    part, offset = (torch.triu, 1) if upper else (torch.tril, -1)
+    part(matrix, offset, out=out)
     out.diagonal().copy_(diagonal)
     return out
 
