@@ -1,5 +1,6 @@
 // Convolutions of maps of words, their taps added up one after the other. The maps lie in one line with zeros
-// between them, so that a tap is a shift of the line, and whole tiles of positions are rows of one stride.
+// between them, so that a tap is a shift of the line, and whole tiles of positions are rows of one stride, as
+// AMX wants them.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +9,21 @@
 
 #include "layer.hpp"
 
-#ifdef USF_PRODUCTS
+#if defined(USF_PRODUCTS) && defined(USF_AMX)
 
 namespace usf {
+
+// Rows of words shifted along the line in which they lie, by so many rows for each tap of a kernel.
+using Shifts = std::vector<std::ptrdiff_t>;
+struct Shifted {
+    const float* data;
+    std::ptrdiff_t stride;
+    const Shifts& shifts;
+
+    int taps() const { return static_cast<int>(shifts.size()); }
+    static constexpr int step() { return 1; }
+    USF_INLINE const float* row(int tap, int r) const { return data + (r + shifts[tap]) * stride; }
+};
 
 // Where positions lie: behind each row of a map the zeros that are also those in front of the next one, and
 // behind each map rows of zeros. As much as the largest of some kernels sees lies in front of and behind all.
@@ -121,7 +134,7 @@ inline void apply(const Layer& layer, const LineOfWords& in, const Shifts& shift
                   bool words, float* out, const float* const* shares) {
     const Panels weights = layer.weights();
     with_store(layer, words, out, shares, [&](const auto& store) {
-        multiply(Shifted{in.at(on), in.words, shifts}, on.positions(), weights, store);
+        multiply_in_tiles(Shifted{in.at(on), in.words, shifts}, on.positions(), weights, store);
     });
 }
 

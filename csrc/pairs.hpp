@@ -24,6 +24,14 @@ inline bool multiplies_pairs() {
 #endif
 }
 
+// Calls body.operator()<lanes>(), compiled for vectors of processors that have it.
+template <class Body>
+void with_pairs(const Body& body) {
+#if defined(__x86_64__)
+    with_avx512(body);
+#endif
+}
+
 // Words that hold so many numbers, in whole rows of AMX's tiles. Numbers that are not there are 0.
 constexpr int words_of(int numbers) {
     constexpr int together = 2 * tile_words;

@@ -13,7 +13,6 @@
 #include <bit>
 #include <concepts>
 #include <cstddef>
-#include <vector>
 
 #include "finish.hpp"
 #include "panels.hpp"
@@ -38,7 +37,7 @@ struct Inputs {
 struct Columns {
     const float* data;
     int width;
-    std::ptrdiff_t depth;  // of the panels as they lie, of whose inputs these may be a part
+    std::ptrdiff_t depth = 0;  // of the panels as they lie, of whose inputs these may be a part
 
     static constexpr int taps() { return 1; }
     USF_INLINE int step() const { return width; }
@@ -61,18 +60,6 @@ struct Neighbours {
     USF_INLINE const float* row(int tap, int r) const {
         return rows[static_cast<std::ptrdiff_t>(tap) * count + r];
     }
-};
-
-// Rows of words shifted along the line in which they lie, by so many rows for each tap of a kernel.
-using Shifts = std::vector<std::ptrdiff_t>;
-struct Shifted {
-    const float* data;
-    std::ptrdiff_t stride;
-    const Shifts& shifts;
-
-    int taps() const { return static_cast<int>(shifts.size()); }
-    static constexpr int step() { return 1; }
-    USF_INLINE const float* row(int tap, int r) const { return data + (r + shifts[tap]) * stride; }
 };
 
 // Adds the products of some inputs of some taps to a tile, in registers; returns where the panel goes on.
@@ -154,28 +141,35 @@ USF_INLINE void multiply_rows(const Source& in, int rows, const Panels& weights,
 // One chain or several, not in one function: in one that holds both, GCC puts the sums into memory.
 template <class Arithmetic, bool several, class Source, class Finish>
 void multiply_in(const Source& in, int rows, const Panels& weights, const Finish& finish) {
-    with_lanes(weights.width / 2, [&]<int lanes>() USF_LAMBDA {
+    const auto body = [&]<int lanes>() USF_LAMBDA {
         using V = typename Vector<lanes>::type;
         multiply_rows<Arithmetic, V, rows_of_tile(lanes), several>(in, rows, weights, finish);
-    });
+    };
+    if constexpr (std::same_as<Arithmetic, Pairs>)
+        with_pairs(body);
+    else
+        with_lanes(weights.width / 2, body);
 }
 
-// All outputs of `rows` rows (Inputs, Neighbours, Shifted), which `finish` (Store, Add) takes tile by tile.
-// Rows are words where weights are pairs, and then not Neighbours.
+template <class Arithmetic, class Source, class Finish>
+void multiply_with(const Source& in, int rows, const Panels& weights, const Finish& finish) {
+    if (weights.inputs <= chain)
+        multiply_in<Arithmetic, false>(in, rows, weights, finish);
+    else
+        multiply_in<Arithmetic, true>(in, rows, weights, finish);
+}
+
+// All outputs of `rows` rows (Inputs, Columns, Neighbours), which `finish` (Store, Add) takes tile by tile.
+// Rows are words where weights are pairs, and then Inputs.
 template <class Source, class Finish>
 void multiply(const Source& in, int rows, const Panels& weights, const Finish& finish) {
-    if constexpr (std::same_as<Source, Inputs> || std::same_as<Source, Shifted>) {
+    if constexpr (std::same_as<Source, Inputs>) {
 #ifdef USF_AMX
         if (weights.pairs && has_amx()) return multiply_in_tiles(in, rows, weights, finish);
 #endif
-        if (weights.pairs && weights.inputs <= chain)
-            return multiply_in<Pairs, false>(in, rows, weights, finish);
-        if (weights.pairs) return multiply_in<Pairs, true>(in, rows, weights, finish);
+        if (weights.pairs) return multiply_with<Pairs>(in, rows, weights, finish);
     }
-    if (weights.inputs <= chain)
-        multiply_in<Singles, false>(in, rows, weights, finish);
-    else
-        multiply_in<Singles, true>(in, rows, weights, finish);
+    multiply_with<Singles>(in, rows, weights, finish);
 }
 
 // The same of rows of floats, which are rounded, in memory to be given, where the weights are pairs. `finish`

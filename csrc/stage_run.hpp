@@ -76,10 +76,7 @@ private:
             while (next != stages_.end() && is_pointwise(next->stage)) ++next;
             if (next == stage) {
                 if (from != state) copy(from, call);
-                if (takes_words(next->stage))
-                    look_along_line(*next++, call);
-                else
-                    look_around(*next++, call);
+                look(*next++, call);
             } else {
                 pass_together(from, stage, next, call);
             }
@@ -130,6 +127,12 @@ private:
     }
 
     // One stage whose conditioner looks at neighbours.
+    void look(const Step& step, const Call& call) const {
+#ifdef USF_AMX
+        if (takes_words(step.stage)) return look_along_line(step, call);
+#endif
+        look_around(step, call);
+    }
     void look_around(const Step& step, const Call& call) const {
         static thread_local Floats memory[3];
         const Conditioner& conditioner = *conditioner_of(step.stage);
@@ -178,6 +181,7 @@ private:
             for_stretches(call, floats, update_stretch);
     }
 
+#ifdef USF_AMX
     // The same where all of its layers take words.
     void look_along_line(const Step& step, const Call& call) const {
         static thread_local Floats memory[2];
@@ -218,7 +222,7 @@ private:
             apply(last, in, shifts, on, words, out, shares(last, on));
             if (const auto* const residual = std::get_if<Residual>(&step.stage)) {
                 const AddToRows add{rows_of_pixels(call.state, channels_, on), residual->factor};
-                return multiply(Inputs{out, stride, true}, on.positions(), residual->weights, add);
+                return multiply_in_tiles(Inputs{out, stride, true}, on.positions(), residual->weights, add);
             }
             on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
                 const Inputs outputs{out + first * stride, stride};
@@ -230,6 +234,7 @@ private:
             });
         });
     }
+#endif
 
     int widest_ = 1;
     int conditions_ = 0;

@@ -16,3 +16,10 @@ std::vector<T> noise(std::size_t size, float scale = 1) {
     for (T& value : values) usf::narrow(normal(random_bits), value);
     return values;
 }
+
+// To the nearest number in bfloat16.
+inline float rounded(float value) {
+    usf::BFloat16 half;
+    usf::narrow(value, half);
+    return usf::widen(half);
+}

@@ -205,6 +205,41 @@ void test_residual(const Case& c, bool pairs) {
     }
 }
 
+// A coupling by one convolution that a condition is added to: of numbers that are rounded and then exact,
+// too.
+void test_convolution(const Maps& maps, int kernel_height, int kernel_width, int inputs, int outputs) {
+    const int channels = inputs + outputs, taps = kernel_height * kernel_width;
+    const auto rows = static_cast<int>(maps.rows());
+    const auto before = noise(rows * channels), matrix = noise(outputs * taps * inputs);
+    const auto bias = noise(outputs), share = noise(maps.positions() * outputs);
+    std::vector<std::int64_t> index(channels);
+    std::iota(index.begin(), index.end(), 0);
+    const Layer layer(matrix.data(), bias.data(), outputs, taps * inputs, false, true, kernel_height,
+                      kernel_width, true);
+    CHECK(layer.takes_words());
+    StageRun run(channels);
+    run.add(Additive{
+        {Half(index.data(), inputs, channels), {layer}}, Half(index.data() + inputs, outputs, channels), 1});
+    std::vector<float> state(before.size());
+    run.run(before.data(), state.data(), maps, {{share.data(), 1, outputs}}, nullptr, 2);
+    for (int r = 0; r < rows; ++r) {
+        const std::int64_t y = r / maps.width % maps.height, x = r % maps.width;
+        for (int o = 0; o < outputs; ++o) {
+            double expected = before[r * channels + inputs + o] + bias[o];
+            expected += share[r % maps.positions() * outputs + o];
+            for (int tap = 0; tap < taps; ++tap) {
+                const std::int64_t dy = tap / kernel_width - kernel_height / 2,
+                                   dx = tap % kernel_width - kernel_width / 2;
+                if (y + dy < 0 || y + dy >= maps.height || x + dx < 0 || x + dx >= maps.width) continue;
+                const float* const from = before.data() + (r + dy * maps.width + dx) * channels;
+                for (int i = 0; i < inputs; ++i)
+                    expected += double(rounded(from[i])) * rounded(matrix[(o * taps + tap) * inputs + i]);
+            }
+            CHECK(std::abs(state[r * channels + inputs + o] - expected) <= 1e-6 * (10 + taps * inputs));
+        }
+    }
+}
+
 // With no stages at all.
 void test_nothing_to_do() {
     const std::vector<float> before = noise(7 * 3);
@@ -234,6 +269,14 @@ int main() {
         }
     }
     test_nothing_to_do();
+    if (has_amx()) {
+        for (const int channels : {1, 16, 33, 70})
+            for (const int side : {1, 2, 7, 20}) test_convolution({2, side, side + 1}, 3, 3, channels, 20);
+        test_convolution({3, 1, 50}, 1, 5, 40, 33);
+        test_convolution({2, 9, 4}, 5, 3, 12, 64);
+        test_convolution({2, 6, 8}, 7, 1, 32, 8);
+        test_convolution({0, 4, 4}, 3, 3, 32, 8);
+    }
     return failures != 0;
 }
 
