@@ -34,6 +34,8 @@ class Spec:
         backbone: a timm name, or what the features are called that are given.
         stages: of the backbone.
         side: of the images.
+        final_norm: maps go through the norm with which the network ends, as the papers have it for
+            transformers.
         given: (channels, strides) where there is no backbone, and only the flow is timed.
     """
 
@@ -41,6 +43,7 @@ class Spec:
     backbone: str
     stages: tuple[int, ...] = ()
     side: int = 256
+    final_norm: bool = False
     given: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
@@ -63,7 +66,9 @@ class Spec:
     @cached_property
     def _backbone(self) -> models.Backbone:
         if self.given is None:
-            return models.create_backbone(self.backbone, weights=None, out_indices=self.stages)
+            return models.create_backbone(
+                self.backbone, weights=None, out_indices=self.stages, final_norm=self.final_norm
+            )
         network = nn.Module()
         channels, strides = self.given
         network.feature_info = SimpleNamespace(channels=lambda: channels, reduction=lambda: strides)
@@ -83,6 +88,7 @@ class Spec:
 
 SPECS = (
     Spec("FastFlow", "resnet18", (1, 2, 3)),
+    Spec("FastFlow", "deit_base_distilled_patch16_384", (7,), side=384, final_norm=True),
     Spec("UFlow", "resnet18", (1, 2, 3)),
     Spec("UFlow", "wide_resnet50_2", (1, 2, 3)),
     Spec("UFlow", "MS-CaiT", side=448, given=((768, 384), (16, 32))),

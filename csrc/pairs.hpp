@@ -15,9 +15,15 @@
 
 namespace usf {
 
-// Whether this processor has the instruction.
+// Clang takes no assembly with vectors that are longer than those of the function it stands in, even where
+// that is inlined into one for such vectors.
+#if defined(__x86_64__) && !defined(__clang__)
+#define USF_PAIRS 1
+#endif
+
+// Whether this processor has the instruction, and the compiler takes it.
 inline bool multiplies_pairs() {
-#if defined(__x86_64__)
+#ifdef USF_PAIRS
     return best_lanes() == 16 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
@@ -26,8 +32,8 @@ inline bool multiplies_pairs() {
 
 // Calls body.operator()<lanes>(), compiled for vectors of processors that have it.
 template <class Body>
-void with_pairs(const Body& body) {
-#if defined(__x86_64__)
+void with_pairs([[maybe_unused]] const Body& body) {
+#ifdef USF_PAIRS
     with_avx512(body);
 #endif
 }
@@ -59,7 +65,7 @@ struct Pairs {
     template <class V>
     static USF_INLINE void add([[maybe_unused]] V (&sums)[2], [[maybe_unused]] const float* x,
                                [[maybe_unused]] const V& left, [[maybe_unused]] const V& right) {
-#if defined(__x86_64__)
+#ifdef USF_PAIRS
         typedef std::int32_t Words __attribute__((vector_size(sizeof(V))));
         typedef std::int32_t Word __attribute__((may_alias));
         const Words both = *reinterpret_cast<const Word*>(x) - Words{};
@@ -78,7 +84,7 @@ USF_INLINE void store(typename Vector<lanes>::type values, float* to) {
 }
 template <int lanes>
 USF_INLINE void store(typename Vector<lanes>::type values, BFloat16* to) {
-#if defined(__x86_64__)
+#ifdef USF_PAIRS
     if constexpr (lanes == 16) {
         std::uint16_t __attribute__((vector_size(2 * lanes))) rounded;
         asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(values));

@@ -43,6 +43,7 @@ public:
     template <class T>
     void run(const T* from, T* to, const Maps& maps, const std::vector<Condition>& conditions, float* log_det,
              int threads) const {
+        if (maps.rows() == 0) return;
         const std::int64_t images = images_together(maps, threads);
         std::vector<Condition> theirs = conditions;
         for (std::int64_t first = 0; first < maps.images; first += images) {

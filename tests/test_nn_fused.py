@@ -219,11 +219,12 @@ def test_a_condition_is_projected_once_for_many_inputs(subnet):
         assert torch.equal(fused.inverse(x, projected)[0], fused.inverse(x, cond)[0])
         assert torch.equal(fused.squared_norm(x, projected), fused.squared_norm(x, cond))
     with pytest.raises(
-        ValueError, match=r"cond: expected what `project` returns, 2 tensors for 15 positions"
+        ValueError, match=r"cond: expected what `project` returns, \(1 or 1, 15, D\).*found \[\(1, 12"
     ):
         fused(torch.randn(1, 7, 3, 5), projected)
-    with pytest.raises(ValueError, match=r"cond: expected what `project` returns, 2 tensors"):
-        fused(x, projected[:1])
+    for wrong in (projected[:1], [p[..., :-1] for p in projected], [p[0] for p in projected], [None, None]):
+        with pytest.raises(ValueError, match=r"cond: expected what `project` returns, \(1 or 3, 12, D\)"):
+            fused(x, wrong)
     with pytest.raises(ValueError, match=r"cond: expected 2 channels"):
         fused.project(torch.randn(1, 3, 3, 4))
 

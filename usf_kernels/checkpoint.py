@@ -1,8 +1,9 @@
 """Checkpoints: one file format for a finished model and for a training run to be resumed.
 
 A checkpoint is a dictionary of plain values and tensors in PyTorch's zip format, read with
-`weights_only=True`, so opening a stranger's file runs none of their code. A frozen `backbone` is not stored:
-its configuration rebuilds it, and a fingerprint tells when other weights came out of that.
+`weights_only=True`, so opening a stranger's file runs none of their code. A frozen `backbone` is not stored
+unless its weights are random: its configuration rebuilds it, and a fingerprint tells when other weights came
+out of that.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, *, extra: Mapping[str, A
         extra: JSON-able facts to keep beside it, such as the image size; see `read_checkpoint`.
 
     Raises:
-        TypeError: when `model.config` or `extra` is not JSON-able.
+        TypeError: when `model.config` or `extra` is not JSON-able; for an inference form, which is made again
+            from the model.
         OSError: naming the file, when it cannot be written.
     """
     write_checkpoint(path, checkpoint_header(model, extra) | {"state": stored_state(model)})
@@ -153,6 +155,10 @@ def _check_image_size(size: object, path: str | Path) -> None:
 
 def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything in a checkpoint but the weights; compute it once where many are written."""
+    if getattr(model, "fused", False):
+        raise TypeError(
+            "model: expected one that can be trained, found its inference form; `fuse` after loading"
+        )
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -184,8 +190,8 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, durable: b
 
 
 def stored_state(model: nn.Module) -> dict[str, Any]:
-    """The state dictionary without the frozen backbone; tensors are shared with the model, not copied."""
-    prefix = "backbone." if _frozen_backbone(model) is not None else None
+    """The state dictionary without a backbone that can be made again; tensors are the model's own."""
+    prefix = "backbone." if _known_backbone(model) is not None else None
     state = model.state_dict()
     return {key: value for key, value in state.items() if prefix is None or not key.startswith(prefix)}
 
@@ -210,16 +216,18 @@ def load_stored_state(model: nn.Module, content: Mapping[str, Any], source: str 
         raise ValueError(f"{source}: does not fit the model: {reason}") from error
 
 
-def _frozen_backbone(model: nn.Module) -> nn.Module | None:
+def _known_backbone(model: nn.Module) -> nn.Module | None:
+    """A frozen one whose configuration says where its weights come from."""
     backbone = getattr(model, "backbone", None)
-    if isinstance(backbone, nn.Module) and not any(p.requires_grad for p in backbone.parameters()):
-        return backbone
-    return None
+    if not isinstance(backbone, nn.Module) or any(p.requires_grad for p in backbone.parameters()):
+        return None
+    random = getattr(backbone, "config", {}).get("weights", "auto") is None
+    return None if random else backbone
 
 
 def _fingerprint(model: nn.Module) -> str | None:
-    """CRC-32 over the frozen backbone's tensors, in order."""
-    backbone = _frozen_backbone(model)
+    """CRC-32 over the tensors of a backbone that is not stored, in order."""
+    backbone = _known_backbone(model)
     if backbone is None:
         return None
     value = 0

@@ -148,7 +148,10 @@ def panel(
             figure.text(x + 0.14 / total[0], y - 0.13 / total[1], name, fontsize=8, color=FAINT, va="center")
             x += 0.75 / total[0]
     left = LEFT / total[0]
-    figure.text(left, 1 - 0.33 / total[1], title, fontsize=14, weight="bold", color=INK, va="center")
+    # Names of folders are not formulas, whatever dollars are in them.
+    figure.text(
+        left, 1 - 0.33 / total[1], title, fontsize=14, weight="bold", color=INK, va="center", parse_math=False
+    )
     figure.text(left, 1 - 0.56 / total[1], subtitle, fontsize=9, color=FAINT, va="center")
     return figure
 
@@ -250,7 +253,15 @@ def _row_label(figure: Figure, place: Sequence[float], kind: str, facts: str) ->
     x, middle = place[0] - 0.12 / figure.get_figwidth(), place[1] + place[3] / 2
     name = "clean" if kind == "good" else textwrap.fill(kind.replace("_", " "), LABEL)
     figure.text(
-        x, middle + 0.05 / height, name, fontsize=10, weight="bold", color=INK, ha="right", va="bottom"
+        x,
+        middle + 0.05 / height,
+        name,
+        fontsize=10,
+        weight="bold",
+        color=INK,
+        ha="right",
+        va="bottom",
+        parse_math=False,
     )
     figure.text(x, middle, facts, fontsize=8.5, color=FAINT, ha="right", va="top", linespacing=1.4)
 

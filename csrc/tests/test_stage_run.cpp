@@ -276,6 +276,7 @@ int main() {
         test_convolution({2, 9, 4}, 5, 3, 12, 64);
         test_convolution({2, 6, 8}, 7, 1, 32, 8);
         test_convolution({0, 4, 4}, 3, 3, 32, 8);
+        test_convolution({2, 6, 0}, 3, 1, 32, 8);
     }
     return failures != 0;
 }

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from usf_kernels.cli.options import image_size, load_detector
+from usf_kernels.cli.options import image_size, load_detector, size_of_images
 
 
 def add_parser(commands: Any) -> None:
@@ -29,16 +29,13 @@ def add_parser(commands: Any) -> None:
 
 def export(options: argparse.Namespace) -> int:
     """Write the file; returns the exit code."""
-    from usf_kernels.checkpoint import read_checkpoint
     from usf_kernels.files import check_writable
     from usf_kernels.models import export_onnx
 
     check_writable(options.output)
     model = load_detector(options.checkpoint)
-    size = options.image_size or read_checkpoint(options.checkpoint)["extra"].get("image_size")
-    if size is None:
-        raise ValueError(f"{options.checkpoint}: does not say its images' size, pass --image-size")
-    export_onnx(model, options.output, image_size=tuple(size), dynamic_size=not options.fixed_size)
+    size = size_of_images(options, required=True)
+    export_onnx(model, options.output, image_size=size, dynamic_size=not options.fixed_size)
     sizes = "x".join(map(str, size)) if options.fixed_size else "any size"
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB, for images of {sizes}")
     return 0

@@ -16,6 +16,7 @@ from usf_kernels.cli.options import (
     positive,
     print_table,
     progress,
+    size_of_images,
 )
 from usf_kernels.optimization import PRECISIONS
 
@@ -133,6 +134,7 @@ def train(options: argparse.Namespace) -> int:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))
     model.initialize(rest)
+    model.calibrate(held)  # what is wrong with them is not found out after hours of training
     try:
         history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
     except KeyboardInterrupt:
@@ -180,6 +182,7 @@ def add_evaluate(commands: Any) -> None:
         "--output", type=Path, help="folder for results.json and panel.png; default: only print"
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument("--image-size", type=image_size, help="256 or HxW; default: the training's")
     add_inference(parser)
     parser.set_defaults(run=evaluate)
 
@@ -190,13 +193,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from usf_kernels import metrics
-    from usf_kernels.checkpoint import read_checkpoint
     from usf_kernels.data import FolderDataset
     from usf_kernels.files import make_folder, write_json
 
-    size = read_checkpoint(options.checkpoint)["extra"].get("image_size", (256, 256))
     model, device = load_for_inference(options)
-    data = FolderDataset(options.folder, "test", size=tuple(size))
+    size = size_of_images(options, required=True)
+    data = FolderDataset(options.folder, "test", size=size)
     if options.output is not None:
         make_folder(options.output)
     samples, predictions = [], []

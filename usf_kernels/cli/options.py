@@ -39,6 +39,27 @@ def image_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
+def size_of_images(options: argparse.Namespace, *, required: bool) -> tuple[int, int] | None:
+    """(height, width) that `--image-size` asks for, or else at which the model in `checkpoint` was trained. A
+    warning says where they differ.
+
+    Raises:
+        ValueError, OSError: as `read_checkpoint`; where a size is required and neither says one.
+    """
+    from usf_kernels.checkpoint import read_checkpoint
+
+    trained = read_checkpoint(options.checkpoint)["extra"].get("image_size")
+    size = options.image_size or trained
+    if size is None and required:
+        raise ValueError(f"{options.checkpoint}: does not say its images' size, pass --image-size")
+    if trained is not None and tuple(size) != tuple(trained):
+        warn(
+            f"--image-size {size[0]}x{size[1]}: the model was trained and its threshold calibrated at "
+            f"{trained[0]}x{trained[1]}, scores and masks of another size mean something else"
+        )
+    return None if size is None else tuple(size)
+
+
 def add_inference(parser: argparse.ArgumentParser) -> None:
     """`--device` and `--precision`, for commands that only predict."""
     parser.add_argument(
@@ -106,6 +127,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     try:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
     except ImportError:
         widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
@@ -114,11 +136,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
             first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             print("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
         return
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     # A terminal may be narrow; a pipe or a log file is not, and there the rows stay in one piece.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,15 @@ from usf_kernels.cli.options import (
     positive,
     print_table,
     progress,
-    warn,
+    size_of_images,
 )
 
 USUAL = 1 - math.exp(-0.5)  # of the anomaly map, where the latents are what they are on normal images
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
 
 def add_parser(commands: Any) -> None:
@@ -51,49 +53,60 @@ def add_parser(commands: Any) -> None:
 
 def predict(options: argparse.Namespace) -> int:
     """Predict images and write the results; returns the exit code."""
-    import torch
-
-    from usf_kernels.checkpoint import read_checkpoint
-    from usf_kernels.data import open_image, read_image, resize_image
+    from usf_kernels.data import open_image
     from usf_kernels.files import make_folder, write_json
 
     files = _expand(options.images, options.output)
     for path in files:
         open_image(path, decode=False)
-    trained = read_checkpoint(options.checkpoint)["extra"].get("image_size")
-    size = options.image_size or trained
-    if size is not None and trained is not None and tuple(size) != tuple(trained):
-        warn(
-            f"--image-size {size[0]}x{size[1]}: the model was trained and its threshold calibrated at "
-            f"{trained[0]}x{trained[1]}, scores and masks of another size mean something else"
-        )
     model, device = load_for_inference(options)
+    size = size_of_images(options, required=False)
     make_folder(options.output)
-    named = list(_names(files).items())
-    step = 1 if size is None else options.batch_size  # images of several sizes do not stack
-    results, rows = [], []
-    with progress(len(files), "predicting") as advance:
-        for start in range(0, len(named), step):
-            batch = named[start : start + step]
-            pictures, images = [], []
-            for _, path in batch:
-                image = read_image(path)
-                pictures.append((255 * image).round().byte().permute(1, 2, 0).numpy())
-                images.append(image if size is None else resize_image(image, size))
-            predictions = model.predict(torch.stack(images).to(device))
-            for i, (name, path) in enumerate(batch):
-                prediction = type(predictions)(*(values[i : i + 1] for values in predictions))
-                _write(options.output, name, prediction, pictures[i])
-                own, found = pictures[i].shape[:2], prediction.regions[0]
-                score = prediction.score.item()
-                regions = [asdict(r) | {"image_box": r.image_box(own)} for r in found]
-                facts = {"image": str(path), "name": name, "score": score, "anomalous": bool(found)}
-                results.append(facts | {"regions": regions})
-                rows.append([str(path), score, "yes" if found else "no", len(found)])
+    results: list[dict[str, Any]] = []
+    try:
+        with progress(len(files), "predicting") as advance:
+            for facts in _predictions(files, model, device, size, options):
+                results.append(facts)
                 advance()
-    write_json(options.output / "predictions.json", results)
+    finally:  # after an image that cannot be read, too
+        if results:
+            write_json(options.output / "predictions.json", results)
+    rows = [[r["image"], r["score"], "yes" if r["anomalous"] else "no", len(r["regions"])] for r in results]
     print_table(f"maps and masks in {options.output}", ("image", "score", "anomalous", "regions"), rows)
     return 0
+
+
+def _predictions(
+    files: list[Path],
+    model: nn.Module,
+    device: torch.device,
+    size: tuple[int, int] | None,
+    options: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """What predictions.json says of each image, whose other files are written first."""
+    import torch
+
+    from usf_kernels.data import read_image, resize_image
+
+    named = list(_names(files).items())
+    step = 1 if size is None else options.batch_size  # images of several sizes do not stack
+    for start in range(0, len(named), step):
+        batch = named[start : start + step]
+        images = [read_image(path) for _, path in batch]
+        resized = images if size is None else [resize_image(image, size) for image in images]
+        predictions = model.predict(torch.stack(resized).to(device))
+        for i, (name, path) in enumerate(batch):
+            prediction = type(predictions)(*(values[i : i + 1] for values in predictions))
+            picture = (255 * images[i]).round().byte().permute(1, 2, 0).numpy()
+            _write(options.output, name, prediction, picture)
+            found = prediction.regions[0]
+            yield {
+                "image": str(path),
+                "name": name,
+                "score": prediction.score.item(),
+                "anomalous": bool(found),
+                "regions": [asdict(r) | {"image_box": r.image_box(picture.shape[:2])} for r in found],
+            }
 
 
 def _expand(paths: list[Path], output: Path) -> list[Path]:

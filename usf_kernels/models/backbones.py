@@ -88,7 +88,7 @@ class Backbone(nn.Module):
             One (B, C_l, H_l, W_l) map per scale, finest first.
 
         Raises:
-            ValueError, TypeError: for another rank, number of channels or dtype.
+            ValueError, TypeError: for another rank, number of channels, dtype or size than it takes.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have shape (B, 3, H, W); got {tuple(images.shape)}")
@@ -101,7 +101,12 @@ class Backbone(nn.Module):
             # Convolutions and poolings on the CPU are up to twice as fast so, and keep it up.
             images = images.contiguous(memory_format=torch.channels_last)
         with integer_padding() if exporting else nullcontext():
-            return list(self.network(self._normalised(images)))
+            try:
+                return list(self.network(self._normalised(images)))
+            except AssertionError as error:  # of timm's networks that take one size
+                raise ValueError(
+                    f"images: the backbone does not take {tuple(images.shape)}: {error}"
+                ) from error
 
     def _normalised(self, images: Tensor) -> Tensor:
         """As the network takes them, in its dtype."""
@@ -159,7 +164,7 @@ def create_backbone(
     config = {
         "name": name,
         "out_indices": list(stages),
-        "weights": None if weights is None else str(weights),
+        "weights": weights if weights in ("auto", None) else _place(weights),
         "final_norm": final_norm,
         "input_size": input_size,
     }
@@ -220,9 +225,13 @@ def _side_by_side(
         for name, block, file, size in zip(names, *each.values(), strict=True)
     ]
     config = {"name": names, **each, "final_norm": final_norm}
-    if weights == "auto" or weights is None:
-        config["weights"] = weights
+    config["weights"] = weights if weights in ("auto", None) else [_place(file) for file in files]
     return Backbone(_SideBySide(networks), config, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def _place(file: str | Path) -> str:
+    """Where a file is, from any working folder."""
+    return str(Path(file).resolve())
 
 
 def _as_list(value: int | Sequence[int]) -> list[int]:

@@ -143,7 +143,8 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def initialize(self, samples: Tensor) -> Self:
-        """Set the centre from these samples (N, *shape), at least one; the first batch of `loss` does so too.
+        """Set the centre, and the radius of a soft boundary, from these samples (N, *shape), at least one.
+        The first batch of `loss` does so too.
 
         Returns:
             self.
@@ -155,6 +156,8 @@ class DeepSVDD(nn.Module):
         away = torch.where(mean < 0, -SMALLEST_CENTRE, SMALLEST_CENTRE).to(mean.dtype)
         self.centre.copy_(torch.where(mean.abs() < SMALLEST_CENTRE, away, mean))
         self.initial_spread.copy_(_spread(z))
+        if self.options["objective"] == "soft_boundary":
+            self.squared_radius.copy_(self._radius_of(z))
         return self
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -177,11 +180,16 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def _update_radius(self, z: Tensor) -> Tensor:
-        now = torch.quantile(squared_distance(z, self.centre), 1 - self.options["nu"], interpolation="higher")
-        now = now.to(self.squared_radius.dtype)
+        now = self._radius_of(z)
         before = torch.where(self.squared_radius.isnan(), now, self.squared_radius)
         self.squared_radius.copy_(torch.lerp(before, now, MOMENTUM))
         return now
+
+    def _radius_of(self, z: Tensor) -> Tensor:
+        """Squared: that which a share of `nu` of the latents lies beyond."""
+        distance = squared_distance(z, self.centre)
+        now = torch.quantile(distance, 1 - self.options["nu"], interpolation="higher")
+        return now.to(self.squared_radius.dtype)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

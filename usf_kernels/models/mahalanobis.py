@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C,) and covariance (C, C) of features (N, C, H, W) over images and positions, float64."""
     rows = features.transpose(0, 1).flatten(1).double()
-    return rows.mean(1), torch.cov(rows)
+    return rows.mean(1), torch.cov(rows).view(len(rows), len(rows))  # of one channel it is 0-d
 
 
 class Mahalanobis(ScoredModel):

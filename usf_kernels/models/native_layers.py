@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from usf_kernels.nn.conditioner_layers import hooked, keeps_size
 from usf_kernels.nn.stage_extension import layer_of
+from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import native
 from usf_kernels.ops.convolution import in_tiles
 from usf_kernels.ops.products import MULTIPLIES, WORTH_THREADS
@@ -18,24 +19,25 @@ NARROWEST_LINEAR = 32  # inputs and outputs: the extension multiplies so many at
 
 class _Native:
     """In float32 on the CPU and without gradients the extension's, with its own copy of the parameters, made
-    anew when they have changed; anything else is PyTorch's. Made by `use_extension_`."""
+    anew when they have changed, of which writes through `.data` leave no trace; anything else is PyTorch's.
+    Made by `use_extension_`."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    _layer: tuple[Any, Any] | None = None  # the parameters' versions, and the extension's copy of them
+    _layer: tuple[Weights, Any] | None = None  # the parameters as they were, and the extension's copy
 
     def _fits(self, x: Tensor) -> bool:
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        given = [t for t in (x, self.weight, self.bias) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             return False
-        return native.fits(x, self.weight, self.bias) and not torch.is_autocast_enabled("cpu")
+        if not native.fits(*given) or torch.is_autocast_enabled("cpu"):
+            return False
+        return not any(t.is_inference() for t in given[1:])  # of writes to such parameters nobody learns
 
     def _run(self, rows: Tensor, height: int, width: int) -> Tensor:
         """(N, inputs), contiguous, to (N, outputs)."""
-        parameters = [t for t in (self.weight, self.bias) if t is not None]
-        # Inference tensors have no versions: nobody writes to them.
-        versions = [(t.data_ptr(), None if t.is_inference() else t._version) for t in parameters]
-        if self._layer is None or self._layer[0] != versions:
-            self._layer = versions, layer_of(self.weight, self.bias)
+        if self._layer is None or self._layer[0].outdated:
+            self._layer = Weights([self]), layer_of(self.weight, self.bias)
         y = rows.new_empty(len(rows), len(self.weight))
         self._layer[1].run(rows, y, height, width, torch.get_num_threads())
         return y
@@ -47,7 +49,8 @@ class _Native:
 class TiledConv2d(_Native, nn.Conv2d):
     """`nn.Conv2d` of 3 x 3 kernels that keep the size, by Winograd's minimal filtering F(2 x 2, 3 x 3): 16
     multiplications for four outputs instead of 36 (arXiv:1509.09308), with rounding errors of the same size.
-    The result is in channels-last memory."""
+    An infinite input may give NaN where a sum over taps is infinite. The result is in channels-last
+    memory."""
 
     @staticmethod
     def takes(module: nn.Module) -> bool:

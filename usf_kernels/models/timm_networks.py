@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -132,10 +133,22 @@ def make_network(
         options["img_size"] = input_size
     chosen = _default_stages(name) if stages is None else tuple(stages)
     network = _pyramid(name, chosen, final_norm, options)
+    if "pretrained_cfg_overlay" in options:
+        _check_loaded(network, partial(_pyramid, name, chosen, final_norm, options), name, weights)
     if weights == "auto" and name == EMBEDDED:
         full = import_timm().create_model(name, pretrained=False)
         network.load_state_dict(_in_order(_embedded_weights(), full.state_dict(), network.state_dict()))
     return network, chosen
+
+
+def _check_loaded(network: nn.Module, again: Callable[[], nn.Module], name: str, weights: str | Path) -> None:
+    """Raise unless all of it came from the file: timm leaves random what a file of a pyramid lacks, and that
+    differs from one network to the next."""
+    with torch.random.fork_rng(devices=[]):
+        other = again().state_dict()
+    for key, value in network.state_dict().items():
+        if not torch.equal(value, other[key]):
+            raise ValueError(f"weights: {weights} is not a checkpoint of {name} (it has no {key})")
 
 
 def _default_stages(name: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ def flat(module: nn.Module) -> Iterator[nn.Module]:
         yield linear(module.weight.flatten(1), module.bias)
     else:
         if type(module) in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish) and not hooked(module):
+            module = copy(module)  # it may be in other places too
             module.inplace = True  # its input is a layer's output, which nobody else sees
         yield module
 
@@ -113,9 +115,12 @@ def _follows(module: nn.Conv2d, layers: list[Layer]) -> bool:
 
 
 def overwrites(conditioner: nn.Module) -> bool:
-    """Whether its first layer works in place on what it is given."""
-    first = next((m for m in conditioner.modules() if next(m.children(), None) is None), conditioner)
-    return bool(getattr(first, "inplace", False))
+    """Whether it may work in place on what it is given: all but PyTorch's layers may."""
+    first = conditioner
+    while type(first) is nn.Sequential and len(first) > 0 and not hooked(first):
+        first = first[0]
+    known = isinstance(first, (nn.Linear, *CONVOLUTIONS, *ELEMENTWISE)) and not hooked(first)
+    return not known or bool(getattr(first, "inplace", False))
 
 
 def watched(module: nn.Module) -> bool:

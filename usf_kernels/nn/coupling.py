@@ -15,7 +15,7 @@ from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
 from usf_kernels.ops.eager import inverse_permutation, per_channel
 from usf_kernels.ops.function import Function
-from usf_kernels.ops.native import memory_format, somebody_looks
+from usf_kernels.ops.native import batched, memory_format, somebody_looks
 from usf_kernels.ops.step import undo_step
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _Fork(Function):
 
     @staticmethod
     def backward(ctx, grad_first: Tensor, grad_all: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
-        if somebody_looks() or torch.is_grad_enabled():
+        if somebody_looks() or torch.is_grad_enabled() or batched(grad_first, grad_all):
             first, rest = grad_all[:, : ctx.split], grad_all[:, ctx.split :]
             return torch.cat([first + grad_first, rest], dim=1), None, None
         joined = grad_all if ctx.fresh else grad_all.clone()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +105,31 @@ class LinearMap:
 
 
 Coupling = AdditiveCoupling | AffineCoupling | CheckerboardCoupling | AffineCheckerboard
+KNOWN = (
+    *get_args(Coupling),
+    ActNorm,
+    Permutation,
+    LUConv1x1,
+    FlowStep,
+    USFBlock,
+    Householder,
+    Conjugated,
+    FlowSequence,
+)
 
 
 def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
     """The maps and couplings of a flow module, first to last.
 
     Raises:
-        TypeError: a module that is not one of this package's flow modules.
+        TypeError: a module that is not one of this package's flow modules, a subclass of one with a `forward`
+            or `inverse` of its own, a coupling within the `linear` of a `Conjugated`.
     """
+    if not any(_does_as(type(flow), kind) for kind in KNOWN):
+        raise TypeError(
+            f"fuse: expected a flow module of usf_kernels.nn with its own forward and inverse, found "
+            f"{type(flow).__name__}"
+        )
     if isinstance(flow, Coupling):
         yield flow
     elif isinstance(flow, ActNorm):
@@ -133,13 +150,23 @@ def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
     elif isinstance(flow, Householder):
         yield LinearMap(_wide(flow.matrix(WIDE)), torch.zeros(flow.channels, **ON_CPU))
     elif isinstance(flow, Conjugated):
-        (enter, *_), _ = alternate(list(parts(flow.linear)))
+        (enter, *_), couplings = alternate(list(parts(flow.linear)))
+        if couplings:
+            raise TypeError(
+                "fuse: expected linear maps as the linear of a Conjugated, found a "
+                f"{type(couplings[0]).__name__} in it"
+            )
         yield from (enter, *parts(flow.coupling), enter.inverse())
-    elif isinstance(flow, FlowSequence):
+    else:
         for step in flow:
             yield from parts(step)
-    else:
-        raise TypeError(f"fuse: expected a flow module of usf_kernels.nn, found {type(flow).__name__}")
+
+
+def _does_as(kind: type, known: type) -> bool:
+    """Whether it is this class, or a subclass that adds nothing to what it computes."""
+    return issubclass(kind, known) and all(
+        getattr(kind, name) is getattr(known, name) for name in ("forward", "inverse")
+    )
 
 
 def _wide(values: Tensor) -> Tensor:

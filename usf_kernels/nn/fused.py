@@ -20,6 +20,7 @@ from usf_kernels.nn.rows import rows_of
 from usf_kernels.nn.stage_run import StageRun, blocks_of
 from usf_kernels.ops import native
 from usf_kernels.ops.checks import check_features, compute_dtype, count_positions
+from usf_kernels.ops.matrices import full_precision
 
 Condition = Tensor | Sequence[Tensor] | None
 
@@ -46,6 +47,10 @@ class FusedFlow(nn.Module):
         # Of the linear maps; a Python float keeps its digits in any dtype.
         self.log_det_per_position = log_det
         self.register_buffer("_like", torch.zeros((), device="cpu"), persistent=False)
+        self._ranks = {
+            rank for stage in stages for block in blocks_of(stage) for rank in block.conditioner.ranks()
+        }
+        self.register_load_state_dict_post_hook(_take_dtype)
         self.eval().requires_grad_(False)
 
     @property
@@ -104,7 +109,10 @@ class FusedFlow(nn.Module):
         """
         check_features("cond", cond, self.cond_channels)
         cond = cond.to(self.dtype)
-        return tuple(block.conditioner.project(cond) for stage in self.stages for block in blocks_of(stage))
+        with full_precision(cond):
+            return tuple(
+                block.conditioner.project(cond) for stage in self.stages for block in blocks_of(stage)
+            )
 
     def _transform(self, x: Tensor, cond: Condition, *, inverse: bool) -> tuple[Tensor, Tensor]:
         rows, row_log_det = self._run(x, cond, self.stages, inverse=inverse)
@@ -120,6 +128,13 @@ class FusedFlow(nn.Module):
         self, x: Tensor, cond: Condition, stages: Sequence[nn.Module], *, inverse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The rows that the stages, given first to last, make of x (or x of them), and their log-dets."""
+        self._check_rank(x)
+        with full_precision(x):  # the fused weights have a dtype of their own, which autocast leaves alone
+            return self._run_stages(x, cond, stages, inverse=inverse)
+
+    def _run_stages(
+        self, x: Tensor, cond: Condition, stages: Sequence[nn.Module], *, inverse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         steps = list(zip(stages, self._shares(x, cond), strict=False))
         steps = steps[::-1] if inverse else steps
         sizes = (x.shape[0], *x.shape[2:])
@@ -132,6 +147,13 @@ class FusedFlow(nn.Module):
             rows, log_det = stage(rows, sizes, share, inverse=inverse, **keep)
             total = add_log_dets(total, log_det)
         return rows, total
+
+    def _check_rank(self, x: Tensor) -> None:
+        if self._ranks and x.ndim - 2 not in self._ranks:
+            raise ValueError(
+                f"x: expected {' or '.join(map(str, sorted(self._ranks)))} spatial dimensions, as the "
+                f"conditioners' convolutions have, found shape {tuple(x.shape)}"
+            )
 
     def _shares(self, x: Tensor, cond: Condition) -> Iterator[Tensor | Sequence[Tensor] | None]:
         """What each stage takes of the condition."""
@@ -146,12 +168,18 @@ class FusedFlow(nn.Module):
             yield share if isinstance(stage, StageRun) else next(iter(share), None)
 
     def _check_projected(self, x: Tensor, cond: Sequence[Tensor]) -> None:
-        blocks = sum(len(blocks_of(stage)) for stage in self.stages) if self.cond_channels > 0 else 0
-        batches, positions = (1, x.shape[0]), count_positions(x)
-        if len(cond) != blocks or any(c.shape[0] not in batches or c.shape[1] != positions for c in cond):
+        blocks = [block.conditioner for stage in self.stages for block in blocks_of(stage)]
+        widths = [block.projected or self.cond_channels for block in blocks] if self.cond_channels else []
+        positions = count_positions(x)
+        found = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in cond]
+        if not (
+            len(found) == len(widths)
+            and all(isinstance(c, Tensor) and c.ndim == 3 and c.shape[0] in (1, x.shape[0]) for c in cond)
+            and all(c.shape[1:] == (positions, width) for c, width in zip(cond, widths, strict=True))
+        ):
             raise ValueError(
-                f"cond: expected what `project` returns, {blocks} tensors for {positions} positions, "
-                f"found shapes {[tuple(c.shape) for c in cond]}"
+                f"cond: expected what `project` returns, (1 or {x.shape[0]}, {positions}, D) with D one of "
+                f"{widths} each, found {found}"
             )
 
     def get_extra_state(self) -> Tensor:
@@ -165,6 +193,12 @@ class FusedFlow(nn.Module):
     def extra_repr(self) -> str:
         """Channels and dtype, for print."""
         return f"{self.channels}, {self.dtype}"
+
+
+def _take_dtype(flow: FusedFlow, _: object) -> None:
+    """Of weights that a state_dict has put in the place of others."""
+    weights = (t for t in flow.stages.state_dict().values() if t.is_floating_point())
+    flow._like = flow._like.to(next(weights, flow._like))
 
 
 def _shares_memory(rows: Tensor, x: Tensor) -> bool:

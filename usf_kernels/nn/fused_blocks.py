@@ -69,11 +69,12 @@ class Reorder(nn.Module):
     def __init__(self, linear_map: LinearMap) -> None:
         super().__init__()
         index, scale = linear_map.selection
-        self.scales = bool((scale != 1).any() or linear_map.bias.any())
         self.register_buffer("index", index)
         self.register_buffer("inverse_index", torch.argsort(index))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", linear_map.bias)
+        _look_at_scales(self, None)
+        self.register_load_state_dict_post_hook(_look_at_scales)
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
         """Apply, or undo."""
@@ -94,6 +95,11 @@ class Reorder(nn.Module):
             return squared_norm(rows)
         order = self.inverse_index
         return squared_norm(rows * self.scale[order] + self.bias[order])
+
+
+def _look_at_scales(reorder: Reorder, _: object) -> None:
+    """Whether anything has to be scaled or shifted."""
+    reorder.scales = bool((reorder.scale != 1).any() or reorder.bias.any())
 
 
 class ProjectedBlock(nn.Module):

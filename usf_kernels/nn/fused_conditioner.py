@@ -23,6 +23,21 @@ def to_rows(maps: Tensor) -> Tensor:
     return maps.movedim(1, -1).reshape(-1, maps.shape[1])
 
 
+def convolved_rows(layers: nn.Module, maps: Tensor) -> Tensor:
+    """What layers make of maps in channels-last memory, as rows.
+
+    Raises:
+        ValueError: where it has not the size of the maps.
+    """
+    result = convolve(layers, maps)
+    expected, found = ((x.shape[0], *x.shape[2:]) for x in (maps, result))
+    if not torch.compiler.is_compiling() and found != expected:  # a graph for any size compares none
+        raise ValueError(
+            f"output of subnet: expected (B, *spatial) to be {expected}, as of its input, found {found}"
+        )
+    return to_rows(result)
+
+
 def convolve(layers: nn.Module, maps: Tensor) -> Tensor:
     """What layers make of maps in channels-last memory.
 
@@ -58,7 +73,7 @@ class _OnMaps(nn.Module):
         if self.concatenates:
             projected = projected.expand(sizes[0], -1, -1)
             maps = torch.cat([maps, to_maps(projected.flatten(0, 1), sizes)], dim=1)
-        return to_rows(convolve(self.layers, maps))
+        return convolved_rows(self.layers, maps)
 
 
 class _Conditioned(nn.Module):
@@ -70,7 +85,7 @@ class _Conditioned(nn.Module):
         self.pointwise = isinstance(layer, nn.Linear)
 
     def forward(self, rows: Tensor, sizes: tuple[int, ...], projected: Tensor) -> Tensor:
-        rows = self.layer(rows) if self.pointwise else to_rows(convolve(self.layer, to_maps(rows, sizes)))
+        rows = self.layer(rows) if self.pointwise else convolved_rows(self.layer, to_maps(rows, sizes))
         return rows.view(sizes[0], *projected.shape[1:]).add_(projected).view(rows.shape)
 
 
@@ -102,6 +117,7 @@ class FusedConditioner(nn.Module):
     Attributes:
         pointwise: whether every row is treated alone, so that rows may come a few at a time.
         conditioned: whether it takes a condition, as `project` returns it.
+        projected: numbers to a position that `project` makes of a condition; None for as many as it has.
     """
 
     def __init__(
@@ -123,12 +139,14 @@ class FusedConditioner(nn.Module):
             layers = [_OnMaps(layers[0] if layers else nn.Identity(), concatenates=True), *layers[1:]]
         alone = give_last and size == 1  # something has to remain when the last layer is taken
         layers = [_matrix_layer(enter), *layers] if alone else _prepend(enter, layers)
+        self.projected: int | None = None
         if condition is None:
             layers = _append(layers, leave, as_matrix=give_last)
         else:
             first = len(layers) - size
             # What came into the first layer from behind would have to go into the condition's as well.
             layers = _append([*layers, nn.Identity()] if size == 1 else layers, leave, as_matrix=give_last)
+            self.projected = len(layers[first].weight)
             layers[first] = _Conditioned(layers[first], condition)
         self._last = layers.pop() if give_last else None
         self.layers = nn.ModuleList(_grouped(layers))
@@ -153,6 +171,13 @@ class FusedConditioner(nn.Module):
             else:
                 return None
         return found
+
+    def ranks(self) -> Iterator[int]:
+        """Numbers of spatial dimensions, of its convolutions."""
+        for layer in self._simple_layers():
+            layer = layer.layer if isinstance(layer, _Conditioned) else layer
+            if isinstance(layer, CONVOLUTIONS):
+                yield len(layer.kernel_size)
 
     def first_of_two(self) -> tuple[nn.Linear, bool] | None:
         """(layer, whether a condition is added to it) where this is one nn.Linear and a ReLU, or None."""
@@ -213,7 +238,8 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
         bias = first.weight @ enter.bias
         bias = bias if first.bias is None else bias + first.bias
         return [linear(enter.in_front_of(first.weight.detach()), bias), *rest]
-    if isinstance(first, nn.Linear) or enter.selection is None:
+    part = enter.matrix.shape[0] < enter.matrix.shape[1]  # of the state, which is not to be shifted
+    if isinstance(first, nn.Linear) or enter.selection is None or (part and enter.bias.any()):
         return [_matrix_layer(enter), *layers]
     # A convolution pads with zeros what is behind the map, so a bias stays in front of it.
     weight = torch.einsum("oj...,ji->oi...", first.weight, enter.matrix)

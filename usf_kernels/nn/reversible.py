@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from usf_kernels.nn.tape import State, Tape, add, swapped
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.matrices import forming_products
-from usf_kernels.ops.native import memory_format
+from usf_kernels.ops.native import batched, memory_format
 
 CHECKED_SAMPLES = 8
 
@@ -103,10 +103,12 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     @forming_products()
     def backward(ctx, grad_z, grad_log_det):  # noqa: ANN001
-        if torch.is_grad_enabled():
+        found = "create_graph=True" if torch.is_grad_enabled() else None
+        found = "is_grads_batched=True" if batched(grad_z, grad_log_det) else found
+        if found:
             raise RuntimeError(
-                "FlowSequence: memory='reversible' (which 'auto' picks from four steps on) has no second "
-                "derivative, found create_graph=True. Use memory='standard'"
+                "FlowSequence: memory='reversible' (which 'auto' picks from four steps on) gives first "
+                f"derivatives, one at a time, found {found}. Use memory='standard'"
             )
         z, cond, *parameters = ctx.saved_tensors
         leaves = [
@@ -125,7 +127,7 @@ class _Reversible(torch.autograd.Function):
             indices = {index for _, _, index in ctx.places[i]}
             tape = Tape(cond, grad_log_det, ctx.states[i], [leaves[index] for index in indices])
             own = [(place, name, leaves[index]) for place, name, index in ctx.places[i]]
-            own += [(place, name, buffer.clone()) for place, name, buffer in ctx.states[i].buffers]
+            own += ctx.states[i].buffers
             with swapped(own):
                 z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape)
             z, grad_z = z.to(dtype), grad_z.to(dtype)
@@ -144,8 +146,18 @@ def _narrowest(kinds: Sequence[tuple[torch.dtype, torch.memory_format]]) -> torc
     return min((dtype for dtype, _ in kinds), key=lambda dtype: dtype.itemsize)
 
 
+def _has_own_pull_back(kind: type) -> bool:
+    """Not one that it inherits beside another `forward` or `inverse`."""
+    first = {
+        name: next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), None)
+        for name in ("pull_back", "forward", "inverse")
+    }
+    own = first.pop("pull_back")
+    return own is not None and all(place is None or own <= place for place in first.values())
+
+
 def _pull_back(step: nn.Module, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-    if hasattr(step, "pull_back"):
+    if _has_own_pull_back(type(step)):
         return step.pull_back(z, grad_z, tape)
     with tape.replay(), torch.no_grad():
         x = step.inverse(z, tape.cond)[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,9 @@ from usf_kernels.nn.fused_blocks import (
     Result,
     Sizes,
 )
+from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import native, products
 from usf_kernels.ops.checks import compute_dtype
-
-
-class _Weight(NamedTuple):
-    """A parameter or buffer as it was, and where to look for what it is now."""
-
-    owner: dict[str, Tensor | None]
-    name: str
-    tensor: Tensor
-    memory: Tensor  # a view: it cannot be freed, and its address not be given to other weights
-    address: int
-    version: int | None  # None for one of inference mode, which has none
 
 
 class StageExtension:
@@ -42,19 +32,21 @@ class StageExtension:
     products are in bfloat16: the state between stages, the sums and the log-determinants are float32.
 
     Attributes:
-        complete: whether it knows all of the stages.
+        complete: whether it knows all of the stages, whose weights are of one dtype.
+        weights: of the stages.
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         self._stages = list(stages)
-        self.complete = all(
+        self.weights = Weights(module for stage in stages for module in stage.modules())
+        dtypes = {tensor.dtype for tensor in self.weights.tensors if tensor.is_floating_point()}
+        self.complete = len(dtypes) <= 1 and all(
             isinstance(stage, Product | Reorder) or self.knows_layers_of(stage) for stage in stages
         )
         self._layers = [_layers(stage) if self.complete else [] for stage in stages]
         self._affine = any(isinstance(stage, AffineBlock) for stage in stages)
-        self._weights = [weight for stage in stages for weight in _weights(stage)]
         # Per row, about.
-        self._multiplications = sum(w.tensor.numel() for w in self._weights if w.tensor.ndim >= 2)
+        self._multiplications = sum(t.numel() for t in self.weights.tensors if t.ndim >= 2)
         self._runs: dict[bool, Any] = {}
 
     @staticmethod
@@ -78,18 +70,6 @@ class StageExtension:
             and not (isinstance(stage, AffineBlock) and stage.clamp > native.LARGEST_CLAMP)
             and not (isinstance(stage, ProjectedBlock) and stage.conditioner.shift is not None)
         )
-
-    @property
-    def outdated(self) -> bool:
-        """Whether weights have been written to or replaced since it was made, as far as that can be seen:
-        what is written through `.data` leaves no trace, and nor do writes to tensors of inference mode, so
-        that these count as written to."""
-        for owner, name, tensor, _, address, version in self._weights:  # at every call, so unpacked
-            if owner.get(name) is not tensor or version is None:
-                return True
-            if tensor._version != version or tensor.data_ptr() != address:
-                return True
-        return False
 
     def run(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], *, inverse: bool, keep: bool) -> Result:
         """All stages, or their inverses from the last to the first.
@@ -132,15 +112,6 @@ class StageExtension:
             else:
                 run.affine(layers, *_seen_by(stage), stage.active, stage.shift.float(), stage.clamp, inverse)
         return run
-
-
-def _weights(stage: nn.Module) -> Iterator[_Weight]:
-    for module in stage.modules():
-        for owner in (module._parameters, module._buffers):
-            for name, tensor in owner.items():
-                if tensor is not None:
-                    version = None if tensor.is_inference() else tensor._version
-                    yield _Weight(owner, name, tensor, tensor.detach(), tensor.data_ptr(), version)
 
 
 def _layers(stage: nn.Module) -> list[Any]:

@@ -50,7 +50,7 @@ class StageRun(nn.Module):
     ) -> Result:
         """Apply, or undo; `keep` for leaving the rows as they are."""
         if StageExtension.takes(rows):
-            if self._extension is None or self._extension.outdated:
+            if self._extension is None or self._extension.weights.outdated:
                 self._extension = StageExtension(self.stages)
             if self._extension.complete:
                 return self._extension.run(rows, sizes, cond, inverse=inverse, keep=keep)

@@ -38,7 +38,8 @@ class Tape:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """Evaluate as the forward pass did (autocast, random numbers), with a graph."""
+        """Evaluate as the forward pass did (autocast, random numbers, buffers), with a graph."""
+        self._state.rewind()
         with torch.enable_grad(), self._state.restored():
             yield
 
@@ -122,6 +123,11 @@ class State:
                 self.buffers.extend((place, name, old) for place, name, _, _, old in buffers)
         self._before = []
         return after
+
+    def rewind(self) -> None:
+        """Put copies of the buffers as they were where the step finds them."""
+        for place, name, old in self.buffers:
+            place[name] = old.clone()
 
     def autocasting(self) -> contextlib.AbstractContextManager:
         """Autocast as it was."""

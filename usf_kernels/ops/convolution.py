@@ -1,8 +1,9 @@
 """Convolutions and ReLUs one after the other as one operation, where the extension is faster than PyTorch.
 
 Kernels of 3 x 3 run by Winograd's minimal filtering (arXiv:1509.09308), and so do both of their gradients: 16
-multiplications where a sum over taps takes 36, with rounding errors of the same size. What is between two
-layers stays in channels-last memory, and a ReLU and its gradient are done where a result is written anyway.
+multiplications where a sum over taps takes 36, with rounding errors of the same size, and NaN where sums over
+taps would be infinite. What is between two layers stays in channels-last memory, and a ReLU and its gradient
+are done where a result is written anyway.
 Kernels of 1 x 1 are products: of rows, or where all are, on maps as they lie.
 """
 

@@ -257,7 +257,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         matrix, x, bias = ctx.saved_tensors
-        if differentiates_again():
+        if differentiates_again() or native.batched(grad):
             return tuple(gradients_through(apply_matrix, (matrix, x, bias), (grad,)))
         with full_precision(grad):
             return (
