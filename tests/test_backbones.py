@@ -295,3 +295,23 @@ def test_wrong_arguments(backbone):
         backbone(torch.rand(1, 1, 64, 64))
     with pytest.raises(TypeError, match="uint8"):
         backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_files_that_hold_something_else_are_named(tmp_path, monkeypatch):
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"nonsense": torch.zeros(3)}, "junk.pt")
+    torch.save(timm.create_model("resnet18").state_dict(), "resnet18.pt")
+    for name, file in ((SMALL, "junk.pt"), ("vit_tiny_patch16_224", "resnet18.pt")):
+        with pytest.raises(ValueError, match=rf"weights: {file} is not a checkpoint of {name}"):
+            create_backbone(name, weights=file)
+    first, second = (create_backbone("resnet18", weights="resnet18.pt") for _ in range(2))
+    images = torch.rand(1, 3, 64, 64)
+    assert all(map(torch.equal, first(images), second(images)))
+    assert first.config["weights"] == str(tmp_path / "resnet18.pt")  # from any folder
+
+
+def test_sizes_that_a_network_does_not_take_are_named():
+    with pytest.raises(ValueError, match=r"images: the backbone does not take \(1, 3, 64, 64\): .*224"):
+        create_backbone("vit_tiny_patch16_224", weights=None)(torch.rand(1, 3, 64, 64))

@@ -193,3 +193,21 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert doctest.testmod(checkpoint, extraglobs={"usf": usf, "torch": torch}) == (0, 4)
+
+
+def test_random_backbones_are_kept(tmp_path):
+    pytest.importorskip("timm")
+    model = usf.models.FastFlow(
+        usf.models.create_backbone("resnet10t", weights=None, out_indices=(0, 1)), steps=1
+    )
+    save_checkpoint(tmp_path / "model.pt", model)
+    images = torch.rand(2, 3, 32, 32)
+    again = load_checkpoint(tmp_path / "model.pt")
+    for found, expected in zip(again.features(images), model.features(images), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_inference_forms_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="model: expected one that can be trained, found its inference form"):
+        save_checkpoint(tmp_path / "flow.pt", usf.models.USFlow(4, blocks=1).fuse())
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from cli_toys import fails
 from PIL import Image
 from toy import ToyDetector
 
-from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
+from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.cli import main
 from usf_kernels.cli.folder import MODELS
 
@@ -156,4 +156,29 @@ def test_a_missing_extra_says_what_to_install(folder, tmp_path, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)
     error = fails(capsys, "train", folder, "--output", tmp_path / "run", "--image-size", "20")
     assert "pip install 'usf-kernels[train]'" in error
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_evaluation_needs_a_size(folder, tmp_path, capsys):
+    save_checkpoint(tmp_path / "model.pt", ToyDetector())
+    error = fails(capsys, "evaluate", tmp_path / "model.pt", folder)
+    assert error.endswith("model.pt: does not say its images' size, pass --image-size\n")
+    assert main(["evaluate", str(tmp_path / "model.pt"), str(folder), "--image-size", "20x16"]) == 0
+
+
+def test_what_cannot_be_calibrated_is_found_before_training(train_words, tmp_path, capsys, monkeypatch):
+    def refuse(self, features):
+        raise ValueError("features: expected more of them")
+
+    monkeypatch.setattr(ToyDetector, "calibrate", refuse)
+    assert fails(capsys, *train_words) == "usf-kernels: error: features: expected more of them\n"
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_folders_whose_names_look_like_formulas(checkpoint, folder, tmp_path):
+    odd = folder.rename(tmp_path / "a$^{$")
+    (odd / "test" / "dent").rename(odd / "test" / "x$_{$")
+    (odd / "ground_truth" / "dent").rename(odd / "ground_truth" / "x$_{$")
+    out = tmp_path / "out"
+    assert main(["evaluate", str(checkpoint), str(odd), "--output", str(out), "--image-size", "20x16"]) == 0
+    assert (out / "panel.png").exists()

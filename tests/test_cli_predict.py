@@ -139,3 +139,24 @@ def test_predict_without_matplotlib_writes_nothing(checkpoint, tmp_path, monkeyp
     error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "out")
     assert "pip install 'usf-kernels[demo]'" in error
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_image_that_is_cut_off_loses_nothing(checkpoint, tmp_path, capsys):
+    for name in "abc":
+        write_image(tmp_path / "in" / f"{name}.png")
+    cut = tmp_path / "in" / "c.png"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    out = tmp_path / "out"
+    error = fails(capsys, "predict", checkpoint, tmp_path / "in", "--output", out, "--batch-size", "1")
+    assert "c.png: cannot be read as an image" in error
+    assert [entry["name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a", "b"]
+
+
+def test_names_that_look_like_markup(checkpoint, tmp_path, capsys):
+    for name in ("q[", "photo[copy]"):
+        write_image(tmp_path / name / "b].png")
+    inputs = [str(tmp_path / "q[" / "b].png"), str(tmp_path / "photo[copy]" / "b].png")]
+    assert main(["predict", str(checkpoint), *inputs, "--output", str(tmp_path / "o")]) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    assert "q[/b].png" in printed
+    assert "photo[copy]/b].png" in printed

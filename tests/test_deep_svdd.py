@@ -159,3 +159,12 @@ def test_errors():
         model.collapse(torch.randn(1, 4))
     with pytest.raises(TypeError, match=r"dtype: expected float32.*found torch.int8"):
         model.fuse(torch.int8)
+
+
+def test_a_soft_boundary_is_there_from_the_start():
+    samples = torch.randn(200, 6)
+    model = DeepSVDD(6, objective="soft_boundary", nu=0.1).initialize(samples).eval()
+    outside = (model.predict(samples) > 0).double().mean().item()
+    assert 0.05 <= outside <= 0.1
+    assert model.loss(samples).isfinite()
+    assert model.fuse().predict(samples).isfinite().all()

@@ -219,3 +219,27 @@ def test_fused_transformers_have_them():
     torch.manual_seed(0)
     backbone = create_backbone("deit_tiny_patch16_224", out_indices=(2,), weights=None)
     fused_matches_float64(backbone, torch.rand(1, 3, 224, 224), PackedLinear, count=12, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("make", "shape"), [(draw, (1, 24, 6, 6)), (draw_linear, (300, 48))])
+def test_other_parameters_are_seen(make, shape):
+    module, x = make()[1], torch.randn(shape)
+    with torch.no_grad():
+        module(x)
+    for _ in range(20):  # the memory of one may be that of the next
+        module.weight = nn.Parameter(torch.randn_like(module.weight), requires_grad=False)
+        module.bias = nn.Parameter(torch.randn_like(module.bias), requires_grad=False)
+        truth = copy.deepcopy(module).double()(x.double())
+        with torch.no_grad():
+            assert max_error(module(x), truth) < 1e-4
+    module.bias.requires_grad_()
+    assert module(x).requires_grad
+
+
+@torch.inference_mode()
+def test_parameters_of_inference_mode_are_pytorchs():
+    plain, module = draw()
+    x = torch.randn(1, 24, 6, 6)
+    assert torch.equal(module(x), plain(x))
+    plain.weight.normal_()  # of which nothing tells
+    assert torch.equal(module(x), plain(x))

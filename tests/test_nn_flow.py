@@ -17,6 +17,7 @@ from usf_kernels.nn import (
     FlowStep,
     LUConv1x1,
     Permutation,
+    USFBlock,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -256,3 +257,26 @@ def test_errors():
                 module(x)
             with pytest.raises(TypeError, match=r"z: expected float32.*found torch.int64"):
                 module.inverse(x.long())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LUConv1x1(4),
+        lambda: AffineCoupling(4, subnet=conv_subnet, zero_init=False),
+        lambda: FlowStep(4, subnet=conv_subnet, coupling="affine", zero_init=False),
+        lambda: USFBlock(4, subnet=conv_subnet, zero_init=False),
+    ],
+    ids=["LU", "affine coupling", "affine step", "conjugated"],
+)
+def test_many_gradients_at_once(make):
+    module, x = make().double(), torch.randn(2, 4, 2, 2, dtype=torch.float64)
+    for part in (0, 1):
+
+        def run(x, part=part):
+            return module(x)[part].flatten() + 0 * x.sum()  # of an LU map, the log-det depends on no data
+
+        one, many = (
+            torch.autograd.functional.jacobian(run, x, vectorize=vectorize) for vectorize in (False, True)
+        )
+        torch.testing.assert_close(many, one)

@@ -11,7 +11,7 @@ from helpers import conv_subnet, max_error
 from test_nn_reversible import COUPLINGS, assert_same_gradients, backward
 from torch import nn
 
-from usf_kernels.nn import FlowSequence, FlowStep
+from usf_kernels.nn import AffineCheckerboard, FlowSequence, FlowStep, USFBlock
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -181,3 +181,65 @@ def test_distributed_gradients_are_averages(tmp_path):
         (0.5 * z.square().sum() / 4 - log_det).backward()
     for a, p in zip(actual, flow.parameters(), strict=True):
         assert max_error(a, p.grad) < 1e-4 * (1 + p.grad.abs().max())
+
+
+def spectral(c_in, c_out):
+    """Its weights are those of one more power iteration at every call."""
+    first = nn.utils.spectral_norm(nn.Conv2d(c_in, 8, 3, padding=1))
+    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, c_out, 3, padding=1))
+
+
+class InPlace(nn.Module):
+    """Overwrites what it is given, in a layer that is not registered first."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.conv(self.act(x))
+
+
+class Doubled(FlowStep):
+    """Inherits a `pull_back` that is not that of its `forward`."""
+
+    def forward(self, x, cond=None):
+        return super().forward(2 * x, cond)
+
+    def inverse(self, z, cond=None):
+        x, log_det = super().inverse(z, cond)
+        return x / 2, log_det
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AffineCheckerboard(6, subnet=spectral, zero_init=False),
+        lambda: FlowStep(6, subnet=spectral, zero_init=False),
+        lambda: FlowStep(6, subnet=InPlace, zero_init=False),
+        lambda: USFBlock(6, subnet=InPlace, zero_init=False),
+        lambda: Doubled(6, subnet=conv_subnet, zero_init=False),
+    ],
+    ids=["no pull_back, buffers", "buffers", "in place", "conjugated, in place", "another forward"],
+)
+def test_conditioners_and_steps_with_ways_of_their_own(make):
+    found = {}
+    for memory in ("standard", "reversible"):
+        torch.manual_seed(0)
+        flow = FlowSequence([make() for _ in range(2)], memory=memory, check_every=0)
+        x = torch.randn(4, 6, 6, 6, requires_grad=True)
+        z, log_det = flow(x)
+        (z.square().mean() + log_det.mean()).backward()
+        found[memory] = [x.grad, *(p.grad for p in flow.parameters())]
+        found[memory] += [buffer for buffer in flow.buffers() if buffer.is_floating_point()]
+    for ours, truth in zip(found["reversible"], found["standard"], strict=True):
+        assert (ours is None) == (truth is None)
+        assert truth is None or max_error(ours, truth) <= 1e-5 * (1 + truth.abs().max())
+
+
+def test_gradients_come_one_at_a_time():
+    flow = FlowSequence([FlowStep(4, subnet=conv_subnet) for _ in range(2)], memory="reversible")
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    z, _ = flow(x)
+    with pytest.raises(RuntimeError, match="one at a time, found is_grads_batched=True"):
+        torch.autograd.grad(z, x, torch.ones(2, *z.shape), is_grads_batched=True)

@@ -235,3 +235,11 @@ def test_wrong_inputs_are_named():
         model(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"z: expected shape"):
         model.inverse(torch.zeros(2, 3))
+
+
+def test_initialize_with_one_channel():
+    samples = 3 * torch.rand(64, 1, 8, 8) + 5
+    flow = USFlow((1, 8, 8), mask="checkerboard", blocks=1).initialize(samples)
+    z = flow(samples)[0]
+    assert abs(z.mean()) < 0.3
+    assert 0.5 < z.std() < 2

@@ -29,7 +29,7 @@ from usf_kernels.integrations.faster import Faster
 from usf_kernels.models.native_layers import use_extension_, use_pytorch_
 from usf_kernels.models.scoring import TAIL, TESTS
 from usf_kernels.nn.fused import FusedFlow
-from usf_kernels.nn.fused_conditioner import to_rows
+from usf_kernels.nn.maps import to_rows
 from usf_kernels.ops import anomaly_map
 from usf_kernels.segmentation import Null, segment
 

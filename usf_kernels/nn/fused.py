@@ -15,7 +15,7 @@ from usf_kernels.nn.fused_blocks import (
     add_log_dets,
     squared_norm,
 )
-from usf_kernels.nn.fused_conditioner import to_maps
+from usf_kernels.nn.maps import to_maps
 from usf_kernels.nn.rows import rows_of
 from usf_kernels.nn.stage_run import StageRun, blocks_of
 from usf_kernels.ops import native

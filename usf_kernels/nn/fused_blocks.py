@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from usf_kernels.nn.conjugation import AffineCheckerboard
 from usf_kernels.nn.folding import Coupling, LinearMap
-from usf_kernels.nn.fused_conditioner import FusedConditioner, to_maps
+from usf_kernels.nn.fused_conditioner import FusedConditioner
+from usf_kernels.nn.maps import to_maps
 from usf_kernels.nn.rows import add_, affine_, select
 from usf_kernels.nn.usf_block import CheckerboardCoupling, checkerboard
 from usf_kernels.ops.block import residual_mlp

@@ -8,55 +8,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from usf_kernels.nn.conditioner_layers import CONVOLUTIONS, flat, hooked, is_linear, keeps_size, linear
+from usf_kernels.nn.conditioner_layers import CONVOLUTIONS, flat, is_linear, keeps_size, linear
 from usf_kernels.nn.conditioner_sizes import PointwiseOnMaps, is_elementwise, joined
 from usf_kernels.nn.folding import WIDE, LinearMap
-
-
-def to_maps(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """(N, C) as (B, C, *spatial) in channels-last memory, without a copy; `sizes` are (B, *spatial)."""
-    return rows.view(*sizes, rows.shape[1]).movedim(-1, 1)
-
-
-def to_rows(maps: Tensor) -> Tensor:
-    """(B, C, *spatial) as (N, C): no copy where the memory is channels-last."""
-    return maps.movedim(1, -1).reshape(-1, maps.shape[1])
-
-
-def convolved_rows(layers: nn.Module, maps: Tensor) -> Tensor:
-    """What layers make of maps in channels-last memory, as rows.
-
-    Raises:
-        ValueError: where it has not the size of the maps.
-    """
-    result = convolve(layers, maps)
-    expected, found = ((x.shape[0], *x.shape[2:]) for x in (maps, result))
-    if not torch.compiler.is_compiling() and found != expected:  # a graph for any size compares none
-        raise ValueError(
-            f"output of subnet: expected (B, *spatial) to be {expected}, as of its input, found {found}"
-        )
-    return to_rows(result)
-
-
-def convolve(layers: nn.Module, maps: Tensor) -> Tensor:
-    """What layers make of maps in channels-last memory.
-
-    cuDNN's convolutions of float32 that is not rounded to TF32 are two to three times as fast in contiguous
-    memory, that of their weights included: the maps are copied there.
-    """
-    if (
-        torch.compiler.is_compiling()  # which chooses memory formats itself
-        or not (maps.is_cuda and maps.dtype == torch.float32)
-        or torch.backends.cudnn.allow_tf32
-    ):
-        return layers(maps)
-    maps = maps.contiguous()
-    for layer in layers if type(layers) is nn.Sequential else (layers,):
-        if type(layer) in CONVOLUTIONS and not hooked(layer):
-            maps = layer._conv_forward(maps, layer.weight.contiguous(), layer.bias)
-        else:
-            maps = layer(maps)
-    return maps
+from usf_kernels.nn.maps import convolved_rows, to_maps
 
 
 class _OnMaps(nn.Module):
