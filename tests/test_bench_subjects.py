@@ -138,12 +138,12 @@ def test_a_wrong_model_is_noticed():
 def test_models_of_one_kind_are_one_operation():
     parts = ("", ", flow part", ", training step")
     names = {case.name for case in models.SUBJECT.cases}
-    assert len(names) == len(models.SUBJECT.cases) == 2 * (3 * 5 + 1)
+    assert len(names) == len(models.SUBJECT.cases) == 2 * (3 * 6 + 1)
     found = {table.operation({"subject": "models", "case": name}) for name in names}
     assert found == {model + part for model in models.model_peers.PEERS for part in parts}
     parts = (", flow part, accelerated", ", whole model, accelerated")
     names = {case.name for case in accelerate.SUBJECT.cases}
-    assert len(names) == len(accelerate.SUBJECT.cases) == 2 * 2 * 5
+    assert len(names) == len(accelerate.SUBJECT.cases) == 2 * 2 * 6
     found = {table.operation({"subject": "accelerate", "case": name}) for name in names}
     assert found == {model + part for model in models.model_peers.PEERS for part in parts}
 
