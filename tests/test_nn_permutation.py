@@ -23,3 +23,8 @@ def test_permutation():
     assert torch.autograd.gradcheck(lambda v: module(v)[0], (x,))
     assert torch.autograd.gradgradcheck(lambda v: module.inverse(v)[0] ** 2, (x[:1, :, :1, :2],))
     assert all(not b.is_floating_point() and b.numel() == 9 for b in module.state_dict().values())
+
+
+def test_a_wrong_seed_is_named():
+    with pytest.raises(TypeError, match="seed: expected an int, found str"):
+        Permutation(4, seed="a")

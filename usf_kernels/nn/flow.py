@@ -50,7 +50,9 @@ class FlowStep(Fusible, nn.Module):
             linear map.
 
     `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x, log_det)` take (B, C, *spatial);
-    log_det is that of the direction computed, 0-d for additive coupling and (B,) for affine.
+    log_det is that of the direction computed, 0-d for additive coupling and (B,) for affine. Coupling,
+    ActNorm and linear map run as one operation: hooks on them are not called, those on the step and the
+    subnet are.
 
     Raises:
         TypeError, ValueError: a bad argument, an x or cond of the wrong shape or dtype.
