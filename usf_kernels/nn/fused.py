@@ -178,8 +178,8 @@ class FusedFlow(nn.Module):
             and all(c.shape[1:] == (positions, width) for c, width in zip(cond, widths, strict=True))
         ):
             raise ValueError(
-                f"cond: expected what `project` returns, (1 or {x.shape[0]}, {positions}, D) with D one of "
-                f"{widths} each, found {found}"
+                f"cond: expected what `project` returns, (1 or {x.shape[0]}, {positions}, D) for each D of "
+                f"{widths}, found {found}"
             )
 
     def get_extra_state(self) -> Tensor:
