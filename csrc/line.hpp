@@ -25,8 +25,9 @@ struct Shifted {
     USF_INLINE const float* row(int tap, int r) const { return data + (r + shifts[tap]) * stride; }
 };
 
-// Where positions lie: behind each row of a map the zeros that are also those in front of the next one, and
-// behind each map rows of zeros. As much as the largest of some kernels sees lies in front of and behind all.
+// Where positions of maps that are not empty lie: behind each row of a map the zeros that are also those in
+// front of the next one, and behind each map rows of zeros. As much as the largest of some kernels sees lies
+// in front of and behind all.
 struct Line {
     Maps maps;
     std::int64_t above = 0, left = 0;
@@ -41,9 +42,7 @@ struct Line {
     std::int64_t margin() const { return above * pitch() + left; }
     std::int64_t rows() const { return maps.images * maps.height; }
     // Of a map's row, counted over all maps; that of one behind the last is the length.
-    std::int64_t start(std::int64_t row) const {
-        return maps.height == 0 ? 0 : row / maps.height * above * pitch() + row * pitch();
-    }
+    std::int64_t start(std::int64_t row) const { return row / maps.height * above * pitch() + row * pitch(); }
     // Of positions, as far as a tap can see.
     Shifts shifts(const Layer& layer) const {
         Shifts shifts;

@@ -65,9 +65,8 @@ private:
 
     // Where a conditioner looks at neighbours, the whole state passes through memory several times.
     std::int64_t images_together(const Maps& maps, int threads) const {
-        if (pointwise()) return std::max<std::int64_t>(maps.images, 1);
-        const std::int64_t numbers = std::max<std::int64_t>(maps.positions() * channels_, 1);
-        return std::max<std::int64_t>(threads * numbers_together / numbers, 1);
+        if (pointwise()) return maps.images;
+        return std::max<std::int64_t>(threads * numbers_together / (maps.positions() * channels_), 1);
     }
 
     void run_together(const float* from, float* state, Call call) const {

@@ -170,13 +170,12 @@ class FusedFlow(nn.Module):
     def _check_projected(self, x: Tensor, cond: Sequence[Tensor]) -> None:
         blocks = [block.conditioner for stage in self.stages for block in blocks_of(stage)]
         widths = [block.projected or self.cond_channels for block in blocks] if self.cond_channels else []
-        positions = count_positions(x)
-        found = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in cond]
-        if not (
-            len(found) == len(widths)
-            and all(isinstance(c, Tensor) and c.ndim == 3 and c.shape[0] in (1, x.shape[0]) for c in cond)
-            and all(c.shape[1:] == (positions, width) for c, width in zip(cond, widths, strict=True))
+        batches, positions = (1, x.shape[0]), count_positions(x)
+        if len(cond) != len(widths) or not all(
+            isinstance(c, Tensor) and c.shape in [(batch, positions, width) for batch in batches]
+            for c, width in zip(cond, widths, strict=True)
         ):
+            found = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in cond]
             raise ValueError(
                 f"cond: expected what `project` returns, (1 or {x.shape[0]}, {positions}, D) for each D of "
                 f"{widths}, found {found}"

@@ -79,8 +79,10 @@ class LUConv1x1(Fusible, nn.Module):
         check_choice("init", init, ("identity", "orthogonal"))
         if prior_scale is not None:
             check_number("prior_scale", prior_scale)
-        if prior_scale is not None and not 0 < prior_scale < math.inf:
-            raise ValueError(f"prior_scale: expected None or a positive finite number, found {prior_scale}")
+            if not 0 < prior_scale < math.inf:
+                raise ValueError(
+                    f"prior_scale: expected None or a positive finite number, found {prior_scale}"
+                )
         self.channels, self.diagonal, self.prior_scale = channels, diagonal, prior_scale
         self.lower = nn.Parameter(torch.zeros(channels, channels))
         self.upper = nn.Parameter(torch.zeros(channels, channels))

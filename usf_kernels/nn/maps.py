@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.nn.conditioner_layers import CONVOLUTIONS, hooked
+from usf_kernels.ops.checks import check_shape
 
 
 def to_maps(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -25,11 +26,9 @@ def convolved_rows(layers: nn.Module, maps: Tensor) -> Tensor:
         ValueError: where it has not the size of the maps.
     """
     result = convolve(layers, maps)
-    expected, found = ((x.shape[0], *x.shape[2:]) for x in (maps, result))
-    if not torch.compiler.is_compiling() and found != expected:  # a graph for any size compares none
-        raise ValueError(
-            f"output of subnet: expected (B, *spatial) to be {expected}, as of its input, found {found}"
-        )
+    if not torch.compiler.is_compiling():  # a graph for any size compares none
+        expected = (maps.shape[0], result.shape[1], *maps.shape[2:])
+        check_shape("output of subnet", result, expected, "(B, c_out, *spatial)")
     return to_rows(result)
 
 

@@ -53,9 +53,10 @@ class Permutation(Fusible, nn.Module):
         super().__init__()
         check_int("channels", channels, 1)
         self.channels = channels
+        generator = None
         if seed is not None:
             check_int("seed", seed, -(2**63), 2**64 - 1)  # as torch takes them
-        generator = None if seed is None else torch.Generator("cpu").manual_seed(int(seed))
+            generator = torch.Generator("cpu").manual_seed(int(seed))
         index = torch.randperm(channels, generator=generator, device="cpu").to(torch.get_default_device())
         self.register_buffer("index", index)
         self.register_buffer("inverse_index", torch.argsort(index))
