@@ -2,6 +2,8 @@
 #include <nanobind/stl/tuple.h>
 
 #include "bindings.hpp"
+#include "convolution.hpp"
+#include "lu_map.hpp"
 #include "map_product.hpp"
 #include "row_product.hpp"
 #include "winograd_gradient.hpp"
@@ -41,6 +43,29 @@ Triangle triangle_of(int sign) {
     return sign < 0 ? Triangle::lower : sign > 0 ? Triangle::upper : Triangle::whole;
 }
 
+// Of a map and an ActNorm in front: lower and upper, with the numbers from one row to the next; signs,
+// log_diagonal, log_scale and offset.
+using Factor = std::tuple<Address, std::int64_t>;
+using LuMap = std::tuple<int, Factor, Factor, Address, std::optional<Address>, std::optional<Address>,
+                         std::optional<Address>>;
+
+LuParameters parameters_of(const LuMap& map) {
+    const auto& [channels, lower, upper, signs, log_diagonal, log_scale, offset] = map;
+    return {channels,
+            values_at(std::get<0>(lower)),
+            std::get<1>(lower),
+            values_at(std::get<0>(upper)),
+            std::get<1>(upper),
+            values_at(signs),
+            values_at(log_diagonal),
+            values_at(log_scale),
+            values_at(offset)};
+}
+
+float* memory_at(std::optional<Address> address) {
+    return address ? reinterpret_cast<float*>(*address) : nullptr;
+}
+
 // Tensors come as addresses, in the shapes that `usf_kernels.ops.convolution` has checked.
 void bind_convolutions(nb::module_& m) {
     using namespace nb::literals;
@@ -51,16 +76,16 @@ void bind_convolutions(nb::module_& m) {
            const std::tuple<std::int64_t, std::int64_t, std::int64_t>& strides, bool adjoint,
            std::optional<Address> bias, bool relu, std::optional<Address> mask, Address out, int threads) {
             nb::gil_scoped_release unlocked;
-            static thread_local auto memory = std::make_shared<Floats>();
             const auto [outputs, inputs] = channels;
             const auto [output, input, tap] = strides;
-            const Kernel kernel{values_at(weight), outputs, inputs, output, input, tap};
-            const Winograd winograd(adjoint ? kernel.adjoint() : kernel, values_at(bias), threads, memory);
+            const Kernel forward{values_at(weight), outputs, inputs, output, input, tap};
+            const Kernel kernel = adjoint ? forward.adjoint() : forward;
             const auto [images, height, width] = sizes;
-            const Condition beside{values_at(mask), images, winograd.outputs()};
-            apply(winograd, ending_of(relu, mask), Inputs{values_at(rows), winograd.inputs()},
-                  Call{{images, height, width}, threads, mask ? &beside : nullptr},
-                  reinterpret_cast<float*>(out));
+            const Condition beside{values_at(mask), images, kernel.outputs};
+            convolution(kernel, values_at(bias), ending_of(relu, mask),
+                        Inputs{values_at(rows), kernel.inputs},
+                        Call{{images, height, width}, threads, mask ? &beside : nullptr},
+                        reinterpret_cast<float*>(out));
         },
         "sizes"_a, "rows"_a, "weight"_a, "channels"_a, "strides"_a, "adjoint"_a, "bias"_a.none(), "relu"_a,
         "mask"_a.none(), "out"_a, "threads"_a);
@@ -114,6 +139,28 @@ void bind_convolutions(nb::module_& m) {
                           reinterpret_cast<float*>(out), threads);
         },
         "sizes"_a, "a"_a, "x"_a, "triangle"_a, "out"_a, "threads"_a);
+    m.def(
+        "lu_map",
+        [](const LuMap& map, std::optional<Address> bias, Address matrix, std::optional<Address> moved,
+           Address log_det, Address memory, int threads) {
+            nb::gil_scoped_release unlocked;
+            *memory_at(log_det) = lu_map(parameters_of(map), values_at(bias), memory_at(matrix),
+                                         memory_at(moved), memory_at(memory), threads);
+        },
+        "map"_a, "bias"_a.none(), "matrix"_a, "moved"_a.none(), "log_det"_a, "memory"_a, "threads"_a);
+    m.def(
+        "lu_map_gradients",
+        [](const LuMap& map, Address matrix, Address of_matrix, std::optional<Address> of_moved,
+           Address of_log_det, Address lower, Address upper, std::optional<Address> log_diagonal,
+           std::optional<Address> log_scale, std::optional<Address> offset, Address memory, int threads) {
+            nb::gil_scoped_release unlocked;
+            const LuGradients grads{values_at(of_matrix), values_at(of_moved), *values_at(of_log_det),
+                                    memory_at(lower),     memory_at(upper),    memory_at(log_diagonal),
+                                    memory_at(log_scale), memory_at(offset)};
+            lu_map_gradients(parameters_of(map), values_at(matrix), grads, memory_at(memory), threads);
+        },
+        "map"_a, "matrix"_a, "of_matrix"_a, "of_moved"_a.none(), "of_log_det"_a, "lower"_a, "upper"_a,
+        "log_diagonal"_a.none(), "log_scale"_a.none(), "offset"_a.none(), "memory"_a, "threads"_a);
 }
 
 #else

@@ -7,6 +7,7 @@
 #include "bindings.hpp"
 #include "coupling_gradients.hpp"
 #include "norms.hpp"
+#include "sums.hpp"
 #include "triangle.hpp"
 
 namespace usf {
@@ -59,6 +60,14 @@ void bind_ops(nb::module_& m) {
             const auto from = view<const float>(z, sizes, sizes[1]);
             nb::gil_scoped_release unlocked;
             return from && squared_norm(*from, extent_of(sizes), reinterpret_cast<float*>(out), threads);
+        },
+        "sizes"_a, "z"_a, "out"_a, "threads"_a);
+    m.def(
+        "channel_sums",
+        [](const Sizes& sizes, const Tensor& z, std::uintptr_t out, int threads) {
+            const auto from = view<const float>(z, sizes, sizes[1]);
+            nb::gil_scoped_release unlocked;
+            return from && channel_sums(*from, extent_of(sizes), reinterpret_cast<float*>(out), threads);
         },
         "sizes"_a, "z"_a, "out"_a, "threads"_a);
     m.def(

@@ -76,6 +76,42 @@ private:
 };
 using Store = StoreAs<float>;
 
+// Finishes a tile of which a row is a channel: out = ending(sums + bias of the row). `mask` has the strides
+// of `out`.
+struct StoreMaps {
+    float* out;
+    std::int64_t stride;
+    const float* bias;  // or null
+    Ending ending;
+    const float* mask;
+
+    template <class V, int count>
+    USF_INLINE void operator()(V (&sums)[count][2], int row, int column, int width) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        using U = typename Vector<lanes>::unaligned;
+        for (int i = 0; i < count; ++i) {
+            const std::int64_t at = (row + i) * stride + column;
+            const float shift = bias ? bias[row + i] : 0.0f;
+            V value[2] = {sums[i][0] + shift, sums[i][1] + shift};
+            if (ending == Ending::relu)  // in this order NaN stays NaN
+                for (V& half : value) half = half < 0 ? V{} : half;
+            if (width == 2 * lanes) {
+                for (int half = 0; half < 2; ++half) {
+                    if (ending == Ending::masked)
+                        value[half] =
+                            *reinterpret_cast<const U*>(mask + at + half * lanes) <= 0 ? V{} : value[half];
+                    *reinterpret_cast<U*>(out + at + half * lanes) = value[half];
+                }
+            } else {
+                float values[2 * lanes];
+                std::memcpy(values, value, sizeof(values));
+                for (int j = 0; j < width; ++j)
+                    out[at + j] = ending == Ending::masked && mask[at + j] <= 0 ? 0.0f : values[j];
+            }
+        }
+    }
+};
+
 // row(i) += factor * sums[i] from a column on, where there is such a row.
 template <class V, int count, class Rows>
 USF_INLINE void add_tile(V (&sums)[count][2], float factor, int column, int width, const Rows& row) {

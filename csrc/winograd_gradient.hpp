@@ -88,38 +88,77 @@ USF_CLONES inline void kernels_from_points(const float* at_points, std::size_t a
     }
 }
 
+// Some rows of tiles, and some outputs.
+struct KernelPart {
+    std::int64_t first_row, last_row;
+    int first, last;
+
+    int outputs() const { return last - first; }
+};
+
+// Gradients of some outputs' kernels at all points, [outputs, inputs] each, from some rows of tiles, of which
+// there are some.
+inline void gradient_at_points(const Inputs& x, const Call& call, int inputs, const KernelPart& part,
+                               std::int64_t length, float* out) {
+    const TileRows rows(call.maps);
+    const int outputs = part.outputs(), lanes = best_lanes(), padded = Panels::padded(inputs, 2 * lanes);
+    for (std::int64_t first = part.first_row; first < part.last_row; first += length) {
+        const Stretch on = rows.stretch(call, first, std::min(first + length, part.last_row));
+        const float* const* const gradients = rows_of_condition(0, on);
+        for (const float*& row : on.scratch.condition) row += part.first;
+        find_tiles(inputs, outputs, x, on, nullptr, gradients);
+        const int count = static_cast<int>(on.scratch.tiles.size());
+        const std::ptrdiff_t panel = std::ptrdiff_t{count} * padded, row = std::ptrdiff_t{count} * outputs;
+        float* const panels = on.scratch.points[0].at_least(Winograd::points * panel);
+        float* const columns = on.scratch.points[1].at_least(Winograd::points * row);
+        enter_both(on.scratch.tiles, inputs, outputs, lanes, panels, columns);
+        for (int point = 0; point < Winograd::points; ++point) {
+            const Columns from{columns + point * row, outputs};
+            const Panels weights{panels + point * panel, nullptr, inputs, count, 2 * lanes};
+            float* const to = out + std::ptrdiff_t{point} * outputs * inputs;
+            if (first == part.first_row)
+                multiply(from, outputs, weights, StoreMaps{to, inputs, nullptr, Ending::plain, nullptr});
+            else
+                multiply(from, outputs, weights, Add{to, inputs, 1.0f});
+        }
+    }
+}
+
 // Gradient [outputs, inputs, 9] of a kernel, from the rows of inputs and of the outputs' gradients. The same
 // bits whenever it is computed by as many threads.
 inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int outputs, const Maps& maps,
                             int threads, float* out) {
     static thread_local Floats memory;
     const TileRows rows(maps);
-    const int groups = static_cast<int>(std::clamp<std::int64_t>(rows.count, 1, threads));
-    const std::size_t apart = static_cast<std::size_t>(outputs) * inputs, size = Winograd::points * apart;
-    float* const sums = memory.at_least(groups * size);
-    const int lanes = best_lanes(), padded = Panels::padded(inputs, 2 * lanes);
-    constexpr std::int64_t together = 128;  // tiles: the sums go through memory once for so many
-    const std::int64_t length = rows.holding(together);
+    if (rows.count == 0) {
+        std::fill_n(out, std::int64_t{9} * outputs * inputs, 0.0f);
+        return;
+    }
     const Condition gradients{grad.data, maps.images, static_cast<int>(grad.stride)};
     const Call call{maps, threads, &gradients};
+    constexpr std::int64_t together = 128;  // tiles: the sums go through memory once for so many
+    const std::int64_t tiles = rows.count * rows.tiles;
+    if (threads > 1 && outputs >= 48 * threads && tiles <= 2 * outputs) {
+        // Few tiles: of all, each thread makes the gradients of its own outputs' kernels.
+        team_for(threads, threads, [&](std::int64_t group) {
+            const int first = static_cast<int>(outputs * group / threads),
+                      last = static_cast<int>(outputs * (group + 1) / threads);
+            const std::size_t apart = static_cast<std::size_t>(last - first) * inputs;
+            float* const sums = scratch_of_thread().outputs[0].at_least(Winograd::points * apart);
+            gradient_at_points(x, call, inputs, {0, rows.count, first, last}, rows.holding(together), sums);
+            for (int o = first; o < last; ++o)
+                kernels_from_points(sums + std::ptrdiff_t{o - first} * inputs, apart, inputs,
+                                    out + std::ptrdiff_t{o} * inputs * 9);
+        });
+        return;
+    }
+    const int groups = static_cast<int>(std::min<std::int64_t>(rows.count, threads));
+    const std::size_t apart = static_cast<std::size_t>(outputs) * inputs, size = Winograd::points * apart;
+    float* const sums = memory.at_least(groups * size);
     team_for(groups, threads, [&](std::int64_t group) {
-        float* const mine = sums + group * size;
-        std::fill_n(mine, size, 0.0f);
-        const std::int64_t last = rows.count * (group + 1) / groups;
-        for (std::int64_t first = rows.count * group / groups; first < last; first += length) {
-            const Stretch on = rows.stretch(call, first, std::min(first + length, last));
-            find_tiles(inputs, outputs, x, on, nullptr, rows_of_condition(0, on));
-            const int count = static_cast<int>(on.scratch.tiles.size());
-            const std::ptrdiff_t panel = std::ptrdiff_t{count} * padded,
-                                 row = std::ptrdiff_t{count} * outputs;
-            float* const panels = on.scratch.points[0].at_least(Winograd::points * panel);
-            float* const columns = on.scratch.points[1].at_least(Winograd::points * row);
-            enter_both(on.scratch.tiles, inputs, outputs, lanes, panels, columns);
-            for (int point = 0; point < Winograd::points; ++point)
-                multiply(Columns{columns + point * row, outputs}, outputs,
-                         Panels{panels + point * panel, nullptr, inputs, count, 2 * lanes},
-                         Add{mine + point * apart, inputs, 1.0f});
-        }
+        gradient_at_points(x, call, inputs,
+                           {rows.count * group / groups, rows.count * (group + 1) / groups, 0, outputs},
+                           rows.holding(together), sums + group * size);
     });
     team_for(outputs, threads, [&](std::int64_t output) {
         const std::size_t first = static_cast<std::size_t>(output) * inputs;

@@ -165,3 +165,25 @@ def test_what_is_left_to_the_plain_ones():
     assert max_error(jacobian[:2, :, :, 0, :2].flatten(0, 2).flatten(1), torch.eye(18)) == 0
     batched = torch.func.vmap(lambda v, p: coupling_step(v[None], p[None], split=2, clamp=2.0)[0][0])
     assert max_error(batched(x, params), coupling_step(x, params, split=2, clamp=2.0)[0]) < 1e-6
+
+
+@given(shapes())
+@settings(max_examples=60)
+def test_sums_over_all_but_the_channels(shape):
+    truth = torch.randn(shape, dtype=torch.float64)
+    expected = truth.sum(dim=[d for d in range(len(shape)) if d != 1])
+    for x in (truth, truth.float()):
+        with torch.no_grad():
+            found = [eager.channel_sums(x), *(eager.channel_sums(v) for _, v in layouts(x))]
+        for sums in found:
+            assert sums.dtype == x.dtype
+            assert max_error(sums, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_sums_are_as_accurate_as_in_float64(memory_format):
+    x = (1 + torch.rand(3, 70, 150, 150)).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        found = eager.channel_sums(x)
+        torch.testing.assert_close(found, x.double().sum((0, 2, 3)).float(), rtol=1e-6, atol=0)
+    assert eager.channel_sums(x.clone().requires_grad_()).requires_grad

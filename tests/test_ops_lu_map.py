@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from usf_kernels.nn import ActNorm, LUConv1x1
 from usf_kernels.ops import lu_map as module
+from usf_kernels.ops import native_lu_map
 from usf_kernels.ops.lu_map import apply_factors, lu_map
 from usf_kernels.ops.matrices import apply_matrix
 
@@ -99,6 +100,60 @@ def test_errs_as_the_operations_written_out():
     results = run(lu_map, torch.float32), run(module._plain, torch.float32), run(module._plain, torch.float64)
     for actual, eager, truth in zip(*results, strict=True):
         assert_within_budget(actual, eager, truth, factor=4.0)
+
+
+def written_out(*given):
+    matrix, bias, log_det = module._plain(*given)
+    return matrix, given[4] if bias is None else bias, log_det
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("channels", [1, 2, 7, 33, 131])
+def test_the_extension_errs_as_the_operations_written_out(monkeypatch, choice, channels):
+    given, taken = draw(channels, choice), []
+    for name in ("lu_map", "gradients"):
+        run = getattr(native_lu_map, name)
+        monkeypatch.setattr(native_lu_map, name, lambda *a, n=name, r=run: (taken.append(n), r(*a))[1])
+
+    def run(function, dtype):
+        inputs = [
+            None if v is None else v.detach().to(dtype).requires_grad_(i != 2) for i, v in enumerate(given)
+        ]
+        outputs = tensors(function(*inputs))
+        outputs = outputs if choice & {FREE, ACT_NORM} else outputs[:-1]  # a constant log-determinant
+        weighted = [torch.linspace(0.3, 2, v.numel(), dtype=dtype).view_as(v) for v in outputs]
+        return [
+            *outputs,
+            *torch.autograd.grad(outputs, [v for v in tensors(inputs) if v.requires_grad], weighted),
+        ]
+
+    results = run(lu_map, torch.float32), run(written_out, torch.float32), run(written_out, torch.float64)
+    assert taken == ["lu_map", "gradients"]
+    for actual, eager, truth in zip(*results, strict=True):
+        assert_within_budget(actual, eager, truth, factor=4.0)
+
+
+def test_the_extension_takes_any_vectors_and_leaves_other_matrices(monkeypatch):
+    def strided(v):
+        if v is None or v.ndim > 1:
+            return v
+        wide = v.new_full((2 * len(v),), torch.nan)
+        wide[::2] = v
+        return wide[::2]
+
+    given = [v.detach().float() for v in draw(40, {FREE, BIAS, ACT_NORM})]
+    expected = lu_map(*given)
+    for actual, truth in zip(lu_map(*map(strided, given)), expected, strict=True):
+        assert torch.equal(actual, truth)
+    wide = torch.full((2, 40, 50), torch.nan)
+    wide[..., :40] = torch.stack(given[:2])
+    for actual, truth in zip(lu_map(*wide[..., :40], *given[2:]), expected, strict=True):
+        assert torch.equal(actual, truth)
+    monkeypatch.setattr(native_lu_map, "lu_map", None)
+    for actual, truth in zip(
+        lu_map(*(v.mT.contiguous().mT for v in given[:2]), *given[2:]), expected, strict=True
+    ):
+        assert max_error(actual, truth) < 1e-4
 
 
 def test_transforms_and_compilers_see_the_operations():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usf_kernels.nn import FlowStep
-from usf_kernels.ops import matrices, products
+from usf_kernels.ops import matrices, native_lu_map, products
 from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
 
 TRIANGLES = {-1: torch.tril, 0: torch.clone, 1: torch.triu}
@@ -116,8 +116,11 @@ def test_training_takes_the_extension(monkeypatch, memory_format):
         monkeypatch.setattr(
             matrices.products, name, lambda *a, n=name, r=run, **k: (taken.append(n), r(*a, **k))[1]
         )
-    monkeypatch.setattr(torch, "bmm", None)
-    monkeypatch.setattr(torch, "mm", None)
+    for name in ("lu_map", "gradients"):
+        run = getattr(native_lu_map, name)
+        monkeypatch.setattr(native_lu_map, name, lambda *a, n=name, r=run: (taken.append(n), r(*a))[1])
+    for name in ("bmm", "mm", "mv", "addmv"):
+        monkeypatch.setattr(torch, name, None)
     step(x)[0].square().sum().backward()
-    assert taken.count("outer_product") >= 2
+    assert [taken.count(name) for name in ("outer_product", "lu_map", "gradients")] == [1, 1, 1]
     assert ("row_product" in taken) == (memory_format == torch.channels_last)

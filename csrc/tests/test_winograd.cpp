@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "convolution.hpp"
 #include "noise.hpp"
 #include "winograd_gradient.hpp"
 
@@ -46,6 +47,21 @@ void test(const Maps& maps, int inputs, int outputs, bool relu, std::int64_t con
     }
 }
 
+// With a kernel that is new: what a layer finds.
+void test_new_kernel(const Maps& maps, int inputs, int outputs, int threads) {
+    const auto matrix = noise(std::size_t{9} * inputs * outputs, 0.5f / std::sqrt(9.0f * inputs));
+    const auto bias = noise(outputs, 0.3f), share = noise(maps.rows() * outputs),
+               x = noise(maps.rows() * inputs);
+    const Layer layer(matrix.data(), bias.data(), outputs, 9 * inputs, true, true, 3, 3);
+    const Condition condition{share.data(), maps.images, outputs};
+    const Call call{maps, threads, &condition};
+    std::vector<float> expected(maps.rows() * outputs, NAN), found = expected;
+    apply(layer, Inputs{x.data(), inputs}, call, expected.data());
+    const Kernel kernel{matrix.data(), outputs, inputs, 9 * std::ptrdiff_t{inputs}, 1, inputs};
+    convolution(kernel, bias.data(), Ending::relu, Inputs{x.data(), inputs}, call, found.data());
+    CHECK(found == expected);
+}
+
 // Gradients of inputs and kernels, against sums over taps in float64; the first also where a mask is
 // positive.
 void test_gradients(const Maps& maps, int inputs, int outputs, int threads) {
@@ -68,12 +84,12 @@ void test_gradients(const Maps& maps, int inputs, int outputs, int threads) {
         }
     }
     const Kernel forward{kernel.data(), outputs, inputs, 9 * std::ptrdiff_t{inputs}, 9, 1};
-    const Winograd back(forward.adjoint(), nullptr, threads);
     const Condition beside{mask.data(), maps.images, inputs};
     std::vector<float> found(x.size(), NAN), masked = found, gradient(kernel.size(), NAN), again = gradient;
     const Inputs of_outputs{grad.data(), outputs};
-    apply(back, Ending::plain, of_outputs, Call{maps, threads}, found.data());
-    apply(back, Ending::masked, of_outputs, Call{maps, threads, &beside}, masked.data());
+    const Kernel back = forward.adjoint();
+    convolution(back, nullptr, Ending::plain, of_outputs, Call{maps, threads}, found.data());
+    convolution(back, nullptr, Ending::masked, of_outputs, Call{maps, threads, &beside}, masked.data());
     for (std::size_t i = 0; i < x.size(); ++i) {
         CHECK(std::abs(found[i] - of_x[i]) <= 4e-6);
         CHECK(masked[i] == (mask[i] > 0 ? found[i] : 0));
@@ -124,6 +140,13 @@ int main() {
         test_gradients({2, 3, 0}, 16, 16, 2);
         test_gradients({2, 0, 3}, 16, 16, 2);
         test_gradients({1, 40, 40}, 20, 33, 2);
+        test_gradients({1, 8, 8}, 20, 100, 2);  // few tiles
+        test_gradients({2, 5, 7}, 37, 150, 3);
+        test_gradients({1, 23, 25}, 17, 100, 2);
+        test_new_kernel({1, 40, 40}, 20, 40, 2);
+        test_new_kernel({0, 3, 3}, 16, 130, 2);
+        test_new_kernel({1, 8, 8}, 20, 130, 2);
+        test_new_kernel({2, 5, 7}, 43, 200, 3);
         test_not_a_number();
     }
     return failures != 0;

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usf_kernels import _core
-from usf_kernels.ops import native, products
+from usf_kernels.ops import eager, native, products
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import matrix_gradient
 
@@ -212,7 +212,7 @@ def _parameter_gradients(
         channels = layer.weight.shape[:2]
         pointers = x.data_ptr(), grad.data_ptr(), channels, of_weight.data_ptr()
         _core.kernel_gradient(_sizes(x), *pointers, _threads(x, layer.weight))
-    return of_weight, grad.sum((0, 2, 3)) if wanted[1] else None
+    return of_weight, eager.channel_sums(grad) if wanted[1] else None
 
 
 def _gradients_by_taps(x: Tensor, layer: Layer, grad: Tensor, wanted: list[bool]) -> tuple:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usf_kernels.ops import native_lu_map
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, runs_triton
 from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import matrix_op
 from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
-from usf_kernels.ops.native import batched, somebody_looks
+from usf_kernels.ops.native import batched, fits, somebody_looks
 from usf_kernels.ops.triangles import diagonal_of, outer, strict_, times, unit_lower, upper_with
 
 
@@ -76,6 +77,11 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
+        ctx.native = not runs_triton("lu_conv1x1", lower, upper) and native_lu_map.fits(given)
+        if ctx.native:
+            found = native_lu_map.lu_map(given)
+            ctx.save_for_backward(*given, found[0])
+            return found
         diagonal, scale = diagonal_of(signs, log_diagonal), None
         log_det = signs.new_zeros(()) if log_diagonal is None else log_diagonal.sum()
         upper = upper_with(upper, diagonal)
@@ -85,16 +91,24 @@ class _Map(torch.autograd.Function):
                 bias = torch.mv(matrix, offset) if bias is None else torch.addmv(bias, matrix, offset)
                 scale, log_det = log_scale.exp(), log_det + log_scale.sum()
                 matrix *= scale
-        ctx.save_for_backward(*given, upper, diagonal, matrix, scale)
+        ctx.save_for_backward(*given, matrix, upper, diagonal, scale)
         return matrix, bias, log_det
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
-        *given, upper, diagonal, matrix, scale = ctx.saved_tensors
-        if differentiates_again() or batched(grad, grad_bias, grad_log_det):
-            found = gradients_through(_plain, given, (grad, grad_bias, grad_log_det))
+        given, (matrix, *kept), grads = (
+            ctx.saved_tensors[:7],
+            ctx.saved_tensors[7:],
+            (grad, grad_bias, grad_log_det),
+        )
+        if differentiates_again() or batched(*grads) or (ctx.native and not fits(*grads)):
+            found = gradients_through(_plain, given, grads)
             return *found[:2], None, *found[3:]
-        lower, *_, offset = given
+        of_bias = None if given[4] is None else grad_bias
+        if ctx.native:
+            of_lower, of_upper, of_log_diagonal, *of_exit = native_lu_map.gradients(given, matrix, *grads)
+            return of_lower, of_upper, None, of_log_diagonal, of_bias, *of_exit
+        (upper, diagonal, scale), (lower, *_, offset) = kept, given
         with full_precision(grad):
             of_product, of_log_scale, of_offset = grad, None, None
             if scale is not None:
@@ -106,7 +120,6 @@ class _Map(torch.autograd.Function):
         of_log_diagonal = None
         if given[3] is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
-        of_bias = None if given[4] is None else grad_bias
         strict_(of_lower, upper=False)
         strict_(of_upper, upper=True)
         return of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset

@@ -31,13 +31,13 @@ def threads_for(multiplications: int) -> int:
 
 def walks_maps(x: Tensor) -> bool:
     """Whether each channel's positions lie side by side."""
-    return _position_stride(x) in (1, None)
+    return x.is_contiguous() or _position_stride(x) in (1, None)
 
 
 def row_stride(x: Tensor) -> int | None:
     """Numbers from one position to the next, over the whole batch, where each one's channels lie side by
     side; None where they do not."""
-    if x.numel() == 0:
+    if x.numel() == 0 or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x.shape[1]
     if x.stride(1) != 1 and x.shape[1] != 1:
         return None

@@ -1,0 +1,49 @@
+// 3 x 3 convolutions with a kernel that is new at every call, by Winograd's filtering.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "layer.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+// Of a thread, for a kernel at its points.
+inline const std::shared_ptr<Floats>& kernel_memory() {
+    static thread_local const auto memory = std::make_shared<Floats>();
+    return memory;
+}
+
+// out = ending(convolution + bias + what stands beside) for all rows of a call, dense; a bias may be null.
+inline void convolution(const Kernel& kernel, const float* bias, Ending ending, const Inputs& in,
+                        const Call& call, float* out) {
+    const TileRows rows(call.maps);
+    if (rows.count == 0) return;
+    const int width = Panels::best_width(), threads = call.threads;
+    if (threads > 1 && kernel.outputs >= 2 * threads * width && rows.count * rows.tiles <= kernel.outputs) {
+        // Few tiles: of all, each thread makes its own outputs, for which it alone needs the kernel.
+        const std::int64_t panels = (kernel.outputs + width - 1) / width;
+        team_for(threads, threads, [&](std::int64_t group) {
+            const int first = static_cast<int>(panels * group / threads) * width;
+            const int last =
+                std::min(static_cast<int>(panels * (group + 1) / threads) * width, kernel.outputs);
+            Kernel own = kernel;
+            own.data += first * kernel.output, own.outputs = last - first;
+            const Winograd winograd(own, bias ? bias + first : nullptr, 1, kernel_memory());
+            const Stretch all = rows.stretch(call, 0, rows.count);
+            const float* const* const beside = call.conditions ? rows_of_condition(0, all) : nullptr;
+            if (beside)
+                for (const float*& row : all.scratch.condition) row += first;
+            find_tiles(kernel.inputs, kernel.outputs, in, all, out + first, beside);
+            convolve(all.scratch.tiles, winograd, ending, all.scratch.points[0], all.scratch.points[1]);
+        });
+        return;
+    }
+    apply(Winograd(kernel, bias, threads, kernel_memory()), ending, in, call, out);
+}
+
+}  // namespace usf
+#endif

@@ -1,0 +1,75 @@
+// Sums over all but the channels, in one pass: gradients of what is added to every position.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "features.hpp"
+#include "instructions.hpp"
+
+namespace usf {
+
+// Of neighbours. Sums of sums of a few hundred, so that rounding errors do not grow with their number.
+USF_CLONES inline double sum_of(const float* values, std::int64_t n) {
+    constexpr int lanes = 32;
+    constexpr std::int64_t together = 4096;
+    double total = 0;
+    for (std::int64_t first = 0; first < n; first += together) {
+        const std::int64_t end = std::min(first + together, n);
+        float part[lanes] = {};
+        std::int64_t i = first;
+        for (; i + lanes <= end; i += lanes)
+            for (int lane = 0; lane < lanes; ++lane) part[lane] += values[i + lane];
+        for (int lane = 0; i < end; ++i, ++lane) part[lane] += values[i];
+        for (int half = lanes / 2; half > 0; half /= 2)
+            for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+        total += part[0];
+    }
+    return total;
+}
+
+// out[c] = sum of some rows.
+USF_CLONES inline void sum_of_rows(const float* row, std::int64_t stride, std::int64_t rows,
+                                   std::int64_t channels, float* __restrict out) {
+    std::fill_n(out, channels, 0.0f);
+    for (std::int64_t r = 0; r < rows; ++r, row += stride)
+        for (std::int64_t c = 0; c < channels; ++c) out[c] += row[c];
+}
+
+// out [channels]; false for a layout that has no loop here. The same bits however many threads.
+inline bool channel_sums(const Input& z, const Extent& extent, float* out, int threads) {
+    const auto [batch, channels, positions] = extent;
+    const Layout layout = common_layout(positions, z);
+    if (layout == Layout::other) return false;
+    if (layout == Layout::maps) {
+        const Stretches stretches(channels, batch * positions);
+        team_for(stretches.count, threads, [&, batch = batch, positions = positions](std::int64_t s) {
+            for (std::int64_t c = stretches.begin(s); c < stretches.end(s); ++c) {
+                double total = 0;
+                for (std::int64_t image = 0; image < batch; ++image)
+                    total += sum_of(z.at(image, c, 0), positions);
+                out[c] = static_cast<float>(total);
+            }
+        });
+        return true;
+    }
+    const RowCount count(extent);
+    const RowsOf<const float> from(z, positions);
+    const Stretches stretches(count.rows, channels);
+    const std::int64_t parts = count.images * stretches.count;
+    static thread_local std::vector<float> memory;
+    memory.resize(std::max(memory.size(), static_cast<std::size_t>(parts * channels)));
+    float* const sums = memory.data();
+    team_for(parts, threads, [&, channels = channels](std::int64_t i) {
+        const std::int64_t image = i / stretches.count, s = i % stretches.count, begin = stretches.begin(s);
+        sum_of_rows(from.at(image, begin), from.row, stretches.end(s) - begin, channels, sums + i * channels);
+    });
+    for (std::int64_t c = 0; c < channels; ++c) {
+        double total = 0;
+        for (std::int64_t i = 0; i < parts; ++i) total += sums[i * channels + c];
+        out[c] = static_cast<float>(total);
+    }
+    return true;
+}
+
+}  // namespace usf
