@@ -3,6 +3,7 @@
 
 #include "bindings.hpp"
 #include "convolution.hpp"
+#include "factor.hpp"
 #include "lu_map.hpp"
 #include "map_product.hpp"
 #include "row_product.hpp"
@@ -45,8 +46,8 @@ Triangle triangle_of(int sign) {
 
 // Of a map and an ActNorm in front: lower and upper, with the numbers from one row to the next; signs,
 // log_diagonal, log_scale and offset.
-using Factor = std::tuple<Address, std::int64_t>;
-using LuMap = std::tuple<int, Factor, Factor, Address, std::optional<Address>, std::optional<Address>,
+using Rows = std::tuple<Address, std::int64_t>;
+using LuMap = std::tuple<int, Rows, Rows, Address, std::optional<Address>, std::optional<Address>,
                          std::optional<Address>>;
 
 LuParameters parameters_of(const LuMap& map) {
@@ -139,6 +140,28 @@ void bind_convolutions(nb::module_& m) {
                           reinterpret_cast<float*>(out), threads);
         },
         "sizes"_a, "a"_a, "x"_a, "triangle"_a, "out"_a, "threads"_a);
+    m.def(
+        "factor_maps",
+        [](const Matrix& matrix, bool upper, std::optional<Address> diagonal, std::optional<Address> bias,
+           const std::tuple<std::int64_t, int, std::int64_t>& sizes, const View& x, Address out,
+           int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [images, channels, positions] = sizes;
+            factor_maps({matrix_of(matrix), upper, values_at(diagonal), channels}, values_at(bias),
+                        view_of(x), images, positions, reinterpret_cast<float*>(out), threads);
+        },
+        "matrix"_a, "upper"_a, "diagonal"_a.none(), "bias"_a.none(), "sizes"_a, "x"_a, "out"_a, "threads"_a);
+    m.def(
+        "factor_rows",
+        [](const Matrix& matrix, bool upper, std::optional<Address> diagonal, std::optional<Address> bias,
+           int channels, const std::tuple<Address, std::int64_t, std::int64_t>& x, Address out, int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [rows, stride, count] = x;
+            factor_rows({matrix_of(matrix), upper, values_at(diagonal), channels}, values_at(bias),
+                        Inputs{values_at(rows), stride}, count, reinterpret_cast<float*>(out), threads);
+        },
+        "matrix"_a, "upper"_a, "diagonal"_a.none(), "bias"_a.none(), "channels"_a, "x"_a, "out"_a,
+        "threads"_a);
     m.def(
         "lu_map",
         [](const LuMap& map, std::optional<Address> bias, Address matrix, std::optional<Address> moved,

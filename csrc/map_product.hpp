@@ -69,16 +69,15 @@ inline Columns columns_of(const MatrixView& matrix, int outputs, int inputs, int
     return {to, width, inputs};
 }
 
-// out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), dense, of maps x; the matrix is
-// `part` of one, with zeros elsewhere.
-inline void map_product(const MatrixView& matrix, Triangle part, int outputs, int inputs, const MapView& x,
-                        std::int64_t images, std::int64_t positions, const float* bias, Ending ending,
-                        const float* mask, float* out, int threads) {
+// Finds out[b, o, p], dense, of maps x: panels of positions are made a block at a time, and multiply(first
+// output, outputs, first input, panels of some inputs, how to store) is called for some outputs. Of a matrix
+// that is `part` of one, with zeros elsewhere, the other inputs are left out.
+template <class Multiply>
+void multiply_maps(Triangle part, int outputs, int inputs, const MapView& x, std::int64_t images,
+                   std::int64_t positions, const float* bias, Ending ending, const float* mask, float* out,
+                   int threads, const Multiply& multiply) {
     const int width = Panels::best_width();
     const PositionBlocks blocks(images, positions, cache_numbers / std::max(inputs, 1), threads);
-    static thread_local Floats memory;
-    const Columns turned =
-        matrix.transposed ? columns_of(matrix, outputs, inputs, threads, memory) : Columns{};
     team_for(blocks.count, threads, [&](std::int64_t i) {
         blocks.at(i, [&](std::int64_t image, std::int64_t first, int count) {
             const std::int64_t columns = Panels::padded(count, width);
@@ -91,14 +90,27 @@ inline void map_product(const MatrixView& matrix, Triangle part, int outputs, in
                                       mask ? mask + at : nullptr};
                 const int rows = std::min(together, outputs - o);
                 const Reach reach(part, o, rows, inputs);
-                const Panels weights = whole.of_inputs(reach.first, reach.last);
-                if (matrix.transposed)
-                    multiply(turned.from(o, reach.first), rows, weights, store);
-                else
-                    multiply(Inputs{matrix.at(o, reach.first), matrix.stride}, rows, weights, store);
+                multiply(o, rows, reach.first, whole.of_inputs(reach.first, reach.last), store);
             }
         });
     });
+}
+
+// out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), dense, of maps x; the matrix is
+// `part` of one, with zeros elsewhere.
+inline void map_product(const MatrixView& matrix, Triangle part, int outputs, int inputs, const MapView& x,
+                        std::int64_t images, std::int64_t positions, const float* bias, Ending ending,
+                        const float* mask, float* out, int threads) {
+    static thread_local Floats memory;
+    const Columns turned =
+        matrix.transposed ? columns_of(matrix, outputs, inputs, threads, memory) : Columns{};
+    multiply_maps(part, outputs, inputs, x, images, positions, bias, ending, mask, out, threads,
+                  [&](int o, int rows, int input, const Panels& weights, const StoreMaps& store) {
+                      if (matrix.transposed)
+                          multiply(turned.from(o, input), rows, weights, store);
+                      else
+                          multiply(Inputs{matrix.at(o, input), matrix.stride}, rows, weights, store);
+                  });
 }
 
 // Sums over positions of the outer products of a[b, :, p] and x[b, :, p], or of a triangle of them.

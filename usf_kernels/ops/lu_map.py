@@ -19,7 +19,15 @@ from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import matrix_op
 from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
 from usf_kernels.ops.native import batched, fits, somebody_looks
-from usf_kernels.ops.triangles import diagonal_of, outer, strict_, times, unit_lower, upper_with
+from usf_kernels.ops.triangles import (
+    apply_factor,
+    diagonal_of,
+    outer,
+    strict_,
+    times,
+    unit_lower,
+    upper_with,
+)
 
 
 def lu_map(
@@ -143,27 +151,26 @@ class _Factors(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> Tensor:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
         diagonal, scale, v = diagonal_of(signs, log_diagonal), None, x
-        lower, upper = unit_lower(lower), upper_with(upper, diagonal)
         if log_scale is not None:
             scale = per_channel(log_scale.exp(), x)
             v = torch.addcmul(per_channel(offset, x), x, scale)
         with full_precision(x):
-            w = apply_matrix(upper, v, None, triangle=1)
-            y = apply_matrix(lower, w, bias, triangle=-1)
-        ctx.save_for_backward(*given, x, v, w, lower, upper, diagonal, scale)
+            w = apply_factor(upper, diagonal, v, upper=True)
+            y = apply_factor(lower, None, w, bias, upper=False)
+        ctx.save_for_backward(*given, x, v, w, diagonal, scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *given, x, v, w, lower, upper, diagonal, scale = ctx.saved_tensors
+        *given, x, v, w, diagonal, scale = ctx.saved_tensors
         if differentiates_again() or not by_hand(grad):
             of_x, *found = gradients_through(_factors_plain, (x, *given), (grad,))
             return of_x, *found[:2], None, *found[3:]
-        log_diagonal, bias = given[3:5]
+        lower, upper, _, log_diagonal, bias, *_ = given
         of_log_diagonal = of_log_scale = of_offset = None
         with full_precision(grad):
-            of_w = apply_matrix(lower.mT, grad, None, triangle=1)
-            of_v = apply_matrix(upper.mT, of_w, None, triangle=-1)
+            of_w = apply_factor(lower, None, grad, upper=False, transposed=True)
+            of_v = apply_factor(upper, diagonal, of_w, upper=True, transposed=True)
             of_lower = matrix_gradient(grad, w, triangle=-1)
             of_upper = matrix_gradient(of_w, v, triangle=1)
         if log_diagonal is not None:

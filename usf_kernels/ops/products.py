@@ -118,6 +118,40 @@ def row_product(
     return y.movedim(-1, 1)
 
 
+def factor_product(
+    matrix: Tensor,
+    diagonal: Tensor | None,
+    x: Tensor,
+    *,
+    upper: bool,
+    transposed: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`triangle @ x + bias` at every position, (B, C, *spatial), dense in the memory format of x, which
+    `walks_maps` or has a `row_stride`.
+
+    Args:
+        matrix: (C, C), of which the strict triangle alone is read.
+        diagonal: (C,), the triangle's; None for ones.
+        upper: which triangle of the matrix, lower or upper.
+        transposed: multiply with what is the triangle's transpose.
+        bias: (C,), or None.
+    """
+    matrix = _lying(matrix)
+    diagonal, bias = (None if v is None else v.contiguous() for v in (diagonal, bias))
+    batch, channels, *spatial = x.shape
+    positions, threads = math.prod(spatial), threads_for(x.numel() * channels // 2)
+    factor = _matrix(matrix, transposed), upper != transposed, address(diagonal), address(bias)
+    if x.ndim > 2 and walks_maps(x):
+        y = x.new_empty(x.shape)
+        _core.factor_maps(*factor, (batch, channels, positions), _view(x, None), y.data_ptr(), threads)
+        return y
+    y = x.new_empty((batch, *spatial, channels))
+    rows = x.data_ptr(), row_stride(x), batch * positions
+    _core.factor_rows(*factor, channels, rows, y.data_ptr(), threads)
+    return y.movedim(-1, 1)
+
+
 def outer_product(a: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
     """Sum over the batch and all positions of `a x^T`, (M, N); each `walks_maps` or has a `row_stride`.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels import _core
-from usf_kernels.ops import native
+from usf_kernels.ops import native, products
 from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
 
 
@@ -48,6 +48,27 @@ def _triangle(matrix: Tensor, diagonal: Tensor, out: Tensor, *, upper: bool) -> 
     part(matrix, offset, out=out)
     out.diagonal().copy_(diagonal)
     return out
+
+
+def apply_factor(
+    matrix: Tensor,
+    diagonal: Tensor | None,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    upper: bool,
+    transposed: bool = False,
+) -> Tensor:
+    """The strict upper triangle of `matrix` with this diagonal, or the lower one, or its transpose,
+    times x (B, C, *spatial) at every position, plus the bias; in x's memory format. No diagonal is ones."""
+    fits = products.MULTIPLIES and not torch.is_grad_enabled() and native.fits(matrix, diagonal, x, bias)
+    if fits and ((x.ndim > 2 and products.walks_maps(x)) or products.row_stride(x) is not None):
+        return products.factor_product(matrix, diagonal, x, upper=upper, transposed=transposed, bias=bias)
+    diagonal = matrix.new_ones(len(matrix)) if diagonal is None else diagonal
+    factor = _triangle(matrix, diagonal, matrix.new_empty(matrix.shape), upper=upper)
+    return apply_matrix(
+        factor.mT if transposed else factor, x, bias, triangle=1 if upper != transposed else -1
+    )
 
 
 def times(matrix: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:

@@ -1,0 +1,86 @@
+// Triangular factors of LU maps applied to channels: of a matrix only a strict triangle is read, the diagonal
+// is its own, and zeros are not multiplied with.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "map_product.hpp"
+
+#ifdef USF_PRODUCTS
+
+namespace usf {
+
+struct Factor {
+    MatrixView matrix;  // as it is multiplied with: where it lies transposed, its other triangle is read
+    bool upper;
+    const float* diagonal;  // null for ones
+    int channels;
+
+    Triangle part() const { return upper ? Triangle::upper : Triangle::lower; }
+
+    // Outputs from the first on as panels of all inputs that they have something of.
+    void fill(int first, int count, int width, int depth, float* panels) const {
+        const Reach reach(part(), first, count, channels);
+        for (int o = first; o < first + count; o += width) {
+            const int some = std::min(width, first + count - o);
+            float* const panel = panels + std::int64_t{o - first} * depth;
+            fill_panels({matrix.at(o, reach.first), matrix.stride, matrix.transposed}, some,
+                        reach.last - reach.first, width, panel);
+            for (int row = o; row < o + some; ++row)
+                for (int c = first; c < first + count; ++c) {
+                    float& value = panel[std::int64_t{c - reach.first} * width + (row - o)];
+                    if (c == row)
+                        value = diagonal ? diagonal[row] : 1.0f;
+                    else if ((c > row) != upper)
+                        value = 0;
+                }
+        }
+    }
+};
+
+// out = factor x + bias for maps x, dense; the bias may be null.
+inline void factor_maps(const Factor& factor, const float* bias, const MapView& x, std::int64_t images,
+                        std::int64_t positions, float* out, int threads) {
+    static thread_local Floats memory;
+    const int channels = factor.channels, width = rows_of_tile(best_lanes());
+    static_assert(together % 12 == 0 && together % 8 == 0);  // whole groups of a tile's rows
+    float* const columns = memory.at_least(std::int64_t{Panels::padded(channels, together)} * channels);
+    team_for((channels + together - 1) / together, threads, [&](std::int64_t i) {
+        const int first = static_cast<int>(i) * together;
+        factor.fill(first, std::min(together, channels - first), width, channels,
+                    columns + std::int64_t{first} * channels);
+    });
+    const Columns whole{columns, width, channels};
+    multiply_maps(factor.part(), channels, channels, x, images, positions, bias, Ending::plain, nullptr, out,
+                  threads, [&](int o, int rows, int, const Panels& weights, const StoreMaps& store) {
+                      multiply(whole.from(o, 0), rows, weights, store);
+                  });
+}
+
+// The same for rows.
+inline void factor_rows(const Factor& factor, const float* bias, const Inputs& x, std::int64_t rows,
+                        float* out, int threads) {
+    const int channels = factor.channels, width = Panels::best_width();
+    const std::int64_t most =
+        std::max<std::int64_t>(2 * cache_numbers / std::max<std::int64_t>(x.stride, 1), 48);
+    for (std::int64_t row = 0; row < rows; row += most) {  // those stay in the cache while all panels pass
+        const int some = static_cast<int>(std::min(most, rows - row));
+        team_for((channels + width - 1) / width, threads, [&](std::int64_t p) {
+            const int first = static_cast<int>(p) * width, count = std::min(width, channels - first);
+            const Reach reach(factor.part(), first, count, channels);
+            const int inputs = reach.last - reach.first;
+            float* const panel = scratch_of_thread().points[0].at_least(std::int64_t{width} * (inputs + 1));
+            float* const shift = panel + std::int64_t{width} * inputs;
+            factor.fill(first, count, width, inputs, panel);
+            std::fill_n(shift, width, 0.0f);
+            if (bias) std::copy_n(bias + first, count, shift);
+            multiply(Inputs{x.data + row * x.stride + reach.first, x.stride}, some,
+                     Panels{panel, shift, count, inputs, width},
+                     Store{out + row * channels + first, channels, shift, Ending::plain, nullptr});
+        });
+    }
+}
+
+}  // namespace usf
+#endif
