@@ -20,6 +20,7 @@ using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 using ProductSizes = std::tuple<std::int64_t, int, int, std::int64_t>;  // images, outputs, inputs, positions
 using Matrix = std::tuple<Address, std::int64_t, bool>;  // from one row to the next; transposed or not
 using View = std::tuple<Address, std::int64_t, std::int64_t, bool>;  // as MapView has them
+using Rows = std::tuple<Address, std::int64_t>;                      // from one row to the next
 
 const float* values_at(std::optional<Address> address) {
     return address ? reinterpret_cast<const float*>(*address) : nullptr;
@@ -27,6 +28,10 @@ const float* values_at(std::optional<Address> address) {
 
 Ending ending_of(bool relu, std::optional<Address> mask) {
     return mask ? Ending::masked : relu ? Ending::relu : Ending::plain;
+}
+
+Inputs rows_of(const Rows& rows) {
+    return {values_at(std::get<0>(rows)), std::get<1>(rows)};
 }
 
 MapView view_of(const View& view) {
@@ -46,7 +51,6 @@ Triangle triangle_of(int sign) {
 
 // Of a map and an ActNorm in front: lower and upper, with the numbers from one row to the next; signs,
 // log_diagonal, log_scale and offset.
-using Rows = std::tuple<Address, std::int64_t>;
 using LuMap = std::tuple<int, Rows, Rows, Address, std::optional<Address>, std::optional<Address>,
                          std::optional<Address>>;
 
@@ -73,7 +77,7 @@ void bind_convolutions(nb::module_& m) {
     m.attr("FEWEST_CHANNELS") = Winograd::fewest;
     m.def(
         "convolve",
-        [](const Sizes& sizes, Address rows, Address weight, const std::tuple<int, int>& channels,
+        [](const Sizes& sizes, const Rows& rows, Address weight, const std::tuple<int, int>& channels,
            const std::tuple<std::int64_t, std::int64_t, std::int64_t>& strides, bool adjoint,
            std::optional<Address> bias, bool relu, std::optional<Address> mask, Address out, int threads) {
             nb::gil_scoped_release unlocked;
@@ -83,8 +87,7 @@ void bind_convolutions(nb::module_& m) {
             const Kernel kernel = adjoint ? forward.adjoint() : forward;
             const auto [images, height, width] = sizes;
             const Condition beside{values_at(mask), images, kernel.outputs};
-            convolution(kernel, values_at(bias), ending_of(relu, mask),
-                        Inputs{values_at(rows), kernel.inputs},
+            convolution(kernel, values_at(bias), ending_of(relu, mask), rows_of(rows),
                         Call{{images, height, width}, threads, mask ? &beside : nullptr},
                         reinterpret_cast<float*>(out));
         },
@@ -92,13 +95,13 @@ void bind_convolutions(nb::module_& m) {
         "mask"_a.none(), "out"_a, "threads"_a);
     m.def(
         "kernel_gradient",
-        [](const Sizes& sizes, Address rows, Address grad, const std::tuple<int, int>& channels, Address out,
-           int threads) {
+        [](const Sizes& sizes, const Rows& rows, const Rows& grad, const std::tuple<int, int>& channels,
+           Address out, int threads) {
             nb::gil_scoped_release unlocked;
             const auto [outputs, inputs] = channels;
             const auto [images, height, width] = sizes;
-            kernel_gradient(Inputs{values_at(rows), inputs}, Inputs{values_at(grad), outputs}, inputs,
-                            outputs, {images, height, width}, threads, reinterpret_cast<float*>(out));
+            kernel_gradient(rows_of(rows), rows_of(grad), inputs, outputs, {images, height, width}, threads,
+                            reinterpret_cast<float*>(out));
         },
         "sizes"_a, "rows"_a, "grad"_a, "channels"_a, "out"_a, "threads"_a);
     m.def(
@@ -116,17 +119,14 @@ void bind_convolutions(nb::module_& m) {
     m.def(
         "row_product",
         [](const std::tuple<std::int64_t, std::int64_t>& sizes, const Matrix& matrix,
-           const std::tuple<int, int>& channels, const std::tuple<Address, std::int64_t>& rows,
-           std::optional<Address> bias, bool relu, std::optional<Address> mask, std::optional<Address> share,
-           Address out, int threads) {
+           const std::tuple<int, int>& channels, const Rows& rows, std::optional<Address> bias, bool relu,
+           std::optional<Address> mask, std::optional<Address> share, Address out, int threads) {
             nb::gil_scoped_release unlocked;
             const auto [images, positions] = sizes;
             const auto [outputs, inputs] = channels;
-            const auto [of_rows, stride] = rows;
             const Condition beside{values_at(mask ? mask : share), mask ? images : 1, outputs};
             row_product(matrix_of(matrix), values_at(bias), outputs, inputs, ending_of(relu, mask),
-                        Inputs{values_at(of_rows), stride},
-                        Call{{images, positions, 1}, threads, beside.data ? &beside : nullptr},
+                        rows_of(rows), Call{{images, positions, 1}, threads, beside.data ? &beside : nullptr},
                         reinterpret_cast<float*>(out));
         },
         "sizes"_a, "matrix"_a, "channels"_a, "rows"_a, "bias"_a.none(), "relu"_a, "mask"_a.none(),

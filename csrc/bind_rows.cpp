@@ -1,3 +1,5 @@
+#include <tuple>
+
 #include "bindings.hpp"
 #include "interleave.hpp"
 #include "rows.hpp"
@@ -58,12 +60,17 @@ void bind_value_type(nb::module_& m) {
 template <class From, class To>
 void bind_interleave(nb::module_& m) {
     using namespace nb::literals;
-    using Maps = nb::ndarray<Bits<From>, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+    using Maps = nb::ndarray<Bits<From>, nb::ndim<3>, nb::device::cpu>;
     m.def(
         "interleave",
         [](Maps maps, Rows<Bits<To>> rows, int threads) {
+            const auto [images, channels, positions] =
+                std::tuple(maps.shape(0), maps.shape(1), maps.shape(2));
+            const bool lie = (positions <= 1 || maps.stride(2) == 1) &&
+                             (channels <= 1 || maps.stride(1) == static_cast<std::int64_t>(positions));
+            if (maps.size() > 0 && !lie) throw nb::value_error("one channel's positions behind the other's");
             nb::gil_scoped_release unlocked;
-            interleave(data_of<const From>(maps), maps.shape(0), maps.shape(1), maps.shape(2),
+            interleave(data_of<const From>(maps), maps.stride(0), images, channels, positions,
                        data_of<To>(rows), threads);
         },
         "maps"_a.noconvert(), "rows"_a.noconvert(), "threads"_a);

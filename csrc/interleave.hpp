@@ -69,10 +69,10 @@ auto transposition() {
     return transpose;
 }
 
-// rows[b, p, c] = maps[b, c, p]
+// rows[b, p, c] = maps[b, c, p], one image every `apart` numbers.
 template <class From, class To>
-void interleave(const From* maps, std::int64_t images, std::int64_t channels, std::int64_t positions,
-                To* rows, int threads) {
+void interleave(const From* maps, std::int64_t apart, std::int64_t images, std::int64_t channels,
+                std::int64_t positions, To* rows, int threads) {
     const auto transpose = transposition<From, To>();
     constexpr std::int64_t together = 4 * tile;  // positions: some cache lines of every channel
     const std::int64_t stretches = (positions + together - 1) / together;
@@ -83,7 +83,7 @@ void interleave(const From* maps, std::int64_t images, std::int64_t channels, st
             const int width = static_cast<int>(std::min<std::int64_t>(tile, channels - c));
             for (std::int64_t p = begin; p < end; p += tile) {
                 const int length = static_cast<int>(std::min<std::int64_t>(tile, end - p));
-                transpose(maps + (image * channels + c) * positions + p, positions, width, length,
+                transpose(maps + image * apart + c * positions + p, positions, width, length,
                           rows + (image * positions + p) * channels + c, channels);
             }
         }

@@ -113,6 +113,10 @@ inline void map_product(const MatrixView& matrix, Triangle part, int outputs, in
                   });
 }
 
+// Rows are read across as they lie up to so many numbers from one to the next; further apart they would share
+// few places of the first cache.
+constexpr std::int64_t nearest_rows = 192;
+
 // Sums over positions of the outer products of a[b, :, p] and x[b, :, p], or of a triangle of them.
 struct OuterProduct {
     MapView a, x;
@@ -137,7 +141,9 @@ struct OuterProduct {
             float* const to = out + std::int64_t{o - first} * inputs + column;
             const float* const from = a.at(image, position) + o * (a.rows ? 1 : a.next);
             const auto finish = [&](const auto& how) {
-                if (a.rows)
+                if (a.rows && a.next <= nearest_rows)
+                    multiply(Columns{from, static_cast<int>(a.next)}, rows, weights, how);
+                else if (a.rows)
                     multiply(columns_of({from, a.next, true}, rows, count, 1, scratch_of_thread().points[1]),
                              rows, weights, how);
                 else

@@ -13,17 +13,18 @@ namespace {
 // Against the definition, with memory around the result that must stay as it is.
 template <class From, class To>
 void test_shape(std::int64_t images, std::int64_t channels, std::int64_t positions, int threads) {
-    const auto maps = noise<From>(images * channels * positions);
+    const std::int64_t apart = channels * positions + 5;
+    const auto maps = noise<From>(images * apart);
     constexpr std::size_t margin = 64;
-    std::vector<To> rows(maps.size() + 2 * margin);
+    std::vector<To> rows(images * channels * positions + 2 * margin);
     for (To& value : rows) narrow(7.0f, value);
-    interleave(maps.data(), images, channels, positions, rows.data() + margin, threads);
+    interleave(maps.data(), apart, images, channels, positions, rows.data() + margin, threads);
     std::size_t wrong = 0;
     for (std::int64_t b = 0; b < images; ++b)
         for (std::int64_t c = 0; c < channels; ++c)
             for (std::int64_t p = 0; p < positions; ++p) {
                 To expected;
-                narrow(widen(maps[(b * channels + c) * positions + p]), expected);
+                narrow(widen(maps[b * apart + c * positions + p]), expected);
                 const To found = rows[margin + (b * positions + p) * channels + c];
                 wrong += widen(found) != widen(expected);
             }

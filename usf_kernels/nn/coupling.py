@@ -36,27 +36,29 @@ def zero_last_layer(subnet: nn.Module) -> bool:
 
 
 class _Fork(Function):
-    """(the first channels, all channels) of x. The backward writes their gradients into one tensor in one
-    pass; a slice's own would fill a second one with zeros first, and then add the two."""
+    """(the first channels, all channels) of x: views of it, or a copy of the first. The backward writes their
+    gradients into one tensor in one pass; a slice's own would fill a second one with zeros first, and then
+    add the two."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, split: int, fresh: bool) -> tuple[Tensor, Tensor]:
-        return x[:, :split].clone(memory_format=memory_format(x)), x.view_as(x)
+    def forward(x: Tensor, split: int, fresh: bool, copied: bool) -> tuple[Tensor, Tensor]:
+        first = x[:, :split]
+        return first.clone(memory_format=memory_format(x)) if copied else first, x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
-        _, ctx.split, ctx.fresh = inputs
+        _, ctx.split, ctx.fresh, _ = inputs
 
     @staticmethod
-    def backward(ctx, grad_first: Tensor, grad_all: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+    def backward(ctx, grad_first: Tensor, grad_all: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
         if somebody_looks() or torch.is_grad_enabled() or batched(grad_first, grad_all):
             first, rest = grad_all[:, : ctx.split], grad_all[:, ctx.split :]
-            return torch.cat([first + grad_first, rest], dim=1), None, None
+            return torch.cat([first + grad_first, rest], dim=1), None, None, None
         joined = grad_all if ctx.fresh else grad_all.clone()
         joined[:, : ctx.split].add_(grad_first)
-        return joined, None, None
+        return joined, None, None, None
 
 
 def check_condition(x: Tensor, cond: Tensor | None, channels: int) -> None:
@@ -151,7 +153,8 @@ class _Coupling(Conditioned):
         """(x, the conditioner's output for its passive half); what follows has to use this x. `fresh` where
         its gradient there is a tensor that nobody else has: it is then written into."""
         check_features(name, x, self.channels)
-        passive, x = _Fork.apply(x, self.split, fresh)
+        copied = somebody_looks() or overwrites(self.subnet)
+        passive, x = _Fork.apply(x, self.split, fresh, copied)
         return x, self.condition(passive, cond)
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:

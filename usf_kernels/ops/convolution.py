@@ -59,8 +59,13 @@ def _on_maps(x: Tensor, layers: list[Layer]) -> bool:
 
 
 def _on_rows(x: Tensor, layers: list[Layer]) -> bool:
-    """Whether all layers are pointwise, and the channels of x lie side by side."""
-    return x.is_contiguous(memory_format=LAST) and all(_pointwise(layer.weight) for layer in layers)
+    """Whether all layers are pointwise, and x is rows."""
+    return _is_rows(x) and all(_pointwise(layer.weight) for layer in layers)
+
+
+def _is_rows(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side; those of a larger tensor may lie between."""
+    return x.is_contiguous(memory_format=LAST) or (x.stride(1) == 1 and products.row_stride(x) is not None)
 
 
 def convolutions(x: Tensor, layers: list[Layer], share: Tensor | None = None) -> Tensor:
@@ -99,7 +104,7 @@ class _Convolutions(torch.autograd.Function):
             rows.append(_convolve(rows[-1], layer, on_maps=ctx.on_maps, share=beside))
         # The share's values are of no use to the backward pass, but for a second derivative.
         ctx.save_for_backward(x, *rows[1:-1], rows[-1] if relus[-1] else None, share, *parameters)
-        return rows[-1] if ctx.on_maps or x.is_contiguous(memory_format=LAST) else _first(rows[-1])
+        return rows[-1] if ctx.on_maps or _is_rows(x) else _first(rows[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -145,11 +150,14 @@ def _padding(weight: Tensor) -> list[int]:
 
 
 def _last(x: Tensor) -> Tensor:
-    """x in channels-last memory."""
+    """x as rows."""
+    if _is_rows(x):
+        return x
     if x.stride(1) == 1:
         return x.contiguous(memory_format=LAST)
-    y = torch.empty_like(x, memory_format=LAST)
-    _transpose(x.detach().contiguous().flatten(2), y.movedim(1, -1))
+    y, maps = torch.empty_like(x, memory_format=LAST), x.detach().flatten(2)
+    lie = maps.stride(2) == 1 and maps.stride(1) == maps.shape[2]  # those of an image behind each other
+    _transpose(maps if lie else maps.contiguous(), y.movedim(1, -1))
     return y
 
 
@@ -165,7 +173,7 @@ def _transpose(x: Tensor, y: Tensor) -> None:
     _core.interleave(x, y.view(x.shape[0] * x.shape[2], x.shape[1]), native.threads_over(x))
 
 
-# Below, all maps are in channels-last memory, but for those of pointwise layers `on_maps`.
+# Below, all maps are rows, but for those of pointwise layers `on_maps`: dense, but what comes from outside.
 
 
 def _convolve(x: Tensor, layer: Layer, *, on_maps: bool, share: Tensor | None) -> Tensor:
@@ -209,9 +217,9 @@ def _parameter_gradients(
         of_weight = matrix_gradient(grad, x).view_as(layer.weight)
     elif wanted[0]:
         of_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
-        channels = layer.weight.shape[:2]
-        pointers = x.data_ptr(), grad.data_ptr(), channels, of_weight.data_ptr()
-        _core.kernel_gradient(_sizes(x), *pointers, _threads(x, layer.weight))
+        rows = ((t.data_ptr(), products.row_stride(t)) for t in (x, grad))
+        made = layer.weight.shape[:2], of_weight.data_ptr()
+        _core.kernel_gradient(_sizes(x), *rows, *made, _threads(x, layer.weight))
     return of_weight, eager.channel_sums(grad) if wanted[1] else None
 
 
@@ -243,7 +251,8 @@ def _in_tiles(
     ending = None if bias is None else bias.data_ptr(), relu
     at_mask = None if mask is None else mask.data_ptr()
     threads = _threads(x, weight)
-    _core.convolve(_sizes(x), x.data_ptr(), *of_weight, *ending, at_mask, y.data_ptr(), threads)
+    rows = x.data_ptr(), products.row_stride(x)
+    _core.convolve(_sizes(x), rows, *of_weight, *ending, at_mask, y.data_ptr(), threads)
     return y
 
 
