@@ -104,11 +104,8 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
-        given, (matrix, *kept), grads = (
-            ctx.saved_tensors[:7],
-            ctx.saved_tensors[7:],
-            (grad, grad_bias, grad_log_det),
-        )
+        given, (matrix, *kept) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        grads = grad, grad_bias, grad_log_det
         if differentiates_again() or batched(*grads) or (ctx.native and not fits(*grads)):
             found = gradients_through(_plain, given, grads)
             return *found[:2], None, *found[3:]

@@ -59,8 +59,8 @@ def apply_factor(
     upper: bool,
     transposed: bool = False,
 ) -> Tensor:
-    """The strict upper triangle of `matrix` with this diagonal, or the lower one, or its transpose,
-    times x (B, C, *spatial) at every position, plus the bias; in x's memory format. No diagonal is ones."""
+    """The strict upper or lower triangle of `matrix` with a diagonal, None for ones, or its transpose, times
+    x (B, C, *spatial) at every position, plus the bias; in x's memory format."""
     fits = products.MULTIPLIES and not torch.is_grad_enabled() and native.fits(matrix, diagonal, x, bias)
     if fits and ((x.ndim > 2 and products.walks_maps(x)) or products.row_stride(x) is not None):
         return products.factor_product(matrix, diagonal, x, upper=upper, transposed=transposed, bias=bias)
