@@ -63,7 +63,7 @@ inline void factor_rows(const Factor& factor, const float* bias, const Inputs& x
                         float* out, int threads) {
     const int channels = factor.channels, width = Panels::best_width();
     const std::int64_t most =
-        std::max<std::int64_t>(2 * cache_numbers / std::max<std::int64_t>(x.stride, 1), 48);
+        std::max<std::int64_t>(2 * cache_numbers / std::max<std::int64_t>(x.stride, 1), least_rows);
     for (std::int64_t row = 0; row < rows; row += most) {  // those stay in the cache while all panels pass
         const int some = static_cast<int>(std::min(most, rows - row));
         team_for((channels + width - 1) / width, threads, [&](std::int64_t p) {

@@ -58,9 +58,7 @@ USF_CLONES inline float dot(const float* a, const float* b, int count) {
     for (; i + lanes <= count; i += lanes)
         for (int lane = 0; lane < lanes; ++lane) part[lane] += a[i + lane] * b[i + lane];
     for (int lane = 0; i < count; ++i, ++lane) part[lane] += a[i] * b[i];
-    for (int half = lanes / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
-    return part[0];
+    return fold(part);
 }
 
 USF_CLONES inline void multiply_by(const float* factors, int count, float* __restrict row) {

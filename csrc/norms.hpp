@@ -51,9 +51,7 @@ USF_CLONES inline void norms_of_rows(const float* z, std::int64_t stride, std::i
         for (; c + lanes <= channels; c += lanes)
             for (int lane = 0; lane < lanes; ++lane) part[lane] += z[c + lane] * z[c + lane];
         for (int lane = 0; c < channels; ++c, ++lane) part[lane] += z[c] * z[c];
-        for (int half = lanes / 2; half > 0; half /= 2)
-            for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
-        out[r] = part[0];
+        out[r] = fold(part);
     }
 }
 

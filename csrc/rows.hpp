@@ -60,17 +60,23 @@ inline void widen_to(const float* from, std::int64_t n, float* to) {
     std::copy_n(from, n, to);
 }
 
-// In many short sums, which is both faster and more accurate than one long one.
-USF_INLINE float sum(const float* values, int n) {
-    constexpr int lanes = 16;
-    float part[lanes] = {};
-    int j = 0;
-    for (; j + lanes <= n; j += lanes)
-        for (int lane = 0; lane < lanes; ++lane) part[lane] += values[j + lane];
-    for (int lane = 0; j < n; ++j, ++lane) part[lane] += values[j];
+// Partial sums added up, half to half.
+template <int lanes>
+USF_INLINE float fold(float (&part)[lanes]) {
     for (int half = lanes / 2; half > 0; half /= 2)
         for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
     return part[0];
+}
+
+// In many short sums, which is both faster and more accurate than one long one.
+template <int lanes = 16>
+USF_INLINE float sum(const float* values, std::int64_t n) {
+    float part[lanes] = {};
+    std::int64_t j = 0;
+    for (; j + lanes <= n; j += lanes)
+        for (int lane = 0; lane < lanes; ++lane) part[lane] += values[j + lane];
+    for (int lane = 0; j < n; ++j, ++lane) part[lane] += values[j];
+    return fold(part);
 }
 
 // Calls body(begin, end) for stretches of rows; a thread takes one at a time.

@@ -6,25 +6,16 @@
 
 #include "features.hpp"
 #include "instructions.hpp"
+#include "rows.hpp"
 
 namespace usf {
 
 // Of neighbours. Sums of sums of a few hundred, so that rounding errors do not grow with their number.
 USF_CLONES inline double sum_of(const float* values, std::int64_t n) {
-    constexpr int lanes = 32;
     constexpr std::int64_t together = 4096;
     double total = 0;
-    for (std::int64_t first = 0; first < n; first += together) {
-        const std::int64_t end = std::min(first + together, n);
-        float part[lanes] = {};
-        std::int64_t i = first;
-        for (; i + lanes <= end; i += lanes)
-            for (int lane = 0; lane < lanes; ++lane) part[lane] += values[i + lane];
-        for (int lane = 0; i < end; ++i, ++lane) part[lane] += values[i];
-        for (int half = lanes / 2; half > 0; half /= 2)
-            for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
-        total += part[0];
-    }
+    for (std::int64_t first = 0; first < n; first += together)
+        total += sum<32>(values + first, std::min(together, n - first));
     return total;
 }
 

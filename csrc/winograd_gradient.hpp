@@ -138,7 +138,7 @@ inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int
     const Call call{maps, threads, &gradients};
     constexpr std::int64_t together = 128;  // tiles: the sums go through memory once for so many
     const std::int64_t tiles = rows.count * rows.tiles;
-    if (threads > 1 && outputs >= 48 * threads && tiles <= 2 * outputs) {
+    if (threads > 1 && outputs >= least_rows * threads && tiles <= 2 * outputs) {
         // Few tiles: of all, each thread makes the gradients of its own outputs' kernels.
         team_for(threads, threads, [&](std::int64_t group) {
             const int first = static_cast<int>(outputs * group / threads),

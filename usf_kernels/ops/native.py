@@ -40,14 +40,9 @@ def fits(*tensors: Tensor | None) -> bool:
     """Whether the extension may read these tensors: memory of float32 values, and nobody looking inside."""
     if somebody_looks():
         return False
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    for t in tensors:  # as `is_memory`, but without calls: this is asked often
+    for t in tensors:
         if t is not None and not (
-            type(t) in PLAIN
-            and t.dtype is torch.float32
-            and t.is_cpu
-            and t.layout is torch.strided
-            and not (t.is_neg() or t._is_zerotensor() or batched(t))
+            type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and is_memory(t)
         ):
             return False
     return True
@@ -55,7 +50,9 @@ def fits(*tensors: Tensor | None) -> bool:
 
 def is_memory(t: Tensor) -> bool:
     """Whether the values of a tensor are what lies at its address."""
-    return t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor() or batched(t))
+    # Of one tensor, asked often: without a loop.
+    batched = torch._C._functorch.is_legacy_batchedtensor(t)
+    return t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor() or batched)
 
 
 def squared_norm(z: Tensor) -> Tensor:
