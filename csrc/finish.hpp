@@ -34,6 +34,8 @@ struct StoreAs {
         const V left = *reinterpret_cast<const U*>(bias + column);
         const V right = *reinterpret_cast<const U*>(bias + column + lanes);
         T* const to = out + row * stride + column;
+        constexpr bool in_words = sizeof(T) < sizeof(float);
+        const bool both = in_words ? column + lanes < stride : width > lanes;
 #pragma GCC unroll 12
         for (int i = 0; i < count; ++i) {
             V first = sums[i][0] + left, second = sums[i][1] + right;
@@ -42,9 +44,9 @@ struct StoreAs {
                 first = first < 0 ? V{} : first;
                 second = second < 0 ? V{} : second;
             }
-            if (sizeof(T) < sizeof(float) || width == 2 * lanes) {
+            if (in_words || width % lanes == 0) {
                 store<lanes>(first, to + i * stride);
-                store<lanes>(second, to + i * stride + lanes);
+                if (both) store<lanes>(second, to + i * stride + lanes);
             } else {
                 T values[2 * lanes];
                 store<lanes>(first, values);
@@ -95,8 +97,8 @@ struct StoreMaps {
             V value[2] = {sums[i][0] + shift, sums[i][1] + shift};
             if (ending == Ending::relu)  // in this order NaN stays NaN
                 for (V& half : value) half = half < 0 ? V{} : half;
-            if (width == 2 * lanes) {
-                for (int half = 0; half < 2; ++half) {
+            if (width % lanes == 0) {
+                for (int half = 0; half < width / lanes; ++half) {
                     if (ending == Ending::masked)
                         value[half] =
                             *reinterpret_cast<const U*>(mask + at + half * lanes) <= 0 ? V{} : value[half];
@@ -121,9 +123,9 @@ USF_INLINE void add_tile(V (&sums)[count][2], float factor, int column, int widt
         float* to = row(i);
         if (!to) continue;
         to += column;
-        if (width == 2 * lanes) {
+        if (width % lanes == 0) {
             *reinterpret_cast<U*>(to) += factor * sums[i][0];
-            *reinterpret_cast<U*>(to + lanes) += factor * sums[i][1];
+            if (width > lanes) *reinterpret_cast<U*>(to + lanes) += factor * sums[i][1];
         } else {
             float values[2 * lanes];
             std::memcpy(values, sums[i], sizeof(values));

@@ -38,10 +38,11 @@ void with_pairs([[maybe_unused]] const Body& body) {
 #endif
 }
 
-// Words that hold so many numbers, in whole rows of AMX's tiles. Numbers that are not there are 0.
-constexpr int words_of(int numbers) {
-    constexpr int together = 2 * tile_words;
-    return (numbers + together - 1) / together * tile_words;
+// Words that hold so many numbers: whole rows of AMX's tiles where products are made in them, else whole
+// vectors of numbers. Numbers that are not there are 0.
+inline int words_of(int numbers) {
+    const int words = has_amx() ? tile_words : 8;
+    return (numbers + 2 * words - 1) / (2 * words) * words;
 }
 
 // Memory for rows of words, and for what products read behind the last one.
@@ -50,19 +51,19 @@ inline float* rows_of_words(Floats& memory, std::int64_t rows, int words) {
     return memory.at_least((rows + behind) * words);
 }
 
-// How a tile's sums grow by x times some outputs' weights.
+// How a tile's sums grow by x times some outputs' weights, of one vector or two.
 struct Singles {
-    template <class V>
+    template <int vectors, class V>
     static USF_INLINE void add(V (&sums)[2], const float* x, const V& left, const V& right) {
         sums[0] += *x * left;
-        sums[1] += *x * right;
+        if constexpr (vectors == 2) sums[1] += *x * right;
     }
 };
 
 // The same where x and weights are pairs. Not by intrinsics: those are inlined only into functions for the
 // same instructions, which the ones around tiles are not.
 struct Pairs {
-    template <class V>
+    template <int vectors, class V>
     static USF_INLINE void add([[maybe_unused]] V (&sums)[2], [[maybe_unused]] const float* x,
                                [[maybe_unused]] const V& left, [[maybe_unused]] const V& right) {
 #ifdef USF_PAIRS
@@ -71,7 +72,7 @@ struct Pairs {
         const Words both = *reinterpret_cast<const Word*>(x) - Words{};
         V first = sums[0], second = sums[1];  // GCC leaves an array that is written to by asm in memory
         asm("vdpbf16ps %2, %1, %0" : "+v"(first) : "v"(left), "v"(both));
-        asm("vdpbf16ps %2, %1, %0" : "+v"(second) : "v"(right), "v"(both));
+        if constexpr (vectors == 2) asm("vdpbf16ps %2, %1, %0" : "+v"(second) : "v"(right), "v"(both));
         sums[0] = first, sums[1] = second;
 #endif
     }

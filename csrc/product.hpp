@@ -63,7 +63,8 @@ struct Neighbours {
 };
 
 // Adds the products of some inputs of some taps to a tile, in registers; returns where the panel goes on.
-template <class Arithmetic, class V, int count, class Source>
+// Where no more outputs are left than one vector holds, the panel's second one is not read.
+template <class Arithmetic, int vectors, class V, int count, class Source>
 USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int row, int tap, int last_tap,
                                      std::ptrdiff_t first, std::ptrdiff_t last, const float* panel,
                                      std::ptrdiff_t ahead) {
@@ -76,10 +77,10 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
             __builtin_prefetch(panel + ahead, 0, 2);
             if constexpr (lanes == 16) __builtin_prefetch(panel + ahead + lanes, 0, 2);
             const V left = *reinterpret_cast<const U*>(panel);
-            const V right = *reinterpret_cast<const U*>(panel + lanes);
+            const V right = vectors == 2 ? V(*reinterpret_cast<const U*>(panel + lanes)) : V{};
 #pragma GCC unroll 12
             for (int i = 0; i < count; ++i)
-                Arithmetic::template add<V>(sums[i], from[i] + k * in.step(), left, right);
+                Arithmetic::template add<vectors>(sums[i], from[i] + k * in.step(), left, right);
         }
     }
     return panel;
@@ -89,7 +90,7 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
 // sum grow as the square root of the length of such chains.
 constexpr std::ptrdiff_t chain = 256;
 
-template <class Arithmetic, class V, int count, bool several, class Source, class Finish>
+template <class Arithmetic, int vectors, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, int column,
                               const Finish& finish) {
     constexpr int lanes = sizeof(V) / sizeof(float);
@@ -102,40 +103,49 @@ USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, 
         for (int tap = 0; tap < in.taps(); tap += taps_each)
             for (std::ptrdiff_t k = 0; k < inputs; k += chain) {
                 V sums[count][2] = {};
-                panel = add_products<Arithmetic, V, count>(sums, in, row, tap,
-                                                           std::min(tap + taps_each, in.taps()), k,
-                                                           std::min(k + chain, inputs), panel, ahead);
+                panel = add_products<Arithmetic, vectors, V, count>(
+                    sums, in, row, tap, std::min(tap + taps_each, in.taps()), k, std::min(k + chain, inputs),
+                    panel, ahead);
                 for (int i = 0; i < count; ++i)
                     for (int half = 0; half < 2; ++half) total[i][half] += sums[i][half];
             }
     } else {
-        add_products<Arithmetic, V, count>(total, in, row, 0, in.taps(), 0, inputs, panel, ahead);
+        add_products<Arithmetic, vectors, V, count>(total, in, row, 0, in.taps(), 0, inputs, panel, ahead);
     }
     finish(total, row, column, std::min(2 * lanes, weights.outputs - column));
 }
 
 // The rows that are left when no more full tile fits, `count` of them at a time, then half as many: a tile
 // for every number would take long to compile.
-template <class Arithmetic, class V, int count, bool several, class Source, class Finish>
+template <class Arithmetic, int vectors, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rest(const Source& in, const Panels& weights, int row, int left, int column,
                               const Finish& finish) {
     if (left >= count) {
-        multiply_tile<Arithmetic, V, count, several>(in, weights, row, column, finish);
+        multiply_tile<Arithmetic, vectors, V, count, several>(in, weights, row, column, finish);
         row += count, left -= count;
     }
     if constexpr (count > 1)
-        multiply_rest<Arithmetic, V, count / 2, several>(in, weights, row, left, column, finish);
+        multiply_rest<Arithmetic, vectors, V, count / 2, several>(in, weights, row, left, column, finish);
+}
+
+template <class Arithmetic, int vectors, class V, int count, bool several, class Source, class Finish>
+USF_INLINE void multiply_panel(const Source& in, int rows, const Panels& weights, int column,
+                               const Finish& finish) {
+    constexpr int rest = std::bit_floor(count - 1u);
+    int row = 0;
+    for (; row + count <= rows; row += count)
+        multiply_tile<Arithmetic, vectors, V, count, several>(in, weights, row, column, finish);
+    multiply_rest<Arithmetic, vectors, V, rest, several>(in, weights, row, rows - row, column, finish);
 }
 
 template <class Arithmetic, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rows(const Source& in, int rows, const Panels& weights, const Finish& finish) {
-    constexpr int rest = std::bit_floor(count - 1u);
-    for (int column = 0; column < weights.outputs; column += weights.width) {
-        int row = 0;
-        for (; row + count <= rows; row += count)
-            multiply_tile<Arithmetic, V, count, several>(in, weights, row, column, finish);
-        multiply_rest<Arithmetic, V, rest, several>(in, weights, row, rows - row, column, finish);
-    }
+    constexpr int lanes = sizeof(V) / sizeof(float);
+    int column = 0;
+    for (; column + lanes < weights.outputs; column += weights.width)
+        multiply_panel<Arithmetic, 2, V, count, several>(in, rows, weights, column, finish);
+    if (column < weights.outputs)
+        multiply_panel<Arithmetic, 1, V, count, several>(in, rows, weights, column, finish);
 }
 
 // One chain or several, not in one function: in one that holds both, GCC puts the sums into memory.

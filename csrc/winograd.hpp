@@ -88,11 +88,18 @@ public:
     int outputs() const { return outputs_; }
     int inputs() const { return inputs_; }
     int lanes() const { return width_ / 2; }
+    int whole_outputs() const { return Panels::padded(outputs_, lanes()); }  // in whole vectors
     bool pairs() const { return pairs_; }
     int depth() const { return pairs_ ? words_of(inputs_) : inputs_; }  // words to an entered tile's point
     Panels at(int point) const {
         const float* const data = memory_->data();
-        return {data + point * apart(), data + points * apart(), outputs_, depth(), width_, depth(), pairs_};
+        return {data + point * apart(),
+                data + points * apart(),
+                whole_outputs(),
+                depth(),
+                width_,
+                depth(),
+                pairs_};
     }
     const float* bias() const { return memory_->data() + points * apart() + padded(); }
 
@@ -171,11 +178,14 @@ USF_INLINE void leave_channels(const float* from, std::ptrdiff_t apart, const fl
     }
 }
 
-// Calls body.operator()<lanes>(first channel) for all channels, a vector at a time while one fits.
+// Calls body.operator()<lanes>(first channel) for all channels, a vector at a time if one fits: the last ones
+// begin within those before, so that they are whole.
 template <int lanes, class Body>
 USF_INLINE void for_channels(int channels, Body&& body) {
     int channel = 0;
     for (; channel + lanes <= channels; channel += lanes) body.template operator()<lanes>(channel);
+    if (channel == channels) return;
+    if (channels > lanes) return body.template operator()<lanes>(channels - lanes);
     for (; channel + 4 <= channels; channel += 4) body.template operator()<4>(channel);
     for (; channel < channels; ++channel) body.template operator()<1>(channel);
 }
@@ -199,9 +209,10 @@ void enter(const WinogradTile* tiles, int count, int channels, int width, int la
 inline void leave(const float* from, int count, const Winograd& layer, Ending ending,
                   const WinogradTile* tiles) {
     with_lanes(layer.lanes(), [&]<int widest>() USF_LAMBDA {
-        const std::ptrdiff_t apart = std::ptrdiff_t{count} * layer.outputs();
+        const int width = layer.whole_outputs();
+        const std::ptrdiff_t apart = std::ptrdiff_t{count} * width;
         const float* row = from;
-        for (int t = 0; t < count; ++t, row += layer.outputs())
+        for (int t = 0; t < count; ++t, row += width)
             for_channels<widest>(layer.outputs(), [&]<int n>(int c) USF_LAMBDA {
                 leave_channels<n>(row, apart, layer.bias(), ending, c, tiles[t]);
             });
@@ -213,7 +224,8 @@ inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& lay
                      Floats& entered, Floats& left) {
     const int count = static_cast<int>(tiles.size());
     const int inputs = layer.inputs(), depth = layer.depth();
-    const std::ptrdiff_t in = std::ptrdiff_t{count} * depth, out = std::ptrdiff_t{count} * layer.outputs();
+    const int outputs = layer.whole_outputs();
+    const std::ptrdiff_t in = std::ptrdiff_t{count} * depth, out = std::ptrdiff_t{count} * outputs;
     float* const from = rows_of_words(entered, std::int64_t{Winograd::points} * count, depth);
     float* const to = left.at_least(Winograd::points * out);
     if (layer.pairs())
@@ -223,7 +235,7 @@ inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& lay
     for (int point = 0; point < Winograd::points; ++point) {
         const Panels weights = layer.at(point);
         multiply(Inputs{from + point * in, depth}, count, weights,
-                 Store{to + point * out, layer.outputs(), weights.bias, Ending::plain, nullptr});
+                 Store{to + point * out, outputs, weights.bias, Ending::plain, nullptr});
     }
     leave(to, count, layer, ending, tiles.data());
 }

@@ -8,14 +8,15 @@ import torch
 from helpers import layouts, max_error
 from torch import nn
 
-from usf_kernels.models import create_backbone
+from usf_kernels.models import create_backbone, native_layers
 from usf_kernels.models.native_layers import (
+    NARROWEST_PAIRS,
     PackedLinear,
     TiledConv2d,
     use_extension_,
     use_pytorch_,
 )
-from usf_kernels.ops.products import MULTIPLIES
+from usf_kernels.ops.products import MULTIPLIES, MULTIPLIES_BFLOAT16
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
@@ -85,6 +86,38 @@ def test_gradients_other_precisions_and_compilers_are_pytorchs():
         assert wide._layer is None
     with pytest.raises(RuntimeError, match="channels"):
         tiled(torch.randn(2, 23, 6, 6))
+
+
+@pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="needs a processor that multiplies bfloat16")
+@torch.no_grad()
+def test_bfloat16_is_the_extensions_where_pytorch_has_no_amx(monkeypatch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(NARROWEST_PAIRS, NARROWEST_PAIRS + 2, 3, padding=1).bfloat16()
+    linear = nn.Linear(96, 70).bfloat16()
+    use_extension_(nn.Sequential(conv, linear))
+    maps = torch.randn(2, NARROWEST_PAIRS, 7, 9).bfloat16()
+    rows = torch.randn(150, 96).bfloat16()
+    for layer, x in ((conv, maps), (linear, rows)):
+        truth = copy.deepcopy(layer).double()(x.double())
+        assert layer._layer is None
+        monkeypatch.setattr(native_layers, "has_amx", lambda: True)
+        pytorchs = layer(x)
+        assert layer._layer is None
+        monkeypatch.setattr(native_layers, "has_amx", lambda: False)
+        found = layer(x)
+        assert layer._layer is not None
+        assert found.dtype == torch.bfloat16
+        assert found.shape == truth.shape
+        # Going to Winograd's points sums numbers, and so their roundings.
+        assert (found - truth).norm() < 3 * (pytorchs - truth).norm() < 0.01 * truth.norm()
+
+
+@torch.no_grad()
+def test_narrow_convolutions_in_bfloat16_are_pytorchs():
+    conv = nn.Conv2d(NARROWEST_PAIRS, 64, 3, padding=1).bfloat16()
+    assert use_extension_(conv)
+    conv(torch.randn(1, NARROWEST_PAIRS, 5, 5).bfloat16())
+    assert conv._layer is None
 
 
 @torch.no_grad()

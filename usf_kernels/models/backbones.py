@@ -25,8 +25,8 @@ MS_CAIT = {"name": ["cait_m48_448", "cait_s24_224"], "out_indices": [40, 20], "f
 class Backbone(nn.Module):
     """A frozen network that maps images to a pyramid of feature maps, normalisation of the input included.
 
-    Stays in evaluation mode and takes no gradient, whatever is called on the model around it. In float32 on
-    the CPU its 3 x 3 convolutions and linear layers run in the extension (`models.native_layers`).
+    Stays in evaluation mode and takes no gradient, whatever is called on the model around it. On the CPU its
+    3 x 3 convolutions and linear layers run in the extension where that is faster (`models.native_layers`).
 
     Attributes:
         config: arguments of `create_backbone` that make it again, as plain JSON values.
@@ -97,12 +97,13 @@ class Backbone(nn.Module):
         exporting = torch.compiler.is_exporting()  # for any size, so that nothing may depend on it
         if self.input_size is not None and (exporting or images.shape[2:] != self.input_size):
             images = interpolate(images, self.input_size, mode="bicubic", align_corners=True)
+        x = self._normalised(images)
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
             # Convolutions and poolings on the CPU are up to twice as fast so, and keep it up.
-            images = images.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
         with integer_padding() if exporting else nullcontext():
             try:
-                return list(self.network(self._normalised(images)))
+                return list(self.network(x))
             except AssertionError as error:  # of timm's networks that take one size
                 raise ValueError(
                     f"images: the backbone does not take {tuple(images.shape)}: {error}"

@@ -12,15 +12,17 @@ from usf_kernels.nn.stage_extension import layer_of
 from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import native
 from usf_kernels.ops.convolution import in_tiles
-from usf_kernels.ops.products import MULTIPLIES, WORTH_THREADS
+from usf_kernels.ops.products import MULTIPLIES, MULTIPLIES_BFLOAT16, WORTH_THREADS, has_amx
 
 NARROWEST_LINEAR = 32  # inputs and outputs: the extension multiplies so many at a time
+NARROWEST_PAIRS = 128  # of convolutions in bfloat16: with 64, going to points takes as long as it saves
 
 
 class _Native:
-    """In float32 on the CPU and without gradients the extension's, with its own copy of the parameters, made
-    anew when they have changed, of which writes through `.data` leave no trace; anything else is PyTorch's.
-    Made by `use_extension_`."""
+    """On the CPU and without gradients the extension's, with its own copy of the parameters, made anew when
+    they have changed, of which writes through `.data` leave no trace; anything else is PyTorch's. In float32,
+    and in bfloat16 on a processor that multiplies it but has no AMX, which PyTorch uses well. Made by
+    `use_extension_`."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -30,17 +32,22 @@ class _Native:
         given = [t for t in (x, self.weight, self.bias) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             return False
-        if not native.fits(*given) or torch.is_autocast_enabled("cpu"):
+        if not native.fits(*given, dtype=x.dtype) or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and self._fits_pairs()):
             return False
         return not any(t.is_inference() for t in given[1:])  # of writes to such parameters nobody learns
 
+    def _fits_pairs(self) -> bool:
+        return MULTIPLIES_BFLOAT16 and not has_amx()
+
     def _run(self, rows: Tensor, height: int, width: int) -> Tensor:
-        """(N, inputs), contiguous, to (N, outputs)."""
+        """(N, inputs), contiguous, to (N, outputs) of the same dtype."""
         if self._layer is None or self._layer[0].outdated:
             self._layer = Weights([self]), layer_of(self.weight, self.bias)
-        y = rows.new_empty(len(rows), len(self.weight))
-        self._layer[1].run(rows, y, height, width, torch.get_num_threads())
-        return y
+        y = rows.new_empty(len(rows), len(self.weight), dtype=torch.float32)
+        self._layer[1].run(rows.float(), y, height, width, torch.get_num_threads())
+        return y.to(rows.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_layer"}
@@ -56,6 +63,9 @@ class TiledConv2d(_Native, nn.Conv2d):
     def takes(module: nn.Module) -> bool:
         """Whether a module is such a convolution, and worth it."""
         return type(module) is nn.Conv2d and keeps_size(module) and in_tiles(module.weight)
+
+    def _fits_pairs(self) -> bool:
+        return min(self.weight.shape[:2]) >= NARROWEST_PAIRS and super()._fits_pairs()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W)."""

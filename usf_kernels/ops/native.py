@@ -36,13 +36,13 @@ def batched(*tensors: Tensor | None) -> bool:
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
-def fits(*tensors: Tensor | None) -> bool:
-    """Whether the extension may read these tensors: memory of float32 values, and nobody looking inside."""
+def fits(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the extension may read these tensors: memory of such values, and nobody looking inside."""
     if somebody_looks():
         return False
     for t in tensors:
         if t is not None and not (
-            type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and is_memory(t)
+            type(t) in PLAIN and t.dtype is dtype and t.is_cpu and is_memory(t)
         ):
             return False
     return True
