@@ -69,6 +69,12 @@ void bind_stage_run(nb::module_& m) {
             "product", [](StageRun& run, const Layer& layer) { run.add(Product{layer.weights()}); },
             "layer"_a)
         .def(
+            "exchange",
+            [](StageRun& run, const Layer& layer, Channels to) {
+                run.add(Exchange{layer.weights(), channels_of(to, run)});
+            },
+            "layer"_a, "to"_a.noconvert())
+        .def(
             "residual",
             [](StageRun& run, const Layers& layers, const Layer& last, float factor) {
                 run.add(Residual{{{}, layers}, last.weights(), factor});

@@ -63,6 +63,13 @@ public:
                  Store{out, channels_, stage.weights.bias(), Ending::plain, nullptr}, on.scratch.rounded);
         if (!in_place) std::copy_n(out, numbers, state(on));
     }
+    void pass(const Exchange& stage, int, const Stretch& on) const {
+        const int width = stage.to.size();
+        float* const out = on.scratch.outputs[0].at_least(std::int64_t{on.rows} * width);
+        multiply(Inputs{state(on), channels_}, on.rows, stage.weights,
+                 Store{out, width, stage.weights.bias(), Ending::plain, nullptr}, on.scratch.rounded);
+        stage.to.put(out, width, on.rows, state(on));
+    }
     void pass(const Reorder& stage, int, const Stretch& on) const {
         stage.apply(state(on), on.rows, on.scratch.outputs[0]);
     }

@@ -33,6 +33,11 @@ struct Conditioner {
 struct Product {
     Weights weights;
 };
+// state[to] = state @ weights.T + bias
+struct Exchange {
+    Weights weights;
+    Half to;
+};
 // state += factor * f(state) @ weights.T, without their bias
 struct Residual {
     Conditioner conditioner;
@@ -53,7 +58,7 @@ struct Affine {
     float clamp;
     bool inverse;
 };
-using Stage = std::variant<Product, Reorder, Residual, Additive, Affine>;
+using Stage = std::variant<Product, Exchange, Reorder, Residual, Additive, Affine>;
 
 // What a conditioner with passive channels sees of some rows, [rows, passive channels].
 inline void take_passive(const Conditioner& conditioner, const float* state, int rows, float* to) {

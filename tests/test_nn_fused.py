@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import conv_subnet, linear_subnet, randomise_
+from helpers import conv_subnet, linear_subnet, max_error, randomise_
 from torch import nn
 
 from usf_kernels.nn import (
@@ -15,7 +15,10 @@ from usf_kernels.nn import (
     Permutation,
     USFBlock,
 )
-from usf_kernels.nn.fused_blocks import Product, ProjectedBlock, Reorder
+from usf_kernels.nn.folding import parts
+from usf_kernels.nn.fused_blocks import AdditiveBlock, ProjectedBlock
+from usf_kernels.nn.fused_maps import Exchange, Product, Reorder
+from usf_kernels.nn.fusing import fuse_parts
 from usf_kernels.nn.stage_extension import StageExtension
 from usf_kernels.nn.stage_run import StageRun
 
@@ -46,6 +49,10 @@ def unknown(c_in, c_out):
 
 
 SUBNETS = [conv_subnet, pointwise, narrow, single, single_pointwise, unknown]
+
+
+def count(fused, kind):
+    return sum(isinstance(stage, kind) for stage in fused.modules())
 
 
 def flow_of(steps, first=()):
@@ -101,13 +108,18 @@ def test_conjugated_blocks(subnet, mask):
         blocks = [USFBlock(5, subnet=subnet, **options) for _ in range(3)]
         x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
         cond = torch.randn(2, 2, 3, 4, dtype=torch.float64) if cond_channels else None
-        for flow, products in (
-            (flow_of(blocks).double(), 0),
-            (flow_of(blocks, [LUConv1x1(5)]).double(), 1),
-            (blocks[0], 0),
+        # Three halves of a product and a whole one take less than six halves where a convolution takes the
+        # map behind it in, and in any case less than six and a whole one.
+        halves = mask != "checkerboard" and subnet is not pointwise
+        alone = halves and subnet is conv_subnet
+        for flow, exchanges, products in (
+            (flow_of(blocks).double(), 3 * alone, 1 * alone),
+            (flow_of(blocks, [LUConv1x1(5)]).double(), 3 * halves, 1),
+            (blocks[0], 0, 0),
         ):
             fused = assert_same(flow, x, cond)
-            assert sum(isinstance(stage, Product) for stage in fused.modules()) == products
+            assert count(fused, Exchange) == exchanges
+            assert count(fused, Product) == products
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,29 @@ def test_vectors_volumes_and_layouts():
         assert_same(maps, layout)
     assert_same(maps, x[:0])
     assert_same(vectors, torch.randn(0, 7, dtype=torch.float64))
+
+
+def test_a_conditioner_sees_half_of_a_product():
+    flow = flow_of([step(8, subnet) for subnet in (conv_subnet, pointwise, conv_subnet)]).double()
+    fused = assert_same(flow, torch.randn(2, 8, 4, 5, dtype=torch.float64))
+    kinds = [type(stage) for run in fused.stages for stage in getattr(run, "stages", [run])]
+    # The two layers of 3 in the pointwise one take the maps in: as many multiplications as half a product.
+    assert kinds == [AdditiveBlock, ProjectedBlock, Exchange, AdditiveBlock, Product]
+    (exchange,) = (stage for stage in fused.modules() if isinstance(stage, Exchange))
+    assert exchange.weight.shape == (4, 8)
+    rows = torch.randn(6, 8, dtype=torch.float64)
+    there, _ = exchange(rows.clone(), (6,), None, inverse=False)
+    assert not torch.equal(there, rows)
+    assert max_error(exchange(there.clone(), (6,), None, inverse=True)[0], rows) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "halves"),
+    [(torch.float32, "cpu", 2), (torch.bfloat16, "cpu", 0), (torch.float32, "meta", 0)],
+)
+def test_on_gpus_and_in_half_precision_there_are_no_halves_of_products(dtype, device, halves):
+    flow = flow_of([step(8) for _ in range(3)])
+    assert count(fuse_parts(list(parts(flow)), dtype, torch.device(device)), Exchange) == halves
 
 
 @pytest.mark.parametrize("linear", ["lu", "permutation"])

@@ -175,7 +175,7 @@ void test(const Case& c, bool pairs) {
     for (const float value : log_det) CHECK(std::abs(value - 0.5f) <= 1e-5f);
 }
 
-// A product, a residual block that sees all channels, another order.
+// A product, a residual block that sees all channels, another order, other channels in place of some.
 void test_residual(const Case& c, bool pairs) {
     const int channels = c.channels;
     const Plain map(channels, channels, false),
@@ -188,21 +188,30 @@ void test_residual(const Case& c, bool pairs) {
     std::shuffle(index.begin(), index.end(), random_bits);
     const std::vector<float> scale = noise(channels), bias = noise(channels);
     run.add(Reorder{index, scale, bias});
+    std::vector<std::int64_t> going;
+    for (int j = 0; j < channels; j += 3) going.push_back(j);
+    const auto count = static_cast<int>(going.size());
+    const Plain come(channels, count, false);
+    run.add(Exchange{come.made(pairs).weights(), Half(going.data(), count, channels)});
     const std::vector<float> before = noise(c.maps.rows() * channels);
     std::vector<float> state = before;
     run.run(state.data(), state.data(), c.maps, {}, nullptr, 2);
 
     const Wide mapped = map.of({before.begin(), before.end()}, c.maps);
     const Wide left = leave.of(enter.of(mapped, c.maps), c.maps);
-    for (std::int64_t r = 0; r < c.maps.rows(); ++r) {
+    Wide expected(mapped.size());
+    for (std::int64_t r = 0; r < c.maps.rows(); ++r)
         for (int j = 0; j < channels; ++j) {
             const std::int64_t from =
                 r * channels + index[j];  // the last layer's bias is not for residual blocks
-            const double expected = scale[j] * (mapped[from] - (left[from] - leave.bias[index[j]])) + bias[j];
-            CHECK(std::abs(state[r * channels + j] - expected) <=
-                  tolerance(pairs) * (1 + std::abs(expected)));
+            expected[r * channels + j] =
+                scale[j] * (mapped[from] - (left[from] - leave.bias[index[j]])) + bias[j];
         }
-    }
+    const Wide came = come.of(expected, c.maps);
+    for (std::int64_t r = 0; r < c.maps.rows(); ++r)
+        for (int j = 0; j < count; ++j) expected[r * channels + going[j]] = came[r * count + j];
+    for (std::size_t i = 0; i < expected.size(); ++i)
+        CHECK(std::abs(state[i] - expected[i]) <= tolerance(pairs) * (1 + std::abs(expected[i])));
 }
 
 // A coupling by one convolution that a condition is added to: of numbers that are rounded and then exact,

@@ -10,11 +10,8 @@ from torch import Tensor, nn
 
 from usf_kernels.nn.capture import CapturedCall
 from usf_kernels.nn.coupling import check_condition
-from usf_kernels.nn.fused_blocks import (
-    Reorder,
-    add_log_dets,
-    squared_norm,
-)
+from usf_kernels.nn.fused_blocks import add_log_dets
+from usf_kernels.nn.fused_maps import Reorder, squared_norm
 from usf_kernels.nn.maps import to_maps
 from usf_kernels.nn.rows import rows_of
 from usf_kernels.nn.stage_run import StageRun, blocks_of

@@ -1,14 +1,9 @@
-"""The stages of a fused flow.
-
-The state is rows (N, C), N = B * positions. A stage is called with (rows, sizes, cond, inverse=...), where
-`sizes` are (B, *spatial), and returns the new rows with their log-dets (N,), None where those are constant.
-`cond` is what its conditioner's `project` made of the condition: of a run of blocks, one for each.
-Those with `in_place` write to the rows that they are given.
-"""
+"""The stages of a fused flow that have a conditioner: see `fused_maps`."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,90 +12,13 @@ from torch import Tensor, nn
 from usf_kernels.nn.conjugation import AffineCheckerboard
 from usf_kernels.nn.folding import Coupling, LinearMap
 from usf_kernels.nn.fused_conditioner import FusedConditioner
+from usf_kernels.nn.fused_maps import Result, Sizes
 from usf_kernels.nn.maps import to_maps
 from usf_kernels.nn.rows import add_, affine_, select
 from usf_kernels.nn.usf_block import CheckerboardCoupling, checkerboard
 from usf_kernels.ops.block import residual_mlp
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.rows import multiplies_in_kernels
-
-Result = tuple[Tensor, Tensor | None]
-Sizes = tuple[int, ...]
-
-
-class Product(nn.Module):
-    """All channels times a matrix, plus a bias."""
-
-    in_place = False
-
-    def __init__(self, linear_map: LinearMap) -> None:
-        super().__init__()
-        inverse = linear_map.inverse()
-        self.register_buffer("weight", linear_map.matrix)
-        self.register_buffer("bias", linear_map.bias)
-        self.register_buffer("inverse_weight", inverse.matrix)
-        self.register_buffer("inverse_bias", inverse.bias)
-
-    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
-        """Apply, or undo."""
-        if inverse:
-            return F.linear(rows, self.inverse_weight, self.inverse_bias), None
-        return F.linear(rows, self.weight, self.bias), None
-
-
-class Shift(nn.Module):
-    """A constant added to every channel."""
-
-    in_place = False
-
-    def __init__(self, bias: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("bias", bias)
-
-    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
-        """Apply, or undo."""
-        return torch.add(rows, self.bias, alpha=-1 if inverse else 1), None
-
-
-class Reorder(nn.Module):
-    """Channels in another order, scaled and shifted: `scale * rows[:, index] + bias`."""
-
-    in_place = False
-
-    def __init__(self, linear_map: LinearMap) -> None:
-        super().__init__()
-        index, scale = linear_map.selection
-        self.register_buffer("index", index)
-        self.register_buffer("inverse_index", torch.argsort(index))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", linear_map.bias)
-        _look_at_scales(self, None)
-        self.register_load_state_dict_post_hook(_look_at_scales)
-
-    def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
-        """Apply, or undo."""
-        if inverse:
-            rows = (rows - self.bias) / self.scale if self.scales else rows
-            return select(rows, self.inverse_index), None
-        rows = select(rows, self.index)
-        return (rows.mul_(self.scale).add_(self.bias) if self.scales else rows), None
-
-    def undo(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(index, scale, bias) of the inverse."""
-        order = self.inverse_index
-        return order, 1 / self.scale[order], -(self.bias / self.scale)[order]
-
-    def squared_norm(self, rows: Tensor) -> Tensor:
-        """Of every row of the result, (N,), without reordering it."""
-        if not self.scales:
-            return squared_norm(rows)
-        order = self.inverse_index
-        return squared_norm(rows * self.scale[order] + self.bias[order])
-
-
-def _look_at_scales(reorder: Reorder, _: object) -> None:
-    """Whether anything has to be scaled or shifted."""
-    reorder.scales = bool((reorder.scale != 1).any() or reorder.bias.any())
 
 
 class ProjectedBlock(nn.Module):
@@ -212,35 +130,51 @@ class AffineCheckerboardBlock(nn.Module):
         return rows.mul_(log_scale.exp().to(rows.dtype)).add_(shift), log_det
 
 
-class _IndexedBlock(nn.Module):
-    """A coupling behind a map that only reorders, scales and shifts: halves of the state are indices.
+@dataclass(frozen=True)
+class Halves:
+    """The halves of a coupling as channels of the state; float64, on the CPU.
 
-    Both index sets are in ascending order. The order that the conditioner expects, and the scales, are inside
-    its layers.
+    Attributes:
+        passive: which the conditioner sees, ascending.
+        enter: from these to what it sees.
+        active: which change, ascending.
+        leave: (active, active), from a shift of the coupling's active half to that of the state's.
+        shift: of the active channels: in the units of the state, the coupling sees y + shift.
     """
+
+    passive: Tensor
+    enter: LinearMap
+    active: Tensor
+    leave: Tensor
+    shift: Tensor
+
+    @classmethod
+    def behind(cls, before: LinearMap, split: int) -> Halves:
+        """Of a coupling behind a map that only reorders, scales and shifts."""
+        index, scale = before.selection
+        passive, order = index[:split].sort()
+        enter = LinearMap(torch.diag(scale[:split])[:, order], before.bias[:split])
+        active, order = index[split:].sort()
+        inverse_scale = 1 / scale[split:]
+        shift = (before.bias[split:] * inverse_scale)[order]
+        return cls(passive, enter, active, torch.diag(inverse_scale)[order], shift)
+
+
+class _IndexedBlock(nn.Module):
+    """A coupling whose halves are channels of the state. What is left of the maps is inside the conditioner's
+    layers."""
 
     in_place = True
 
-    def __init__(self, coupling: Coupling, before: LinearMap) -> None:
+    def __init__(self, coupling: Coupling, halves: Halves) -> None:
         super().__init__()
-        index, scale = before.selection
-        split = coupling.split
-        passive, order = index[:split].sort()
-        enter = torch.diag(scale[:split])[:, order]
-        active, order = index[split:].sort()
-        inverse_scale = 1 / scale[split:]
-        leave = torch.diag(inverse_scale)[order]
-        # In the units of the state, what the coupling sees of a channel is y + shift.
-        shift = (before.bias[split:] * inverse_scale)[order]
+        leave = self._leave(halves.leave, halves.shift)
         self.conditioner = FusedConditioner(
-            coupling.subnet,
-            LinearMap(enter, before.bias[:split]),
-            self._leave(leave, shift),
-            cond_channels=coupling.cond_channels,
+            coupling.subnet, halves.enter, leave, cond_channels=coupling.cond_channels
         )
-        self.register_buffer("passive", passive)
-        self.register_buffer("active", active)
-        self.register_buffer("shift", shift)
+        self.register_buffer("passive", halves.passive)
+        self.register_buffer("active", halves.active)
+        self.register_buffer("shift", halves.shift)
 
     def _leave(self, leave: Tensor, shift: Tensor) -> LinearMap:
         """From the conditioner's outputs to what `_update` takes; `leave` orders and scales the shifts."""
@@ -268,8 +202,8 @@ class AdditiveBlock(_IndexedBlock):
 class AffineBlock(_IndexedBlock):
     """`y[active] = (y[active] + shift) * exp(s) + t`, with s and t from f(y[passive]); t holds -shift too."""
 
-    def __init__(self, coupling: Coupling, before: LinearMap) -> None:
-        super().__init__(coupling, before)
+    def __init__(self, coupling: Coupling, halves: Halves) -> None:
+        super().__init__(coupling, halves)
         self.clamp = coupling.clamp
 
     def _leave(self, leave: Tensor, shift: Tensor) -> LinearMap:
@@ -285,8 +219,3 @@ def add_log_dets(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     if total is None or more is None:
         return more if total is None else total
     return total + more
-
-
-def squared_norm(rows: Tensor) -> Tensor:
-    """(N, C) to (N,), accumulated in float32 at least."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=compute_dtype(rows)).square_()

@@ -211,7 +211,7 @@ def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> li
     if isinstance(last, nn.Linear) and _pays(leave.matrix, last.weight):
         return [*layers[:-1], linear(leave.behind(last.weight.detach()), bias)]
     convolves = last is not None and not isinstance(last, nn.Linear)
-    if convolves and leave.selection is not None and not as_matrix:
+    if convolves and len(leave.matrix) <= len(last.weight) and not as_matrix:
         weight = torch.einsum("jo,oi...->ji...", leave.matrix, last.weight)
         return [*layers[:-1], _with(last, weight, bias)]
     if leave.is_identity and not as_matrix:

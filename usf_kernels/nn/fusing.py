@@ -10,18 +10,17 @@ from torch import nn
 
 from usf_kernels.nn.conjugation import AffineCheckerboard
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
-from usf_kernels.nn.folding import Coupling, LinearMap, alternate, parts
+from usf_kernels.nn.folding import ON_CPU, Coupling, LinearMap, alternate, parts
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.fused_blocks import (
     AdditiveBlock,
     AffineBlock,
     AffineCheckerboardBlock,
     CheckerboardBlock,
-    Product,
+    Halves,
     ProjectedBlock,
-    Reorder,
-    Shift,
 )
+from usf_kernels.nn.fused_maps import Exchange, Product, Reorder, Shift
 from usf_kernels.nn.stage_run import StageRun, blocks_of, joins
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import FLOAT_DTYPES
@@ -35,8 +34,10 @@ def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     """The inference form of a flow module of this package: see `FusedFlow`.
 
     All linear maps between two conditioners (LU, ActNorm, permutations) become one matrix, or one index where
-    they only reorder and scale. Additive couplings between matrices become residual blocks, as long as this
-    takes fewer multiplications: then only one product is left of all the maps.
+    they only reorder and scale. Where it takes fewer multiplications, additive couplings between matrices
+    become residual blocks, so that only one product is left of all the maps; or, in full precision on the
+    CPU, only the half that the next conditioner sees is computed, and the other half of the state stays what
+    it is.
 
     Args:
         flow: left as it is; later changes to it do not reach the fused one.
@@ -61,10 +62,12 @@ def fuse_parts(
 ) -> FusedFlow:
     """The same for a flow that is given as its maps and couplings, first to last."""
     maps, couplings = alternate(flow)
-    stages = _moving(maps, couplings)
-    residual = _residual(maps, couplings)
-    if residual is not None and _multiplications(residual) <= _multiplications(stages):
-        stages = residual
+    forms = [_residual(maps, couplings), _moving(maps, couplings)]
+    # On GPUs it would take more kernels. In half precision, every map that the state passes through costs
+    # digits; residual blocks leave it where it is.
+    if (device is None or device.type == "cpu") and dtype in (torch.float32, torch.float64):
+        forms.append(_exchanging(maps, couplings))
+    stages = min((form for form in forms if form is not None), key=_multiplications)
     return FusedFlow(
         _runs(stages),
         channels=len(maps[0].bias),
@@ -91,7 +94,7 @@ def _moving(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module]
             stages.append(AffineCheckerboardBlock(coupling))
         elif coupling is not None:
             kind = AdditiveBlock if isinstance(coupling, AdditiveCoupling) else AffineBlock
-            stages.append(kind(coupling, behind))
+            stages.append(kind(coupling, Halves.behind(behind, coupling.split)))
     return stages if behind.is_identity else [*stages, Reorder(behind)]
 
 
@@ -101,23 +104,21 @@ def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Modul
     None where a coupling is affine, where there is no matrix to save, or where a map is too ill-conditioned
     to be undone.
     """
-    additive = not any(isinstance(coupling, AffineCoupling | AffineCheckerboard) for coupling in couplings)
-    if not additive or all(linear_map.selection is not None for linear_map in maps):
+    if not _can_save(maps, couplings):
         return None
     blocks: list[nn.Module] = []
     after = maps[-1]  # from the input of a coupling to the end
     offset = torch.zeros_like(after.bias)  # from the state to what it stands for, behind a block
     for linear_map, coupling in zip(reversed(maps[:-1]), reversed(couplings), strict=True):
         before = after.inverse()
-        # Frobenius norms over C: the condition number, but for an average direction.
-        if before.matrix.norm() * after.matrix.norm() / len(offset) > WORST_CONDITION:
+        if _condition(before, after) > WORST_CONDITION:
             return None
         # The conditioner sees the same with the offset in front of the block, which differs along R only.
         shifted = LinearMap(before.matrix, before.bias + before.matrix @ offset)
         if isinstance(coupling, CheckerboardCoupling):
             blocks.append(CheckerboardBlock(coupling, shifted, after))
         elif before.selection is not None:
-            blocks.append(AdditiveBlock(coupling, shifted))
+            blocks.append(AdditiveBlock(coupling, Halves.behind(shifted, coupling.split)))
         else:
             blocks.append(ProjectedBlock(coupling, shifted, after))
             offset = offset - blocks[-1].offset
@@ -128,10 +129,78 @@ def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Modul
     return [Shift(entry.bias) if is_shift else Product(entry), *reversed(blocks)]
 
 
+def _exchanging(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module] | None:
+    """Stages whose state has what each conditioner sees among its channels, for which other channels went; or
+    residual blocks, where those cost no more. Behind the last one, a product.
+
+    What a coupling adds is seen by the channels that stayed alone: those that came depend on its passive half
+    only. So it is of half the size as well, and inside the conditioner's last layer.
+
+    None as for `_residual`.
+    """
+    mixed = any(isinstance(coupling, CheckerboardCoupling) for coupling in couplings)
+    if mixed or not _can_save(maps, couplings):
+        return None
+    stages: list[nn.Module] = []
+    behind = LinearMap.identity(len(maps[0].bias))  # from the state to the place in the flow that is reached
+    for linear_map, coupling in zip(maps, couplings, strict=False):
+        behind = linear_map.after(behind)
+        ahead = behind.inverse()
+        if behind.selection is not None:
+            stages.append(AdditiveBlock(coupling, Halves.behind(behind, coupling.split)))
+            continue
+        if _condition(behind, ahead) > WORST_CONDITION:
+            return None
+        residual = ProjectedBlock(coupling, behind, ahead)
+        exchange, block, left = _exchanged(coupling, behind, ahead)
+        if _multiplications([residual]) <= _multiplications([exchange, block]):
+            stages.append(residual)
+            behind = LinearMap(behind.matrix, behind.bias + behind.matrix @ residual.offset)
+        else:
+            stages += [exchange, block]
+            behind = left
+    behind = maps[-1].after(behind)
+    if behind.selection is None:
+        return [*stages, Product(behind)]
+    return stages if behind.is_identity else [*stages, Reorder(behind)]
+
+
+def _exchanged(
+    coupling: AdditiveCoupling, behind: LinearMap, ahead: LinearMap
+) -> tuple[Exchange, AdditiveBlock, LinearMap]:
+    """A coupling behind a map, whose inverse is `ahead`: (the exchange in front of it, the coupling, the map
+    from the state to the coupling's output)."""
+    channels, split = len(behind.bias), coupling.split
+    seen = behind.rows(torch.arange(split, device="cpu"))
+    # What goes is what the half that comes says best: elimination with pivoting finds such columns.
+    pivots = torch.linalg.lu(seen.matrix.mT)[0].argmax(0)
+    goes, stays = pivots[:split].sort().values, pivots[split:].sort().values
+    exchange = Exchange(goes, seen)
+    halves = Halves(
+        passive=goes,
+        enter=LinearMap.identity(split),
+        active=stays,
+        leave=ahead.matrix[stays][:, split:],
+        shift=torch.zeros(channels - split, **ON_CPU),
+    )
+    return exchange, AdditiveBlock(coupling, halves), behind.after(Exchange.of_state(goes, seen).inverse())
+
+
+def _can_save(maps: list[LinearMap], couplings: list[Coupling]) -> bool:
+    """Whether there are products that can be saved: matrices, around couplings that add."""
+    additive = not any(isinstance(coupling, AffineCoupling | AffineCheckerboard) for coupling in couplings)
+    return additive and any(linear_map.selection is None for linear_map in maps)
+
+
+def _condition(linear_map: LinearMap, inverse: LinearMap) -> float:
+    """Frobenius norms over C: the condition number, but for an average direction."""
+    return (linear_map.matrix.norm() * inverse.matrix.norm()).item() / len(linear_map.bias)
+
+
 def _multiplications(stages: list[nn.Module]) -> int:
     """Per position."""
     tensors = (t for stage in stages for t in (*stage.parameters(), *stage.buffers()) if t.ndim > 1)
-    inverses = sum(stage.weight.numel() for stage in stages if isinstance(stage, Product))
+    inverses = sum(stage.weight.numel() for stage in stages if isinstance(stage, Product | Exchange))
     return sum(t.numel() for t in tensors) - inverses
 
 

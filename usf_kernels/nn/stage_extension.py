@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels import _core
-from usf_kernels.nn.fused_blocks import (
-    AdditiveBlock,
-    AffineBlock,
-    Product,
-    ProjectedBlock,
-    Reorder,
-    Result,
-    Sizes,
-)
+from usf_kernels.nn.fused_blocks import AdditiveBlock, AffineBlock, ProjectedBlock
+from usf_kernels.nn.fused_maps import Exchange, Maps, Product, Reorder, Result, Sizes
 from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import native, products
 from usf_kernels.ops.checks import compute_dtype
@@ -41,7 +34,7 @@ class StageExtension:
         self.weights = Weights(module for stage in stages for module in stage.modules())
         dtypes = {tensor.dtype for tensor in self.weights.tensors if tensor.is_floating_point()}
         self.complete = len(dtypes) <= 1 and all(
-            isinstance(stage, Product | Reorder) or self.knows_layers_of(stage) for stage in stages
+            isinstance(stage, Maps) or self.knows_layers_of(stage) for stage in stages
         )
         self._layers = [_layers(stage) if self.complete else [] for stage in stages]
         self._affine = any(isinstance(stage, AffineBlock) for stage in stages)
@@ -99,9 +92,13 @@ class StageExtension:
         run, factor = _core.StageRun(channels), -1.0 if inverse else 1.0
         steps = list(zip(self._stages, self._layers, strict=True))
         for stage, layers in reversed(steps) if inverse else steps:
-            if isinstance(stage, Product):
+            if isinstance(stage, Product | Exchange):
                 undone = (stage.inverse_weight, stage.inverse_bias)
-                run.product(layer_of(*(undone if inverse else (stage.weight, stage.bias))))
+                layer = layer_of(*(undone if inverse else (stage.weight, stage.bias)))
+                if isinstance(stage, Product):
+                    run.product(layer)
+                else:
+                    run.exchange(layer, stage.index)
             elif isinstance(stage, Reorder):
                 index, scale, bias = stage.undo() if inverse else (stage.index, stage.scale, stage.bias)
                 run.reorder(index, scale.float(), bias.float())

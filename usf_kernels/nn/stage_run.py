@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usf_kernels.nn.fused_blocks import Product, Reorder, Result, Sizes, add_log_dets
+from usf_kernels.nn.fused_blocks import add_log_dets
+from usf_kernels.nn.fused_maps import Maps, Result, Sizes
 from usf_kernels.nn.stage_extension import StageExtension
 from usf_kernels.ops import native
 
@@ -86,7 +87,7 @@ def blocks_of(stage: nn.Module) -> Sequence[nn.Module]:
 
 def joins(stage: nn.Module) -> bool:
     """Whether a stage may be part of a run: what the extension knows, and what treats every row alone."""
-    if isinstance(stage, Product | Reorder):
+    if isinstance(stage, Maps):
         return True
     if not hasattr(stage, "conditioner"):
         return False

@@ -41,9 +41,7 @@ def fits(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     if somebody_looks():
         return False
     for t in tensors:
-        if t is not None and not (
-            type(t) in PLAIN and t.dtype is dtype and t.is_cpu and is_memory(t)
-        ):
+        if t is not None and not (type(t) in PLAIN and t.dtype is dtype and t.is_cpu and is_memory(t)):
             return False
     return True
 
