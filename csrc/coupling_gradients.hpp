@@ -82,7 +82,7 @@ USF_CLONES inline void gradient_of_rows(const Coupling& coupling, std::int64_t s
     for (std::int64_t r = 0; r < rows; ++r) {
         const float* from = grad_y + r * grad_row;
         if (!exit.to.empty()) {
-            for (std::int64_t j = 0; j < channels; ++j) scratch[j] = from[exit.to[j]];
+            exit.take(from, channels, scratch);
             from = scratch;
         }
         const float* const value = x + r * x_row;
@@ -207,11 +207,10 @@ USF_CLONES inline void undo_row(const Coupling& coupling, std::int64_t split, st
                                 float* grad_params, float* __restrict scale_sum, float* __restrict bias_sum,
                                 float* __restrict scratch) {
     if (!exit.nothing()) {
-        float *const value = scratch, *const grad = scratch + channels;
-        for (std::int64_t j = 0; j < channels; ++j) {
-            value[j] = y[exit.channel(j)];
-            grad[j] = grad_y[exit.channel(j)];
-        }
+        float* __restrict const value = scratch;
+        float* __restrict const grad = scratch + channels;
+        exit.take(y, channels, value);
+        exit.take(grad_y, channels, grad);
         if (exit.scale) {
             const float* __restrict scale = exit.scale;
             const float* __restrict bias = exit.bias;

@@ -14,6 +14,15 @@ struct Exit {
 
     std::int64_t channel(std::int64_t j) const { return to.empty() ? j : to[j]; }
     bool nothing() const { return to.empty() && !scale; }
+    // Channels from where they went to.
+    USF_INLINE void take(const float* __restrict from, std::int64_t channels, float* __restrict out) const {
+        if (to.empty()) {
+            std::copy_n(from, channels, out);
+        } else {
+            const std::int64_t* __restrict const place = to.data();
+            for (std::int64_t j = 0; j < channels; ++j) out[j] = from[place[j]];
+        }
+    }
 };
 
 // The inverse of a permutation; nothing if it is none.
