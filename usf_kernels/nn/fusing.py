@@ -145,10 +145,10 @@ def _exchanging(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Mod
     behind = LinearMap.identity(len(maps[0].bias))  # from the state to the place in the flow that is reached
     for linear_map, coupling in zip(maps, couplings, strict=False):
         behind = linear_map.after(behind)
-        ahead = behind.inverse()
         if behind.selection is not None:
             stages.append(AdditiveBlock(coupling, Halves.behind(behind, coupling.split)))
             continue
+        ahead = behind.inverse()
         if _condition(behind, ahead) > WORST_CONDITION:
             return None
         residual = ProjectedBlock(coupling, behind, ahead)
@@ -183,7 +183,8 @@ def _exchanged(
         leave=ahead.matrix[stays][:, split:],
         shift=torch.zeros(channels - split, **ON_CPU),
     )
-    return exchange, AdditiveBlock(coupling, halves), behind.after(Exchange.of_state(goes, seen).inverse())
+    undone = Exchange.of_state(goes, LinearMap(exchange.inverse_weight, exchange.inverse_bias))
+    return exchange, AdditiveBlock(coupling, halves), behind.after(undone)
 
 
 def _can_save(maps: list[LinearMap], couplings: list[Coupling]) -> bool:

@@ -83,7 +83,7 @@ def lu_matrix(lower: Tensor, upper: Tensor) -> Tensor:
 
 def factors_pay(x: Tensor, channels: int) -> bool:
     """Whether U and then L take less time than their product, with gradients as without. They always take
-    fewer multiplications, but pass over memory twice: it pays up to about twice as many positions as
+    fewer multiplications, but pass over memory twice: it pays up to 7/4 as many positions as
     channels. Not on a GPU, where it is the number of operations that counts, not in traced graphs, which are
     for any number of positions, and not within `forming_products`."""
     if x.is_cuda or torch.compiler.is_compiling() or _forms_products.get():
