@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "half.hpp"
 #include "team.hpp"
@@ -58,13 +59,52 @@ USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int c
 }
 #endif
 
+#ifdef USF_AVX2
+// 8 times 8 of them in registers: pairs of channels, then of pairs, then halves change places.
+USF_AVX2 inline void transpose_eight(const float* from, std::int64_t from_stride, float* to,
+                                     std::int64_t to_stride) {
+    __m256 a[8], b[8];
+    for (int c = 0; c < 8; ++c) a[c] = _mm256_loadu_ps(from + c * from_stride);
+    for (int c = 0; c < 8; c += 2) {
+        b[c] = _mm256_unpacklo_ps(a[c], a[c + 1]);
+        b[c + 1] = _mm256_unpackhi_ps(a[c], a[c + 1]);
+    }
+    for (int c = 0; c < 8; c += 4)  // half l of a[c + k] is then position 4 l + k of four channels
+        for (int k = 0; k < 2; ++k) {
+            a[c + 2 * k] = _mm256_shuffle_ps(b[c + k], b[c + 2 + k], 0x44);
+            a[c + 2 * k + 1] = _mm256_shuffle_ps(b[c + k], b[c + 2 + k], 0xee);
+        }
+    for (int k = 0; k < 4; ++k) {
+        _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(a[k], a[4 + k], 0x20));
+        _mm256_storeu_ps(to + (4 + k) * to_stride, _mm256_permute2f128_ps(a[k], a[4 + k], 0x31));
+    }
+}
+USF_AVX2 inline void transpose_eights(const float* from, std::int64_t from_stride, int channels,
+                                      int positions, float* to, std::int64_t to_stride) {
+    const int whole = channels / 8 * 8, length = positions / 8 * 8;
+    for (int c = 0; c < whole; c += 8)
+        for (int p = 0; p < length; p += 8)
+            transpose_eight(from + c * from_stride + p, from_stride, to + p * to_stride + c, to_stride);
+    transpose_plain(from + length, from_stride, whole, positions - length, to + length * to_stride,
+                    to_stride);
+    transpose_plain(from + whole * from_stride, from_stride, channels - whole, positions, to + whole,
+                    to_stride);
+}
+#endif
+
 // The fastest of them here.
 template <class From, class To>
 auto transposition() {
     auto transpose = transpose_plain<From, To>;
 #ifdef USF_AVX512
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
         transpose = transpose_wide<From, To>;
+        return transpose;
+    }
+#endif
+#ifdef USF_AVX2
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) transpose = transpose_eights;
 #endif
     return transpose;
 }

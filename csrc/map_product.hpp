@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "layer.hpp"
 
@@ -127,33 +128,47 @@ struct OuterProduct {
     // beginning: written, or added to what is there.
     void sum(std::int64_t image, std::int64_t position, int count, int first, int last, float* out,
              bool fresh) const {
-        const int width = Panels::best_width();
+        const float *const from = a.at(image, position), *const to_panels = x.at(image, position);
+        // What lies side by side, the channels of rows, becomes all panels together, in the second cache;
+        // maps become one after the other, in the first.
+        const int width = Panels::best_width(), made = x.rows ? inputs : std::min(width, inputs);
         float* const panels =
-            scratch_of_thread().points[0].at_least(std::int64_t{Panels::padded(inputs, width)} * count);
-        fill_panels({x.at(image, position), x.next, x.rows}, inputs, count, width, panels);
-        const Panels whole{panels, nullptr, inputs, count, width};
-        const int step = part == Triangle::whole ? std::max(last - first, 1) : together;
-        for (int o = first; o < last; o += step) {
-            const int rows = std::min(step, last - o);
-            const Reach reach(part, o, rows, inputs);
-            const int column = reach.first / width * width;
-            const Panels weights = whole.of_outputs(column, reach.last);
-            float* const to = out + std::int64_t{o - first} * inputs + column;
-            const float* const from = a.at(image, position) + o * (a.rows ? 1 : a.next);
-            const auto finish = [&](const auto& how) {
-                if (a.rows && a.next <= nearest_rows)
-                    multiply(Columns{from, static_cast<int>(a.next)}, rows, weights, how);
-                else if (a.rows)
-                    multiply(columns_of({from, a.next, true}, rows, count, 1, scratch_of_thread().points[1]),
-                             rows, weights, how);
+            scratch_of_thread().points[0].at_least(std::int64_t{Panels::padded(made, width)} * count);
+        if (x.rows) fill_panels({to_panels, x.next, true}, inputs, count, width, panels);
+        // Rows of a, source(row) and those behind it, pass panel after panel. Of a triangle, each panel is
+        // passed by others.
+        const int step = part == Triangle::whole ? made : width;
+        const auto add_rows = [&](const auto& source) {
+            for (int column = 0; column < inputs; column += step) {
+                const int some = std::min(step, inputs - column);
+                if (!x.rows)
+                    fill_panels({to_panels + column * x.next, x.next, false}, some, count, width, panels);
+                const auto [o, end] = rows_with(column, some, first, last);
+                if (o >= end) continue;
+                const Panels weights{panels + std::int64_t{x.rows ? column : 0} * count, nullptr, some, count,
+                                     width};
+                float* const to = out + std::int64_t{o - first} * inputs + column;
+                if (fresh)
+                    multiply(source(o), end - o, weights,
+                             StoreMaps{to, inputs, nullptr, Ending::plain, nullptr});
                 else
-                    multiply(Inputs{from, a.next}, rows, weights, how);
-            };
-            if (fresh)
-                finish(StoreMaps{to, inputs, nullptr, Ending::plain, nullptr});
-            else
-                finish(Add{to, inputs, 1.0f});
-        }
+                    multiply(source(o), end - o, weights, Add{to, inputs, 1.0f});
+            }
+        };
+        if (!a.rows) return add_rows([&](int o) { return Inputs{from + o * a.next, a.next}; });
+        if (a.next <= nearest_rows)
+            return add_rows([&](int o) { return Columns{from + o, static_cast<int>(a.next)}; });
+        const Columns turned =
+            columns_of({from + first, a.next, true}, last - first, count, 1, scratch_of_thread().points[1]);
+        add_rows([&](int o) { return turned.from(o - first, 0); });
+    }
+    // Rows begin..end-1, or those of them that have something of a triangle in these columns; whole tiles are
+    // left out.
+    std::pair<int, int> rows_with(int column, int columns, int begin, int end) const {
+        const int tile = rows_of_tile(best_lanes());
+        if (part == Triangle::lower) begin += std::max(column - begin, 0) / tile * tile;
+        if (part == Triangle::upper) end = std::min(end, column + columns);
+        return {begin, end};
     }
     // The first row of a group's share of the rows: each has as much to compute.
     int first_row(int group, int groups) const {

@@ -30,14 +30,10 @@ struct Panels {
     const float* panel(int first_output) const {
         return data + static_cast<std::ptrdiff_t>(first_output) * depth;
     }
-    // Of the same without a bias: some inputs of all outputs, or some outputs, of whole panels from the
-    // first.
+    // Of the same without a bias: some inputs of all outputs.
     Panels of_inputs(int first, int last) const {
         return {
             data + static_cast<std::ptrdiff_t>(first) * width, nullptr, outputs, last - first, width, depth};
-    }
-    Panels of_outputs(int first, int last) const {
-        return {panel(first), nullptr, last - first, inputs, width, depth};
     }
     static int best_width() { return 2 * best_lanes(); }
     static int padded(int outputs, int width) { return (outputs + width - 1) / width * width; }

@@ -16,7 +16,7 @@ from usf_kernels.data import TextureDataset
 from usf_kernels.demo import extract
 from usf_kernels.models import Backbone, CFlow, Mahalanobis, create_backbone
 from usf_kernels.models.cflow import in_stretches
-from usf_kernels.models.encoding import positional_encoding
+from usf_kernels.models.encoding import Encodings, positional_encoding
 from usf_kernels.models.kept import MOST
 from usf_kernels.training import CachedFeatures, fit
 
@@ -247,18 +247,32 @@ def test_projections_of_the_encoding_are_kept_and_never_stale(backbone, images, 
     torch.testing.assert_close(wide.float(), changed, rtol=1e-3, atol=1e-3)
 
 
+def test_an_encoding_is_kept_as_the_maps_lie():
+    encodings = Encodings(8)
+    maps = torch.zeros(2, 16, 4, 6)
+    expected = positional_encoding(8, 4, 6)[None]
+    for x in (maps, maps.to(memory_format=torch.channels_last)):
+        found = encodings.of(x)
+        assert torch.equal(found, expected)
+        assert found.stride(1) == (1 if x.stride(1) == 1 else 24)
+        assert encodings.of(x) is found
+    wide = encodings.of(maps.double())
+    torch.testing.assert_close(wide, positional_encoding(8, 4, 6, dtype=torch.float64)[None])
+    assert len(copy.deepcopy(encodings)._maps) == 0
+
+
 def test_projections_of_the_encoding_are_not_copied_or_stored(backbone, images):
     model = cflow(backbone, images).fuse()
     features = model.features(images)
     expected, _ = model.latents(features)
-    assert all(encodings._kept for encodings in model._encodings)
+    assert all(encodings._projected for encodings in model._encodings)
     del model.backbone.network.feature_info  # its lambdas cannot be pickled
     memory = io.BytesIO()
     torch.save(model, memory)
     memory.seek(0)
     loaded = torch.load(memory, weights_only=False)
     for other in (copy.deepcopy(model), loaded):
-        assert not any(encodings._kept for encodings in other._encodings)
+        assert not any(encodings._projected for encodings in other._encodings)
         for found, z in zip(other.latents(features)[0], expected, strict=True):
             assert torch.equal(found, z)
     with torch.inference_mode():

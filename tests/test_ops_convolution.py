@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from usf_kernels.nn import AdditiveCoupling
+from usf_kernels.nn import conditioner_layers
 from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.ops.convolution import Layer, convolutions
 from usf_kernels.ops.products import MULTIPLIES
@@ -126,15 +127,17 @@ def test_pointwise_layers_in_other_memory_are_pytorchs():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("second", [1, 3])
-@given(st.integers(0, 3), st.integers(1, 6), st.integers(1, 9), st.booleans())
-def test_what_all_samples_share(bias, second, batch, height, width, channels_last):
+@given(
+    st.integers(0, 3), st.integers(1, 6), st.integers(1, 9), st.sampled_from(["maps", "rows", "part of rows"])
+)
+def test_what_all_samples_share(bias, second, batch, height, width, layout):
     """Passes the first layer once, in any memory; in front of a second layer that is pointwise or not."""
     network = nn.Sequential(
         nn.Conv2d(20 + 5, 17, 1, bias=bias), nn.ReLU(), nn.Conv2d(17, 24, second, padding=second // 2)
     )
     cond = torch.randn(1, 5, height, width)
-    x = torch.randn(batch, 20, height, width)
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    x = torch.randn(batch, 40 if layout == "part of rows" else 20, height, width)
+    x = x if layout == "maps" else x.contiguous(memory_format=torch.channels_last)[:, :20]
 
     def whole(network, x, cond):
         return network(torch.cat([x, cond.expand(len(x), -1, -1, -1)], 1))
@@ -152,6 +155,23 @@ def test_what_all_samples_share(bias, second, batch, height, width, channels_las
     )
     for value, plain, expected in zip(ours, eager, truth, strict=True):
         assert_within_budget(value, plain, expected, factor=4)
+
+
+@pytest.mark.parametrize("layout", ["maps", "rows", "part of rows"])
+def test_the_share_lies_as_the_input(layout, monkeypatch):
+    """What would be transposed at every call is as large as the layer's output."""
+    network = nn.Sequential(nn.Conv2d(20 + 5, 17, 1), nn.ReLU(), nn.Conv2d(17, 24, 1))
+    x = torch.randn(2, 40 if layout == "part of rows" else 20, 5, 6)
+    x = x if layout == "maps" else x.contiguous(memory_format=torch.channels_last)[:, :20]
+    shares = []
+
+    def watched(x, layers, share):
+        shares.append(share)
+        return convolutions(x, layers, share)
+
+    monkeypatch.setattr(conditioner_layers, "convolutions", watched)
+    evaluate(network, x, torch.randn(1, 5, 5, 6))
+    assert [share.stride(1) for share in shares] == [30 if layout == "maps" else 1]
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

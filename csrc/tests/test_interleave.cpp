@@ -5,6 +5,7 @@
 #include "check.hpp"
 #include "interleave.hpp"
 #include "noise.hpp"
+#include "vectors.hpp"
 
 using namespace usf;
 
@@ -35,13 +36,25 @@ void test_shape(std::int64_t images, std::int64_t channels, std::int64_t positio
     ++failures;
 }
 
-// What machines without wide registers run.
-void test_plain() {
-    const auto maps = noise<float>(5 * 20);
-    std::vector<float> rows(16 * 5);
-    transpose_plain(maps.data(), 20, 5, 16, rows.data(), 5);
-    for (int c = 0; c < 5; ++c)
-        for (int p = 0; p < 16; ++p) failures += rows[p * 5 + c] != maps[c * 20 + p];
+// What machines without the widest registers run.
+template <class Transpose>
+void test_tile(const Transpose& transpose, int channels, int positions) {
+    const auto maps = noise<float>(channels * 20);
+    std::vector<float> rows(positions * (channels + 1), 7.0f);
+    transpose(maps.data(), 20, channels, positions, rows.data(), channels + 1);
+    for (int p = 0; p < positions; ++p) {
+        for (int c = 0; c < channels; ++c) failures += rows[p * (channels + 1) + c] != maps[c * 20 + p];
+        failures += rows[p * (channels + 1) + channels] != 7.0f;
+    }
+}
+void test_tiles() {
+    for (int channels = 0; channels <= tile; ++channels)
+        for (int positions = 0; positions <= tile; ++positions) {
+            test_tile(transpose_plain<float, float>, channels, positions);
+#ifdef USF_AVX2
+            if (best_lanes() >= 8) test_tile(transpose_eights, channels, positions);
+#endif
+        }
 }
 
 }  // namespace
@@ -55,7 +68,7 @@ int main() {
                 test_shape<BFloat16, BFloat16>(3, channels, positions, threads);
             }
     test_shape<float, float>(0, 3, 4, 2);
-    test_plain();
+    test_tiles();
     if (failures == 0) std::printf("interleave: all passed\n");
     return failures != 0;
 }

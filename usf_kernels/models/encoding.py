@@ -10,6 +10,7 @@ from torch import Tensor
 from usf_kernels.models.kept import Kept
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.ops.checks import check_int
+from usf_kernels.ops.native import memory_format
 
 
 def check_encoding_channels(channels: int) -> None:
@@ -62,7 +63,7 @@ def positional_encoding(
 class Encodings:
     """The positional encodings of one scale: as maps, or as its fused flow takes them.
 
-    The latter are kept, for a few sizes of map, until a weight of the flow changes or moves.
+    Both are kept, for a few sizes of map, the latter until a weight of the flow changes or moves.
 
     Args:
         channels: of the encoding.
@@ -70,17 +71,24 @@ class Encodings:
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
-        self._kept: Kept[tuple[Tensor, ...]] = Kept()
+        self._maps: Kept[Tensor] = Kept()
+        self._projected: Kept[tuple[Tensor, ...]] = Kept()
 
     def of(self, maps: Tensor) -> Tensor:
-        """(1, channels, H, W) for maps (B, C, H, W)."""
-        size = maps.shape[2:]
-        return positional_encoding(self.channels, *size, dtype=maps.dtype, device=maps.device)[None]
+        """(1, channels, H, W) for maps (B, C, H, W), in their memory format. Not to be written to."""
+        key = tuple(maps.shape[2:]), maps.dtype, maps.device, memory_format(maps)
+        return self._maps.get(key, (), lambda: self._encode(*key))
+
+    def _encode(
+        self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, format_: torch.memory_format
+    ) -> Tensor:
+        encoding = positional_encoding(self.channels, *size, dtype=dtype, device=device)[None]
+        return encoding.contiguous(memory_format=format_)
 
     def projected(self, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
         """`flow.project` of the encoding."""
         size = tuple(maps.shape[2:])
-        return self._kept.get(size, flow.parameters(), lambda: self._project(flow, size))
+        return self._projected.get(size, flow.parameters(), lambda: self._project(flow, size))
 
     def _project(self, flow: FusedFlow, size: tuple[int, ...]) -> tuple[Tensor, ...]:
         device = next(flow.parameters()).device

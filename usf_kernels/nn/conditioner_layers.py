@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usf_kernels.ops import native
-from usf_kernels.ops.convolution import Layer, convolutions, pays
+from usf_kernels.ops.convolution import LAST, Layer, convolutions, is_rows, pays
 from usf_kernels.ops.linear import linear as product
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -75,8 +75,8 @@ def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
     if layers:
         layers[0] = layers[0]._replace(weight=own, bias=None)
         if pays(x, layers):
-            if x.is_contiguous(memory_format=torch.channels_last):  # then so is the share
-                cond = cond.contiguous(memory_format=torch.channels_last)
+            # As x lies, so that the share does too.
+            cond = cond.contiguous(memory_format=LAST if is_rows(x) else torch.contiguous_format)
             return convolutions(x, layers, product(cond, shared.flatten(1), first.bias))
     share = F.linear(cond.movedim(1, -1), shared.flatten(1), first.bias).movedim(-1, 1)
     hidden = F.conv2d(x, own) + share
