@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from usf_kernels.nn import AdditiveCoupling
-from usf_kernels.nn import conditioner_layers
+from usf_kernels.nn import AdditiveCoupling, conditioner_layers
 from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.ops.convolution import Layer, convolutions
 from usf_kernels.ops.products import MULTIPLIES
