@@ -134,8 +134,8 @@ class _Convolutions(torch.autograd.Function):
 
 
 def _sum_of_samples(grad: Tensor) -> Tensor:
-    """(1, C, H, W), in the memory format of grad. A product with ones, which PyTorch has threads for: its sums
-    over a few samples take up to nine times as long."""
+    """(1, C, H, W), in the memory format of grad. By a product with ones, as PyTorch's sum over a few samples
+    takes up to nine times as long."""
     if len(grad) == 1:
         return grad
     rows = is_rows(grad)
