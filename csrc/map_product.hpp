@@ -141,10 +141,10 @@ struct OuterProduct {
         const auto add_rows = [&](const auto& source) {
             for (int column = 0; column < inputs; column += step) {
                 const int some = std::min(step, inputs - column);
-                if (!x.rows)
-                    fill_panels({to_panels + column * x.next, x.next, false}, some, count, width, panels);
                 const auto [o, end] = rows_with(column, some, first, last);
                 if (o >= end) continue;
+                if (!x.rows)
+                    fill_panels({to_panels + column * x.next, x.next, false}, some, count, width, panels);
                 const Panels weights{panels + std::int64_t{x.rows ? column : 0} * count, nullptr, some, count,
                                      width};
                 float* const to = out + std::int64_t{o - first} * inputs + column;

@@ -261,6 +261,14 @@ def test_an_encoding_is_kept_as_the_maps_lie():
     assert len(copy.deepcopy(encodings)._maps) == 0
 
 
+def test_training_may_follow_inference_mode(backbone, images):
+    model = cflow(backbone, images)
+    with torch.inference_mode():
+        model(images)
+    model.train().loss(images).backward()
+    assert all(p.grad is not None for p in model.flows.parameters())
+
+
 def test_projections_of_the_encoding_are_not_copied_or_stored(backbone, images):
     model = cflow(backbone, images).fuse()
     features = model.features(images)
