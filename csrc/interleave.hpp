@@ -96,15 +96,13 @@ USF_AVX2 inline void transpose_eights(const float* from, std::int64_t from_strid
 template <class From, class To>
 auto transposition() {
     auto transpose = transpose_plain<From, To>;
-#ifdef USF_AVX512
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        transpose = transpose_wide<From, To>;
-        return transpose;
-    }
-#endif
 #ifdef USF_AVX2
     if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) transpose = transpose_eights;
+#endif
+#ifdef USF_AVX512
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        transpose = transpose_wide<From, To>;
 #endif
     return transpose;
 }
