@@ -11,7 +11,7 @@
 
 using namespace usf;
 
-namespace {
+namespace component_tree_test {
 
 void expect(bool condition, const char* what, std::int64_t height, std::int64_t width) {
     if (condition) return;
@@ -184,9 +184,10 @@ void a_moved_buffer_is_empty() {
     expect(to.data() && !from.data() && from.reserve(8), "a moved buffer is empty", 1, 8);
 }
 
-}  // namespace
+}  // namespace component_tree_test
 
-int main() {
+int test_component_tree(int, char*[]) {
+    using namespace component_tree_test;
     drawn_by_hand();
     signed_zeros_are_one_level();
     borrowed_memory();

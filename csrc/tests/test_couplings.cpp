@@ -10,7 +10,7 @@
 
 using namespace usf;
 
-namespace {
+namespace couplings_test {
 
 // Features in memory of their own, either way around.
 struct Memory {
@@ -182,9 +182,10 @@ void check_strides() {
     CHECK((*inverse_of(permutation, 3) == std::vector<std::int64_t>{1, 2, 0}));
 }
 
-}  // namespace
+}  // namespace couplings_test
 
-int main() {
+int test_couplings(int, char*[]) {
+    using namespace couplings_test;
     const Extent extents[] = {{2, 5, 7}, {3, 70, 300}, {1, 300, 3}, {500, 33, 1},
                               {0, 4, 3}, {2, 4, 0},    {2, 1, 5}};
     for (const Extent& e : extents) {

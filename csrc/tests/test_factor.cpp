@@ -9,7 +9,7 @@
 
 using namespace usf;
 
-namespace {
+namespace factor_test {
 
 // Of maps and of rows, against sums in float64; the matrix has gaps, and NaN where it is not to be read.
 void test(int channels, std::int64_t images, std::int64_t positions, bool stored_upper, bool transposed,
@@ -54,9 +54,10 @@ void test(int channels, std::int64_t images, std::int64_t positions, bool stored
             }
 }
 
-}  // namespace
+}  // namespace factor_test
 
-int main() {
+int test_factor(int, char*[]) {
+    using namespace factor_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
         for (const bool upper : {false, true})
             for (const bool transposed : {false, true}) {
@@ -72,5 +73,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_factor(int, char*[]) {
+    return 0;
+}
 #endif

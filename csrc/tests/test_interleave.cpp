@@ -9,7 +9,7 @@
 
 using namespace usf;
 
-namespace {
+namespace interleave_test {
 
 // Against the definition, with memory around the result that must stay as it is.
 template <class From, class To>
@@ -57,9 +57,10 @@ void test_tiles() {
         }
 }
 
-}  // namespace
+}  // namespace interleave_test
 
-int main() {
+int test_interleave(int, char*[]) {
+    using namespace interleave_test;
     for (const std::int64_t channels : {1, 2, 15, 16, 17, 33, 64, 100})
         for (const std::int64_t positions : {1, 5, 16, 31, 64, 65, 200})
             for (const int threads : {1, 3}) {

@@ -9,7 +9,7 @@
 
 using namespace usf;
 
-namespace {
+namespace lu_map_test {
 
 using Values = std::vector<double>;
 
@@ -120,9 +120,10 @@ void test(int n, bool act_norm, bool diagonal, int threads) {
     }
 }
 
-}  // namespace
+}  // namespace lu_map_test
 
-int main() {
+int test_lu_map(int, char*[]) {
+    using namespace lu_map_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
         for (const bool act_norm : {false, true})
             for (const bool diagonal : {false, true}) {
@@ -136,5 +137,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_lu_map(int, char*[]) {
+    return 0;
+}
 #endif

@@ -9,7 +9,7 @@
 
 using namespace usf;
 
-namespace {
+namespace map_product_test {
 
 bool in(Triangle part, int row, int column) {
     return part == Triangle::whole || (part == Triangle::lower ? column <= row : column >= row);
@@ -87,9 +87,10 @@ void test(Triangle part, std::int64_t images, int outputs, int inputs, std::int6
         }
 }
 
-}  // namespace
+}  // namespace map_product_test
 
-int main() {
+int test_map_product(int, char*[]) {
+    using namespace map_product_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2) {
         for (const Triangle part : {Triangle::whole, Triangle::lower, Triangle::upper}) {
             test(part, 1, 16, 16, 64, 1);
@@ -108,5 +109,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_map_product(int, char*[]) {
+    return 0;
+}
 #endif

@@ -8,7 +8,7 @@
 #include "check.hpp"
 #include "nfa.hpp"
 
-namespace {
+namespace nfa_test {
 
 template <class A, class B>
 void same(const A& found, const B& expected, const char* what) {
@@ -116,9 +116,10 @@ void workspace_is_reused() {
     }
 }
 
-}  // namespace
+}  // namespace nfa_test
 
-int main() {
+int test_nfa(int, char*[]) {
+    using namespace nfa_test;
     prune_and_merge_by_hand();
     small_trees();
     whole_map();

@@ -10,7 +10,7 @@
 
 using namespace usf;
 
-namespace {
+namespace pairs_test {
 
 // Products of numbers that bfloat16 holds are exact in float32: what is left are the roundings of sums.
 void test_products(int rows, int inputs, int outputs) {
@@ -64,9 +64,10 @@ void test_rounding() {
     for (std::size_t i = 37; i < out.size(); ++i) CHECK(out[i].bits == 0);
 }
 
-}  // namespace
+}  // namespace pairs_test
 
-int main() {
+int test_pairs(int, char*[]) {
+    using namespace pairs_test;
     if (!multiplies_pairs()) return 0;
     for (const bool amx : {false, true}) {
         may_use_amx = amx;
@@ -83,6 +84,8 @@ int main() {
 
 #else
 
-int main() {}
+int test_pairs(int, char*[]) {
+    return 0;
+}
 
 #endif

@@ -11,10 +11,12 @@
 #include <pthread.h>
 
 #include <cerrno>
+#endif
 
-namespace {
+namespace parallel_test {
+
+#ifdef __linux__
 std::atomic<int> threads_left{1 << 30};
-}
 
 // Stands before the C library's.
 extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
@@ -25,8 +27,6 @@ extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attribute
     return create(thread, attributes, start, argument);
 }
 #endif
-
-namespace {
 
 void every_index_once(int threads) {
     std::vector<int> times(1000);
@@ -60,9 +60,10 @@ void failures_come_back() {
     }
 }
 
-}  // namespace
+}  // namespace parallel_test
 
-int main() {
+int test_parallel(int, char*[]) {
+    using namespace parallel_test;
     for (const int threads : {-1, 0, 1, 3, 2000}) every_index_once(threads);
     too_few_threads();
     failures_come_back();

@@ -11,7 +11,7 @@
 
 using namespace usf;
 
-namespace {
+namespace product_test {
 
 struct Example {
     int rows, inputs, outputs;
@@ -144,9 +144,10 @@ void test_a_row_does_not_depend_on_the_others() {
     }
 }
 
-}  // namespace
+}  // namespace product_test
 
-int main() {
+int test_product(int, char*[]) {
+    using namespace product_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2) {
         test_store();
         test_long_sums();
@@ -159,5 +160,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_product(int, char*[]) {
+    return 0;
+}
 #endif

@@ -11,7 +11,7 @@
 
 using namespace usf;
 
-namespace {
+namespace reorder_test {
 
 // Against the definition, with rows around it that must stay as they are.
 void test(int channels, int rows) {
@@ -34,9 +34,10 @@ void test(int channels, int rows) {
         }
 }
 
-}  // namespace
+}  // namespace reorder_test
 
-int main() {
+int test_reorder(int, char*[]) {
+    using namespace reorder_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
         for (const int channels : {1, 5, 16, 33, 64, 131, 400})
             for (const int rows : {0, 1, 15, 16, 17, 96}) test(channels, rows);
@@ -44,5 +45,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_reorder(int, char*[]) {
+    return 0;
+}
 #endif

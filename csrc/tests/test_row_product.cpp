@@ -9,7 +9,7 @@
 
 using namespace usf;
 
-namespace {
+namespace row_product_test {
 
 // Against sums in float64, of a matrix with gaps between its rows.
 void test(std::int64_t images, std::int64_t positions, int outputs, int inputs, int threads) {
@@ -46,9 +46,10 @@ void test(std::int64_t images, std::int64_t positions, int outputs, int inputs, 
         }
 }
 
-}  // namespace
+}  // namespace row_product_test
 
-int main() {
+int test_row_product(int, char*[]) {
+    using namespace row_product_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2) {
         test(1, 64, 32, 16, 1);
         test(3, 63, 37, 43, 2);
@@ -65,5 +66,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_row_product(int, char*[]) {
+    return 0;
+}
 #endif

@@ -8,7 +8,7 @@
 
 using namespace usf;
 
-namespace {
+namespace rows_test {
 
 constexpr std::int64_t rows = 1037;
 
@@ -112,9 +112,10 @@ void test_functions() {
     CHECK(std::isnan(widen(half_way)));
 }
 
-}  // namespace
+}  // namespace rows_test
 
-int main() {
+int test_rows(int, char*[]) {
+    using namespace rows_test;
     test_functions();
     test_halves<float>(1e-6f);
     test_halves<BFloat16>(2e-2f);

@@ -11,7 +11,7 @@
 
 using namespace usf;
 
-namespace {
+namespace stage_run_test {
 
 using Wide = std::vector<double>;  // rows in float64
 
@@ -257,9 +257,10 @@ void test_nothing_to_do() {
     CHECK(state == before);
 }
 
-}  // namespace
+}  // namespace stage_run_test
 
-int main() {
+int test_stage_run(int, char*[]) {
+    using namespace stage_run_test;
     const std::vector<Case> cases = {
         {{1, 1, 1}, 1, 8, 5, 1, 1},     {{3, 5, 10}, 1, 7, 12, 1, 1}, {{2, 7, 43}, 2, 33, 40, 1, 1},
         {{5, 10, 10}, 1, 64, 64, 1, 1}, {{4, 1, 7}, 4, 2, 3, 1, 1},   {{0, 2, 2}, 1, 16, 16, 1, 1},
@@ -291,5 +292,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_stage_run(int, char*[]) {
+    return 0;
+}
 #endif

@@ -7,7 +7,7 @@
 
 using namespace usf;
 
-namespace {
+namespace sums_test {
 
 // Of maps and of rows, with gaps, against sums in float64.
 void test(std::int64_t batch, std::int64_t channels, std::int64_t positions) {
@@ -31,9 +31,10 @@ void test(std::int64_t batch, std::int64_t channels, std::int64_t positions) {
     }
 }
 
-}  // namespace
+}  // namespace sums_test
 
-int main() {
+int test_sums(int, char*[]) {
+    using namespace sums_test;
     test(1, 1, 1);
     test(2, 5, 33);
     test(1, 40, 4100);

@@ -7,7 +7,7 @@
 #include "check.hpp"
 #include "tail.hpp"
 
-namespace {
+namespace tail_test {
 
 void near(double found, double expected, double relative, const char* what) {
     if (std::abs(found - expected) <= relative * std::abs(expected)) return;
@@ -101,9 +101,10 @@ void bad_parameters() {
     refused(1e-310, 1e10);
 }
 
-}  // namespace
+}  // namespace tail_test
 
-int main() {
+int test_tail(int, char*[]) {
+    using namespace tail_test;
     direct_values();
     stirling();
     tabulated_values();

@@ -6,7 +6,7 @@
 
 using namespace usf;
 
-namespace {
+namespace triangle_test {
 
 void test(std::int64_t rows, std::int64_t columns, std::int64_t gap, bool upper) {
     const std::int64_t stride = columns + gap;
@@ -24,9 +24,10 @@ void test(std::int64_t rows, std::int64_t columns, std::int64_t gap, bool upper)
     CHECK(in_place == out);
 }
 
-}  // namespace
+}  // namespace triangle_test
 
-int main() {
+int test_triangle(int, char*[]) {
+    using namespace triangle_test;
     for (const bool upper : {false, true})
         for (const int gap : {0, 3}) {
             test(1, 1, gap, upper);

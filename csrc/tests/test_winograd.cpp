@@ -10,7 +10,7 @@
 
 using namespace usf;
 
-namespace {
+namespace winograd_test {
 
 // Against the sum over taps in float64, and the layer by products of taps; in memory with gaps between rows.
 void test(const Maps& maps, int inputs, int outputs, bool relu, std::int64_t condition_images) {
@@ -116,9 +116,10 @@ void test_not_a_number() {
     }
 }
 
-}  // namespace
+}  // namespace winograd_test
 
-int main() {
+int test_winograd(int, char*[]) {
+    using namespace winograd_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2) {
         test({1, 8, 8}, 16, 16, false, 0);
         test({3, 7, 9}, 43, 37, true, 3);
@@ -153,5 +154,7 @@ int main() {
 }
 
 #else
-int main() {}
+int test_winograd(int, char*[]) {
+    return 0;
+}
 #endif
