@@ -211,3 +211,32 @@ def test_inference_forms_are_refused(tmp_path):
     with pytest.raises(TypeError, match="model: expected one that can be trained, found its inference form"):
         save_checkpoint(tmp_path / "flow.pt", usf.models.USFlow(4, blocks=1).fuse())
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_in_another_place_now(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pt")
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "others.pt")
+    backbone = usf.models.create_backbone("resnet10t", weights=tmp_path / "weights.pt", out_indices=(0, 1))
+    model = usf.models.FastFlow(backbone, steps=1).eval()
+    path, moved = tmp_path / "model.pt", tmp_path / "moved.pt"
+    save_checkpoint(path, model, extra={"image_size": [32, 32]})
+    (tmp_path / "weights.pt").rename(moved)
+    with pytest.raises(ValueError, match=r"model\.pt: .*no such file: .*weights\.pt"):
+        load_checkpoint(path)
+    with pytest.raises(ValueError, match=r"model\.pt: was trained with other weights of the backbone"):
+        load_checkpoint(path, weights=tmp_path / "others.pt")
+    again, images = load_checkpoint(path, weights=moved), torch.rand(2, 3, 32, 32)
+    for found, expected in zip(again(images)[0], model(images)[0], strict=True):
+        assert torch.equal(found, expected)
+    save_checkpoint(path, again, extra={"image_size": [32, 32]})
+    load_checkpoint(path)  # the new place is in there
+
+
+def test_weights_for_a_model_that_holds_its_own(tmp_path):
+    save_checkpoint(tmp_path / "flow.pt", usf.models.USFlow(4, blocks=1))
+    with pytest.raises(
+        ValueError, match=r"weights: expected None, since .*flow\.pt holds all .* found a\.pt"
+    ):
+        load_checkpoint(tmp_path / "flow.pt", weights="a.pt")

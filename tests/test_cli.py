@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -20,7 +19,7 @@ import usf_kernels
 from usf_kernels import metrics, models
 from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
 from usf_kernels.cli import main
-from usf_kernels.cli.options import add_inference, load_for_inference
+from usf_kernels.cli.options import add_checkpoint, add_inference, load_for_inference
 from usf_kernels.models import UFlow, USFlow
 from usf_kernels.models.backbones import create_backbone
 from usf_kernels.plotting import Shown
@@ -70,9 +69,10 @@ def test_precision_is_that_of_the_whole_model(precision, tmp_path):
     pytest.importorskip("timm")
     save_checkpoint(tmp_path / "model.pt", UFlow(create_backbone(out_indices=(0, 1)), steps=1))
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path, default=tmp_path / "model.pt")
+    add_checkpoint(parser)
     add_inference(parser)
-    loaded, device = load_for_inference(parser.parse_args(["--device", "cpu", "--precision", precision]))
+    asked = [str(tmp_path / "model.pt"), "--device", "cpu", "--precision", precision]
+    loaded, device = load_for_inference(parser.parse_args(asked))
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     features = loaded.features(torch.rand(1, 3, 32, 32, device=device))
     assert [x.dtype for x in (*features, *loaded.latents(features)[0])] == [dtype] * 4

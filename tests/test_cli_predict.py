@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("PIL")
 
@@ -13,8 +14,10 @@ from PIL import Image
 from toy import ToyDetector
 
 from usf_kernels import data, files, metrics
+from usf_kernels.checkpoint import save_checkpoint
 from usf_kernels.cli import main
 from usf_kernels.cli.predict import _names
+from usf_kernels.models import UFlow, create_backbone
 
 toy_models, checkpoint, folder = cli_toys.toy_models, cli_toys.checkpoint, cli_toys.folder  # fixtures
 
@@ -160,3 +163,17 @@ def test_names_that_look_like_markup(checkpoint, tmp_path, capsys):
     printed = "".join(capsys.readouterr().out.split())
     assert "q[/b].png" in printed
     assert "photo[copy]/b].png" in printed
+
+
+def test_weights_of_the_backbone_from_another_place(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    weights, moved, path = (tmp_path / name for name in ("weights.pt", "moved.pt", "model.pt"))
+    torch.save(timm.create_model("resnet10t").state_dict(), weights)
+    backbone = create_backbone("resnet10t", weights=weights, out_indices=(0, 1))
+    save_checkpoint(path, UFlow(backbone, steps=1), extra={"image_size": [32, 32]})
+    weights.rename(moved)
+    write_image(tmp_path / "a.png", size=(32, 32))
+    asked = ["predict", str(path), str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
+    assert "no such file" in fails(capsys, *asked)
+    assert main([*asked, "--weights", str(moved)]) == 0
+    assert (tmp_path / "out" / "a_map.npy").exists()

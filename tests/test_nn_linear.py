@@ -81,6 +81,8 @@ def test_whitening_survives_dead_channels_and_refuses_what_it_cannot_do():
         LUConv1x1(5, bias=False).whiten_(x.mean(0), x.T.cov())
     with pytest.raises(ValueError, match=r"mean: expected shape \(5,\) = \(C,\), found \(4,\)"):
         module.whiten_(x.mean(0)[:4], x.T.cov())
+    with pytest.raises(TypeError, match="eps: expected a number, found str"):
+        module.whiten_(x.mean(0), x.T.cov(), eps="small")
 
 
 def test_log_prior_is_the_log_normal_density():

@@ -105,6 +105,8 @@ def test_errors(monkeypatch):
     z = torch.ones(2, 3, 4, 4)
     with pytest.raises(ValueError, match="latents: expected at least one tensor"):
         anomaly_map([], 4)
+    with pytest.raises(TypeError, match="latents: expected tensors or one tensor, found NoneType"):
+        anomaly_map(None, 4)
     with pytest.raises(ValueError, match=r"latents\[1\]: expected batch size 2 as latents\[0\], found 1"):
         anomaly_map([z, z[:1]], 4)
     for bad in (z[0], z[..., :0], z[:, :0]):

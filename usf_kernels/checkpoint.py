@@ -12,7 +12,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def load_checkpoint(
     *,
     model_class: type[nn.Module] | None = None,
     device: str | torch.device = "cpu",
+    weights: str | Path | Sequence[str | Path] | None = None,
 ) -> nn.Module:
     """Rebuild the model that a checkpoint holds, in evaluation mode.
 
@@ -70,10 +71,13 @@ def load_checkpoint(
         path: a file written by `save_checkpoint` or during training.
         model_class: the class that must be in it; None takes the class of `usf_kernels.models` it names.
         device: where to put the model.
+        weights: file of the frozen backbone's weights, or several as for `create_backbone`, where they are
+            no longer, or not to be downloaded from, where they came from in training.
 
     Raises:
         ValueError: naming the file, when it is no checkpoint, is truncated or damaged, comes from a newer
-            version of the format, holds another architecture, or does not fit the model or the backbone.
+            version of the format, holds another architecture, or does not fit the model or the backbone;
+            `weights` for a model that takes none from a file.
         OSError: when it cannot be opened.
     """
     content = read_checkpoint(path)
@@ -86,12 +90,25 @@ def load_checkpoint(
             raise ValueError(f"{path}: holds a {name!r}, which usf_kernels.models does not have")
     elif model_class.__name__ != name:
         raise ValueError(f"{path}: holds a {name}, not a {model_class.__name__}")
+    config = content["config"] if weights is None else _with_weights(content["config"], weights, path)
     try:
-        model = model_class.from_config(content["config"])
+        model = model_class.from_config(config)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its configuration does not build a {name} ({error})") from error
     load_stored_state(model, content, path)
     return model.to(device).eval()
+
+
+def _with_weights(
+    config: Mapping[str, Any], weights: str | Path | Sequence[str | Path], path: str | Path
+) -> dict[str, Any]:
+    """The configuration, with these files for the backbone."""
+    backbone = config.get("backbone")
+    if not isinstance(backbone, dict) or backbone.get("weights") is None:
+        raise ValueError(
+            f"weights: expected None, since {path} holds all weights of its model, found {weights}"
+        )
+    return {**config, "backbone": {**backbone, "weights": weights}}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

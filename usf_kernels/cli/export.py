@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from usf_kernels.cli.options import image_size, load_detector, size_of_images
+from usf_kernels.cli.options import add_checkpoint, image_size, load_detector, size_of_images
 
 
 def add_parser(commands: Any) -> None:
@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
         "anomaly map and the squared norms that the automatic threshold is computed from. Where ONNX Runtime "
         "is installed, the results are compared first.",
     )
-    parser.add_argument("checkpoint", type=Path)
+    add_checkpoint(parser)
     parser.add_argument("output", type=Path, help="such as model.onnx")
     parser.add_argument("--image-size", type=image_size, help="to trace it with; default: the training's")
     parser.add_argument(
@@ -33,7 +33,7 @@ def export(options: argparse.Namespace) -> int:
     from usf_kernels.models import export_onnx
 
     check_writable(options.output)
-    model = load_detector(options.checkpoint)
+    model = load_detector(options)
     size = size_of_images(options, required=True)
     export_onnx(model, options.output, image_size=size, dynamic_size=not options.fixed_size)
     sizes = "x".join(map(str, size)) if options.fixed_size else "any size"

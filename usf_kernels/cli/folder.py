@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from usf_kernels.cli.options import (
     METRICS,
+    add_checkpoint,
     add_inference,
     image_size,
     load_for_inference,
@@ -176,7 +177,7 @@ def add_evaluate(commands: Any) -> None:
         help="measure a trained model on the test images of a folder",
         description="Measure a checkpoint on FOLDER/test/<kind> with masks in FOLDER/ground_truth/<kind>.",
     )
-    parser.add_argument("checkpoint", type=Path)
+    add_checkpoint(parser)
     parser.add_argument("folder", type=Path, help="holds test and ground_truth")
     parser.add_argument(
         "--output", type=Path, help="folder for results.json and panel.png; default: only print"

@@ -60,6 +60,17 @@ def size_of_images(options: argparse.Namespace, *, required: bool) -> tuple[int,
     return None if size is None else tuple(size)
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """`checkpoint` and `--weights`, for commands that load a model."""
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument(
+        "--weights",
+        action="append",
+        metavar="FILE",
+        help="of the backbone, once for each of its networks; default: from where training had them",
+    )
+
+
 def add_inference(parser: argparse.ArgumentParser) -> None:
     """`--device` and `--precision`, for commands that only predict."""
     parser.add_argument(
@@ -94,17 +105,21 @@ def pick_device(name: str, option: str = "--device") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_detector(path: Path, device: str | torch.device = "cpu") -> FeatureFlow:
-    """The model of images in a checkpoint.
+def load_detector(options: argparse.Namespace, device: str | torch.device = "cpu") -> FeatureFlow:
+    """The model of images in `checkpoint`, its backbone with `--weights`.
 
     Raises:
         ValueError, OSError: as `load_checkpoint`; for a model of something else than images, too.
     """
     from usf_kernels.checkpoint import load_checkpoint
 
-    model = load_checkpoint(path, device=device)
+    files = options.weights
+    weights = files[0] if files is not None and len(files) == 1 else files
+    model = load_checkpoint(options.checkpoint, device=device, weights=weights)
     if not hasattr(model, "calibrate"):  # no masks, then: a density of vectors, for example
-        raise ValueError(f"{path}: expected a FastFlow, CFlow or UFlow, found a {type(model).__name__}")
+        raise ValueError(
+            f"{options.checkpoint}: expected a FastFlow, CFlow or UFlow, found a {type(model).__name__}"
+        )
     return model
 
 
@@ -117,7 +132,7 @@ def load_for_inference(options: argparse.Namespace) -> tuple[FeatureFlow, torch.
     import torch
 
     device = pick_device(options.device)
-    model = load_detector(options.checkpoint, device)
+    model = load_detector(options, device)
     return model.fuse(torch.bfloat16 if options.precision == "bf16-true" else None), device
 
 

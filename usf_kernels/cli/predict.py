@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usf_kernels.cli.options import (
+    add_checkpoint,
     add_inference,
     image_size,
     load_for_inference,
@@ -42,7 +43,7 @@ def add_parser(commands: Any) -> None:
         "level and centroid on the map of map_size, which is that of scale. All images are opened before "
         "anything is written.",
     )
-    parser.add_argument("checkpoint", type=Path)
+    add_checkpoint(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="default: %(default)s")
     parser.add_argument("--image-size", type=image_size, help="size to predict at; default: the training's")

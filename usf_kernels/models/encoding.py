@@ -82,9 +82,8 @@ class Encodings:
     def _encode(
         self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device, format_: torch.memory_format
     ) -> Tensor:
-        with torch.inference_mode(False):  # what is kept may be asked for in training next
-            encoding = positional_encoding(self.channels, *size, dtype=dtype, device=device)[None]
-            return encoding.contiguous(memory_format=format_)
+        encoding = positional_encoding(self.channels, *size, dtype=dtype, device=device)[None]
+        return encoding.contiguous(memory_format=format_)
 
     def projected(self, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
         """`flow.project` of the encoding."""

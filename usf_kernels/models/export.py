@@ -98,7 +98,11 @@ def _scores(model: nn.Module) -> ExportedScores:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32 and name != "null_parameters":
             raise TypeError(f"model: expected float32 weights, found {tensor.dtype} in {name}")
-    return ExportedScores(deepcopy(model).cpu()).eval().requires_grad_(False)
+    scores = ExportedScores(deepcopy(model).cpu()).eval().requires_grad_(False)
+    for module in scores.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # what is in place takes the tracer of open sizes longer than all else
+    return scores
 
 
 def _example(scores: ExportedScores, image_size: tuple[int, int]) -> Tensor:

@@ -40,11 +40,19 @@ class Kept(Generic[Value]):
         state = [(t.data_ptr(), t.dtype, t._version) for t in tensors]
         entry = self._entries.pop(key, None)
         if entry is None or entry.state != state:
-            entry = _Entry(tensors, state, make())
+            entry = _Entry(tensors, state, _make_ordinary(make))
         self._entries[key] = entry  # what was used last comes last
         if len(self._entries) > MOST:
             del self._entries[next(iter(self._entries))]
         return entry.value
+
+
+def _make_ordinary(make: Callable[[], Value]) -> Value:
+    """Tensors of inference mode could not take part when a gradient is asked for later."""
+    if not torch.is_inference_mode_enabled():
+        return make()
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
 
 
 class _Entry(NamedTuple):

@@ -132,8 +132,9 @@ class LUConv1x1(Fusible, nn.Module):
         Raises:
             ValueError: a wrong shape; a covariance that is not positive definite even with the ridge; a
                 module without a bias or with diagonal="fixed", which cannot whiten.
-            TypeError: not a floating tensor.
+            TypeError: not a floating tensor, or an eps that is no number.
         """
+        check_number("eps", eps)
         check_shape("mean", mean, (self.channels,), "(C,)")
         check_shape("covariance", covariance, (self.channels, self.channels), "(C, C)")
         if self.log_diagonal is None:

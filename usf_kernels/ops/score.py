@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,8 @@ def anomaly_map(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
         RuntimeError: an `impl` that cannot run here.
     """
+    if not isinstance(latents, Iterable):
+        raise TypeError(f"latents: expected tensors or one tensor, found {type(latents).__name__}")
     latents = [latents] if isinstance(latents, Tensor) else list(latents)
     if not latents:
         raise ValueError("latents: expected at least one tensor, found an empty sequence")
