@@ -19,6 +19,7 @@ from anomalib.models.image.fastflow.torch_model import FastflowModel
 from anomalib.models.image.uflow.anomaly_map import AnomalyMapGenerator
 from anomalib.models.image.uflow.loss import UFlowLoss
 from anomalib.models.image.uflow.torch_model import UflowModel
+from FrEIA import framework, modules
 
 SIZE = (64, 96)
 
@@ -237,3 +238,38 @@ def test_cflow_trains_with_one_step_per_batch(monkeypatch):
     assert len(steps) == 4
     assert losses[0] == pytest.approx(-logsigmoid(likelihoods).sum().item(), rel=1e-4)
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_decoder_that_was_left_runs_by_itself():
+    model, images = cflow(), torch.rand(2, 3, *SIZE)
+    whole = copy.deepcopy(model)
+    accelerate(whole)
+    accelerate(model)
+    usf.restore_blocks(model.decoders)
+    torch.testing.assert_close(predict(model, images), predict(whole, images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_whose_inner_results_are_used_twice():
+    nodes = [framework.InputNode(6)]
+    for _ in range(3):
+        options = {"subnet_constructor": lambda c_in, c_out: torch.nn.Linear(c_in, c_out)}
+        nodes.append(framework.Node(nodes[-1], modules.AllInOneBlock, options))
+    graph = framework.GraphINN(
+        [*nodes, framework.OutputNode(nodes[3]), framework.OutputNode(nodes[2])]
+    ).eval()
+    x = torch.randn(2, 6)
+    (first, second), log_det = graph(x)
+    accelerate(graph)
+    with torch.no_grad():
+        (found, other), total = graph(x)
+    torch.testing.assert_close((found, other, total), (first.detach(), second.detach(), log_det.detach()))
+    with torch.no_grad():
+        assert not graph(x, jac=False)[1].any()
+
+
+def test_copies_leave_the_trainer_where_it_is():
+    options = {"pre_trained": False, "coupling_blocks": 1, "visualizer": False, "evaluator": False}
+    model = Cflow(backbone="resnet18", layers=["layer1"], **options)
+    model._trainer = object()
+    accelerate(model)
+    assert copy.deepcopy(model)._trainer is None

@@ -143,7 +143,7 @@ def test_rows_of_our_modules_run_in_their_inference_form():
     assert net._fused is not None
     net.append(freia.FastAllInOneBlock, subnet_constructor=subnet_of(2), gin_block=True)
     with torch.no_grad():  # the mean over positions has no such form
-        assert net._one_condition() is False
+        assert net.folds is False
         torch.testing.assert_close(net.double()(x), net(x), rtol=0, atol=0)
 
 

@@ -92,3 +92,33 @@ def test_weights_that_are_computed_when_called():
         return nn.Sequential(first, nn.ReLU(), nn.Conv2d(5, c_out, 1))
 
     assert_same(subnet, train=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.parametrize("layer", [nn.Linear, nn.Conv2d])
+def test_weights_that_are_computed_when_called_and_were_loaded_since(norm, layer):
+    size = () if layer is nn.Linear else (1,)
+
+    def subnet(c_in, c_out):
+        return nn.Sequential(norm(layer(c_in, 5, *size)), nn.ReLU(), norm(layer(5, c_out, *size)))
+
+    first, second = (FlowSequence([FlowStep(6, subnet=subnet) for _ in range(2)]).eval() for _ in range(2))
+    x = torch.randn(3, 6) if layer is nn.Linear else torch.randn(3, 6, 4, 5)
+    first = randomise_(first)
+    expected = first(x)[0].detach()
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(second.fuse()(x)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_of_linear_layers():
+    def subnet(c_in, c_out):
+        first = nn.Linear(c_in, 5)
+        first.register_forward_hook(lambda _, inputs, output: 2 * output)
+        return nn.Sequential(first, nn.ReLU(), nn.Linear(5, c_out))
+
+    flow, x = (
+        randomise_(FlowSequence([FlowStep(6, subnet=subnet) for _ in range(2)])).eval(),
+        torch.randn(3, 6),
+    )
+    torch.testing.assert_close(flow.fuse()(x)[0], flow(x)[0].detach(), rtol=1e-4, atol=1e-4)

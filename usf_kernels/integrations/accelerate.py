@@ -19,7 +19,8 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
 
     - In evaluation mode and without gradients, all flows run in their inference form, U-Flow's graph too.
     - Cflow takes all positions at once, and computes what their encoding contributes once per size.
-    - Images may have any height and width, also those that are no multiples of the strides.
+    - With convolutional backbones images may have any height and width, also those that are no multiples of
+      the strides.
     - Scores and maps are the original's up to rounding, except for what is wrong there, unless `exact`:
       Cflow's score of an image depended on the others in its batch (now it is `sigmoid(-log p)`, in [0, 1],
       so thresholds that were fitted to the old values must be fitted again); U-Flow's mask was the complement

@@ -5,25 +5,25 @@ Instances keep their parameters, buffers, hooks and place; what changes is their
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from usf_kernels.integrations.couplings import may_overwrite, scale_and_shift
-from usf_kernels.integrations.faster import Faster
+from usf_kernels.integrations.faster import Faster, runs_as_one
 from usf_kernels.nn import AffineCoupling
 from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.nn.folding import WIDE, Coupling, LinearMap
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.fusing import fuse_parts
+from usf_kernels.nn.weights import state_of
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import count_positions
 from usf_kernels.ops.matrices import apply_matrix
+from usf_kernels.ops.native import somebody_looks
 from usf_kernels.ops.step import coupling_step
-
-_ORDERS = ("_order", "_inverse_order")  # buffers that a replaced block has beside its own
 
 
 class AllInOneMixin(Faster):
@@ -50,17 +50,21 @@ class AllInOneMixin(Faster):
         self.begin_fast()
 
     def begin_fast(self) -> None:
-        for name in _ORDERS:
-            self.register_buffer(name, None, persistent=False)
         if self.householder:  # what the original's last forward has left there does not copy or pickle
             self.w_perm = self.w_perm_inv = None
         self._find_order()
 
     def end_fast(self) -> None:
-        self.__dict__.pop("compact", None)
-        for name in _ORDERS:
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
+        for name in ("compact", "_order", "_inverse_order"):
+            self.__dict__.pop(name, None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AllInOneMixin:
+        super()._apply(fn, recurse)
+        self._order, self._inverse_order = (
+            None if index is None else _moved_to(index, self.w_perm.device)
+            for index in (self._order, self._inverse_order)
+        )
+        return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -81,8 +85,10 @@ class AllInOneMixin(Faster):
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
         self._find_order()
 
+    @torch.inference_mode(False)  # what inference mode makes cannot take part in training
     def _find_order(self) -> None:
-        """The permutation as indices, both ways; None where it is a general rotation."""
+        """The permutation as indices, both ways; None where it is a general rotation. They are no buffers,
+        which averages of models would take means of."""
         self._order = None if self.householder else index_of(self.w_perm.detach().flatten(1))
         self._inverse_order = None if self._order is None else torch.argsort(self._order)
 
@@ -92,7 +98,7 @@ class AllInOneMixin(Faster):
         """As the original: ((y,), log_det (B,))."""
         (x,) = x
         scale, offset = self._scale(), self.global_offset.flatten()
-        c = list(c or ())
+        c = list(c or ()) if self.conditional else []
         if self.GIN:
             return (self._volume_preserving(x, c, offset, rev),), x.new_zeros(len(x), dtype=scale.dtype)
         couple = self._by_matrix if self._order is None else self._by_index
@@ -187,7 +193,8 @@ class AllInOneMixin(Faster):
     @property
     def folds(self) -> bool:
         """Whether `flow_parts` can say what this block computes."""
-        return not self.GIN  # whose log scales depend on all positions
+        # The log scales of GIN depend on all positions; one channel is not coupled to any.
+        return not self.GIN and self.in_channels > 1
 
     def flow_parts(self) -> Iterator[LinearMap | Coupling]:
         """As `usf_kernels.nn.folding.parts`."""
@@ -212,6 +219,11 @@ def _is_index(values: Tensor) -> bool:
     if values.ndim != 1 or values.is_floating_point():
         return False
     return torch.equal(values.sort().values.long(), torch.arange(len(values), device=values.device))
+
+
+def _moved_to(index: Tensor, device: torch.device) -> Tensor:
+    """Without values where it has had none: weights are to be loaded then."""
+    return torch.empty_like(index, device=device) if index.is_meta else index.to(device)
 
 
 def _moved(fresh: Tensor, offset: Tensor, sign: int) -> Tensor:
@@ -241,26 +253,33 @@ class SequenceMixin(Faster):
     ) -> tuple[Tensor, Tensor]:
         """As the original."""
         alone = torch.is_tensor(x_or_z) and not self.force_tuple_output
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if self.training or recorded or not alone or not self._one_condition():
+        recorded = torch.is_grad_enabled() or somebody_looks()
+        if recorded or not alone or not self.folds:
             return super().forward(x_or_z, c, rev, jac)
         cond = None if self.conditions[0] is None else c[self.conditions[0]]
         fused = self.inference_form(x_or_z.dtype)
         z, log_det = (fused.inverse if rev else fused)(x_or_z, cond)
-        return z, log_det.expand(len(z))
+        return z, log_det.expand(len(z)).clone()  # which may be written to
 
-    def _one_condition(self) -> bool:
-        """Whether all blocks see the same one, or none."""
-        return len(set(self.conditions)) == 1 and all(getattr(b, "folds", False) for b in self.module_list)
+    @property
+    def folds(self) -> bool:
+        """Whether the inference form does what the blocks do, which all see the same condition, or none."""
+        same = len(set(self.conditions)) == 1 and all(getattr(b, "folds", False) for b in self.module_list)
+        return same and runs_as_one(self.module_list)
 
     def inference_form(self, dtype: torch.dtype) -> FusedFlow:
         """Of all blocks, which must fold, as they are now."""
         state = [*self.parameters(), *self.buffers()]
-        key = (dtype, *((t.data_ptr(), t._version) for t in state))
+        key = dtype, state_of(state)
         if self._fused is None or self._fused[0] != key:
             parts = [part for block in self.module_list for part in block.flow_parts()]
             self._fused = (key, fuse_parts(parts, dtype, state[0].device))
         return self._fused[1]
+
+    def train(self, mode: bool = True) -> SequenceMixin:
+        """As the original; and what has been written through `.data` meanwhile is seen."""
+        self.__dict__.pop("_fused", None)
+        return super().train(mode)
 
     def end_fast(self) -> None:
         self.__dict__.pop("_fused", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from FrEIA.framework import GraphINN
 from torch import Tensor
 
-from usf_kernels.integrations.faster import Faster
+from usf_kernels.integrations.faster import Faster, runs_as_one
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.fusing import fuse_parts
+from usf_kernels.nn.weights import state_of
+from usf_kernels.ops.native import somebody_looks
 
 
 class FastGraphINN(Faster, GraphINN):
@@ -30,6 +33,11 @@ class FastGraphINN(Faster, GraphINN):
         """Leave nothing behind."""
         self.__dict__.pop("_fused", None)
 
+    def train(self, mode: bool = True) -> FastGraphINN:
+        """As the original; and what has been written through `.data` meanwhile is seen."""
+        self._fused = {}
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the fused flows, which are made again where they are needed."""
         return {**super().__getstate__(), "_fused": {}}
@@ -44,8 +52,8 @@ class FastGraphINN(Faster, GraphINN):
         x: Any = None,
     ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """As the original."""
-        recorded = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if recorded or rev or intermediate_outputs or x is not None or self.condition_nodes:
+        recorded = self.training or torch.is_grad_enabled() or somebody_looks()
+        if recorded or rev or not jac or intermediate_outputs or x is not None or c or self.condition_nodes:
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
         inputs = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
         if len(inputs) != len(self.in_nodes):
@@ -71,18 +79,20 @@ class FastGraphINN(Faster, GraphINN):
     def _runs(self) -> dict[Any, list[Any]]:
         """Replaced blocks that follow each other, by the first of them."""
         runs: dict[Any, list[Any]] = {}
+        uses = Counter(source for node in self.node_list for source in node.inputs)
         heads: dict[Any, Any] = {}  # the last node of a run so far, to its first
         for node in self.node_list:
-            if not getattr(node.module, "folds", False) or node.conditions:
+            if not getattr(node.module, "folds", False) or node.conditions or not runs_as_one(node.module):
                 continue
-            head = heads.pop(node.inputs[0][0], node)
+            behind_one = uses[node.inputs[0]] == 1  # others would need what is between the two
+            head = heads.pop(node.inputs[0][0], node) if behind_one else node
             runs.setdefault(head, []).append(node)
             heads[node] = head
         return runs
 
     def _inference_form(self, run: list[Any], dtype: torch.dtype) -> FusedFlow:
         state = [tensor for node in run for tensor in (*node.module.parameters(), *node.module.buffers())]
-        key = (dtype, *((t.data_ptr(), t._version) for t in state))
+        key = dtype, state_of(state)
         known = self._fused.get(run[0].name)
         if known is None or known[0] != key:
             parts = [part for node in run for part in node.module.flow_parts()]

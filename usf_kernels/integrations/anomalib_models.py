@@ -31,6 +31,7 @@ from usf_kernels.models.scoring import TAIL, TESTS
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.maps import to_rows
 from usf_kernels.ops import anomaly_map
+from usf_kernels.ops.native import somebody_looks
 from usf_kernels.segmentation import Null, segment
 
 LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -64,7 +65,8 @@ class Accelerated(Faster):
 
 
 class FastFastflowModel(Accelerated, FastflowModel):
-    """`anomalib.models.image.fastflow.torch_model.FastflowModel`, for images of any size."""
+    """`anomalib.models.image.fastflow.torch_model.FastflowModel`, for images of any size that the
+    backbone takes."""
 
     network = "feature_extractor"
 
@@ -204,7 +206,7 @@ class FastCflowModel(Accelerated, CflowModel):
         features = self.encoder.eval()(images)
         for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
             maps = features[layer]
-            if torch.compiler.is_compiling():
+            if somebody_looks() or not getattr(decoder, "folds", False):
                 likelihood = _likelihood(decoder, maps, self.condition_vector)
             else:
                 likelihood = self._fused_likelihood(layer, decoder, maps)

@@ -5,7 +5,7 @@ Both halves are transformed in turn, each by a function of the other. Instances 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class TwoSidedMixin(Faster):
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
         """As the original: ((y,), log_det (B,))."""
-        (x,) = x
+        (x,), c = x, list(c or ()) if self.conditional else []
         halves, log_dets = list(x.split([self.split_len1, self.split_len2], dim=1)), []
         for active in (1, 0) if rev else (0, 1):
             passive = halves[1 - active]
@@ -87,26 +87,25 @@ class _AffineMixin(TwoSidedMixin):
     """`y = x * exp(s) + t` with `s = clamp * f_clamp(raw)`."""
 
     uniform = False
-    _bound: Callable[[Tensor], Tensor]
-    _factor: float
+    _is_atan: bool
 
     def _coefficients(self, inputs: Tensor, active: int) -> tuple[Tensor, Tensor]:
         """(raw, t) of one half."""
         raise NotImplementedError
 
     def begin_fast(self) -> None:
-        is_atan = named(self.f_clamp) is clamp_atan
-        self._bound = torch.atan if is_atan else self.f_clamp
-        self._factor = 0.636 * self.clamp if is_atan else self.clamp
+        self._is_atan = named(self.f_clamp) is clamp_atan
 
     def end_fast(self) -> None:
-        del self._bound, self._factor
+        del self._is_atan
 
     def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor]:
         raw, shift = self._coefficients(inputs, active)
-        overwrite, bounded = may_overwrite(raw, x, shift), self._bound(raw)
-        fresh = overwrite and self._bound in (torch.atan, torch.tanh)  # others may return a view
-        log_scale = bounded.mul_(self._factor) if fresh else bounded * self._factor
+        bound = torch.atan if self._is_atan else self.f_clamp
+        factor = 0.636 * self.clamp if self._is_atan else self.clamp
+        overwrite, bounded = may_overwrite(raw, x, shift), bound(raw)
+        fresh = overwrite and bound in (torch.atan, torch.tanh)  # others may return a view
+        log_scale = bounded.mul_(factor) if fresh else bounded * factor
         log_det = log_scale.sum(dim=tuple(range(1, log_scale.ndim)))
         y = scale_and_shift(x, log_scale, shift, 1.0, inverse=rev, overwrite=overwrite)
         return y, -log_det if rev else log_det

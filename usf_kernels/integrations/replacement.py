@@ -13,7 +13,7 @@ from torch import nn
 
 from usf_kernels.integrations.all_in_one import AllInOneMixin
 from usf_kernels.integrations.faster import Faster
-from usf_kernels.ops.checks import check_choice
+from usf_kernels.ops.checks import check_choice, check_clamp
 
 # A module of a package that was never imported has no instances, so nothing is imported for nothing.
 _PACKAGES = {"FrEIA": "usf_kernels.integrations.freia", "anomalib": "usf_kernels.integrations.anomalib"}
@@ -54,9 +54,10 @@ def replace_blocks(model: nn.Module, *, to: str = "exact", compact: bool = False
 
     With `to="exact"` they compute the same, faster. `AllInOneBlock`s (every option) and FrEIA's GLOW, NICE
     and RNVP coupling blocks take fewer passes, in training too; a `SequenceINN` of `AllInOneBlock`s runs in
-    its inference form (`FlowSequence.fuse`) where it is in evaluation mode and no gradients are recorded. All
-    parameters stay the objects that they are, so optimisers, wrappers and hooks keep working, and checkpoints
-    go both ways. Permutations must not be edited by hand afterwards; loading them is fine.
+    its inference form (`FlowSequence.fuse`) where all of it is in evaluation mode, without hooks, and no
+    gradients are recorded; what is written through `.data` is seen from the next `train()` or `eval()` on.
+    All parameters stay the objects that they are, so optimisers, wrappers and hooks keep working, and
+    checkpoints go both ways. Permutations must not be edited by hand afterwards; loading them is fine.
 
     With `to="usf"` the flow also becomes uniformly scaling: every `AllInOneBlock` gets an additive coupling
     and an LU map (`usf_kernels.integrations.uniform` says what of it survives; blocks with `gin_block` are
@@ -154,6 +155,8 @@ def _decide(model: nn.Module, classes: dict[type, type], to: str) -> tuple[Repla
         missing = [attribute for attribute in fast.needs if not hasattr(module, attribute)]
         if missing:
             report.left[name] = f"no attribute {missing[0]!r}, so of a version that is not known"
+        elif _odd_clamp(module):
+            report.left[name] = f"its clamp is {module.clamp!r}, expected a positive number"
         elif to == "exact" or fast.uniform or getattr(module, "GIN", False):
             if type(module) is original:
                 plan.append(_Step(module, original, fast))
@@ -170,6 +173,17 @@ def _decide(model: nn.Module, classes: dict[type, type], to: str) -> tuple[Repla
                 report.replaced.append(name)
                 report.notes[name] = uniform.NOTE
     return report, plan
+
+
+def _odd_clamp(module: nn.Module) -> bool:
+    """Whether it is an affine block that bounds its log scales by what no coupling here does."""
+    if not hasattr(module, "GIN") or module.GIN:
+        return False
+    try:
+        check_clamp(module.clamp)
+    except (TypeError, ValueError):
+        return True
+    return False
 
 
 def _nothing(model: nn.Module, report: Replacement) -> str:

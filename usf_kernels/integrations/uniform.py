@@ -8,7 +8,6 @@ log-determinant and t are what they were, and the log scales are gone.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from usf_kernels.integrations.all_in_one import AllInOneMixin, index_of
 from usf_kernels.integrations.faster import Faster, named
 from usf_kernels.integrations.flow_modules import FlowModule
 from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1, Permutation
+from usf_kernels.nn.fused_conditioner import copy_of
 
 NOTE = (
     "additive coupling and LU map. Kept: the subnet but for its log scales, the shifts, the scales and the "
@@ -54,13 +54,14 @@ class UniformBlock(Faster, FlowModule):
         self.flow = flow
 
     def end_fast(self) -> None:
-        """The contents are what they were, on the device and in the mode that the block has now."""
-        device = next(self.parameters()).device
+        """The contents are what they were, on the device, of the dtype and in the mode of the block now."""
+        now = next(self.parameters())
         self.__class__, contents = self.__dict__.pop("_original")
         self.__dict__.update(contents)
-        self.to(device).train(self.training)
+        self.to(now.device, now.dtype).train(self.training)
 
 
+@torch.inference_mode(False)  # what inference mode makes cannot be trained
 def uniform_flow(block: InvertibleModule) -> FlowSequence:
     """What an `AllInOneBlock` of either package, replaced or not, becomes; it is left as it is.
 
@@ -87,7 +88,12 @@ def uniform_flow(block: InvertibleModule) -> FlowSequence:
     if block.reverse_pre_permute:
         enter = _factorised(rotation.mT, torch.zeros_like(scale))
         steps = [*(enter if index_of(rotation) is None else enter[1:]), *steps]
-    return FlowSequence(steps, memory="standard").train(block.training)
+    flow = FlowSequence(steps, memory="standard").train(block.training)
+    if not (block.global_scale.requires_grad or block.global_offset.requires_grad):  # frozen, so is the rest
+        for layer in flow.modules():
+            if isinstance(layer, LUConv1x1):
+                layer.requires_grad_(False)
+    return flow
 
 
 @torch.no_grad()
@@ -110,22 +116,21 @@ def _shifts_of(block: InvertibleModule) -> nn.Module:
         CannotConvert: its last layer is not one that can be halved.
     """
     channels = block.splits[1]
-    subnet = _halved(deepcopy(block.subnet), channels)
+    subnet = _halved(copy_of(block.subnet), channels)
     # The layer that was registered last need not be the one that runs last: look at what comes out, with
     # weights that would show it.
-    whole = deepcopy(block.subnet).eval()
+    whole = copy_of(block.subnet).eval()
     last = list(whole.modules())[-1]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in last.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        half = _halved(deepcopy(whole), channels)
+        half = _halved(copy_of(whole), channels)
         like, spatial = next(whole.parameters()), block.dims_in[0][1:]
         x = torch.randn(1, block.splits[0] + block.condition_channels, *spatial, generator=generator).to(like)
-        expected = 0.1 * whole(x)[:, channels:]
         try:
-            found = half(x)
-        except RuntimeError as error:  # shapes that no longer fit
+            expected, found = 0.1 * whole(x)[:, channels:], half(x)
+        except Exception as error:  # shapes that no longer fit, or whatever a subnet does not take
             raise CannotConvert(f"its subnet does not run with half of its last layer: {error}") from error
     tolerance = 0.01 * expected.abs().max().item()
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=tolerance):

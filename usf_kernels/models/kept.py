@@ -8,6 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from usf_kernels.nn.weights import state_of
 from usf_kernels.ops.native import somebody_looks
 
 MOST = 4
@@ -37,7 +38,7 @@ class Kept(Generic[Value]):
             return make()
         # Views: what a value comes from cannot be freed, and its address not be given to other tensors.
         tensors = [t.detach() for t in tensors]
-        state = [(t.data_ptr(), t.dtype, t._version) for t in tensors]
+        state = state_of(tensors)
         entry = self._entries.pop(key, None)
         if entry is None or entry.state != state:
             entry = _Entry(tensors, state, _make_ordinary(make))
@@ -57,5 +58,5 @@ def _make_ordinary(make: Callable[[], Value]) -> Value:
 
 class _Entry(NamedTuple):
     tensors: list[Tensor]
-    state: list[tuple[int, torch.dtype, int]]
+    state: Hashable
     value: object

@@ -7,6 +7,8 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from usf_kernels.nn.conditioner_layers import CONVOLUTIONS, flat, is_linear, keeps_size, linear
 from usf_kernels.nn.conditioner_sizes import PointwiseOnMaps, is_elementwise, joined
@@ -85,7 +87,7 @@ class FusedConditioner(nn.Module):
         give_last: bool = False,
     ) -> None:
         super().__init__()
-        subnet = _copy_of(subnet).to("cpu", WIDE).eval()
+        subnet = _with_plain_weights(copy_of(subnet).to("cpu", WIDE).eval())
         layers = joined(list(flat(subnet)), set(subnet.modules()))
         condition, size = None, len(layers)
         if cond_channels > 0 and layers and is_linear(layers[0]):
@@ -119,7 +121,7 @@ class FusedConditioner(nn.Module):
         for layer in list(self._simple_layers())[0 if self.shift is None else 1 :]:
             conditioned = isinstance(layer, _Conditioned)
             linear = layer.layer if conditioned else layer
-            if type(linear) is nn.Linear or keeps_size(linear):
+            if is_linear(linear) and (type(linear) is nn.Linear or keeps_size(linear)):
                 found.append((linear, conditioned, None))
             elif is_elementwise(linear) and found and found[-1][2] is None:
                 found[-1] = (*found[-1][:2], linear)
@@ -243,12 +245,24 @@ def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return layer
 
 
-def _copy_of(module: nn.Module) -> nn.Module:
+def copy_of(module: nn.Module) -> nn.Module:
     """Its copy, where it holds results of autograd too, as torch.nn.utils.weight_norm leaves them: PyTorch
     does not copy these. They are made again when the module is called."""
     results = (value for child in module.modules() for value in vars(child).values())
     memo = {id(v): v.detach() for v in results if isinstance(v, Tensor) and not v.is_leaf}
     return deepcopy(module, memo)
+
+
+def _with_plain_weights(module: nn.Module) -> nn.Module:
+    """With the weights that torch.nn.utils.weight_norm and spectral_norm would make, in place: what these
+    have left at the last call may be of other parameters."""
+    for part in module.modules():
+        for hook in list(part._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(part, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                nn.utils.remove_spectral_norm(part, hook.name)
+    return module
 
 
 def _grouped(layers: list[nn.Module]) -> Iterator[nn.Module]:

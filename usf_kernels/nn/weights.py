@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_unseen_steps = 0
+
+
+def _count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Optimisers with `fused=True` write to parameters without counting it in their versions."""
+    global _unseen_steps
+    if not torch.compiler.is_compiling() and any(group.get("fused") for group in optimizer.param_groups):
+        _unseen_steps += 1
+
+
+register_optimizer_step_post_hook(_count)
+
+
+def state_of(tensors: Iterable[Tensor]) -> Hashable:
+    """Equal to what it was for as long as these tensors are where and what they were, as far as that can be
+    seen: what is written through `.data` leaves no trace. Never equal where one is of inference mode, to
+    which writes leave none either."""
+    states = ((t.data_ptr(), t.dtype, object() if t.is_inference() else t._version) for t in tensors)
+    return _unseen_steps, *states
 
 
 class _Weight(NamedTuple):
@@ -42,12 +64,15 @@ class Weights:
             if tensor is not None
         ]
         self.tensors = [weight.tensor for weight in self._weights]
+        self._unseen_steps = _unseen_steps
 
     @property
     def outdated(self) -> bool:
         """Whether any has been written to or replaced, as far as that can be seen: what is written through
         `.data` leaves no trace, and nor do writes to tensors of inference mode, so that these count as
         written to."""
+        if self._unseen_steps != _unseen_steps:
+            return True
         for owner, name, tensor, _, address, version in self._weights:  # at every call, so unpacked
             if owner.get(name) is not tensor or version is None:
                 return True
