@@ -370,3 +370,26 @@ def test_wrong_inputs_are_named(backbone, images):
         model.inverse(model.features(images)[::-1])
     with pytest.raises(TypeError, match="loss: expected a model to train"):
         model.fuse().loss(images)
+
+
+@pytest.mark.parametrize("linear", ["lu", "permutation"])
+def test_without_steps(backbone, images, linear):
+    model = cflow(backbone, images, steps=0, linear=linear)
+    for found, expected in zip(model.fuse()(images)[0], model(images)[0], strict=True):
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_inference_form_keeps_its_dtype(backbone, images):
+    fused = cflow(backbone, images).fuse()
+    with pytest.raises(TypeError, match=r"dtype: expected None, since an inference form .* torch.bfloat16"):
+        fused.fuse(torch.bfloat16)
+    fused.fuse()
+
+
+def test_calibration_needs_images_and_keeps_the_mode(backbone, images):
+    model = cflow(backbone, images).train()
+    with pytest.raises(ValueError, match="features: expected those of at least one image, found none"):
+        model.calibrate(model.features(images[:0]))
+    with pytest.raises(ValueError, match="features: expected maps with"):
+        model.calibrate([maps[:, :1] for maps in model.features(images)])
+    assert model.training

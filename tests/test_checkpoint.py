@@ -176,9 +176,10 @@ def test_json_has_null_for_what_it_cannot_say(tmp_path):
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".last.pt.123.tmp").write_bytes(b"x")
-    (tmp_path / "kept.tmp").write_bytes(b"x")
-    files.remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.tmp"]
+    for name in ("kept.tmp", ".others.pt.123.tmp"):
+        (tmp_path / name).write_bytes(b"x")
+    files.remove_leftovers(tmp_path, ("last.pt",))
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.tmp", ".others.pt.123.tmp"}
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
@@ -227,6 +228,10 @@ def test_weights_that_are_in_another_place_now(tmp_path):
         load_checkpoint(path)
     with pytest.raises(ValueError, match=r"model\.pt: was trained with other weights of the backbone"):
         load_checkpoint(path, weights=tmp_path / "others.pt")
+    with pytest.raises(ValueError, match="weights: no such file: nowhere"):
+        load_checkpoint(path, weights="nowhere")
+    with pytest.raises(ValueError, match="weights: expected one file for the network resnet10t"):
+        load_checkpoint(path, weights=[moved, moved])
     again, images = load_checkpoint(path, weights=moved), torch.rand(2, 3, 32, 32)
     for found, expected in zip(again(images)[0], model(images)[0], strict=True):
         assert torch.equal(found, expected)
@@ -236,7 +241,39 @@ def test_weights_that_are_in_another_place_now(tmp_path):
 
 def test_weights_for_a_model_that_holds_its_own(tmp_path):
     save_checkpoint(tmp_path / "flow.pt", usf.models.USFlow(4, blocks=1))
-    with pytest.raises(
-        ValueError, match=r"weights: expected None, since .*flow\.pt holds all .* found a\.pt"
-    ):
+    with pytest.raises(ValueError, match=r"weights: expected None, as .*flow\.pt holds all .* found a\.pt"):
         load_checkpoint(tmp_path / "flow.pt", weights="a.pt")
+
+
+@pytest.mark.parametrize("weights", ["auto", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_models_keep_their_dtype(tmp_path, dtype, weights):
+    pytest.importorskip("timm")
+    backbone = usf.models.create_backbone(out_indices=(0, 1), weights=weights)
+    model, images = usf.models.FastFlow(backbone, steps=1).to(dtype).eval(), torch.rand(2, 3, 32, 32)
+    model.null_parameters = model.null_parameters.double()
+    save_checkpoint(tmp_path / "model.pt", model)
+    again = load_checkpoint(tmp_path / "model.pt")
+    assert again.null_parameters.dtype is torch.float64
+    images = images.to(dtype)
+    for found, expected in zip(again(images)[0], model(images)[0], strict=True):
+        assert torch.equal(found, expected)
+    save_checkpoint(tmp_path / "flow.pt", usf.models.USFlow(2, blocks=1).to(dtype))
+    assert next(load_checkpoint(tmp_path / "flow.pt").parameters()).dtype is dtype
+
+
+def test_what_a_checkpoint_holds_is_not_looked_for_elsewhere(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pt")
+    backbone = usf.models.create_backbone("resnet10t", weights=tmp_path / "weights.pt", out_indices=(1,))
+    options = {"image_size": 16, "latent": 4, "width": 4, "blocks": 1}
+    model = usf.models.VAEUSFlow(backbone, trainable=True, **options).eval()
+    save_checkpoint(tmp_path / "vae.pt", model)
+    (tmp_path / "weights.pt").unlink()
+    again = load_checkpoint(tmp_path / "vae.pt")
+    save_checkpoint(tmp_path / "vae.pt", again)
+    again = load_checkpoint(tmp_path / "vae.pt")
+    for found, expected in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="weights: expected None"):
+        load_checkpoint(tmp_path / "vae.pt", weights=tmp_path / "vae.pt")

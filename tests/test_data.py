@@ -138,6 +138,9 @@ def test_render_defect_checks_its_arguments():
         render_defect(image[:32, :32], "stain", rng, image[:32, :32])
     with pytest.raises(ValueError, match=r"\(64, 128\)"):
         render_defect(image, "patch", rng, image[:64])
+    flat = np.full((64, 64), 0.5)
+    with pytest.raises(ValueError, match="image: a blur changes nothing in it that could be seen"):
+        render_defect(flat, "blur", rng, flat)
 
 
 @pytest.fixture
@@ -249,6 +252,15 @@ def test_the_camera_s_orientation_is_followed(folder):
     sample = FolderDataset(folder, "test", size=None)[1]
     assert torch.equal(sample.image, expected)
     assert sample.mask[0, 30:50, 20:30].all()
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_the_orientation_of_a_tiff_is_followed(tmp_path, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new(mode, (30, 20)).save(tmp_path / "a.tif", exif=exif)
+    assert read_image(tmp_path / "a.tif").shape == ((3, 20, 30) if orientation == 3 else (3, 30, 20))
 
 
 @pytest.mark.parametrize(("values", "found"), [((0, 255), "0 to 255"), ((0, np.nan), "nan"), ((-1, 1), "-1")])

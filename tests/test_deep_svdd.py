@@ -168,3 +168,15 @@ def test_a_soft_boundary_is_there_from_the_start():
     assert 0.05 <= outside <= 0.1
     assert model.loss(samples).isfinite()
     assert model.fuse().predict(samples).isfinite().all()
+
+
+@pytest.mark.parametrize("nu", [0.1, 0.45, 0.5, 0.9])
+@pytest.mark.parametrize("samples", [1, 2, 3, 8, 25])
+def test_no_other_radius_is_better_for_the_batch(nu, samples):
+    model = DeepSVDD(3, objective="soft_boundary", nu=nu, latent=4).double()
+    x = torch.randn(samples, 3, dtype=torch.float64)
+    model.initialize(x)
+    z = model(x).detach()
+    loss = soft_boundary_loss(z, model.centre, model.squared_radius, nu)
+    for other in (z - model.centre).square().sum(1):
+        assert loss <= soft_boundary_loss(z, model.centre, other, nu) + 1e-12

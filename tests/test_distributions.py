@@ -9,9 +9,11 @@ import torch
 from helpers import max_error, randomise_
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from usf_kernels.models.distributions import create_base
 from usf_kernels.models.radial import RadialBase
+from usf_kernels.models.traceable import TraceableStudentT
 
 SPECS = [
     {"name": "normal", "loc": 0.3, "scale": 0.7},
@@ -180,3 +182,13 @@ def test_bad_inputs_are_named():
         base.log_prob(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="n: expected an int at least 0, found -1"):
         base.sample(-1)
+
+
+@pytest.mark.parametrize("df", [1.0, 50.0, 59.9, 60.1, 1e3, 1e5, 1e7])
+def test_student_t_of_any_degrees_of_freedom(df):
+    """The difference of two large logarithms of gamma would be rounding errors."""
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
+        values = (torch.tensor(v, dtype=dtype) for v in (df, 0.0, 1.0))
+        found = TraceableStudentT(*values).log_prob(torch.tensor(0.3, dtype=dtype)).item()
+        expected = stats.t.logpdf(torch.tensor(0.3, dtype=dtype).item(), df)
+        assert abs(found - expected) < tolerance

@@ -29,6 +29,14 @@ def test_kept_until_a_tensor_is_written_to_replaced_or_moved(weight):
     assert len(calls) == 4
 
 
+def test_kept_until_an_optimiser_steps_that_does_not_count(weight):
+    kept = Kept()
+    before = kept.get("key", [weight], lambda: weight.detach().clone())
+    weight.grad = torch.ones(3)
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()
+    assert not torch.equal(kept.get("key", [weight], lambda: weight.detach().clone()), before)
+
+
 def test_the_last_few_keys_are_kept(weight):
     kept = Kept()
     values = [kept.get(key, [weight], object) for key in range(MOST)]

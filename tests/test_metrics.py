@@ -172,3 +172,9 @@ def test_errors_name_the_shapes():
         metrics.aupro(maps, targets, fpr_limit=0.0)
     with pytest.raises(ValueError, match="targets of shape"):
         metrics.evaluate(prediction(maps, maps > 1, [[]] * 8), torch.tensor(targets[1:])[:, None])
+
+
+def test_maps_of_booleans():
+    maps, masks = np.random.default_rng(0).random((2, 3, 8, 9)) > 0.5
+    assert metrics.aupro(maps, masks) == metrics.aupro(maps.astype(float), masks)
+    assert metrics.oracle_mean_iou(maps, masks) == metrics.oracle_mean_iou(maps.astype(float), masks)

@@ -122,3 +122,13 @@ def test_hooks_of_linear_layers():
         torch.randn(3, 6),
     )
     torch.testing.assert_close(flow.fuse()(x)[0], flow(x)[0].detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_with_a_forward_of_its_own():
+    def subnet(c_in, c_out):
+        first = nn.Linear(c_in, 5)
+        first.forward = lambda x: 2 * nn.Linear.forward(first, x)
+        return nn.Sequential(first, nn.ReLU(), nn.Linear(5, c_out))
+
+    flow, x = randomise_(FlowSequence([FlowStep(6, subnet=subnet)])).eval(), torch.randn(3, 6)
+    torch.testing.assert_close(flow.fuse()(x)[0], flow(x)[0].detach(), rtol=1e-4, atol=1e-4)

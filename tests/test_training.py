@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -388,6 +389,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         train(tmp_path, max_epochs=1, resume=True, model=ToyFlow(3))
     with pytest.raises(ValueError, match=r"data=None, not 'other'"):
         train(tmp_path, max_epochs=1, resume=True, extra={"data": "other"})
+    with pytest.raises(ValueError, match=r"extra seed=None, not 7"):
+        train(tmp_path, max_epochs=1, resume=True, extra={"seed": 7})
     _, history = train(tmp_path, max_epochs=2)
     assert len(history.rows) == 2
 
@@ -405,11 +408,20 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         ({"seed": -1}, "seed"),
         ({"warmup": 1.0}, "warmup"),
         ({"ema_decay": 1.0}, "ema_decay"),
+        ({"clip_norm": -1.0}, "clip_norm must be positive; got -1"),
+        ({"patience": 0}, "patience must be at least 1; got 0"),
     ],
 )
 def test_settings_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         train(**options)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    options = {"max_epochs": np.int64(2), "lr": np.float64(1e-3), "seed": np.int64(3)}
+    train(tmp_path, **options)
+    _, history = train(tmp_path, resume=True, **options)
+    assert len(history.rows) == 2
 
 
 def test_empty_data_and_frozen_models_are_refused():

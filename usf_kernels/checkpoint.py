@@ -12,13 +12,14 @@ import io
 import json
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from usf_kernels.files import atomic_write
 
@@ -72,7 +73,8 @@ def load_checkpoint(
         model_class: the class that must be in it; None takes the class of `usf_kernels.models` it names.
         device: where to put the model.
         weights: file of the frozen backbone's weights, or several as for `create_backbone`, where they are
-            no longer, or not to be downloaded from, where they came from in training.
+            no longer, or not to be downloaded from, where they came from in training. What a checkpoint holds
+            is not looked for anywhere else.
 
     Raises:
         ValueError: naming the file, when it is no checkpoint, is truncated or damaged, comes from a newer
@@ -90,25 +92,45 @@ def load_checkpoint(
             raise ValueError(f"{path}: holds a {name!r}, which usf_kernels.models does not have")
     elif model_class.__name__ != name:
         raise ValueError(f"{path}: holds a {name}, not a {model_class.__name__}")
-    config = content["config"] if weights is None else _with_weights(content["config"], weights, path)
+    config, backbone = content["config"], content["config"].get("backbone")
+    if weights is not None:
+        _check_weights(weights, content, path)
+    if isinstance(backbone, dict):
+        place = backbone.get("weights") if weights is None else weights
+        config = {**config, "backbone": {**backbone, "weights": None if _holds_all(content) else place}}
     try:
         model = model_class.from_config(config)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its configuration does not build a {name} ({error})") from error
+    _take_dtype(model, content["state"])
     load_stored_state(model, content, path)
     return model.to(device).eval()
 
 
-def _with_weights(
-    config: Mapping[str, Any], weights: str | Path | Sequence[str | Path], path: str | Path
-) -> dict[str, Any]:
-    """The configuration, with these files for the backbone."""
-    backbone = config.get("backbone")
-    if not isinstance(backbone, dict) or backbone.get("weights") is None:
-        raise ValueError(
-            f"weights: expected None, since {path} holds all weights of its model, found {weights}"
-        )
-    return {**config, "backbone": {**backbone, "weights": weights}}
+def _holds_all(content: Mapping[str, Any]) -> bool:
+    """Whether no weights of the model are anywhere else."""
+    return content["backbone"] is None
+
+
+def _check_weights(
+    weights: str | Path | Sequence[str | Path], content: Mapping[str, Any], path: str | Path
+) -> None:
+    if _holds_all(content):
+        raise ValueError(f"weights: expected None, as {path} holds all weights of its model, found {weights}")
+    for file in [weights] if isinstance(weights, (str, Path)) else weights:
+        if not Path(file).is_file():
+            raise ValueError(f"weights: no such file: {file}")
+
+
+def _take_dtype(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a model the dtype of most of its stored tensors, and those that are stored in another one that."""
+    dtypes = {name: t.dtype for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    if not dtypes:
+        return
+    model.to(Counter(dtypes.values()).most_common(1)[0][0])
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in dtypes and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -249,7 +271,9 @@ def _fingerprint(model: nn.Module) -> str | None:
         return None
     value = 0
     for tensor in backbone.state_dict().values():
-        # bytes of any dtype, bfloat16 included, which NumPy lacks
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        tensor = tensor.detach().cpu()
+        # In float32, also where a model has been put in float64.
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         value = zlib.crc32(flat.numpy(), value)
     return f"{value:08x}"

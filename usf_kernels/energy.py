@@ -39,7 +39,7 @@ def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[
         )
     if not scales:
         raise ValueError("latents: expected at least one tensor, found an empty sequence")
-    scales = [torch.from_numpy(z) if isinstance(z, np.ndarray) else z for z in scales]
+    scales = [torch.from_numpy(np.ascontiguousarray(z)) if isinstance(z, np.ndarray) else z for z in scales]
     energies, channels = [], []
     for i, z in enumerate(scales):
         name = f"latents[{i}]"

@@ -79,11 +79,12 @@ def check_writable(path: str | Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files that a killed process left in a folder."""
-    for leftover in Path(folder).glob(".*.tmp"):
-        with suppress(OSError):
-            leftover.unlink()
+def remove_leftovers(folder: str | Path, names: Sequence[str]) -> None:
+    """Remove the temporary files that a killed process left of these files in a folder."""
+    for name in names:
+        for leftover in Path(folder).glob(f".{name}.*.tmp"):
+            with suppress(OSError):
+                leftover.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -173,7 +173,7 @@ def oracle_mean_iou(maps: Array, targets: Array) -> tuple[float, float]:
     maps, targets = maps[anomalous].reshape(anomalous.sum(), -1), targets[anomalous]
     steps = np.empty(maps.shape)
     for values, truth, changes in zip(maps, targets.reshape(maps.shape), steps, strict=True):
-        order = np.argsort(-values, kind="stable")
+        order = _from_high(values)
         hits = np.cumsum(truth[order])
         detected = np.arange(1, len(order) + 1)
         changes[order] = np.diff(hits / (truth.sum() + detected - hits), prepend=0.0)
@@ -188,9 +188,14 @@ def oracle_mean_iou(maps: Array, targets: Array) -> tuple[float, float]:
 def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the flattened values from high to low, and the last position of each run of equal ones."""
     flat = values.ravel()
-    order = np.argsort(-flat, kind="stable")
+    order = _from_high(flat)
     ordered = flat[order]
     return order, np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), flat.size - 1)
+
+
+def _from_high(values: np.ndarray) -> np.ndarray:
+    """Indices from high to low, those of equal values in their order."""
+    return np.argsort(~values if values.dtype == bool else -values, kind="stable")
 
 
 def _array(values: Array) -> np.ndarray:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,9 +38,15 @@ class Settings:
     validation_samples: int
 
     def __post_init__(self) -> None:
-        for name in ("max_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # which checkpoints do not hold
+                object.__setattr__(self, name, value.item())
+        for name in ("max_epochs", "batch_size", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive; got {self.clip_norm}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive; got {self.lr}")
         if not 0 <= self.weight_decay < math.inf:

@@ -239,7 +239,7 @@ class Run:
         saved = self.check(resume)
         if self.folder is None:
             return None, None
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, (LAST, BEST, HISTORY))
         if not resume:
             for name in (LAST, BEST, HISTORY):
                 (self.folder / name).unlink(missing_ok=True)
@@ -282,7 +282,8 @@ class Run:
 
 def _identity(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What two runs have in common of which one can go on where the other stopped."""
-    return content["extra"] | settings | {key: content[key] for key in ("architecture", "config")}
+    extra = {f"extra {name}": value for name, value in content["extra"].items()}
+    return extra | settings | {key: content[key] for key in ("architecture", "config")}
 
 
 @contextmanager

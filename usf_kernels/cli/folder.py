@@ -131,6 +131,7 @@ def train(options: argparse.Namespace) -> int:
     state = options.output / "last.pt"
     if state.exists() and not options.resume and rank_zero_only.rank == 0:
         print(f"{options.output}: the run there is replaced; --resume would have continued it")
+        (options.output / "model.pt").unlink(missing_ok=True)  # of that run
     features = _features(model, data, device, options.batch_size)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))

@@ -101,6 +101,9 @@ DEFECTS: dict[str, Callable[[Image, np.random.Generator, Image], Image]] = {
 }
 
 
+MOST_DRAWS = 1000
+
+
 def render_defect(
     image: Image, kind: str, rng: np.random.Generator, other: Image
 ) -> tuple[Image, np.ndarray]:
@@ -116,7 +119,8 @@ def render_defect(
         The damaged image, in [0, 1], and its mask, bool (H, W), never empty.
 
     Raises:
-        ValueError: for an unknown kind, or shapes that are too small or differ.
+        ValueError: for an unknown kind, shapes that are too small or differ, or an image in which the defect
+            cannot be seen.
     """
     if kind not in DEFECTS:
         raise ValueError(f"kind must be one of {', '.join(DEFECTS)}; got {kind!r}")
@@ -125,12 +129,13 @@ def render_defect(
             "image and other must have one (H, W) shape of at least 64 x 64; "
             f"got {tuple(image.shape)} and {tuple(other.shape)}"
         )
-    while True:  # a blur that falls on a flat brick changes nothing: draw it again somewhere else
+    for _ in range(MOST_DRAWS):  # a blur that falls on a flat brick changes nothing: again, somewhere else
         damaged = np.clip(DEFECTS[kind](image, rng, other), 0, 1)
         change = np.abs(damaged - image)
         mask = _region(change > 2 * GREY_LEVEL)
         if mask.sum() >= 40 and change[mask].mean() > 4 * GREY_LEVEL:
             return damaged, mask
+    raise ValueError(f"image: a {kind} changes nothing in it that could be seen")
 
 
 def _region(changed: np.ndarray) -> np.ndarray:

@@ -70,7 +70,8 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install 'usf-kernels[train]'") from error
     try:
-        with Image.open(path) as picture:
+        # Given the name, Pillow maps uncompressed TIFFs into memory, and they lose their orientation.
+        with open(path, "rb") as file, Image.open(file) as picture:
             if decode:
                 picture.load()
                 ImageOps.exif_transpose(picture, in_place=True)

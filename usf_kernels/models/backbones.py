@@ -157,6 +157,10 @@ def create_backbone(
         return create_backbone(**preset, weights=weights, input_size=input_size)
     if not isinstance(name, str):
         return _side_by_side(list(name), out_indices, weights, final_norm, input_size)
+    if isinstance(weights, (list, tuple)):
+        raise ValueError(
+            f"weights: expected one file for the network {name}, found {list(map(str, weights))}"
+        )
     if input_size is not None:
         check_int("input_size", input_size, 1)
     network, stages = make_network(

@@ -189,6 +189,8 @@ def in_stretches(
 
 def _cut(cond: Condition, start: int, stop: int) -> Condition:
     """Of the positions in this range."""
+    if cond is None:
+        return None
     if isinstance(cond, Tensor):
         return cond.flatten(2)[..., start:stop, None]
     return [part[:, start:stop] for part in cond]

@@ -186,10 +186,10 @@ class DeepSVDD(nn.Module):
         return now
 
     def _radius_of(self, z: Tensor) -> Tensor:
-        """Squared: that which a share of `nu` of the latents lies beyond."""
+        """Squared: the largest of those for which the loss of the batch is smallest."""
         distance = squared_distance(z, self.centre)
-        now = torch.quantile(distance, 1 - self.options["nu"], interpolation="higher")
-        return now.to(self.squared_radius.dtype)
+        within = math.floor((1 - self.options["nu"]) * len(distance) + 1e-9)  # of a product that is rounded
+        return distance.kthvalue(min(within + 1, len(distance))).values.to(self.squared_radius.dtype)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

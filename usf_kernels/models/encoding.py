@@ -85,11 +85,12 @@ class Encodings:
         encoding = positional_encoding(self.channels, *size, dtype=dtype, device=device)[None]
         return encoding.contiguous(memory_format=format_)
 
-    def projected(self, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
-        """`flow.project` of the encoding."""
-        size = tuple(maps.shape[2:])
-        return self._projected.get(size, flow.parameters(), lambda: self._project(flow, size))
+    def projected(self, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...] | None:
+        """`flow.project` of the encoding; None for a flow without couplings, which takes no condition."""
+        if flow.cond_channels == 0:
+            return None
+        key = tuple(maps.shape[2:]), maps.device
+        return self._projected.get(key, flow.parameters(), lambda: self._project(flow, *key))
 
-    def _project(self, flow: FusedFlow, size: tuple[int, ...]) -> tuple[Tensor, ...]:
-        device = next(flow.parameters()).device
+    def _project(self, flow: FusedFlow, size: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
         return flow.project(positional_encoding(self.channels, *size, dtype=flow.dtype, device=device)[None])

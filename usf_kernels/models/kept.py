@@ -43,8 +43,8 @@ class Kept(Generic[Value]):
         if entry is None or entry.state != state:
             entry = _Entry(tensors, state, _make_ordinary(make))
         self._entries[key] = entry  # what was used last comes last
-        if len(self._entries) > MOST:
-            del self._entries[next(iter(self._entries))]
+        for old in list(self._entries)[:-MOST]:  # in one piece: other threads keep values too
+            self._entries.pop(old, None)
         return entry.value
 
 

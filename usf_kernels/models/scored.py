@@ -14,6 +14,7 @@ from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.border import BorderNorm
 from usf_kernels.models.scoring import Prediction, fit_null, predict
 from usf_kernels.ops import squared_norm
+from usf_kernels.ops.checks import check_not_fused_to
 from usf_kernels.segmentation import Null
 
 if TYPE_CHECKING:
@@ -93,7 +94,11 @@ class ScoredModel(nn.Module):
 
         Returns:
             A copy in evaluation mode, null model included; this model stays as it is.
+
+        Raises:
+            TypeError: a dtype for an inference form, which keeps its own.
         """
+        check_not_fused_to(self, dtype)
         fused = deepcopy(self).eval().requires_grad_(False)
         if not fused.fused:
             fused._fuse_flows(dtype)
@@ -153,13 +158,17 @@ class ScoredModel(nn.Module):
         return predict(latents, tuple(batch.shape[-2:]), null=null, **options)
 
     def _squared_norms(self, features: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-        training = self.training
+        self._check(features)
+        if len(features[0]) == 0:
+            raise ValueError("features: expected those of at least one image, found none")
+        training, parts = self.training, []
         self.eval()
-        parts = []
-        for start in range(0, len(features[0]), batch_size):
-            latents = self._scored_latents([maps[start : start + batch_size] for maps in features])
-            parts.append([squared_norm(z) for z in latents])
-        self.train(training)
+        try:
+            for start in range(0, len(features[0]), batch_size):
+                latents = self._scored_latents([maps[start : start + batch_size] for maps in features])
+                parts.append([squared_norm(z) for z in latents])
+        finally:
+            self.train(training)
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _enter(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -35,6 +35,13 @@ class TraceableGamma(Gamma):
         return shape * rate.log() + (shape - 1) * value.log() - rate * value - log_gamma(shape)
 
 
+def _log_gamma_ratio(x: Tensor) -> Tensor:
+    """`log(gamma(x + 1/2) / gamma(x))`; where both are large, by its series, as their difference cancels."""
+    inverse = 1 / x
+    series = 0.5 * x.log() - inverse / 8 + inverse**3 / 192 - inverse**5 / 640
+    return torch.where(x > 30, series, log_gamma(x + 0.5) - log_gamma(x))
+
+
 class TraceableStudentT(StudentT):
     """`torch.distributions.StudentT`, which looks at its values when it is made."""
 
@@ -46,5 +53,5 @@ class TraceableStudentT(StudentT):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density."""
         y, half = (value - self.loc) / self.scale, 0.5 * self.df
-        normaliser = log_gamma(half) - log_gamma(half + 0.5) + 0.5 * (math.pi * self.df).log()
+        normaliser = 0.5 * (math.pi * self.df).log() - _log_gamma_ratio(half)
         return -(half + 0.5) * torch.log1p(y.square() / self.df) - normaliser - self.scale.log()

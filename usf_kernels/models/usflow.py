@@ -30,7 +30,7 @@ from usf_kernels.nn import (
 )
 from usf_kernels.nn.coupling import Subnet
 from usf_kernels.nn.usf_block import CheckerboardCoupling
-from usf_kernels.ops.checks import check_choice, check_float, check_int
+from usf_kernels.ops.checks import check_choice, check_float, check_int, check_not_fused_to
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -241,7 +241,11 @@ class DensityFlow(nn.Module):
 
         Returns:
             A copy in evaluation mode, without a loss and a prior; this model stays as it is.
+
+        Raises:
+            TypeError: a dtype for an inference form, which keeps its own.
         """
+        check_not_fused_to(self, dtype)
         fused = deepcopy(self).eval().requires_grad_(False)
         if not fused.fused:
             fused.flow, fused.fused = fused.flow.fuse(dtype), True

@@ -45,8 +45,9 @@ def flat(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Weight normalisation and its like: what the weights are is decided when the module is called."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
+    """Weight normalisation and its like: what the weights are is decided when the module is called. Or a
+    module with a `forward` of its own."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
 def evaluate(conditioner: nn.Module, x: Tensor, cond: Tensor | None = None) -> Tensor:

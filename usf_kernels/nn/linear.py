@@ -233,7 +233,8 @@ class LUConv1x1(Fusible, nn.Module):
         given = self._given(act_norm)
         if not inverse and by_hand(x, *given):
             return apply_factors(x, *given), log_det
-        lower, upper, bias = self.factors(act_norm)
+        with full_precision(x):
+            lower, upper, bias = self.factors(act_norm)
         return lu_conv1x1(x, lower, upper, bias, inverse=inverse), -log_det if inverse else log_det
 
     def pull_back(

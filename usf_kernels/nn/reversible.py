@@ -17,11 +17,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
-from usf_kernels.nn.tape import State, Tape, add, swapped
+from usf_kernels.nn.tape import Slot, State, Tape, add, swapped
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.matrices import forming_products
-from usf_kernels.ops.native import batched, memory_format
+from usf_kernels.ops.native import batched
 
 CHECKED_SAMPLES = 8
 
@@ -82,13 +83,14 @@ class _Reversible(torch.autograd.Function):
     @forming_products()
     def forward(ctx, steps, inner, check, places, x, cond, *parameters):  # noqa: ANN001
         ctx.steps, ctx.places, ctx.turn = steps, places, check.count
+        ctx.buffers = [_buffers(modules) for modules in inner]
         ctx.states, ctx.samples, ctx.kinds, due = [], [], [], check.due()
         ctx.check, rng = check if due else None, None
         log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
         z = x
         for step, modules in zip(steps, inner, strict=True):
             state = State(modules, z, rng)
-            ctx.kinds.append((z.dtype, memory_format(z)))
+            ctx.kinds.append((z.dtype, suggest_memory_format(z)))
             if due:
                 ctx.samples.append(check.sample(z, ctx.turn))
             with state.autocasting():
@@ -97,6 +99,7 @@ class _Reversible(torch.autograd.Function):
             ctx.states.append(state)
             log_det = log_det + step_log_det
         ctx.autocast_dtype = ctx.states[0].autocast_dtype
+        z = z.detach()  # it may be a view of a step's result, which nobody may write to
         ctx.save_for_backward(z, cond, *parameters)
         return z, log_det
 
@@ -122,11 +125,14 @@ class _Reversible(torch.autograd.Function):
         grad_cond, norms = None, []
         for i in reversed(range(len(ctx.steps))):
             dtype, kept = ctx.kinds[i]
-            # The memory format of the step's input: random numbers are drawn in the order of memory.
+            # The format in which layers have laid out what they made of the step's input: random numbers are
+            # drawn in the order of memory.
             z, grad_z = z.contiguous(memory_format=kept), grad_z.contiguous(memory_format=kept)
             indices = {index for _, _, index in ctx.places[i]}
             tape = Tape(cond, grad_log_det, ctx.states[i], [leaves[index] for index in indices])
             own = [(place, name, leaves[index]) for place, name, index in ctx.places[i]]
+            # Buffers, too, as they were; after a functional call the modules have their own again.
+            own += [slot for slot in ctx.buffers[i] if slot[0].get(slot[1]) is not slot[2]]
             own += ctx.states[i].buffers
             with swapped(own):
                 z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape)
@@ -140,6 +146,10 @@ class _Reversible(torch.autograd.Function):
                 norms.append((i, (ctx.check.sample(z, ctx.turn) - truth).norm(), truth.norm()))
         ReconstructionCheck.compare(norms, ctx.autocast_dtype or _narrowest(ctx.kinds))
         return None, None, None, None, grad_z, grad_cond, *gradients
+
+
+def _buffers(modules: Sequence[nn.Module]) -> list[Slot]:
+    return [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
 
 
 def _narrowest(kinds: Sequence[tuple[torch.dtype, torch.memory_format]]) -> torch.dtype:

@@ -102,7 +102,7 @@ class State:
         # what they were, and their second update goes nowhere.
         self._before = [
             [
-                (module._buffers, name, b, b._version, b.clone())
+                (module._buffers, name, b, b._version, b.clone(), module.training)
                 for name, b in module._buffers.items()
                 if b is not None
             ]
@@ -118,9 +118,9 @@ class State:
         before, after = self.rng, generators(x)
         unchanged = torch.equal(before[0], after[0]) and all(map(torch.equal, before[2], after[2]))
         self.rng = None if unchanged else before
-        for buffers in self._before:  # of a module all or none: batch_norm's updates leave the versions alone
-            if any(place[name] is not b or b._version != version for place, name, b, version, _ in buffers):
-                self.buffers.extend((place, name, old) for place, name, _, _, old in buffers)
+        for buffers in self._before:  # of a module all or none
+            if any(_changed(*buffer) for buffer in buffers):
+                self.buffers.extend((place, name, old) for place, name, _, _, old, _ in buffers)
         self._before = []
         return after
 
@@ -156,6 +156,13 @@ class State:
 
     def _rng_device(self) -> str:
         return "cuda" if self.device == "cpu" else self.device
+
+
+def _changed(
+    place: dict[str, Tensor | None], name: str, b: Tensor, version: int, old: Tensor, training: bool
+) -> bool:
+    """Whether a step has changed its buffer b; batch_norm's updates leave its version alone."""
+    return place[name] is not b or b._version != version or (training and not torch.equal(b, old))
 
 
 @contextlib.contextmanager

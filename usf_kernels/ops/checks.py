@@ -100,3 +100,9 @@ def check_size(size: object) -> tuple[int, int]:
     check_int("size[1]", pair[1], 1)
     height, width = (int(side) if isinstance(side, np.integer) else side for side in pair)
     return height, width
+
+
+def check_not_fused_to(model: object, dtype: torch.dtype | None) -> None:
+    """Raise TypeError where a dtype is asked for of a model that is an inference form already."""
+    if model.fused and dtype is not None:
+        raise TypeError(f"dtype: expected None, since an inference form keeps its own, found {dtype}")

@@ -223,7 +223,7 @@ class _MatrixStep(torch.autograd.Function):
         ctx.options = split, clamp
         ctx.save_for_backward(x, params, matrix, bias, y)
         with full_precision(x):
-            return apply_matrix(matrix, y, bias), log_det
+            return apply_matrix(matrix, y, bias).detach(), log_det
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
@@ -252,7 +252,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(matrix, x, bias)
-        return apply_matrix(matrix, x, bias)
+        return apply_matrix(matrix, x, bias).detach()  # no view, which autograd would not let be written to
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -153,7 +153,7 @@ class _Factors(torch.autograd.Function):
             v = torch.addcmul(per_channel(offset, x), x, scale)
         with full_precision(x):
             w = apply_factor(upper, diagonal, v, upper=True)
-            y = apply_factor(lower, None, w, bias, upper=False)
+            y = apply_factor(lower, None, w, bias, upper=False).detach()
         ctx.save_for_backward(*given, x, v, w, diagonal, scale)
         return y
 

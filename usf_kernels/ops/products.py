@@ -115,7 +115,7 @@ def row_product(
     ending = address(bias), relu, address(mask), address(share), y.data_ptr()
     of_matrix = _matrix(matrix, transposed)
     _core.row_product(sizes, of_matrix, channels, rows, *ending, threads_for(y.numel() * inputs))
-    return y.movedim(-1, 1)
+    return y.movedim(-1, 1).detach()  # no view, which autograd would not let be written to
 
 
 def factor_product(
@@ -149,7 +149,7 @@ def factor_product(
     y = x.new_empty((batch, *spatial, channels))
     rows = x.data_ptr(), row_stride(x), batch * positions
     _core.factor_rows(*factor, channels, rows, y.data_ptr(), threads)
-    return y.movedim(-1, 1)
+    return y.movedim(-1, 1).detach()
 
 
 def outer_product(a: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
