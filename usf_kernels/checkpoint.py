@@ -95,9 +95,8 @@ def load_checkpoint(
     config, backbone = content["config"], content["config"].get("backbone")
     if weights is not None:
         _check_weights(weights, content, path)
-    if isinstance(backbone, dict):
-        place = backbone.get("weights") if weights is None else weights
-        config = {**config, "backbone": {**backbone, "weights": None if _holds_all(content) else place}}
+    if isinstance(backbone, dict) and (weights is not None or _holds_all(content)):
+        config = {**config, "backbone": {**backbone, "weights": weights}}
     try:
         model = model_class.from_config(config)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
