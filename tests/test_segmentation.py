@@ -308,3 +308,9 @@ ctypes.pythonapi.Py_IncRef(ctypes.py_object(segment))
 def test_nothing_is_left_at_exit():
     done = subprocess.run([sys.executable, "-c", IMMORTAL], capture_output=True, text=True, check=True)
     assert "leaked" not in done.stderr
+
+
+def test_the_lowest_numbers_stay_finite_between_pixels():
+    latents = 1e150 * torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    found = log_nfa(latents, (37, 41), upsample="bilinear")
+    assert found.min() == torch.finfo(torch.float32).min

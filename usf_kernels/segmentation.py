@@ -152,6 +152,7 @@ def log_nfa(
             maps = F.interpolate(maps, size=size, mode="nearest-exact")
         else:
             maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+            maps = maps.clamp(min=torch.finfo(maps.dtype).min)  # weights may add up to a rounding more than 1
         result = maps if result is None else torch.minimum(result, maps)
     return result
 

@@ -39,7 +39,8 @@ class CFlow(FeatureFlow):
         noise: standard deviation of the Gaussian noise put on whitened features in training mode. It keeps
             the flow from learning directions in which few training images happen not to vary.
         position_share: share of the positions that a loss in training mode looks at, in (0, 1]: at random, at
-            every scale, the same ones in all images of a batch. Its mean is the loss of all positions.
+            every scale, the same ones in all images of a batch. Its mean is the loss of all positions, but
+            for what whole numbers of positions at a scale make of the share.
         memory: what training keeps for the backward pass, see `usf_kernels.nn.FlowSequence`.
         memory_budget: bytes that a flow may take without gradients, about, besides its input and output: more
             positions than fit are treated one stretch after the other, with the same results.

@@ -157,8 +157,9 @@ class FlowSequence(Fusible, nn.ModuleList):
             log_det)`; every one gets the same cond. Their parameters must be registered.
         memory: "reversible" keeps only the output for the backward pass, which rebuilds everything else by
             inversion (`usf_kernels.nn.reversible`): memory does not grow with the number of steps, and a pass
-            takes about 1.4 times as long. It has no second derivatives. "standard" keeps what autograd keeps,
-            and so does a sequence with hooks on its steps.
+            takes about 1.4 times as long. It has no second derivatives, and its backward pass is not for
+            modules that other threads use meanwhile. "standard" keeps what autograd keeps, and so does a
+            sequence with hooks on its steps.
             "auto" is reversible from four steps on, except under torch.compile, torch.export and torch.func,
             and where a batch has fewer positions than channels: what it keeps is then less than the
             parameters take.
