@@ -146,12 +146,7 @@ class ScoredModel(nn.Module):
         Warns:
             UserWarning: before `calibrate`.
         """
-        training = self.training
-        self.eval()
-        try:
-            latents = self._scored_latents(self.features(batch) if features is None else features)
-        finally:
-            self.train(training)
+        latents = self._latents_to_score(self.features(batch) if features is None else features)
         null = self.null
         if null is None:
             warnings.warn(UNCALIBRATED, stacklevel=3)  # the caller: no_grad is in between
@@ -161,15 +156,20 @@ class ScoredModel(nn.Module):
         self._check(features)
         if len(features[0]) == 0:
             raise ValueError("features: expected those of at least one image, found none")
-        training, parts = self.training, []
+        parts = []
+        for start in range(0, len(features[0]), batch_size):
+            latents = self._latents_to_score([maps[start : start + batch_size] for maps in features])
+            parts.append([squared_norm(z) for z in latents])
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def _latents_to_score(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """`_scored_latents` in evaluation mode, whichever the model is in."""
+        training = self.training
         self.eval()
         try:
-            for start in range(0, len(features[0]), batch_size):
-                latents = self._scored_latents([maps[start : start + batch_size] for maps in features])
-                parts.append([squared_norm(z) for z in latents])
+            return self._scored_latents(features)
         finally:
             self.train(training)
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _enter(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """What is behind the borders sees this of features; and the log-determinant."""

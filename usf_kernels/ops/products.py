@@ -149,7 +149,7 @@ def factor_product(
     y = x.new_empty((batch, *spatial, channels))
     rows = x.data_ptr(), row_stride(x), batch * positions
     _core.factor_rows(*factor, channels, rows, y.data_ptr(), threads)
-    return y.movedim(-1, 1).detach()
+    return y.movedim(-1, 1)
 
 
 def outer_product(a: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
