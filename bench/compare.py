@@ -65,10 +65,27 @@ def changes(old: Iterable[table.Row], new: Iterable[table.Row]) -> Iterator[Chan
                 break
 
 
+def lost(old: Iterable[table.Row], new: Iterable[table.Row]) -> list[table.Row]:
+    """Rows of ours that only `old` has, of cases that both have: what is wrong now is no longer timed."""
+    new = list(new)
+    measured, cases = {table.identity(row) for row in new}, {_case(row) for row in new}
+    return [
+        row
+        for row in old
+        if row["role"] == OURS and _case(row) in cases and table.identity(row) not in measured
+    ]
+
+
+def _case(row: table.Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("subject", "case", "cache", "device"))
+
+
 def _excuse(new: table.Row, old: table.Row, *peers: table.Row) -> str:
     """Why a change may be none of the code's."""
     if any(row["noisy"] == "1" for row in (new, old, *peers)):
         return "noisy"
+    if new["threads"] != old["threads"]:
+        return f"with {new['threads']} threads, not {old['threads']}"
     before, after = (float(row["section_us"] or "nan") for row in (old, new))
     return "the cores moved" if max(before, after) > MOVED * min(before, after) else ""
 
@@ -80,21 +97,30 @@ def _beside(row: table.Row, other: table.Row) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what became slower; 1 if anything did without an excuse."""
+    """Print what became slower or is no longer timed; 1 if anything did without an excuse."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("old", type=Path, metavar="OLD.csv")
     parser.add_argument("new", type=Path, metavar="NEW.csv")
     options = parser.parse_args(arguments)
     for path in (options.old, options.new):
-        if not path.exists():
+        if not path.is_file():
             parser.error(f"no such file: {path}")
-    found = sorted(changes(table.read(options.old), table.read(options.new)), key=lambda c: -c.factor)
+    try:
+        old, new = table.read(options.old), table.read(options.new)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    found = sorted(changes(old, new), key=lambda c: -c.factor)
+    gone = lost(old, new)
+    if not found and not gone:
+        parser.error("nothing to compare: no row of ours is in both files, of the same device")
     slower = [change for change in found if change.factor > SLOWER]
     for change in slower:
         print(change)
+    for row in gone:
+        print(f"{row['subject']}: {row['case']}: {row['provider']}, {row['dtype']}: no longer timed")
     faster = sum(change.factor < 1 / SLOWER for change in found)
     print(f"{len(found)} rows compared: {len(slower)} more than 10 % slower, {faster} more than 10 % faster")
-    return int(any(not change.excuse for change in slower))
+    return int(bool(gone) or any(not change.excuse for change in slower))
 
 
 if __name__ == "__main__":

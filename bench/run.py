@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,9 @@ from bench.memory import peak_bytes, saved_bytes
 from bench.registry import SUBJECTS
 from bench.subject import OURS, Case, Provider, Subject
 from usf_kernels.cli import bench as options_of
+from usf_kernels.cli import one_line
 from usf_kernels.cli.options import pick_device, progress
+from usf_kernels.files import check_writable, make_folder
 
 SECTION = "section"
 FIRST_CALL = 180  # seconds that a compilation may take
@@ -38,6 +41,10 @@ def run(options: argparse.Namespace) -> int:
     # Part of a case's providers would take the place of all of them: those rows are kept only where asked.
     part = options.providers or options.quick
     output = options.output or (None if part else machine.results_file(device))
+    if output is not None:
+        make_folder(output.parent)
+        check_writable(output)
+        table.read(output)  # what is wrong with it is not found out after measuring
     for subject in dict.fromkeys(subject.name for subject, _ in work):
         _say_what_is_missing(SUBJECTS[subject])
         if output is not None:
@@ -48,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         print("this processor has no arithmetic for bfloat16: nothing is measured in it")
     limits = _limits(device)
     end = time.perf_counter() + 60 * options.minutes if options.minutes else float("inf")
-    failed = 0
+    failed = measured = 0
     with progress(len(work), "benchmark") as advance:
         for i, (subject, case) in enumerate(work, 1):
             if time.perf_counter() > end:
@@ -66,14 +73,18 @@ def run(options: argparse.Namespace) -> int:
             print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
             if rows and output is not None:
                 table.replace(output, rows)
+            measured += len(rows)
             gc.collect()
             advance()
+    if options.providers and not measured:
+        print(f"nothing was measured: no provider has {' or '.join(options.providers)} in its name")
+        return 1
     print("\nx: how much longer the fastest peer takes, in the same precision and direction; %: of the limit")
-    if output is not None:
+    if output is not None and output.exists():
         print(f"rows in {output}")
         rows = [row for row in table.read(output) if row["device"] == shared["device"]]
-        if rows:
-            print(f"\n{summary.page([rows])}")
+        if rows and (page := summary.page([rows])):
+            print(f"\n{page}")
     return failed
 
 
@@ -281,8 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except ValueError as error:
-        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: the rows of what was measured are kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(one_line(error))
 
 
 if __name__ == "__main__":

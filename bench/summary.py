@@ -76,7 +76,7 @@ def _losses(files: Sequence[Rows]) -> str:
 
 
 def page(files: Sequence[Rows]) -> str:
-    """The table, from the rows of each device."""
+    """The table, from the rows of each device; nothing where they are of no line of it."""
     columns = {}
     for rows in files:
         title = rows[0]["device"]
@@ -89,7 +89,7 @@ def page(files: Sequence[Rows]) -> str:
         for name, peers in _lines([row for rows in files for row in rows])
         if any(name in column for column in columns.values())
     ]
-    return markdown.table([*HEADER, *columns], lines)
+    return markdown.table([*HEADER, *columns], lines) if lines else ""
 
 
 def _wide(row: table.Row) -> bool:

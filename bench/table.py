@@ -31,16 +31,44 @@ def read(path: Path) -> list[Row]:
     """The rows of a file; none if there is no such file.
 
     Raises:
-        ValueError: when it has other columns.
+        ValueError: when it is no such table.
+        OSError: when it cannot be read.
+    """
+    rows = read_columns(path, FIELDS)
+    for number, row in enumerate(rows, 2):
+        if not _is_time(row["p50_ms"]):
+            raise ValueError(f"{path}, row {number}: expected a time in p50_ms, found {row['p50_ms']!r}")
+    return rows
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file with exactly these columns; none if there is no such file.
+
+    Raises:
+        ValueError: naming the file and the row, when it is no such file.
+        OSError: when it cannot be read.
     """
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != FIELDS:
-        raise ValueError(f"{path}: expected the columns {', '.join(FIELDS)}, found {reader.fieldnames}")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            found, rows = reader.fieldnames, list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected a CSV file ({error})") from error
+    if tuple(found or ()) != tuple(columns):
+        raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {found}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():  # DictReader's mark for cells too many, or too few
+            raise ValueError(f"{path}, row {number}: expected {len(columns)} cells")
     return rows
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

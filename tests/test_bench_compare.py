@@ -61,13 +61,48 @@ def test_without_a_peer_the_limit_serves(compared):
     assert "1 more than 10 % faster" in printed
 
 
-def test_nothing_to_compare(compared, tmp_path):
-    assert compared([row("a", 1)], [row("a", 9)]) == (
-        0,
-        "0 rows compared: 0 more than 10 % slower, 0 more than 10 % faster\n",
-    )
-    with pytest.raises(SystemExit):
-        compare.main([str(tmp_path / "old.csv"), str(tmp_path / "none.csv")])
+def test_nothing_to_compare(compared, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compared([row("a", 1)], [row("a", 9)])
+    assert "nothing to compare" in capsys.readouterr().err
+    for name in ("none.csv", "."):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([str(tmp_path / "old.csv"), str(tmp_path / name)])
+
+
+def test_what_is_no_longer_timed_is_told(compared):
+    """It may be wrong now. A case that was not measured at all is no loss."""
+    old = [row("a", 1), row("b", 1), row("peer", 2, "peer"), row("c", 1, case="other")]
+    code, printed = compared(old, [row("a", 1), row("peer", 2, "peer")])
+    assert code == 1
+    assert "s: c: b, : no longer timed" in printed
+    assert "other" not in printed
+
+
+def test_other_threads_are_told_and_forgiven(compared):
+    old = [row("a", 1, threads="2"), row("peer", 2, "peer", threads="2")]
+    code, printed = compared(old, [row("a", 2, threads="1"), row("peer", 2, "peer", threads="1")])
+    assert code == 0
+    assert "(2.00x, with 1 threads, not 2)" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "expected the columns"),
+        (b"\xff\xfe\x00", "expected a CSV file"),
+        (",".join(table.FIELDS).encode() + b"\na,b\n", "row 2: expected"),
+        (",".join(table.FIELDS).encode() + b"\n" + b"," * (len(table.FIELDS) - 1), "row 2: expected a time"),
+    ],
+)
+def test_damaged_files_are_named(compared, tmp_path, capsys, content, said):
+    (tmp_path / "bad.csv").write_bytes(content)
+    table.write(tmp_path / "old.csv", [row("a", 1)])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([str(tmp_path / "old.csv"), str(tmp_path / "bad.csv")])
+    error = capsys.readouterr().err
+    assert "bad.csv" in error
+    assert said in error
 
 
 def test_speedups_and_their_mean():

@@ -1,6 +1,7 @@
 import doctest
 import errno
 import json
+import threading
 
 import pytest
 import torch
@@ -277,3 +278,35 @@ def test_what_a_checkpoint_holds_is_not_looked_for_elsewhere(tmp_path):
         assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="weights: expected None"):
         load_checkpoint(tmp_path / "vae.pt", weights=tmp_path / "vae.pt")
+
+
+def test_many_may_write_the_same_file_at_once(tmp_path):
+    path, failures = tmp_path / "a", []
+
+    def write(letter):
+        for _ in range(30):
+            try:
+                with files.atomic_write(path, durable=False) as file:
+                    file.write(letter * 2000)
+                assert len(set(path.read_bytes())) == 1
+                assert path.stat().st_size == 2000
+            except (OSError, AssertionError) as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b", b"c")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "\u00e4" * 120, "[a]*"])
+def test_names_of_any_length_and_letters(tmp_path, name):
+    files.write_json(tmp_path / name, 1)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with open(tmp_path / f"{files._hidden(name)}0.tmp", "wb"):
+        pass
+    files.remove_leftovers(tmp_path, (name,))
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -182,3 +182,25 @@ def test_folders_whose_names_look_like_formulas(checkpoint, folder, tmp_path):
     out = tmp_path / "out"
     assert main(["evaluate", str(checkpoint), str(odd), "--output", str(out), "--image-size", "20x16"]) == 0
     assert (out / "panel.png").exists()
+
+
+def test_a_finished_run_stays_until_the_next_one_starts(train_words, folder, tmp_path, capsys):
+    assert main(train_words) == 0
+    finished = (tmp_path / "run" / "model.pt").read_bytes()
+    image = next((folder / "train" / "good").iterdir())
+    image.write_bytes(image.read_bytes()[:100])
+    assert "cannot be read as an image" in fails(capsys, *train_words)
+    assert (tmp_path / "run" / "model.pt").read_bytes() == finished
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--seed", "36893488147419103232", "--seed: must be a whole number from 0 to"),
+        ("--seed", "-1", "--seed: must be"),
+    ],
+)
+def test_seeds_are_checked(train_words, capsys, option, value, said):
+    with pytest.raises(SystemExit):
+        main([*train_words, option, value])
+    assert said in capsys.readouterr().err

@@ -177,3 +177,15 @@ def test_weights_of_the_backbone_from_another_place(tmp_path, capsys):
     assert "no such file" in fails(capsys, *asked)
     assert main([*asked, "--weights", str(moved)]) == 0
     assert (tmp_path / "out" / "a_map.npy").exists()
+
+
+def test_one_unreadable_image_takes_none_of_its_batch(checkpoint, tmp_path, capsys):
+    for name in "abcde":
+        write_image(tmp_path / "in" / f"{name}.png")
+    cut = tmp_path / "in" / "b.png"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    out = tmp_path / "out"
+    error = fails(capsys, "predict", checkpoint, tmp_path / "in", "--output", out, "--batch-size", "3")
+    assert "1 of 5 images are left out: " in error
+    found = json.loads((out / "predictions.json").read_text())
+    assert [entry["name"] for entry in found] == ["a", "c", "d", "e"]

@@ -1,19 +1,16 @@
-"""Textures, rendered defects and folders."""
+"""Textures and rendered defects."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from usf_kernels.data import (
     DEFECTS,
     TEXTURES,
-    FolderDataset,
     TextureDataset,
-    read_image,
     render_defect,
     texture,
 )
@@ -141,141 +138,3 @@ def test_render_defect_checks_its_arguments():
     flat = np.full((64, 64), 0.5)
     with pytest.raises(ValueError, match="image: a blur changes nothing in it that could be seen"):
         render_defect(flat, "blur", rng, flat)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A category of two training images, one clean and two defective test images of 40 x 60 pixels."""
-    rng = np.random.default_rng(0)
-    for name in ("train/good/000", "train/good/001", "test/good/000", "test/hole/000", "test/hole/001"):
-        path = tmp_path / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path)
-    truth = tmp_path / "ground_truth" / "hole"
-    truth.mkdir(parents=True)
-    mask = np.zeros((40, 60), np.uint8)
-    mask[10:20, 30:50] = 255
-    for number in ("000", "001"):
-        Image.fromarray(mask).save(truth / f"{number}_mask.png")
-    (tmp_path / "train" / "good" / "notes.txt").write_text("not an image")
-    return tmp_path
-
-
-def test_folder_reads_mvtec_layout(folder):
-    train, test = FolderDataset(folder, "train", size=None), FolderDataset(folder, "test", size=None)
-    assert [len(train), len(test)] == [2, 3]
-    assert [sample.kind for sample in test] == ["good", "hole", "hole"]
-    sample = test[1]
-    expected = np.array(Image.open(folder / "test/hole/000.png")).transpose(2, 0, 1) / np.float32(255)
-    assert np.array_equal(sample.image.numpy(), expected)
-    assert sample.mask[0, 10:20, 30:50].all()
-    assert sample.mask.sum() == 200
-    assert sample.label == 1
-    assert sample.name == str(folder / "test/hole/000.png")
-    assert not test[0].mask.any()
-    resized = FolderDataset(folder, "test", size=(20, 30))[1]
-    assert resized.image.shape == (3, 20, 30)
-    assert resized.mask[0, 5:10, 15:25].all()
-    assert resized.mask.sum() == 50
-    assert FolderDataset(folder, "train", size=32)[0].image.shape == (3, 32, 32)
-
-
-def test_a_thin_defect_survives_shrinking(folder):
-    mask = np.zeros((40, 60), np.uint8)
-    mask[7, 13] = 255
-    Image.fromarray(mask).save(folder / "ground_truth/hole/000_mask.png")
-    assert FolderDataset(folder, "test", size=(10, 15))[1].mask.any()
-
-
-def test_folder_errors_name_the_file_or_folder(folder, tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
-        FolderDataset(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="'valid'"):
-        FolderDataset(folder, "valid")
-    (folder / "test/hole/000.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"hole.000\.png"):
-        FolderDataset(folder, "test")[1]
-    (folder / "ground_truth/hole/001_mask.png").unlink()
-    with pytest.raises(ValueError, match=r"001_mask\.png"):
-        FolderDataset(folder, "test")[2]
-    for path in (folder / "train/good").glob("*.png"):
-        path.unlink()
-    with pytest.raises(ValueError, match=r"good: holds no image"):
-        FolderDataset(folder)
-    (folder / "train/good").rename(folder / "train/bad")
-    with pytest.raises(ValueError, match=r"train.good: no such folder"):
-        FolderDataset(folder)
-
-
-def test_mask_of_another_size_is_an_error(folder):
-    Image.fromarray(np.ones((40, 61), np.uint8)).save(folder / "ground_truth/hole/000_mask.png")
-    for size in (None, 32):
-        with pytest.raises(ValueError, match=r"000_mask\.png.*\(40, 61\)"):
-            FolderDataset(folder, "test", size=size)[1]
-
-
-def test_the_checksum_is_that_of_names_and_contents(folder):
-    before = FolderDataset(folder).checksum()
-    moved = folder.rename(folder.with_name("moved"))
-    assert FolderDataset(moved).checksum() == before
-    first, second = (moved / "train/good" / name for name in ("000.png", "001.png"))
-    first.write_bytes(second.read_bytes())
-    changed = FolderDataset(moved).checksum()
-    first.rename(first.with_name("0.png"))
-    assert len({before, changed, FolderDataset(moved).checksum()}) == 3
-
-
-def test_read_image_takes_every_mode(tmp_path):
-    grey = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
-    expected = torch.from_numpy(grey / np.float32(255)).expand(3, -1, -1)
-    pictures = {
-        "grey": Image.fromarray(grey),
-        "deep": Image.fromarray(grey.astype(np.uint16) * 257),
-        "alpha": Image.fromarray(np.stack([grey, np.full_like(grey, 255)], -1), "LA"),
-        "palette": Image.fromarray(grey).convert("P"),
-    }
-    for name, picture in pictures.items():
-        path = tmp_path / f"{name}.png"
-        picture.save(path)
-        assert torch.allclose(read_image(path), expected, atol=1e-4), name
-    assert read_image(path, (8, 4)).shape == (3, 8, 4)
-
-
-def test_the_camera_s_orientation_is_followed(folder):
-    image, mask = folder / "test/hole/000.png", folder / "ground_truth/hole/000_mask.png"
-    expected = torch.rot90(read_image(image), -1, (1, 2))
-    for path in (image, mask):
-        picture = Image.open(path)
-        exif = picture.getexif()
-        exif[0x0112] = 6  # to be turned clockwise
-        picture.save(path, exif=exif)
-    sample = FolderDataset(folder, "test", size=None)[1]
-    assert torch.equal(sample.image, expected)
-    assert sample.mask[0, 30:50, 20:30].all()
-
-
-@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA"])
-@pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_the_orientation_of_a_tiff_is_followed(tmp_path, mode, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.new(mode, (30, 20)).save(tmp_path / "a.tif", exif=exif)
-    assert read_image(tmp_path / "a.tif").shape == ((3, 20, 30) if orientation == 3 else (3, 30, 20))
-
-
-@pytest.mark.parametrize(("values", "found"), [((0, 255), "0 to 255"), ((0, np.nan), "nan"), ((-1, 1), "-1")])
-def test_floating_point_images_out_of_range_are_named(tmp_path, values, found):
-    path = tmp_path / "float.tiff"
-    Image.fromarray(np.array([values, (0.0, 0.5)], np.float32)).save(path)
-    with pytest.raises(ValueError, match=rf"float\.tiff: expected values from 0 to 1 .* found {found}"):
-        read_image(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n truncated", b"text"])
-def test_unreadable_images_are_named(tmp_path, content):
-    path = tmp_path / "broken.png"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        read_image(path)
-    with pytest.raises(ValueError, match=r"missing\.png: no such file$"):
-        read_image(tmp_path / "missing.png")

@@ -227,9 +227,10 @@ def test_a_fused_flow_is_the_same_as_on_the_cpu(coupling, linear, dtype):
             assert_within_budget(actual, plain, exact, factor=4.0 if actual.numel() > 9 else 16.0)
 
 
+@pytest.mark.parametrize("linear", ["permutation", "lu"])
 @pytest.mark.parametrize("coupling", ["additive", "affine"])
-def test_a_fused_flow_compiles_and_is_captured(coupling):
-    options = {"coupling": coupling, "linear": "permutation", "zero_init": False}
+def test_a_fused_flow_compiles_and_is_captured(coupling, linear):
+    options = {"coupling": coupling, "linear": linear, "zero_init": False}
     fused = randomise_(FlowSequence([FlowStep(8, subnet=conv_subnet, **options) for _ in range(2)]))
     fused = fused.eval().to(DEVICE).fuse()
     x = torch.randn(2, 8, 6, 5, device=DEVICE)
@@ -237,6 +238,32 @@ def test_a_fused_flow_compiles_and_is_captured(coupling):
     for call in (torch.compile(fused, fullgraph=True, dynamic=True), fused.capture(x)):
         for actual, truth in zip(call(2 * x), fused(2 * x), strict=True):
             torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_training_has_the_gradients_of_an_lu_map():
+    step = randomise_(FlowStep(8, subnet=conv_subnet, zero_init=False)).to(DEVICE)
+    x = torch.randn(2, 8, 6, 5, device=DEVICE)
+    step(x)
+    torch._dynamo.reset()
+    grads = []
+    for run in (step, torch.compile(step)):
+        z, log_det = run(x)
+        grads.append(torch.autograd.grad(0.5 * z.square().sum() - log_det, list(step.parameters())))
+    for actual, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-3, atol=1e-3)
+
+
+def test_a_negated_view_is_read_with_its_sign():
+    z = torch.randn(2, 6, 4, dtype=torch.complex64, device=DEVICE)
+    x, params = z.conj().imag, torch.randn(2, 6, 4, device=DEVICE)
+    assert x.is_neg()
+    with torch.no_grad():
+        for actual, truth in zip(
+            usf.affine_coupling(x, params, split=3),
+            usf.affine_coupling(x.clone(), params, split=3),
+            strict=True,
+        ):
+            assert torch.equal(actual, truth)
 
 
 def test_rows_past_two_to_the_31():

@@ -231,3 +231,17 @@ def test_notes_are_bounded(monkeypatch):
         x = draw(2, 3, length)
         assert torch.equal(score.squared_norm(x), score.squared_norm.__wrapped__(x))
         assert len(replay._known) <= 3
+
+
+def test_a_tensor_in_two_places_is_noted_apart():
+    """Notes of such a call read one for both; the next call's tensors are two."""
+    x, p = draw(2, 6, 5, 4), draw(2, 6, 5, 4)
+    for other in (x, p, x):
+        given = (x, other, None, None, None, 3, 2.0, False)
+        for actual, truth in zip(
+            coupling.coupling_step(*given), coupling.coupling_step.__wrapped__(*given), strict=True
+        ):
+            assert torch.equal(actual, truth)
+    bias, out = draw(6), torch.full_like(x, torch.nan)
+    finish.finish(x, bias, None, False, 1, x)
+    assert torch.equal(finish.finish(p, bias, None, False, 1, out), p + bias.view(-1, 1, 1))

@@ -256,3 +256,16 @@ def test_other_threads_run_meanwhile(form):
     }
     # On a busy machine threads also wait for a processor.
     assert min(longest_pause(calls[form]) for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("node", [99, -1, True, 1.0])
+def test_nodes_that_do_not_exist(node):
+    tree = component_tree(np.arange(12.0).reshape(3, 4))
+    for ask in (tree.children, tree.mask):
+        with pytest.raises((TypeError, ValueError), match="node: expected an int"):
+            ask(node)
+
+
+def test_threads_have_an_upper_end():
+    with pytest.raises(ValueError, match=r"threads: expected an int in 1\.\.2147483647"):
+        component_tree(np.zeros((2, 2), np.float32), threads=2**31)

@@ -1,5 +1,6 @@
 """The reversible backward pass and what is around it: random states, buffers, autocast, hooks, processes."""
 
+import contextlib
 import copy
 import os
 from datetime import timedelta
@@ -12,6 +13,7 @@ from test_nn_reversible import COUPLINGS, assert_same_gradients, backward
 from torch import nn
 
 from usf_kernels.nn import AffineCheckerboard, FlowSequence, FlowStep, USFBlock
+from usf_kernels.nn.reversible import ReconstructionCheck
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -243,3 +245,29 @@ def test_gradients_come_one_at_a_time():
     z, _ = flow(x)
     with pytest.raises(RuntimeError, match="one at a time, found is_grads_batched=True"):
         torch.autograd.grad(z, x, torch.ones(2, *z.shape), is_grads_batched=True)
+
+
+def test_replicas_of_data_parallel_keep_their_gradients():
+    """They hold their parameters as attributes, of which a reversible pass would know nothing."""
+    step = FlowStep(6, subnet=conv_subnet, zero_init=False)
+    flow = FlowSequence([step] * 4)
+    x = torch.randn(2, 6, 5, 5)
+    flow(x)
+    replica = FlowSequence._replicate_for_data_parallel(flow)
+    assert flow._reverses(x, None)
+    assert not replica._reverses(x.requires_grad_(), None)
+
+
+def test_products_may_be_rounded_as_tf32():
+    norms = [(0, torch.tensor(2e-3), torch.tensor(1.0))]
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed, fits in ((True, True), (False, False)):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            expected = contextlib.nullcontext() if fits else pytest.raises(RuntimeError, match="step 0 lost")
+            with expected:
+                ReconstructionCheck.compare(norms, torch.float32, torch.device("cuda"))
+            with pytest.raises(RuntimeError, match="step 0 lost"):
+                ReconstructionCheck.compare(norms, torch.float32, torch.device("cpu"))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -29,14 +29,30 @@ def test_null_is_checked():
     for arguments in (((1.0,), (0.0,)), ((math.inf,), (1.0,)), ((1.0, 1.0), (1.0,)), ((), ())):
         with pytest.raises(ValueError, match=r"scale|dof"):
             Null(*arguments)
-    with pytest.raises(ValueError, match=r"dof: expected at most 1e\+09, found .*1e\+17"):
+    with pytest.raises(ValueError, match=r"dof: expected 1e-06 to 1e\+09, found .*1e\+17"):
         Null((1.0, 1.0), (3.0, 1e17))
-    for scale, dof in ((1e-200, 1e-200), (1e306, 1e3)):
+    for scale, dof in ((1e-305, 1e-5), (1e306, 1e3)):
         with pytest.raises(ValueError, match=r"scale: expected scale \* dof within"):
             Null((scale,), (dof,))
-    with pytest.raises(ValueError, match="pairs"):
-        Null.from_list([[1.0]])
+    for pairs in ([[1.0]], [1, 2], np.ones((1, 2)), []):
+        with pytest.raises(ValueError, match="pairs"):
+            Null.from_list(pairs)
+    with pytest.raises(ValueError, match="dof: expected 1e-06"):
+        Null((1.0,), (1e-16,))
+    for wrong in (lambda: Null(1.0, (2.0,)), lambda: Null("12", (3.0, 4.0)), lambda: Null((1.0,), ("3",))):
+        with pytest.raises(TypeError, match=r"scale|dof"):
+            wrong()
+    with pytest.raises(TypeError, match="channels"):
+        Null.white(8)
     with pytest.raises(ValueError, match=r"latents\[0\].*vary"):
         calibrate(torch.ones(2, 3, 4, 4))
     with pytest.raises(ValueError, match=r"latents\[0\].*two positions"):
         calibrate(torch.ones(0, 3, 4, 4))
+
+
+@pytest.mark.parametrize("unit", [1e-170, 1e200])
+def test_calibrate_in_any_unit(unit):
+    u = torch.rand(2, 4, 4, dtype=torch.float64)
+    null, scaled = calibrate(u), calibrate(u * unit)
+    assert scaled.dof[0] == pytest.approx(null.dof[0], rel=1e-12)
+    assert scaled.scale[0] / unit == pytest.approx(null.scale[0], rel=1e-12)

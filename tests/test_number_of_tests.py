@@ -3,6 +3,7 @@
 import math
 
 import nfa_oracle as oracle
+import numpy as np
 import pytest
 
 from usf_kernels.number_of_tests import log_number_of_tests
@@ -21,3 +22,10 @@ def test_log_number_of_tests_of_large_maps():
     for bad in ([], [(0, 3)], [(3,)], "28", [(2.5, 2)], 28):
         with pytest.raises((ValueError, TypeError), match="sizes"):
             log_number_of_tests(bad)
+
+
+@pytest.mark.parametrize("side", [np.uint8(200), np.int32(100_000)])
+def test_numbers_of_numpy_do_not_overflow(side):
+    found = log_number_of_tests([(side, side)])
+    assert type(found) is float
+    assert found == log_number_of_tests([(int(side), int(side))])

@@ -185,28 +185,6 @@ def test_autocast_rounds_neither_the_map_nor_its_gradients():
         assert torch.equal(actual, truth)
 
 
-def test_triton_forms_the_matrix_where_it_runs(monkeypatch):
-    pytest.importorskip("triton")
-    given = draw(20, {FREE, BIAS, ACT_NORM}, torch.float32)
-    expected = lu_map(*given)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    calls = []
-
-    def matrix(*arguments):
-        calls.append(arguments)
-        return matrix_op(*arguments)
-
-    matrix_op = module.matrix_op
-    monkeypatch.setattr(module, "matrix_op", matrix)
-    monkeypatch.setattr(module, "runs_triton", lambda *_: True)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            found = lu_map(*(v.to(device) for v in given))
-        for actual, truth in zip(found, expected, strict=True):
-            assert max_error(actual.cpu(), truth) < 1e-5
-    assert len(calls) == 2
-
-
 def by_matrix(x, *given):
     matrix, bias, _ = module._plain(*given)
     return apply_matrix(matrix, x, given[4] if bias is None else bias)

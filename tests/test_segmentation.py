@@ -314,3 +314,17 @@ def test_the_lowest_numbers_stay_finite_between_pixels():
     latents = 1e150 * torch.randn(1, 4, 9, 9, dtype=torch.float64)
     found = log_nfa(latents, (37, 41), upsample="bilinear")
     assert found.min() == torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("dtype", [np.int32, object, ">f4", np.longdouble])
+def test_arrays_of_other_dtypes_are_named(dtype):
+    with pytest.raises(TypeError, match=r"latents\[0\]: expected float32, float64 or float16, found"):
+        log_nfa(np.zeros((1, 2, 2, 2), dtype), 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_may_be_read_only():
+    z = np.random.default_rng(0).standard_normal((1, 8, 4, 4), np.float32)
+    expected = log_nfa(z, 4)
+    z.flags.writeable = False
+    assert torch.equal(log_nfa(z, 4), expected)

@@ -39,7 +39,7 @@ def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[
         )
     if not scales:
         raise ValueError("latents: expected at least one tensor, found an empty sequence")
-    scales = [torch.from_numpy(np.ascontiguousarray(z)) if isinstance(z, np.ndarray) else z for z in scales]
+    scales = [_tensor(f"latents[{i}]", z) if isinstance(z, np.ndarray) else z for i, z in enumerate(scales)]
     energies, channels = [], []
     for i, z in enumerate(scales):
         name = f"latents[{i}]"
@@ -64,6 +64,13 @@ def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[
         channels.append(z.shape[1] if z.ndim == 4 else None)
         energies.append(_energy(name, z.detach()))
     return energies, channels
+
+
+def _tensor(name: str, z: np.ndarray) -> Tensor:
+    if z.dtype not in (np.float32, np.float64, np.float16) or not z.dtype.isnative:
+        raise TypeError(f"{name}: expected float32, float64 or float16, found {z.dtype} ({z.dtype.str})")
+    # Of memory that is read-only, a copy: PyTorch warns of it.
+    return torch.from_numpy(np.ascontiguousarray(z) if z.flags.writeable else z.copy(order="C"))
 
 
 def _energy(name: str, z: Tensor) -> Tensor:

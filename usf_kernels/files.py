@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import glob
 import io
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +21,8 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
     """Open a binary file that takes the place of `path` only once it is complete.
 
     The bytes go to a hidden temporary file in the same folder, which `os.replace` moves over `path` when the
-    block ends, and which is removed when the block raises: a reader sees the old file or the new one.
+    block ends, and which is removed when the block raises: a reader sees the old file or the new one, also
+    where several write at once. What was there is not followed or looked at: links and modes are replaced.
 
     Args:
         path: the file to write; its folder must exist.
@@ -30,10 +33,10 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
         OSError: naming `path`, when there is no space, no permission or no folder.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{_hidden(path.name)}{secrets.token_hex(8)}.tmp")
     try:
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 if durable:
@@ -49,6 +52,11 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _hidden(name: str) -> str:
+    """How the temporary files of a name start: short enough for every name that a file may have."""
+    return f".{os.fsdecode(os.fsencode(name)[:160])}."
 
 
 def make_folder(path: str | Path) -> None:
@@ -82,7 +90,7 @@ def check_writable(path: str | Path) -> None:
 def remove_leftovers(folder: str | Path, names: Sequence[str]) -> None:
     """Remove the temporary files that a killed process left of these files in a folder."""
     for name in names:
-        for leftover in Path(folder).glob(f".{name}.*.tmp"):
+        for leftover in Path(folder).glob(f"{glob.escape(_hidden(name))}*.tmp"):
             with suppress(OSError):
                 leftover.unlink()
 

@@ -25,8 +25,7 @@ def check_threads(threads: int | None, pixels: int) -> int:
     """`threads`, or the default where it is None."""
     if threads is None:
         return default_threads(pixels)
-    check_int("threads", threads, 1)
-    return int(threads)
+    return check_int("threads", threads, 1, 2**31 - 1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,12 +64,22 @@ class ComponentTree:
         return np.flatnonzero(is_leaf)
 
     def children(self, node: int) -> np.ndarray:
-        """The components directly inside `node`."""
+        """The components directly inside `node`.
+
+        Raises:
+            TypeError, ValueError: no number of a node.
+        """
+        check_int("node", node, 0, len(self) - 1)
         found = np.flatnonzero(self.parent == node)
         return found[found != 0]  # the root is its own parent, not its own child
 
     def mask(self, node: int) -> np.ndarray:
-        """(H, W) bool; the pixels of the component `node`."""
+        """(H, W) bool; the pixels of the component `node`.
+
+        Raises:
+            TypeError, ValueError: no number of a node.
+        """
+        check_int("node", node, 0, len(self) - 1)
         inside = np.zeros(len(self), dtype=bool)
         inside[node] = True
         ancestor = self.parent

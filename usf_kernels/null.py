@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from usf_kernels.energy import read_energies
+from usf_kernels.ops.checks import check_number
 
+SMALLEST_DOF = 1e-6  # below, the exact tail cancels
 LARGEST_DOF = 1e9  # the extension's; the exact tail takes time as its root
 
 
@@ -19,7 +21,7 @@ class Null:
     """Squared norms of normal positions at scale l follow `scale[l] * chi2(dof[l])`.
 
     Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones have not, see `calibrate`.
-    Both are positive and finite, and so is their product; `dof` is at most 1e9, and need not be whole.
+    Both are positive and finite, and so is their product; `dof` lies in 1e-6..1e9, and need not be whole.
     """
 
     scale: tuple[float, ...]
@@ -27,7 +29,12 @@ class Null:
 
     def __post_init__(self) -> None:
         for name in ("scale", "dof"):
-            values = tuple(float(value) for value in getattr(self, name))
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)):
+                raise TypeError(f"{name}: expected numbers, one per scale, found {type(values).__name__}")
+            for value in values:
+                check_number(f"{name}", value)
+            values = tuple(float(value) for value in values)
             if not values or not all(0 < value < math.inf for value in values):
                 raise ValueError(f"{name}: expected positive finite numbers, one per scale, found {values}")
             object.__setattr__(self, name, values)
@@ -35,8 +42,8 @@ class Null:
             raise ValueError(
                 f"dof: expected {len(self.scale)} numbers, as many as scale, found {len(self.dof)}"
             )
-        if max(self.dof) > LARGEST_DOF:
-            raise ValueError(f"dof: expected at most {LARGEST_DOF:.0e}, found {self.dof}")
+        if not (min(self.dof) >= SMALLEST_DOF and max(self.dof) <= LARGEST_DOF):
+            raise ValueError(f"dof: expected {SMALLEST_DOF:.0e} to {LARGEST_DOF:.0e}, found {self.dof}")
         for a, nu in zip(self.scale, self.dof, strict=True):
             if not (sys.float_info.min <= a * nu < math.inf):
                 raise ValueError(f"scale: expected scale * dof within a double's range, found {a} * {nu}")
@@ -44,6 +51,8 @@ class Null:
     @classmethod
     def white(cls, channels: Sequence[int]) -> Null:
         """White latents: chi2(C) at each scale."""
+        if not isinstance(channels, (tuple, list)):
+            raise TypeError(f"channels: expected numbers, one per scale, found {type(channels).__name__}")
         return cls(scale=(1.0,) * len(channels), dof=tuple(channels))
 
     def to_list(self) -> list[list[float]]:
@@ -53,7 +62,8 @@ class Null:
     @classmethod
     def from_list(cls, pairs: Sequence[Sequence[float]]) -> Null:
         """The inverse of `to_list`."""
-        if not pairs or any(len(pair) != 2 for pair in pairs):
+        found = pairs if isinstance(pairs, (tuple, list)) else ()
+        if not found or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in found):
             raise ValueError(f"pairs: expected [[scale, dof], ...], one pair per scale, found {pairs!r}")
         return cls(*zip(*pairs, strict=True))
 
@@ -90,9 +100,11 @@ def calibrate(latents: Tensor | Sequence[Tensor]) -> Null:
                 f"latents[{i}]: expected at least two positions to fit to, found shape {tuple(u.shape)}"
             )
         u = u.double()
-        mean, variance = u.mean().item(), u.var().item()
+        largest = u.max().item() or 1.0  # in units of which no square overflows
+        mean, variance = (u / largest).mean().item(), (u / largest).var().item()
         if not variance > 1e-8 * mean**2:
-            raise ValueError(f"latents[{i}]: expected squared norms that vary, found {mean:.6g} everywhere")
-        scale.append(variance / (2 * mean))
+            everywhere = f"{largest * mean:.6g} everywhere"
+            raise ValueError(f"latents[{i}]: expected squared norms that vary, found {everywhere}")
+        scale.append(largest * (variance / (2 * mean)))
         dof.append(2 * mean**2 / variance)
     return Null(tuple(scale), tuple(dof))

@@ -36,7 +36,7 @@ def log_number_of_tests(sizes: Sequence[tuple[int, int]]) -> float:
             raise ValueError(f"sizes[{i}]: expected (H, W), found {size!r}")
         for side in size:
             check_int(f"sizes[{i}]", side, 1)
-    return _log_total(tuple(height * width for height, width in sizes))
+    return _log_total(tuple(int(height) * int(width) for height, width in sizes))
 
 
 @lru_cache(maxsize=1024)

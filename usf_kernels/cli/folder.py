@@ -17,6 +17,7 @@ from usf_kernels.cli.options import (
     positive,
     print_table,
     progress,
+    seed,
     size_of_images,
 )
 from usf_kernels.optimization import PRECISIONS
@@ -74,7 +75,7 @@ def add_train(commands: Any) -> None:
         type=positive,
         help="steps between two states to resume from; default: a minute. An epoch ends with one in any case",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="default: %(default)s")
     parser.add_argument(
         "--accelerator",
@@ -128,15 +129,15 @@ def train(options: argparse.Namespace) -> int:
     fit(model, range(len(data) - held_out), range(held_out), dry_run=True, **run)
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    state = options.output / "last.pt"
-    if state.exists() and not options.resume and rank_zero_only.rank == 0:
-        print(f"{options.output}: the run there is replaced; --resume would have continued it")
-        (options.output / "model.pt").unlink(missing_ok=True)  # of that run
     features = _features(model, data, device, options.batch_size)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))
     model.initialize(rest)
     model.calibrate([maps[:8] for maps in held])  # what is wrong with them is not found out after training
+    state = options.output / "last.pt"
+    if state.exists() and not options.resume and rank_zero_only.rank == 0:
+        print(f"{options.output}: the run there is replaced; --resume would have continued it")
+        (options.output / "model.pt").unlink(missing_ok=True)  # of that run
     try:
         history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
     except KeyboardInterrupt:

@@ -31,6 +31,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """What PyTorch and NumPy take for a seed."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, not {text}")
+    return int(text)
+
+
 def image_size(text: str) -> tuple[int, int]:
     """`256` or `256x320` (height x width)."""
     parts = text.lower().split("x")
@@ -96,10 +103,13 @@ def pick_device(name: str, option: str = "--device") -> torch.device:
     if name != "auto":
         gpu = "mps" if torch.backends.mps.is_available() else "cuda"
         try:
-            return torch.empty(0, device=gpu if name == "gpu" else name).device
+            device = torch.empty(0, device=gpu if name == "gpu" else name).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{option} {name}: not available here ({reason:.120})") from error
+        if device.type == "meta":
+            raise ValueError(f"{option} {name}: computes nothing")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -41,7 +41,8 @@ def add_parser(commands: Any) -> None:
         "(in [0, 1]), anomalous (whether there is a region), and regions, the most significant first: "
         "log_nfa, image_box (top, left, bottom, right in pixels of the image, half open), and box, area, "
         "level and centroid on the map of map_size, which is that of scale. All images are opened before "
-        "anything is written.",
+        "anything is written; those whose pixels then cannot be read are left out, and it is an error at the "
+        "end.",
     )
     add_checkpoint(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
@@ -53,7 +54,11 @@ def add_parser(commands: Any) -> None:
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Predict images and write the results; returns the exit code."""
+    """Predict images and write the results; returns the exit code.
+
+    Raises:
+        ValueError: at the end, naming the images that could not be read; all others have results.
+    """
     from usf_kernels.data import open_image
     from usf_kernels.files import make_folder, write_json
 
@@ -64,16 +69,20 @@ def predict(options: argparse.Namespace) -> int:
     size = size_of_images(options, required=False)
     make_folder(options.output)
     results: list[dict[str, Any]] = []
+    unread: list[str] = []
     try:
         with progress(len(files), "predicting") as advance:
-            for facts in _predictions(files, model, device, size, options):
+            for facts in _predictions(files, model, device, size, options, unread):
                 results.append(facts)
                 advance()
-    finally:  # after an image that cannot be read, too
+    finally:  # when interrupted, too
         if results:
             write_json(options.output / "predictions.json", results)
     rows = [[r["image"], r["score"], "yes" if r["anomalous"] else "no", len(r["regions"])] for r in results]
-    print_table(f"maps and masks in {options.output}", ("image", "score", "anomalous", "regions"), rows)
+    if rows:
+        print_table(f"maps and masks in {options.output}", ("image", "score", "anomalous", "regions"), rows)
+    if unread:
+        raise ValueError(f"{len(unread)} of {len(files)} images are left out: {'; '.join(unread)}")
     return 0
 
 
@@ -83,8 +92,10 @@ def _predictions(
     device: torch.device,
     size: tuple[int, int] | None,
     options: argparse.Namespace,
+    unread: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """What predictions.json says of each image, whose other files are written first."""
+    """What predictions.json says of each image, whose other files are written first; what is wrong with those
+    that cannot be read goes to `unread`."""
     import torch
 
     from usf_kernels.data import read_image, resize_image
@@ -92,8 +103,15 @@ def _predictions(
     named = list(_names(files).items())
     step = 1 if size is None else options.batch_size  # images of several sizes do not stack
     for start in range(0, len(named), step):
-        batch = named[start : start + step]
-        images = [read_image(path) for _, path in batch]
+        batch, images = [], []
+        for name, path in named[start : start + step]:
+            try:
+                images.append(read_image(path))
+                batch.append((name, path))
+            except ValueError as error:
+                unread.append(str(error))
+        if not batch:
+            continue
         resized = images if size is None else [resize_image(image, size) for image in images]
         predictions = model.predict(torch.stack(resized).to(device))
         for i, (name, path) in enumerate(batch):
@@ -112,14 +130,14 @@ def _predictions(
 
 def _expand(paths: list[Path], output: Path) -> list[Path]:
     """All image files, once each."""
-    from usf_kernels.data.folder import SUFFIXES
+    from usf_kernels.data.folder import images_in
 
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            inside = images_in(path.iterdir())
             if not inside:
-                below = next((f.parent for f in path.rglob("*") if f.suffix.lower() in SUFFIXES), None)
+                below = next((file.parent for file in images_in(path.rglob("*"))), None)
                 hint = "" if below is None else f"; there are some in {below}"
                 raise ValueError(f"{path}: holds no image{hint}")
             files += inside

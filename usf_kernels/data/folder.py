@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,26 +13,32 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from usf_kernels.data.sample import Sample
+from usf_kernels.max_tree import component_tree
+from usf_kernels.ops.checks import check_size
 
 if TYPE_CHECKING:
     from PIL import Image
 
+NORMAL = ("good", "ok")  # names of the folders of normal images; the second is BTAD's
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF's tag
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Read any image file as float32 (3, H, W) in [0, 1].
 
-    Grey images are repeated, transparency is dropped, 16-bit images keep their depth, floating-point ones
-    hold [0, 1] already, and what the camera says about its orientation is followed.
+    Grey images are repeated, and those of 16 bits keep their depth (colours are cut to 8). Floating-point
+    ones hold [0, 1] already. Transparency is dropped; what the camera says about its orientation is followed.
 
     Args:
         path: the file.
-        size: (height, width) to resize to (bicubic), or None to keep the image's own.
+        size: (height, width) to resize to (bicubic), or one number for a square; None keeps the image's own.
 
     Raises:
         ValueError: naming the file, when it is missing, cannot be decoded, or holds values out of range.
+        TypeError, ValueError: a bad size.
     """
+    size = None if size is None else check_size(size)
     picture = open_image(path)
     if picture.mode.startswith("I") or picture.mode == "F":  # convert() would clip these at 255
         white = 1 if picture.mode == "F" else 65535
@@ -41,6 +48,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
                 f"{path}: expected values from 0 to {white} in an image of mode {picture.mode}, "
                 f"found {grey.min():g} to {grey.max():g}"
             )
+        if picture.format == "TIFF" and picture.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            grey = white - grey  # which Pillow does for 8 bits alone
         image = torch.from_numpy(grey / white).expand(3, -1, -1)
     else:
         image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
@@ -82,23 +91,44 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
         raise ValueError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+def is_image(path: Path) -> bool:
+    """Whether a file has the name of an image; not macOS's notes about one (`._name.png`)."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and path.is_file()
+
+
+def images_in(paths: Iterable[Path]) -> list[Path]:
+    """Those of the files that are images, in order."""
+    return sorted(path for path in paths if is_image(path))
+
+
+def resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A mask (1, H, W) bool in another size (height, width), nearest. What is thinner than a pixel there does
+    not vanish: of each connected region at least a pixel is left."""
+    resized = functional.interpolate(mask[None].float(), tuple(size), mode="nearest-exact")[0] > 0.5
+    if tuple(mask.shape[1:]) == tuple(size) or not mask.any():
+        return resized
+    regions = torch.from_numpy(component_tree(mask[0].to(torch.uint8).contiguous()).node).long() + 1
+    regions[~mask[0]] = 0
+    # Numbers of up to 2^31 are exact in float64.
+    left = functional.interpolate(regions[None, None].double(), tuple(size), mode="nearest-exact").long()
+    lost = ~torch.isin(regions, left.unique()) & mask[0]
+    return resized | (functional.adaptive_max_pool2d(lost[None].float(), tuple(size)) > 0.5)
 
 
 class FolderDataset(Dataset[Sample]):
     """One category of MVTec AD, VisA (in its MVTec form), BTAD, or any folder laid out like them.
 
     Args:
-        root: the folder that holds `train/good` and `test`.
+        root: the folder that holds `train/good` and `test`; BTAD's `ok` is `good`, too.
         split: "train" or "test".
         size: (height, width), or one number for a square, to which images are resized; masks go along
-            (nearest). None keeps each image's own size, and then only batches of one collate.
+            (`resize_mask`). None keeps each image's own size, and then only batches of one collate.
 
     Raises:
         ValueError: naming the folder, when it is missing or holds no image; naming the file, when an image
-            cannot be read, or its mask is missing or has another size than it. Files are opened when an item
-            is read.
+            cannot be read, or its mask is missing, marks nothing or has another size than it. Files are
+            opened when an item is read.
+        TypeError, ValueError: a bad size.
     """
 
     def __init__(
@@ -107,16 +137,20 @@ class FolderDataset(Dataset[Sample]):
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
         self.root, self.split = Path(root), split
-        self.size = (size, size) if isinstance(size, int) else size
+        self.size = None if size is None else check_size(size)
         if not self.root.is_dir():
             raise ValueError(f"{self.root}: no such folder")
-        kinds = [self.root / "train" / "good"] if split == "train" else self._kinds()
-        for folder in kinds:
-            if not folder.is_dir():
-                raise ValueError(f"{folder}: no such folder; normal training images are expected there")
-        self.files = [path for folder in kinds for path in _images(folder)]
+        kinds = [self._normal()] if split == "train" else self._kinds()
+        self.files = [path for folder in kinds for path in images_in(folder.iterdir())]
         if not self.files:
             raise ValueError(f"{kinds[0] if split == 'train' else self.root / 'test'}: holds no image")
+
+    def _normal(self) -> Path:
+        folders = [self.root / "train" / name for name in NORMAL]
+        found = next((folder for folder in folders if folder.is_dir()), None)
+        if found is None:
+            raise ValueError(f"{folders[0]}: no such folder; normal training images are expected there")
+        return found
 
     def _kinds(self) -> list[Path]:
         test = self.root / "test"
@@ -133,11 +167,11 @@ class FolderDataset(Dataset[Sample]):
         image = read_image(path)
         own = tuple(image.shape[1:])
         size = own if self.size is None else self.size
-        if kind == "good":
+        if kind in NORMAL:
             mask = torch.zeros(1, *size, dtype=torch.bool)
         else:
             mask = self._mask(path, kind, own, size)
-        return Sample(resize_image(image, size), mask, int(kind != "good"), str(path), kind)
+        return Sample(resize_image(image, size), mask, int(kind not in NORMAL), str(path), kind)
 
     def checksum(self) -> str:
         """CRC-32 of the files' names and contents, in order: tells one set of images from another."""
@@ -152,10 +186,14 @@ class FolderDataset(Dataset[Sample]):
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             raise ValueError(f"{candidates[0]}: no such mask for {path}")
-        mask = torch.from_numpy(np.array(open_image(found).convert("L")) > 0)[None]
+        picture = open_image(found)
+        if picture.mode not in ("1", "L", "LA", "I", "I;16", "F"):  # colours, whose luma may be 0
+            picture = picture.convert("RGB")
+        values = np.atleast_3d(np.array(picture))[..., :3]
+        values = values[..., :1] if picture.mode == "LA" else values  # black that is opaque
+        mask = torch.from_numpy((values > 0).any(-1))[None]
+        if not mask.any():
+            raise ValueError(f"{found}: marks nothing, but {path} is one of the defects")
         if tuple(mask.shape[1:]) != own:
             raise ValueError(f"{found}: mask is {tuple(mask.shape[1:])}, its image {path} is {own}")
-        resized = functional.interpolate(mask[None].float(), size, mode="nearest-exact")[0]
-        if mask.any() and not resized.any():  # a defect thinner than a pixel must not vanish
-            resized = functional.adaptive_max_pool2d(mask.float(), size)
-        return resized > 0.5
+        return resize_mask(mask, size)

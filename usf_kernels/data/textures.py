@@ -2,7 +2,8 @@
 
 Each 512 x 512 photograph is cut into three bands of columns. Crops of the left band train a model, crops
 of the middle one are held out (early stopping, calibration), crops of the right one are the test set, and
-half of those get a defect. No pixel is in two bands.
+half of those get a defect. No pixel is in two bands; crops that are turned or scaled are interpolated by a
+spline, which takes up to a grey level from across the border of theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from usf_kernels.data.defects import DEFECTS, render_defect
+from usf_kernels.data.folder import resize_mask
 from usf_kernels.data.sample import Sample
 
 TEXTURES = ("brick", "grass", "gravel")
@@ -101,7 +103,7 @@ class TextureDataset(Dataset[Sample]):
             image, mask = render_defect(image, kind, rng, other)
         return Sample(
             image=_resize(image, self.size).clamp(0, 1).expand(3, -1, -1).contiguous(),
-            mask=_resize(mask, self.size) > 0.5,
+            mask=resize_mask(torch.from_numpy(mask)[None], (self.size, self.size)),
             label=int(kind != "good"),
             name=f"{self.name}/{self.split}/{index:04d}",
             kind=kind,

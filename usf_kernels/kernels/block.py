@@ -25,7 +25,7 @@ from usf_kernels.kernels.launch import (
     walk,
     warp_size,
 )
-from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.layout import View, contiguous, empty_output
 from usf_kernels.kernels.products import (
     activate,
     dot,
@@ -52,7 +52,7 @@ def residual_mlp_kernel(
     C, N, P,
     ACTIVATION: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, FIRST_UNIT: tl.constexpr, LAST_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Runs of BLOCK_N hidden units are made, activated and consumed without leaving the chip."""
     b, p, c = place(C, P, WIDE, BLOCK_P, BLOCK_C)
@@ -85,6 +85,8 @@ def residual_mlp_kernel(
             mask = (p < bound(P, a_p, UNIT))[:, None] & (n < bound(N, a_c, UNIT))[None, :]
             hidden += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         hidden = activate(hidden, ACTIVATION)
+        if RAGGED:  # an infinite x has made NaN of the units past the last
+            hidden = tl.where((n < N)[None, :], hidden, 0.0)
         weight = tl.load(
             last_at + walk(n, w_k, LAST_UNIT)[:, None],
             mask=last_inside & (n < bound(N, w_k, LAST_UNIT))[:, None],
@@ -113,6 +115,7 @@ def residual_mlp(
     """See `usf_kernels.ops.residual_mlp`. Products are of the dtype of `first` and `last`, which is one."""
     if bias_map is not None:
         bias_map = bias_map.expand(x.shape[0], *bias_map.shape[1:])
+    first_bias, last_bias = contiguous(first_bias, last_bias)
     hidden, channels = first.shape
     if channels >= vendor_channels(x, first, alone=False):
         return two_products(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
@@ -134,7 +137,7 @@ def residual_mlp(
             residual_mlp_kernel, programs, *operands, *first_at, *last_at, first_bias, last_bias,
             channels, hidden, view.positions, ACTIVATION=activation, SIGN=-1 if inverse else 1,
             PRECISION=product_precision(), UNIT=unit, FIRST_UNIT=first_unit, LAST_UNIT=last_unit,
-            WIDE=view.is_wide(), device=x.device, **config,
+            WIDE=view.is_wide(), RAGGED=hidden % config["BLOCK_N"] != 0, device=x.device, **config,
         )  # fmt: skip
         return y
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from usf_kernels.kernels.arithmetic import tanh
 from usf_kernels.kernels.configs import Config, elementwise, pick
 from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
-from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.layout import View, contiguous, empty_output
 from usf_kernels.kernels.replay import replayed
 
 
@@ -104,11 +104,6 @@ class Tiles:
     def key(self, *flags: object) -> tuple:
         dtypes = [tensor.dtype for tensor in self.view.tensors]
         return *dtypes, self.unit, self.channels_last, *flags
-
-
-def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Vectors that a kernel reads with a stride of 1; the gradient of a sum, for one, has a stride of 0."""
-    return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
 def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from usf_kernels.kernels.arithmetic import tanh
 from usf_kernels.kernels.configs import Config, pick
-from usf_kernels.kernels.coupling import Tiles, contiguous, coupling_case_inputs, coupling_cases
+from usf_kernels.kernels.coupling import Tiles, coupling_case_inputs, coupling_cases
 from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
-from usf_kernels.kernels.layout import empty_output
+from usf_kernels.kernels.layout import contiguous, empty_output
 from usf_kernels.kernels.replay import replayed
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from usf_kernels.kernels.configs import elementwise
 from usf_kernels.kernels.launch import Case, aligned, bound, cdiv, launch, narrow, runtime, tile, walk
-from usf_kernels.kernels.layout import View
+from usf_kernels.kernels.layout import View, contiguous
 from usf_kernels.kernels.replay import replayed
 
 
@@ -52,7 +52,7 @@ def finish(
 
     x (B, C, *spatial); bias (C,); bias_map (B, C, *spatial), any strides. x may be y.
     """
-    bias = None if bias is None else bias.contiguous()
+    (bias,) = contiguous(bias)
     view = View([x, *(() if bias_map is None else (bias_map,)), y])
     arguments = view.arguments()
     if bias_map is None:

@@ -28,6 +28,11 @@ def empty_output(x: Tensor, dtype: torch.dtype, channels: int | None = None) -> 
     return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
 
 
+def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Vectors that a kernel reads with a stride of 1; the gradient of a sum, for one, has a stride of 0."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
 def flat_strides(x: Tensor) -> Strides | None:
     """Strides of x with its spatial dimensions flattened; None where one stride cannot walk them."""
     return _flat(x.shape, x.stride())

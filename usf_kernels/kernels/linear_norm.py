@@ -10,7 +10,7 @@ from torch import Tensor
 from usf_kernels.kernels.accounting import Work, product_cases
 from usf_kernels.kernels.configs import Config, pick
 from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, product_precision, runtime, walk
-from usf_kernels.kernels.layout import View
+from usf_kernels.kernels.layout import View, contiguous
 from usf_kernels.kernels.products import (
     contract,
     matrix_arguments,
@@ -47,7 +47,8 @@ def squared_norm_kernel(
         )  # fmt: skip
         if bias is not None:
             z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        total += tl.sum(z * z, axis=1)  # outputs past the last are zeros
+        z = tl.where((n < N)[None, :], z, 0.0)  # of an infinite x, NaN past the last
+        total += tl.sum(z * z, axis=1)
     at = u + b * aligned(u_b, UNIT) + walk(p, u_p, UNIT)[:, None] + walk(s, u_c, UNIT)[None, :]
     tl.store(at, total[:, None], mask=inside[:, None])
 
@@ -57,7 +58,10 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
     """`||matrix @ x + bias||^2` at every position, (B, *spatial) in float32; arguments as in `linear`."""
     if vendor_is_faster(x, matrix):
         return squared_norm(vendor_linear(x, matrix, bias))
+    (bias,) = contiguous(bias)
     outputs, inputs = matrix.shape
+    if outputs == 0:
+        return x.new_zeros((x.shape[0], *x.shape[2:]), dtype=torch.float32)
     matrix_arguments_, matrix_unit = matrix_arguments(matrix)
     sizes = x.shape[0], x.shape[2:]
     whole = View([x, x.new_empty((sizes[0], 1, *sizes[1]), dtype=torch.float32)])

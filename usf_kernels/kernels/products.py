@@ -32,7 +32,7 @@ from usf_kernels.kernels.launch import (
     walk,
     warp_size,
 )
-from usf_kernels.kernels.layout import View, empty_output
+from usf_kernels.kernels.layout import View, contiguous, empty_output
 from usf_kernels.kernels.replay import replayed
 from usf_kernels.kernels.vendor import vendor_is_faster, vendor_linear
 
@@ -223,6 +223,7 @@ def linear(
     dtype = torch.promote_types(x.dtype, matrix.dtype)
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
+    (bias,) = contiguous(bias)
     y = empty_output(x, dtype, matrix.shape[0])
     view = View([x, *(t for t in (bias_map, residual) if t is not None), y])
     operands = iter(view.arguments())

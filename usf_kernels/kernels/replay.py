@@ -43,7 +43,7 @@ def replayed(function: F) -> F:
         if named or getattr(_thread, "noting", False) or configs.is_observed():
             return function(*arguments, **named)
         tensors: Slots = []
-        key = (function, launch.product_precision(), *_forms(arguments, tensors))
+        key = (function, launch.product_precision(), *_forms(arguments, tensors), *_repeated(tensors))
         notes = _known.get(key, _UNKNOWN)
         if notes is None or not launch.is_direct(tensors[0].device):
             return function(*arguments)
@@ -70,6 +70,12 @@ def _forms(arguments: Sequence[Any], tensors: Slots) -> list[Any]:
         else:
             forms.append(value)
     return forms
+
+
+def _repeated(tensors: Slots) -> Sequence[int]:
+    """Where each tensor stands first, if one stands in several places: steps read one of them for all."""
+    names = [id(tensor) for tensor in tensors]
+    return () if len(set(names)) == len(names) else [names.index(name) for name in names]
 
 
 def _noted(function: Callable, arguments: Sequence[Any], tensors: Slots) -> tuple[Any, _Notes | None]:

@@ -11,7 +11,8 @@ WARM_UP = 3  # calls before the capture: libraries allocate what they keep
 
 
 class CapturedCall:
-    """`call(*inputs)` recorded once, and replayed for other inputs of the same shapes and dtypes.
+    """`call(*inputs)` recorded once, and replayed for other inputs of the same shapes and dtypes. Weights are
+    read where they were: they may change there, but not move to another device or dtype.
 
     Args:
         call: of tensors to a tensor or a tuple of tensors, on one CUDA device, without reading values back.
@@ -25,7 +26,9 @@ class CapturedCall:
         devices = {str(x.device) for x in inputs}
         if len(devices) != 1 or not inputs[0].is_cuda:
             raise ValueError(f"inputs: expected tensors on one CUDA device, found {sorted(devices)}")
-        self._inputs = [x.clone() for x in inputs]
+        self._call = call  # and so the weights: a graph knows no more than their addresses
+        with torch.inference_mode(False):  # tensors that anyone may write to
+            self._inputs = [x.detach().clone() for x in inputs]
         with torch.cuda.device(inputs[0].device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -45,7 +48,8 @@ class CapturedCall:
                     f"inputs: expected the captured {tuple(kept.shape)} {kept.dtype}, "
                     f"found {tuple(x.shape)} {x.dtype}"
                 )
-            kept.copy_(x)
+            with torch.no_grad():
+                kept.copy_(x)
         self._graph.replay()
         if isinstance(self._outputs, Tensor):
             return self._outputs.clone()

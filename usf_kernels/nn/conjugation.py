@@ -96,7 +96,7 @@ class AffineCheckerboard(Conditioned):
         zero_init: bool = True,
     ) -> None:
         check_int("channels", channels, 1)
-        check_clamp(clamp)
+        clamp = check_clamp(clamp)
         super().__init__(
             channels, channels, 2 * channels, subnet=subnet, cond_channels=cond_channels, zero_init=zero_init
         )

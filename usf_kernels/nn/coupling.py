@@ -256,8 +256,7 @@ class AffineCoupling(_Coupling):
         zero_init: bool = True,
     ) -> None:
         super().__init__(channels, subnet=subnet, cond_channels=cond_channels, zero_init=zero_init)
-        check_clamp(clamp)
-        self.clamp = clamp
+        self.clamp = check_clamp(clamp)
 
     def couple(self, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
         return affine_coupling(x, params, split=self.split, clamp=self.clamp, inverse=inverse)

@@ -203,6 +203,8 @@ class FlowSequence(Fusible, nn.ModuleList):
     def _reverses(self, x: Tensor, cond: Tensor | None) -> bool:
         if self.memory == "standard" or not torch.is_grad_enabled() or len(self) == 0:
             return False
+        if getattr(self, "_is_replica", False):  # of nn.DataParallel: its parameters are not registered
+            return False
         if self.memory == "auto" and (
             len(self) < AUTO_STEPS
             or torch.compiler.is_compiling()  # before sizes, on which a graph would come to depend

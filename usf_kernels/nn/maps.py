@@ -41,7 +41,7 @@ def convolve(layers: nn.Module, maps: Tensor) -> Tensor:
     if (
         torch.compiler.is_compiling()  # which chooses memory formats itself
         or not (maps.is_cuda and maps.dtype == torch.float32)
-        or torch.backends.cudnn.allow_tf32
+        or torch.backends.cudnn.conv.fp32_precision == "tf32"
     ):
         return layers(maps)
     maps = maps.contiguous()

@@ -53,14 +53,15 @@ class ReconstructionCheck:
         return x[(slice(None, None, math.ceil(x.shape[0] / CHECKED_SAMPLES)), slice(None), *position)].clone()
 
     @staticmethod
-    def compare(norms: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype) -> None:
+    def compare(norms: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype, device: torch.device) -> None:
         """Raise RuntimeError for the last step (where the backward pass starts) that is off.
 
         Args:
             norms: per step, last to first: its index, the norm of its input's error, and of its input.
             dtype: the narrowest that was computed in.
+            device: where.
         """
-        tolerance = math.sqrt(torch.finfo(dtype).eps)
+        tolerance = math.sqrt(_epsilon(dtype, device))
         steps = [step for step, *_ in norms]
         values = torch.stack([torch.stack(pair) for _, *pair in norms]).tolist() if norms else []
         # What is nothing but the rounding errors of larger values need not be rebuilt.
@@ -144,7 +145,7 @@ class _Reversible(torch.autograd.Function):
             if ctx.check is not None and z.numel() > 0:
                 truth = ctx.samples[i].to(compute_dtype(z))
                 norms.append((i, (ctx.check.sample(z, ctx.turn) - truth).norm(), truth.norm()))
-        ReconstructionCheck.compare(norms, ctx.autocast_dtype or _narrowest(ctx.kinds))
+        ReconstructionCheck.compare(norms, ctx.autocast_dtype or _narrowest(ctx.kinds), z.device)
         return None, None, None, None, grad_z, grad_cond, *gradients
 
 
@@ -154,6 +155,14 @@ def _buffers(modules: Sequence[nn.Module]) -> list[Slot]:
 
 def _narrowest(kinds: Sequence[tuple[torch.dtype, torch.memory_format]]) -> torch.dtype:
     return min((dtype for dtype, _ in kinds), key=lambda dtype: dtype.itemsize)
+
+
+def _epsilon(dtype: torch.dtype, device: torch.device) -> float:
+    """Of what is computed in `dtype`: products of float32 may be rounded as TF32."""
+    rounded = dtype == torch.float32 and device.type == "cuda"
+    if rounded and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return 2.0**-10
+    return torch.finfo(dtype).eps
 
 
 def _has_own_pull_back(kind: type) -> bool:

@@ -63,13 +63,15 @@ def check_shape(name: str, value: object, expected: tuple[int, ...], meaning: st
         raise ValueError(f"{name}: expected shape {tuple(expected)} = {meaning}, found {tuple(value.shape)}")
 
 
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise unless `value` is an integer in [low, high] (no upper end where `high` is None)."""
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return `value` as Python's int (a symbolic one as it is); raise unless it is an integer in [low, high]
+    (no upper end where `high` is None)."""
     if not _is_int(value):
         raise TypeError(f"{name}: expected an int, found {type(value).__name__}")
     if value < low or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{name}: expected an int {span}, found {value}")
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def check_number(name: str, value: object) -> None:
@@ -78,11 +80,12 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
 
 
-def check_clamp(clamp: object) -> None:
-    """Raise unless `clamp` is a positive finite number."""
+def check_clamp(clamp: object) -> float:
+    """Return `clamp` as Python's float; raise unless it is a positive finite number."""
     check_number("clamp", clamp)
     if not 0 < clamp < math.inf:
         raise ValueError(f"clamp: expected a positive finite number, found {clamp}")
+    return float(clamp)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -96,10 +99,7 @@ def check_size(size: object) -> tuple[int, int]:
     pair = (size, size) if _is_int(size) else size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"size: expected an int or a pair (height, width), found {size!r}")
-    check_int("size[0]", pair[0], 1)
-    check_int("size[1]", pair[1], 1)
-    height, width = (int(side) if isinstance(side, np.integer) else side for side in pair)
-    return height, width
+    return check_int("size[0]", pair[0], 1), check_int("size[1]", pair[1], 1)
 
 
 def check_not_fused_to(model: object, dtype: torch.dtype | None) -> None:

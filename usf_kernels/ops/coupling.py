@@ -43,7 +43,7 @@ def additive_coupling(
         RuntimeError: an `impl` that cannot run here.
     """
     check_features("x", x)
-    check_int("split", split, 0, x.shape[1])
+    split = check_int("split", split, 0, x.shape[1])
     batch, channels, *spatial = x.shape
     check_shape("shift", shift, (batch, channels - split, *spatial), "(B, C - split, *spatial)")
     return implementation("additive_coupling", impl, x, shift)(x, shift, split, inverse)
@@ -120,8 +120,7 @@ def affine_coupling(
         RuntimeError: an `impl` that cannot run here.
     """
     check_features("x", x)
-    check_int("split", split, 0, x.shape[1])
-    check_clamp(clamp)
+    split, clamp = check_int("split", split, 0, x.shape[1]), check_clamp(clamp)
     batch, channels, *spatial = x.shape
     check_shape("params", params, (batch, 2 * (channels - split), *spatial), "(B, 2 * (C - split), *spatial)")
     return implementation("affine_coupling", impl, x, params)(x, params, split, clamp, inverse)

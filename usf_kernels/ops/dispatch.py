@@ -142,14 +142,17 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
 
 
 def _nobody_looks(arguments: tuple[Any, ...]) -> bool:
-    """Whether an operation may run past PyTorch's dispatcher: CUDA tensors, none of them of a subclass, and
-    neither gradients nor a compiler, a transform, a mode or a tracer that would have to see it."""
+    """Whether an operation may run past PyTorch's dispatcher: CUDA tensors whose values are what lies in
+    memory, none of them of a subclass, and neither gradients nor a compiler, a transform, a mode or a tracer
+    that would have to see it."""
     if native.somebody_looks() or torch.is_grad_enabled():
         return False
     for value in arguments:
-        if isinstance(value, Tensor) and not (type(value) in native.PLAIN and value.is_cuda):
+        if isinstance(value, Tensor) and not (
+            type(value) in native.PLAIN and value.is_cuda and native.is_memory(value)
+        ):
             return False
-        if isinstance(value, list) and not _nobody_looks(tuple(value)):
+        if isinstance(value, (list, tuple)) and not _nobody_looks(tuple(value)):
             return False
     return True
 

@@ -91,7 +91,7 @@ matrix_op = define(
 )
 
 
-class _Matrix(Function):
+class LUMatrix(Function):
     """`L U`, or `U^-1 L^-1`, (C, C), computed in float32."""
 
     generate_vmap_rule = True
@@ -111,7 +111,7 @@ class _Matrix(Function):
         with full_precision(grad):
             grad = grad.float()
             if ctx.inverse:  # d(A^-1) = -A^-1 dA A^-1
-                transposed = _Matrix.apply(lower, upper, True, torch.float32).mT
+                transposed = LUMatrix.apply(lower, upper, True, torch.float32).mT
                 grad = -(transposed @ grad @ transposed)
             strict, upper_triangle = torch.tril(lower.float(), -1), torch.triu(upper.float())
             grad_lower = torch.tril(grad @ upper_triangle.mT, -1)
@@ -123,7 +123,7 @@ class _Matrix(Function):
 def _lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
     dtype = promoted_dtype(x, lower, upper, bias)
     grad = torch.is_grad_enabled()
-    matrix = (_Matrix.apply if grad else matrix_op)(lower, upper, inverse, dtype)
+    matrix = (LUMatrix.apply if grad else matrix_op)(lower, upper, inverse, dtype)
     if inverse and bias is not None:
         # No matrix product: autocast would round its gradient's, whatever surrounds this one.
         bias = -(matrix.float() * bias.float()).sum(1)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from usf_kernels.ops import native_lu_map
-from usf_kernels.ops.dispatch import differentiates_again, gradients_through, runs_triton
+from usf_kernels.ops.dispatch import define, differentiates_again, gradients_through, runs_triton
 from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
-from usf_kernels.ops.lu_conv import matrix_op
+from usf_kernels.ops.lu_conv import LUMatrix
 from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
 from usf_kernels.ops.native import batched, fits, somebody_looks
 from usf_kernels.ops.triangles import (
@@ -72,29 +72,71 @@ def _plain(*given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     return matrix * log_scale.exp(), bias, log_det + log_scale.sum()
 
 
-def _product(lower: Tensor, upper: Tensor, *, seen: bool = True) -> Tensor:
-    """L U of an upper triangular `upper`: in operations for whoever has `seen` them, or the quickest way."""
+def _product(lower: Tensor, upper: Tensor) -> Tensor:
+    """L U of an upper triangular `upper`."""
     if runs_triton("lu_conv1x1", lower, upper):  # of full precision whatever the setting for TF32
-        return matrix_op(lower, upper, False, lower.dtype)
-    if seen:
-        return lu_matrix(lower, upper)
-    return times(unit_lower(lower), upper, triangle=-1)
+        return LUMatrix.apply(lower, upper, False, lower.dtype)
+    return lu_matrix(lower, upper)
+
+
+# ------------------------------------------------------------------------------------------- as torch ops
+
+
+def _fake(lower: Tensor, upper: Tensor, signs: Tensor, log_diagonal: Tensor | None, bias: Tensor | None,
+          log_scale: Tensor | None, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shift = lower.new_empty(0 if log_scale is None else len(lower))
+    return lower.new_empty(lower.shape), shift, lower.new_empty(())
+
+
+def _gradients_fake(lower: Tensor, upper: Tensor, signs: Tensor, *others: Tensor | None) -> tuple:
+    found = lower, upper, *others[:3]
+    return tuple(lower.new_empty(0 if v is None else v.shape) for v in found)
+
+
+_PARAMETERS = "Tensor lower, Tensor upper, Tensor signs, Tensor? log_diagonal"
+_map_op = define(
+    f"lu_map({_PARAMETERS}, Tensor? bias, Tensor? log_scale, Tensor? offset) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    "lu_map.lu_map",
+)
+_gradients_op = define(
+    f"lu_map_gradients({_PARAMETERS}, Tensor? log_scale, Tensor? offset, Tensor matrix, Tensor grad, "
+    "Tensor grad_shift, Tensor grad_log_det) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradients_fake,
+    "lu_map.lu_map_gradients",
+)
+
+
+def _launch(given: native_lu_map.Given) -> tuple[Tensor, Tensor | None, Tensor]:
+    matrix, shift, log_det = _map_op(*given)
+    return matrix, None if given[5] is None else shift, log_det
+
+
+def _launch_gradients(given: native_lu_map.Given, *of_results: Tensor) -> tuple[Tensor | None, ...]:
+    lower, upper, signs, log_diagonal, _, *exit_values = given
+    found = _gradients_op(lower, upper, signs, log_diagonal, *exit_values, *of_results)
+    optional = log_diagonal, *exit_values
+    return *found[:2], *(None if v is None else f for v, f in zip(optional, found[2:], strict=True))
 
 
 class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
-        ctx.native = not runs_triton("lu_conv1x1", lower, upper) and native_lu_map.fits(given)
-        if ctx.native:
-            found = native_lu_map.lu_map(given)
+        ctx.native, ctx.gradients = native_lu_map.fits(given), None
+        if runs_triton("lu_conv1x1", *given):
+            run, ctx.gradients = _launch, _launch_gradients
+        elif ctx.native:
+            run, ctx.gradients = native_lu_map.lu_map, native_lu_map.gradients
+        if ctx.gradients is not None:
+            found = run(given)
             ctx.save_for_backward(*given, found[0])
             return found
         diagonal, scale = diagonal_of(signs, log_diagonal), None
         log_det = signs.new_zeros(()) if log_diagonal is None else log_diagonal.sum()
         upper = upper_with(upper, diagonal)
         with full_precision(upper):
-            matrix = _product(lower, upper, seen=False)
+            matrix = times(unit_lower(lower), upper, triangle=-1)
             if log_scale is not None:
                 bias = torch.mv(matrix, offset) if bias is None else torch.addmv(bias, matrix, offset)
                 scale, log_det = log_scale.exp(), log_det + log_scale.sum()
@@ -110,8 +152,8 @@ class _Map(torch.autograd.Function):
             found = gradients_through(_plain, given, grads)
             return *found[:2], None, *found[3:]
         of_bias = None if given[4] is None else grad_bias
-        if ctx.native:
-            of_lower, of_upper, of_log_diagonal, *of_exit = native_lu_map.gradients(given, matrix, *grads)
+        if ctx.gradients is not None:
+            of_lower, of_upper, of_log_diagonal, *of_exit = ctx.gradients(given, matrix, *grads)
             return of_lower, of_upper, None, of_log_diagonal, of_bias, *of_exit
         (upper, diagonal, scale), (lower, *_, offset) = kept, given
         with full_precision(grad):

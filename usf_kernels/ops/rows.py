@@ -26,8 +26,11 @@ def runs_kernels(rows: Tensor) -> bool:
 def multiplies_in_kernels(rows: Tensor) -> bool:
     """Whether two layers and what they are added to are best one kernel for rows like these: on tensor cores.
     Full float32 products are the vendor's."""
-    half = rows.dtype in (torch.bfloat16, torch.float16)
-    return runs_kernels(rows) and (half or torch.backends.cuda.matmul.fp32_precision == "tf32")
+    if not runs_kernels(rows):
+        return False
+    if rows.dtype in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
+        return rows.dtype != torch.float32  # whose rounding a graph must not ask for
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def select_rows(rows: Tensor, index: Tensor) -> Tensor:

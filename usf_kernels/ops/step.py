@@ -65,12 +65,12 @@ def coupling_step(
     """
     check_features("x", x)
     channels = x.shape[1]
-    check_int("split", split, 0, channels)
+    split = check_int("split", split, 0, channels)
     active = channels - split
     if clamp is None:
         check_shape("params", params, (x.shape[0], active, *x.shape[2:]), "(B, C - split, *spatial)")
     else:
-        check_clamp(clamp)
+        clamp = check_clamp(clamp)
         check_shape(
             "params", params, (x.shape[0], 2 * active, *x.shape[2:]), "(B, 2 * (C - split), *spatial)"
         )
@@ -78,6 +78,8 @@ def coupling_step(
         raise ValueError(
             f"index: expected int64 of shape ({channels},), found {index.dtype} of shape {tuple(index.shape)}"
         )
+    if index is not None and index.device != x.device:
+        raise ValueError(f"index: expected a tensor on {x.device} as x, found one on {index.device}")
     if (scale is None) != (bias is None):
         raise ValueError(f"bias: expected a tensor exactly where scale is one, found {bias!r}")
     if scale is not None:
