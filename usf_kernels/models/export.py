@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -162,8 +163,14 @@ def _describe(program: ONNXProgram, model: ScoredModel) -> None:
 def _serialized(program: ONNXProgram) -> bytes:
     from onnxscript import optimizer
 
-    # Products of weights are computed here; by default, only those of small ones are.
-    optimizer.optimize(program.model, input_size_limit=LARGEST_FILE, output_size_limit=LARGEST_FILE)
+    log = logging.getLogger("onnxscript.optimizer")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it has a line for each node that it leaves as it is
+    try:
+        # Products of weights are computed here; by default, only those of small ones are.
+        optimizer.optimize(program.model, input_size_limit=LARGEST_FILE, output_size_limit=LARGEST_FILE)
+    finally:
+        log.setLevel(level)
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     if size > LARGEST_FILE:
         raise ValueError(f"model: its weights take {size} bytes, more than the 2 GiB of an ONNX file")
