@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -212,7 +213,8 @@ class FlowSequence(Fusible, nn.ModuleList):
             or x.numel() < x.shape[1] ** 2
         ):
             return False
-        if not any(t.requires_grad for t in (x, cond, *self.parameters()) if t is not None):
+        given = itertools.chain((x, cond), self.parameters())
+        if not any(t is not None and t.requires_grad for t in given):
             return False
         return not any(watched(step) for step in _flatten(self))  # whose hooks expect passes of their own
 

@@ -34,6 +34,7 @@ class Tape:
         self.cond, self.grad_log_det, self.grad_cond = cond, grad_log_det, None
         self._state = state
         self._parameters = [p for p in parameters if p.requires_grad]
+        self._leaves = set(self._parameters)
         self._gradients: dict[Tensor, Tensor] = {}
 
     @contextlib.contextmanager
@@ -50,7 +51,12 @@ class Tape:
 
         Outputs that depend on nothing are left out. A grad may have a batch dimension that its output lacks.
         """
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        pairs = []
+        for output, grad in zip(outputs, grads, strict=True):
+            if output.is_leaf and output in self._leaves:  # a parameter: there is nothing to go through
+                self._keep(output, grad.sum_to_size(output.shape).to(output.dtype))
+            elif output.requires_grad:
+                pairs.append((output, grad))
         inputs = [*self._parameters, *(v for v in (x, self.cond) if v is not None and v.requires_grad)]
         if not pairs or not inputs:
             return None
@@ -69,8 +75,11 @@ class Tape:
             elif value is self.cond:
                 self.grad_cond = add(self.grad_cond, grad)
             else:
-                self._gradients[value] = add(self._gradients.get(value), grad)
+                self._keep(value, grad)
         return grad_x
+
+    def _keep(self, parameter: Tensor, grad: Tensor) -> None:
+        self._gradients[parameter] = add(self._gradients.get(parameter), grad)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """What was pulled back to a parameter, None for nothing."""
