@@ -199,12 +199,12 @@ def cflow(backbone: str, side: int, rows: int = ROWS) -> Peer:
     return Cflow(CflowModel(backbone, layers, pre_trained=False, fiber_batch_size=rows))
 
 
-ALL_ROWS = 1 << 30
+ALL_ROWS, AT_ONCE = 1 << 30, ", all rows at once"
 PEERS: dict[str, dict[str, Callable[[str, int], Peer]]] = {  # by the name of our class, and by theirs
     "FastFlow": {"anomalib Fastflow": fastflow},
     "UFlow": {"anomalib Uflow": uflow},
     "CFlow": {
         "anomalib Cflow": cflow,
-        "anomalib Cflow, all rows at once": lambda backbone, side: cflow(backbone, side, ALL_ROWS),
+        f"anomalib Cflow{AT_ONCE}": lambda backbone, side: cflow(backbone, side, ALL_ROWS),
     },
 }

@@ -3,6 +3,7 @@ from test_bench_compare import row
 
 from bench import demonstration, gpu_sections, report, summary, table
 from bench.machine import RESULTS
+from bench.model_peers import AT_ONCE
 from bench.registry import SUBJECTS
 from bench.sections import losses, section
 
@@ -255,3 +256,15 @@ def test_accelerated_models_are_beside_the_originals():
     text = section([whole[0], whole[2]])
     assert "| CFlow resnet18 256² | 1 | whole model | 9 | 3 | **3.0x** |" in text
     assert "checkpoint" not in text
+
+
+def test_a_peer_that_was_changed_has_a_line_of_its_own():
+    case = next(c.name for c in SUBJECTS["models"].cases if c.quick and c.name.startswith("CFlow"))
+    shared = {"subject": "models", "case": case, "direction": "forward"}
+    rows = [row("additive, LU, fused", 1, **shared)]
+    rows += [row(f"anomalib Cflow{end}", ms, "peer", **shared) for end, ms in (("", 6), (AT_ONCE, 2))]
+    lines = summary.page([rows]).splitlines()[2:]
+    assert [line.split("|")[2:4] for line in lines] == [
+        [" anomalib ", " **6.0x** "],
+        [" anomalib, all rows at once ", " **2.0x** "],
+    ]

@@ -32,7 +32,7 @@ def squared_norm_kernel(
     bias,  # (N,), or None
     N, K, P, run,  # outputs per run, a multiple of BLOCK_N
     PRECISION: tl.constexpr, UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     b, p, s = place(tl.cdiv(N, run), P, WIDE, BLOCK_P, 1)
     inside = p < bound(P, u_p, UNIT)
@@ -47,7 +47,8 @@ def squared_norm_kernel(
         )  # fmt: skip
         if bias is not None:
             z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        z = tl.where((n < N)[None, :], z, 0.0)  # of an infinite x, NaN past the last
+        if RAGGED:  # an infinite x has made NaN of the outputs past the last
+            z = tl.where((n < N)[None, :], z, 0.0)
         total += tl.sum(z * z, axis=1)
     at = u + b * aligned(u_b, UNIT) + walk(p, u_p, UNIT)[:, None] + walk(s, u_c, UNIT)[None, :]
     tl.store(at, total[:, None], mask=inside[:, None])
@@ -79,7 +80,8 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
         launch(
             squared_norm_kernel, programs, *view.arguments(), *matrix_arguments_, bias, outputs, inputs,
             view.positions, length, PRECISION=product_precision(), UNIT=unit,
-            MATRIX_UNIT=matrix_unit, WIDE=view.is_wide(), device=x.device, **config,
+            MATRIX_UNIT=matrix_unit, WIDE=view.is_wide(), RAGGED=outputs % config["BLOCK_N"] != 0,
+            device=x.device, **config,
         )  # fmt: skip
         return u[:, 0] if runs == 1 else u.sum(1)
 

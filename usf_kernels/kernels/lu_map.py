@@ -223,7 +223,7 @@ def lu_map_gradients(
     launch(
         lu_map_gradients_kernel, programs, lower, *lower.stride(), upper, *upper.stride(), signs,
         log_diagonal, log_scale, offset, matrix, grad, *grad.stride(), grad_shift, grad_log_det, *written,
-        channels, BLOCK=block, BLOCK_K=16, ROWS=ROWS, num_warps=4, num_stages=2, device=device,
+        channels, BLOCK=block, BLOCK_K=16, ROWS=ROWS, num_warps=8, num_stages=2, device=device,
     )  # fmt: skip
     return tuple(found)
 
