@@ -59,6 +59,17 @@ def lu_kept(x: Tensor, lower: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     return x, lower, *rest, torch.eye(len(lower), device=x.device, dtype=x.dtype)
 
 
+def lu_map(
+    lower: Tensor, upper: Tensor, signs: Tensor, log_diagonal: Tensor, bias: Tensor, log_scale: Tensor,
+    offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """An ActNorm, then an LU map: one matrix, one bias, the log-determinant."""
+    eye = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
+    matrix = (torch.tril(lower, -1) + eye) @ (torch.triu(upper, 1) + torch.diag(signs * log_diagonal.exp()))
+    log_det = log_diagonal.sum() + log_scale.sum()
+    return matrix * log_scale.exp(), torch.mv(matrix, offset) + bias, log_det
+
+
 def residual(x: Tensor, first: Tensor, b: Tensor, last: Tensor, c: Tensor) -> Tensor:
     return x + F.conv2d(F.relu(F.conv2d(x, first[:, :, None, None], b)), last[:, :, None, None], c)
 

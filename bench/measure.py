@@ -18,6 +18,7 @@ NOISY = 1.5  # p80 / p20 above which a row is marked
 BUSY = 0.1  # share of the cores that others take, above which it is marked too
 TURN = 1e-3  # seconds
 BRIEF, LONG = 0.5, 5.0  # seconds
+ROUNDS, FEW = 5, 3  # at least; the second where a round takes `LONG`
 CPU = torch.device("cpu")
 
 
@@ -40,13 +41,13 @@ def alternate(
     calls: Mapping[str, Call],
     *,
     seconds: float,
-    least: int = 3,
+    least: int | None = None,
     most: int = 1000,
     device: torch.device = CPU,
     cold: bool = False,
     known: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
-    """Call the providers in turn for about `seconds`, at least `least` rounds, after one to warm up.
+    """Call the providers in turn for about `seconds`, at least some rounds, after one to warm up.
 
     A turn takes at least a millisecond: short calls are repeated in it, and count with their mean. A call
     that does not count comes before it, unless that would take long, so that nobody pays for the state of
@@ -56,20 +57,23 @@ def alternate(
     Args:
         calls: what to time, by name.
         seconds: for all of them together.
-        least, most: rounds.
+        least, most: rounds; at least `ROUNDS` or `FEW` where nothing is given.
         device: CUDA devices are timed with events on their current stream.
         cold: empty the caches before every call, which then has a turn of its own.
         known: seconds of a call before this, by name; those that took long are warm by it.
     """
     elapsed = _cuda_elapsed if device.type == "cuda" else _cpu_elapsed
     flush = _flush(device) if cold else None
-    turns, brief = {}, {}
+    turns, brief, total = {}, {}, 0.0
     for name, call in calls.items():
         taken = (known or {}).get(name, 0.0)
         if taken < LONG:
             taken = elapsed(call, 1)
         turns[name] = 1 if cold else max(1, min(100, round(TURN / max(taken, 1e-9))))
         brief[name] = taken < BRIEF
+        total += taken
+    if least is None:
+        least = ROUNDS if total < LONG else FEW
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for done in range(most):

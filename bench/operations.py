@@ -16,6 +16,8 @@ from bench import eager, table
 from bench.eager import SIZE
 from bench.flows import FORMATS
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
+from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.lu_map import lu_map
 from usf_kernels.ops.step import coupling_step
 
 # Squares of positions and channels, from the models named in `blocks` and `models`.
@@ -204,6 +206,31 @@ def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
         )
 
 
+def _lu_maps() -> Iterator[Case]:
+    """What is behind the coupling of a step, from its parameters to one matrix."""
+
+    def ours(*parameters: Tensor) -> tuple[Tensor, ...]:
+        return lu_map(*(value.to(compute_dtype(value)) for value in parameters))
+
+    for channels in (64, 256, 816):
+
+        def inputs(device: torch.device, channels: int = channels) -> tuple[Tensor, ...]:
+            scale = 0.5 / channels**0.5
+            lower, upper = (scale * _random(device, channels, channels) for _ in range(2))
+            vectors = [0.1 * _random(device, channels + i)[:channels] for i in range(4)]
+            return lower, upper, vectors[0].sign(), *vectors
+
+        yield _case(
+            f"LU map and ActNorm from their parameters, {channels} channels",
+            {"batch": 1, "channels": channels},
+            ours,
+            eager.lu_map,
+            inputs,
+            elements=2 * channels**2,
+            gigaflops=2e-9 * channels**3 / 3,  # triangles without their zeros
+        )
+
+
 def _residual(batch: int, channels: int, side: int) -> Iterator[Case]:
     """A conjugated block with a pointwise conditioner, folded into two layers."""
     size, hidden = batch * channels * side**2, channels - channels // 2
@@ -274,7 +301,7 @@ COUPLING = Subject(
 LU_CONV = Subject(
     name="lu_conv",
     about="LU 1x1 convolution, from its triangles",
-    cases=tuple(case for shape in (*SHAPES, LARGE) for case in _lu(*shape)),
+    cases=(*(case for shape in (*SHAPES, LARGE) for case in _lu(*shape)), *_lu_maps()),
 )
 RESIDUAL = Subject(
     name="residual",

@@ -26,6 +26,7 @@ SECTION = "section"
 FIRST_CALL = 180  # seconds that a compilation may take
 GRAPH = "graph "
 GPU_SHARE = 0.15  # of a case's seconds on a GPU, where calls are short
+QUICK_SHARE = 0.5  # of them in the quick run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -153,7 +154,7 @@ def measure(
     section = machine.parallel_section(device)
     if section is not None:
         calls[SECTION] = section
-    share = 1.0
+    share = QUICK_SHARE if options.quick else 1.0
     if device.type == "cuda":
         calls |= _graphs([provider for provider, _ in started])
         share = GPU_SHARE

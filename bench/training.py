@@ -159,7 +159,7 @@ def cases() -> tuple[Case, ...]:
             for channels, side in SHAPES
             for kernel in (1, 3)
         ),
-        *(_case(replace(CURVE, depth=depth), quick=depth <= 8) for depth in DEPTHS),
+        *(_case(replace(CURVE, depth=depth), quick=depth <= 4) for depth in DEPTHS),
     )
 
 
