@@ -202,11 +202,11 @@ def lu_map_gradients(
     offset: Tensor | None,
     matrix: Tensor,
     grad: Tensor,
-    grad_shift: Tensor,
+    grad_shift: Tensor | None,
     grad_log_det: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch: gradients of lower, upper, log_diagonal, log_scale and offset from those of what `lu_map` made;
-    of shape (0,) is that of a None."""
+    of shape (0,) is that of a None. `grad_shift` is read where there is a log_scale."""
     channels, device = len(lower), lower.device
     signs, log_diagonal, log_scale, offset = contiguous(signs, log_diagonal, log_scale, offset)
     grad_shift = None if log_scale is None else grad_shift.contiguous()

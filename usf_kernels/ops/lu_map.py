@@ -101,7 +101,7 @@ _map_op = define(
 )
 _gradients_op = define(
     f"lu_map_gradients({_PARAMETERS}, Tensor? log_scale, Tensor? offset, Tensor matrix, Tensor grad, "
-    "Tensor grad_shift, Tensor grad_log_det) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? grad_shift, Tensor grad_log_det) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gradients_fake,
     "lu_map.lu_map_gradients",
 )
@@ -112,7 +112,7 @@ def _launch(given: native_lu_map.Given) -> tuple[Tensor, Tensor | None, Tensor]:
     return matrix, None if given[5] is None else shift, log_det
 
 
-def _launch_gradients(given: native_lu_map.Given, *of_results: Tensor) -> tuple[Tensor | None, ...]:
+def _launch_gradients(given: native_lu_map.Given, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
     lower, upper, signs, log_diagonal, _, *exit_values = given
     found = _gradients_op(lower, upper, signs, log_diagonal, *exit_values, *of_results)
     optional = log_diagonal, *exit_values
