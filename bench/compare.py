@@ -68,16 +68,12 @@ def changes(old: Iterable[table.Row], new: Iterable[table.Row]) -> Iterator[Chan
 def lost(old: Iterable[table.Row], new: Iterable[table.Row]) -> list[table.Row]:
     """Rows of ours that only `old` has, of cases that both have: what is wrong now is no longer timed."""
     new = list(new)
-    measured, cases = {table.identity(row) for row in new}, {_case(row) for row in new}
+    measured, runs = {table.identity(row) for row in new}, {table.run_of(row) for row in new}
     return [
         row
         for row in old
-        if row["role"] == OURS and _case(row) in cases and table.identity(row) not in measured
+        if row["role"] == OURS and table.run_of(row) in runs and table.identity(row) not in measured
     ]
-
-
-def _case(row: table.Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in ("subject", "case", "cache", "device"))
 
 
 def _excuse(new: table.Row, old: table.Row, *peers: table.Row) -> str:
@@ -92,8 +88,8 @@ def _excuse(new: table.Row, old: table.Row, *peers: table.Row) -> str:
 
 def _beside(row: table.Row, other: table.Row) -> bool:
     """Whether they were timed in turn, in the same precision and direction."""
-    names = ("subject", "case", "dtype", "direction", "cache", "device")
-    return all(row[name] == other[name] for name in names)
+    same = all(row[name] == other[name] for name in ("dtype", "direction"))
+    return same and table.run_of(row) == table.run_of(other)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -123,7 +123,7 @@ def _means(rows: Rows) -> dict[Line, str]:
     groups: dict[Line, list[float]] = {}
     peers = [row for row in rows if row["role"] == PEER]
     changed = [row for row in peers if row["provider"].endswith(AT_ONCE)]
-    shipped = [row for row in peers if row not in changed]
+    shipped = [row for row in peers if not row["provider"].endswith(AT_ONCE)]
     labels = {name: label for name, label in _lines(rows) if label != CHANGED}
     for row in table.ours_to_use(rows):
         name = _line(row)

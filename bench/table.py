@@ -88,9 +88,9 @@ def replace(path: Path, rows: Sequence[Row]) -> None:
     They are replaced together, because ratios hold between rows of one run only.
     """
     kept, place = [], None
-    fresh = _run(rows[0])
+    fresh = run_of(rows[0])
     for row in read(path):
-        if _run(row) == fresh:
+        if run_of(row) == fresh:
             place = len(kept) if place is None else place
         else:
             kept.append(row)
@@ -106,7 +106,8 @@ def forget(path: Path, subject: str, cases: Iterable[str]) -> None:
         write(path, kept)
 
 
-def _run(row: Row) -> tuple[str, ...]:
+def run_of(row: Row) -> tuple[str, ...]:
+    """What rows share that were timed in turn."""
     return tuple(row[name] for name in ("subject", "case", "cache", "device"))
 
 
@@ -116,7 +117,7 @@ def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
         other
         for other in rows
         if other["role"] == PEER
-        and _run(other) == _run(row)
+        and run_of(other) == run_of(row)
         and all(other[name] == row[name] for name in ("dtype", "direction"))
         and other["provider"].endswith(CAPTURED) == row["provider"].endswith(CAPTURED)
     )
@@ -129,7 +130,7 @@ def merged(rows: Iterable[Row], names: Sequence[str]) -> list[Row]:
     rows = list(rows)
     fastest: dict[tuple[str, ...], Row] = {}
     for row in sorted((row for row in rows if row["provider"] in names), key=milliseconds):
-        fastest.setdefault((*_run(row), row["dtype"], row["direction"]), {**row, "provider": names[0]})
+        fastest.setdefault((*run_of(row), row["dtype"], row["direction"]), {**row, "provider": names[0]})
     return [*(row for row in rows if row["provider"] not in names), *fastest.values()]
 
 

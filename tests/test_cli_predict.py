@@ -144,11 +144,16 @@ def test_predict_without_matplotlib_writes_nothing(checkpoint, tmp_path, monkeyp
     assert not list((tmp_path / "out").iterdir())
 
 
+def write_images(folder, names, cut_off):
+    """Images of these names, one of them without its last bytes."""
+    for name in names:
+        write_image(folder / f"{name}.png")
+    path = folder / f"{cut_off}.png"
+    path.write_bytes(path.read_bytes()[:-300])
+
+
 def test_an_image_that_is_cut_off_loses_nothing(checkpoint, tmp_path, capsys):
-    for name in "abc":
-        write_image(tmp_path / "in" / f"{name}.png")
-    cut = tmp_path / "in" / "c.png"
-    cut.write_bytes(cut.read_bytes()[:-300])
+    write_images(tmp_path / "in", "abc", cut_off="c")
     out = tmp_path / "out"
     error = fails(capsys, "predict", checkpoint, tmp_path / "in", "--output", out, "--batch-size", "1")
     assert "c.png: cannot be read as an image" in error
@@ -180,10 +185,7 @@ def test_weights_of_the_backbone_from_another_place(tmp_path, capsys):
 
 
 def test_one_unreadable_image_takes_none_of_its_batch(checkpoint, tmp_path, capsys):
-    for name in "abcde":
-        write_image(tmp_path / "in" / f"{name}.png")
-    cut = tmp_path / "in" / "b.png"
-    cut.write_bytes(cut.read_bytes()[:-300])
+    write_images(tmp_path / "in", "abcde", cut_off="b")
     out = tmp_path / "out"
     error = fails(capsys, "predict", checkpoint, tmp_path / "in", "--output", out, "--batch-size", "3")
     assert "1 of 5 images are left out: " in error

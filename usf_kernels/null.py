@@ -33,7 +33,7 @@ class Null:
             if not isinstance(values, (tuple, list)):
                 raise TypeError(f"{name}: expected numbers, one per scale, found {type(values).__name__}")
             for value in values:
-                check_number(f"{name}", value)
+                check_number(name, value)
             values = tuple(float(value) for value in values)
             if not values or not all(0 < value < math.inf for value in values):
                 raise ValueError(f"{name}: expected positive finite numbers, one per scale, found {values}")

@@ -104,8 +104,10 @@ def images_in(paths: Iterable[Path]) -> list[Path]:
 def resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """A mask (1, H, W) bool in another size (height, width), nearest. What is thinner than a pixel there does
     not vanish: of each connected region at least a pixel is left."""
+    if tuple(mask.shape[1:]) == tuple(size):
+        return mask
     resized = functional.interpolate(mask[None].float(), tuple(size), mode="nearest-exact")[0] > 0.5
-    if tuple(mask.shape[1:]) == tuple(size) or not mask.any():
+    if not mask.any():
         return resized
     regions = torch.from_numpy(component_tree(mask[0].to(torch.uint8).contiguous()).node).long() + 1
     regions[~mask[0]] = 0

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
 
 from usf_kernels.kernels import compiled
+from usf_kernels.ops.matrices import rounds_to_tf32
 
 # The interpreter runs kernels on CPU tensors; Triton read the same variable when it was imported.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
@@ -91,7 +92,7 @@ def _capability(index: int) -> int:
 
 def product_precision() -> str:
     """How float32 products may be rounded: as torch's own setting for CUDA matrix products says."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if rounds_to_tf32() else "ieee"
 
 
 _thread = threading.local()

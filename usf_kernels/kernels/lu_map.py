@@ -212,13 +212,9 @@ def lu_map_gradients(
     grad_shift = None if log_scale is None else grad_shift.contiguous()
     block = power_of_2(channels, 16, 32)
     tiles = cdiv(channels, block)
-    found = [
-        lower.new_empty(0 if v is None else v.shape) for v in (lower, upper, log_diagonal, log_scale, offset)
-    ]
-    written = [
-        None if v is None else f
-        for v, f in zip((lower, upper, log_diagonal, log_scale, offset), found, strict=True)
-    ]
+    given = lower, upper, log_diagonal, log_scale, offset
+    found = [lower.new_empty(0 if value is None else value.shape) for value in given]
+    written = [None if value is None else out for value, out in zip(given, found, strict=True)]
     programs = 2 * tiles * tiles + (0 if log_scale is None else tiles)
     launch(
         lu_map_gradients_kernel, programs, lower, *lower.stride(), upper, *upper.stride(), signs,

@@ -21,7 +21,7 @@ from torch._prims_common import suggest_memory_format
 
 from usf_kernels.nn.tape import Slot, State, Tape, add, swapped
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.matrices import forming_products
+from usf_kernels.ops.matrices import forming_products, rounds_to_tf32
 from usf_kernels.ops.native import batched
 
 CHECKED_SAMPLES = 8
@@ -159,10 +159,8 @@ def _narrowest(kinds: Sequence[tuple[torch.dtype, torch.memory_format]]) -> torc
 
 def _epsilon(dtype: torch.dtype, device: torch.device) -> float:
     """Of what is computed in `dtype`: products of float32 may be rounded as TF32."""
-    rounded = dtype == torch.float32 and device.type == "cuda"
-    if rounded and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return 2.0**-10
-    return torch.finfo(dtype).eps
+    rounded = dtype == torch.float32 and device.type == "cuda" and rounds_to_tf32()
+    return 2.0**-10 if rounded else torch.finfo(dtype).eps
 
 
 def _has_own_pull_back(kind: type) -> bool:

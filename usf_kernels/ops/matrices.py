@@ -27,6 +27,11 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def rounds_to_tf32() -> bool:
+    """Whether products of float32 may be rounded on a GPU: as torch's own setting says."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: int = 0) -> Tensor:
     """`matrix @ x + bias` at every position, in x's memory format. All of one dtype. `triangle`: the matrix
     is lower (-1) or upper (1) triangular, which the extension makes use of; 0 for neither."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from usf_kernels.ops.checks import FLOAT_DTYPES
 from usf_kernels.ops.dispatch import HAS_TRITON, define
+from usf_kernels.ops.matrices import rounds_to_tf32
 
 
 def runs_kernels(rows: Tensor) -> bool:
@@ -28,9 +29,8 @@ def multiplies_in_kernels(rows: Tensor) -> bool:
     Full float32 products are the vendor's."""
     if not runs_kernels(rows):
         return False
-    if rows.dtype in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
-        return rows.dtype != torch.float32  # whose rounding a graph must not ask for
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    half = rows.dtype in (torch.bfloat16, torch.float16)
+    return half or (not torch.compiler.is_compiling() and rounds_to_tf32())  # which no graph may ask
 
 
 def select_rows(rows: Tensor, index: Tensor) -> Tensor:
