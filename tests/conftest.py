@@ -1,5 +1,6 @@
 """Fixtures for all tests: fixed seeds, and fresh memory that is full of NaN for those who ask for it."""
 
+import contextlib
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -60,3 +61,25 @@ def nan_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs are recordings on the CPU, where anything may be captured; the list of those made."""
+    from graphs import Nothing, Recording
+
+    made = []
+
+    def graph():
+        made.append(Recording())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recording: recording)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: contextlib.nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    for module in ("capture", "captured_gradients"):
+        monkeypatch.setattr(f"usf_kernels.nn.{module}.check_capturable", lambda name, devices: None)
+    return made

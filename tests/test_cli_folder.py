@@ -85,6 +85,14 @@ def train_words(folder, tmp_path):
     return [*map(str, words), "--accelerator", "cpu"]
 
 
+def test_steps_are_captured_on_request(train_words, tmp_path, capsys, request):
+    assert "capture: expected tensors on one CUDA device" in fails(capsys, *train_words, "--capture")
+    graphs = request.getfixturevalue("graphs")
+    assert main([*train_words, "--capture", "--batch-size", "2"]) == 0
+    assert len(graphs) == 1
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
 def test_a_run_is_resumed_with_its_own_images_only(train_words, folder, tmp_path, capsys):
     assert main(train_words) == 0
     weights = (tmp_path / "run" / "model.pt").read_bytes()

@@ -21,7 +21,7 @@ def test_report_is_complete_and_json():
         *doctor.NATIVE_OPERATIONS,
     }
     on_gpu = torch.cuda.is_available() and dispatch.HAS_TRITON
-    on_cpu = dict.fromkeys((*dispatch._on_cpu, "coupling_step"), "C++ loops for float32 on cpu")
+    on_cpu = dict.fromkeys((*dispatch._on_cpu, "coupling_step"), "C++ for float32 on cpu")
     for name in doctor.OPERATIONS:
         if on_gpu:
             expected = "Triton kernel on cuda"
@@ -53,7 +53,7 @@ def test_report_says_which_operations_run_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "runs_triton", lambda name, probe: name == "affine_coupling")
     operations = doctor.diagnose()["operations"]
     assert operations["affine_coupling"].startswith("Triton kernel on ")
-    assert operations["lu_conv1x1"].startswith("PyTorch reference on ")
+    assert operations["masked_additive_coupling"].startswith("PyTorch reference on ")
 
 
 def test_every_operation_with_a_kernel_is_listed():

@@ -12,6 +12,7 @@ from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1
 from usf_kernels.ops import dispatch
 from usf_kernels.ops.rows import add_rows, affine_rows, select_rows
 from usf_kernels.ops.step import coupling_step
+from usf_kernels.training import fit
 
 DEVICE = "cuda"
 pytestmark = [
@@ -308,6 +309,35 @@ def test_a_training_step_is_captured(linear):
     step()
     for parameter, grad in zip(flow.parameters(), captured, strict=True):
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("linear", ["permutation", "lu"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_fit_captures_its_steps(linear, precision):
+    """The noise of a step is drawn from the seed that `fit` sets in front of it, in a replay as well."""
+
+    class Likelihood(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            steps = [FlowStep(8, subnet=conv_subnet, linear=linear, act_norm=True) for _ in range(5)]
+            self.flow = FlowSequence(steps)
+
+        def loss(self, x):
+            z, log_det = self.flow(x + 0.1 * torch.randn_like(x))
+            return (0.5 * z.float().square().sum() / len(x) - log_det.float().mean()) / x[0].numel()
+
+    torch.manual_seed(0)
+    start, data = Likelihood().state_dict(), 3 * torch.randn(32, 8, 6, 6) + 1
+    losses = []
+    for capture in (False, True):
+        model = Likelihood()
+        model.load_state_dict(start)
+        options = {"precision": precision, "accelerator": "cuda", "progress": False, "capture": capture}
+        history = fit(model, data, max_epochs=4, batch_size=8, **options)
+        losses.append([row["train_loss"] for row in history.rows])
+    tolerance = 1e-3 if precision == "32-true" else 3e-2
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
+    assert losses[1][-1] < losses[1][0]
 
 
 def test_mixed_precision_trains():

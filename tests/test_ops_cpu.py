@@ -9,10 +9,19 @@ from helpers import SHAPES, layouts, max_error, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usf_kernels.ops import affine_coupling, eager, native, reference, squared_norm
-from usf_kernels.ops.coupling import additive_coupling
+from usf_kernels.ops import (
+    additive_coupling,
+    affine_coupling,
+    eager,
+    linear_squared_norm,
+    lu_conv1x1,
+    native,
+    products,
+    reference,
+    residual_mlp,
+    squared_norm,
+)
 from usf_kernels.ops.dispatch import implementation
-from usf_kernels.ops.linear import linear_squared_norm
 from usf_kernels.ops.step import coupling_step
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -225,6 +234,28 @@ def test_who_runs_what():
             assert max_error(actual, expected) < 1e-5
     norm, tangent = torch.func.jvp(squared_norm, (x,), (x,))
     assert max_error(tangent, 2 * norm) < 1e-5
+
+
+@pytest.mark.skipif(not products.MULTIPLIES, reason="the extension has no products")
+def test_products_are_the_extensions_unless_the_reference_is_asked_for(monkeypatch):
+    calls = []
+    for name in ("map_product", "row_product"):
+        run = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, r=run, **k: calls.append(r) or r(*a, **k))
+    x, (lower, upper) = torch.randn(4, 32, 16, 16), torch.randn(2, 32, 32) / 32 + torch.eye(32)
+    operations = {
+        "lu_conv1x1": lambda **options: lu_conv1x1(x, lower, upper, **options),
+        "linear_squared_norm": lambda **options: linear_squared_norm(x, upper, **options),
+        "residual_mlp": lambda **options: residual_mlp(x, lower, None, upper, None, **options),
+    }
+    for name, operation in operations.items():
+        with torch.no_grad():
+            expected = operation(impl="reference")
+            assert not calls, name
+            found = operation()
+            assert calls, name
+        assert max_error(found, expected) < 1e-5
+        calls.clear()
 
 
 def test_steps_take_the_loops(monkeypatch):

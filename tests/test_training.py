@@ -237,6 +237,18 @@ class ScaledToNothing(ToyFlow):
         return 0 * (super().loss(batch) + self.extra.sum())
 
 
+def test_steps_replayed_as_a_graph_train_alike(tmp_path, reference, graphs):
+    model, history = train(tmp_path, capture=True)
+    assert len(graphs) == 1
+    expected, plain = reference
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    for row, other in zip(history.rows, plain.rows, strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    resumed, _ = train(tmp_path, resume=True)  # how gradients come about makes no other run
+    assert equal_states(resumed, model)
+
+
 def test_weight_decay_spares_vectors_and_named_parameters():
     model = ScaledToNothing(3)
     with torch.no_grad():
@@ -410,6 +422,15 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"clip_norm": -1.0}, "clip_norm must be positive; got -1"),
         ({"patience": 0}, "patience must be at least 1; got 0"),
+        ({"capture": True}, r"capture: expected tensors on one CUDA device, found \['cpu'\]"),
+        (
+            {"capture": True, "devices": 2},
+            "capture: expected one device and no 16-mixed, found 2 with 32-true",
+        ),
+        (
+            {"capture": True, "precision": "16-mixed"},
+            "capture: expected one device and no 16-mixed, found 1 wi",
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(options, message):

@@ -163,7 +163,7 @@ def _operations(torch: Any) -> dict[str, str]:
         if dispatch.runs_triton(name, probe):
             code = "Triton kernel"
         elif device == "cpu" and dispatch.runs_loops(LOOPS_OF.get(name, name), probe):
-            code = "C++ loops for float32"
+            code = "C++ for float32"
         operations[name] = f"{code} on {device}"
     in_extension = device == "cpu" and products.MULTIPLIES
     operations[CONDITIONERS] = f"{'C++ for float32' if in_extension else 'PyTorch'} on {device}"

@@ -79,6 +79,7 @@ def fit(
     accelerator: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
+    capture: bool = False,
     workers: int = 0,
     progress: bool = True,
     title: str = "training",
@@ -119,6 +120,9 @@ def fit(
         accelerator: of Fabric: "auto", "cpu", "cuda", ...
         devices: of Fabric; with more than one, DistributedDataParallel.
         num_nodes: of Fabric.
+        capture: replay forward and backward passes as a CUDA graph (`usf.nn.CapturedGradients`), for maps on
+            which the GPU waits for its launches. Takes the memory of memory="standard", batches of one shape
+            and one device; not "16-mixed", whose steps are scaled anew.
         workers: processes that load data.
         progress: show a bar (needs rich).
         title: what the bar calls the run.
@@ -145,6 +149,7 @@ def fit(
         from lightning.pytorch.utilities.seed import isolate_rng
     except ImportError as error:
         raise ImportError("training needs lightning: pip install 'usf-kernels[train]'") from error
+    from usf_kernels.nn.capture import check_capturable
     from usf_kernels.optimization import Settings
     from usf_kernels.training_run import Run
 
@@ -163,9 +168,15 @@ def fit(
         train_samples=len(train_data),
         validation_samples=0 if validation_data is None else len(validation_data),
     )
+    if capture and (settings.world_size > 1 or precision == "16-mixed"):
+        raise ValueError(
+            f"capture: expected one device and no 16-mixed, found {settings.world_size} with {precision}"
+        )
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    if capture:
+        check_capturable("capture", [fabric.device])
     folder = None if run_dir is None else Path(run_dir)
-    run = Run(fabric, model, settings, History(), folder, checkpoint_every, extra)
+    run = Run(fabric, model, settings, History(), folder, checkpoint_every, extra, capture=capture)
     if dry_run:
         run.check(resume)
         return run.history

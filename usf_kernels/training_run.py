@@ -22,6 +22,7 @@ from usf_kernels.checkpoint import (
     write_checkpoint,
 )
 from usf_kernels.files import make_folder, remove_leftovers, write_csv
+from usf_kernels.nn import CapturedGradients
 from usf_kernels.optimization import Settings, copy_values, parameter_groups, swapped
 from usf_kernels.progress import training_progress
 from usf_kernels.sampling import epoch_order, loader, seed_generators
@@ -47,9 +48,11 @@ class Run:
         folder: Path | None,
         checkpoint_every: int | None,
         extra: Mapping[str, Any] | None,
+        *,
+        capture: bool,
     ) -> None:
         self.fabric, self.model, self.settings, self.history = fabric, model, settings, history
-        self.folder, self.every = folder, checkpoint_every
+        self.folder, self.every, self.capture = folder, checkpoint_every, capture
         self.header = None if folder is None else checkpoint_header(model, extra)
         self.epoch = self.step = self.bad_epochs = 0  # `step` counts within the epoch
         self.loss_sum = 0.0
@@ -77,6 +80,9 @@ class Run:
             load_stored_state(self.model, last, self.folder / LAST)
         self.module, self.stepper = fabric.setup(self.model, self.optimizer)
         self.module.mark_forward_method("loss")  # so that DDP and autocast see the call
+        self.gradients = self._gradients
+        if self.capture:
+            self.gradients = CapturedGradients(self.model, self.module.loss, backward=fabric.backward)
         if settings.ema_decay is not None:
             self.average = {name: p.detach().clone() for name, p in self.trainable.items()}
         if last is not None:
@@ -109,10 +115,9 @@ class Run:
             group["lr"] = settings.learning_rate(number)
         self.model.train()
         seed_generators(settings.seed, number, self.fabric.global_rank, 1)
-        loss = self.module.loss(batch)
+        loss = self.gradients(batch).item()
         now = f"at epoch {self.epoch + 1}, step {self.step + 1}"
-        self._require_finite("loss", loss.item(), now)
-        self.fabric.backward(loss)
+        self._require_finite("loss", loss, now)
         if settings.clip_norm is not None:
             norm = self.fabric.clip_gradients(
                 self.module, self.stepper, max_norm=settings.clip_norm, error_if_nonfinite=False
@@ -124,8 +129,14 @@ class Run:
         if self.average is not None:
             for name, mean in self.average.items():
                 mean.lerp_(self.trainable[name].detach(), 1 - settings.ema_decay)
-        self.loss_sum += loss.item()
+        self.loss_sum += loss
         self.step += 1
+
+    def _gradients(self, batch: Any) -> Tensor:
+        """The loss, which leaves its gradients in the parameters."""
+        loss = self.module.loss(batch)
+        self.fabric.backward(loss)
+        return loss.detach()
 
     def _due(self) -> bool:
         """Whether to write a checkpoint after this step; when that happens changes no result."""

@@ -1,6 +1,7 @@
 """Modules: couplings, linear maps, flow steps and their sequences, all with exact inverses; scores."""
 
 from usf_kernels.nn.act_norm import ActNorm
+from usf_kernels.nn.captured_gradients import CapturedGradients
 from usf_kernels.nn.conjugation import AffineCheckerboard, Conjugated, Householder
 from usf_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from usf_kernels.nn.flow import FlowSequence, FlowStep
@@ -15,6 +16,7 @@ __all__ = [
     "AffineCheckerboard",
     "AffineCoupling",
     "AnomalyMap",
+    "CapturedGradients",
     "Conjugated",
     "FlowSequence",
     "FlowStep",

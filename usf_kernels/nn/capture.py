@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # calls before the capture: libraries allocate what they keep
+
+
+def check_capturable(name: str, devices: Iterable[torch.device]) -> None:
+    """Raise unless all of it is on one CUDA device."""
+    found = {str(device) for device in devices}
+    if len(found) != 1 or not next(iter(found)).startswith("cuda"):
+        raise ValueError(f"{name}: expected tensors on one CUDA device, found {sorted(found)}")
 
 
 class CapturedCall:
@@ -23,9 +30,7 @@ class CapturedCall:
     """
 
     def __init__(self, call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
-        devices = {str(x.device) for x in inputs}
-        if len(devices) != 1 or not inputs[0].is_cuda:
-            raise ValueError(f"inputs: expected tensors on one CUDA device, found {sorted(devices)}")
+        check_capturable("inputs", {x.device for x in inputs})
         self._call = call  # and so the weights: a graph knows no more than their addresses
         with torch.inference_mode(False):  # tensors that anyone may write to
             self._inputs = [x.detach().clone() for x in inputs]

@@ -5,12 +5,13 @@ Second derivatives, and whatever the extension may not see, get the operations a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from usf_kernels.ops import native, reference
+from usf_kernels.ops import native, products, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, on_cpu
 from usf_kernels.ops.function import additive_gradients
 from usf_kernels.ops.matrices import apply_matrix, full_precision
@@ -87,6 +88,11 @@ class _SquaredNorm(torch.autograd.Function):
 @on_cpu("squared_norm")
 def squared_norm(z: Tensor) -> Tensor:
     return _SquaredNorm.apply(z) if _records(z) else native.squared_norm(z)
+
+
+if products.MULTIPLIES:  # where nothing is recorded
+    for name in ("lu_conv1x1", "linear", "residual_mlp"):
+        on_cpu(name)(partial(getattr(reference, name), multiply=apply_matrix))
 
 
 @on_cpu("linear_squared_norm")

@@ -1,13 +1,13 @@
 """Matrices of 1x1 convolutions: formed of triangles, inverted, applied to maps, and their gradient.
 
-Reference operations and modules share them. Plain PyTorch, differentiable to any order, but for products of
-which nothing is recorded: these the extension may do. Nothing is checked.
+Reference operations and modules share them. Plain PyTorch, differentiable to any order, but for
+`apply_matrix` and `matrix_gradient`: where nothing is recorded, the extension may do these. Nothing is checked.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from usf_kernels.ops import native, products
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of `matrix, x, bias`, as `plain_product`
 _forms_products: ContextVar[bool] = ContextVar("forms_products", default=False)
 
 
@@ -35,15 +36,19 @@ def rounds_to_tf32() -> bool:
 def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: int = 0) -> Tensor:
     """`matrix @ x + bias` at every position, in x's memory format. All of one dtype. `triangle`: the matrix
     is lower (-1) or upper (1) triangular, which the extension makes use of; 0 for neither."""
-    # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
-    # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
-    rows = x.ndim == 2 or x.stride(1) == 1
-    if _in_extension(len(matrix), x, matrix, bias):
+    if _extension_multiplies(len(matrix), x, matrix, bias):
         if x.ndim > 2 and products.walks_maps(x):
             return products.map_product(matrix, x, bias=bias, triangle=triangle)
-        if rows and products.row_stride(x) is not None:
+        if _has_rows(x) and products.row_stride(x) is not None:
             return products.row_product(matrix, x, bias=bias)
-    if rows:
+    return plain_product(matrix, x, bias)
+
+
+def plain_product(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`apply_matrix` by PyTorch."""
+    # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
+    # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
+    if _has_rows(x):
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
     matrices = matrix.expand(x.shape[0], *matrix.shape)
     flat = x.flatten(2)
@@ -51,10 +56,14 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: in
     return y.reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
 
 
+def _has_rows(x: Tensor) -> bool:
+    return x.ndim == 2 or x.stride(1) == 1
+
+
 def matrix_gradient(grad: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:
     """(C, C) gradient of the matrix of `apply_matrix`: outer products of grad and x, summed. One dtype. With
     a `triangle`, lower (-1) or upper (1), only that part of it is right."""
-    if _in_extension(grad.shape[1], x, grad) and all(_walks(t) for t in (x, grad)):
+    if _extension_multiplies(grad.shape[1], x, grad) and all(_walks(t) for t in (x, grad)):
         return products.outer_product(grad, x, triangle)
     if x.ndim == 2 or (x.stride(1) == 1 and grad.stride(1) == 1):
         grad, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
@@ -71,7 +80,7 @@ def _walks(x: Tensor) -> bool:
     return products.walks_maps(x) or products.row_stride(x) is not None
 
 
-def _in_extension(outputs: int, x: Tensor, *others: Tensor | None) -> bool:
+def _extension_multiplies(outputs: int, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the extension is to multiply channels of x by as many outputs: in float32 on the CPU, where
     nothing is recorded. PyTorch's way is shorter for a few rows."""
     if not products.MULTIPLIES or torch.is_grad_enabled() or not native.fits(x, *others):
@@ -107,13 +116,13 @@ def forming_products() -> Iterator[None]:
         _forms_products.reset(token)
 
 
-def apply_lu(lower: Tensor, upper: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def apply_lu(lower: Tensor, upper: Tensor, x: Tensor, bias: Tensor | None, multiply: Product) -> Tensor:
     """`L U x + bias` at every position, in x's memory format. All of one dtype, float32 or wider."""
     if not factors_pay(x, len(lower)):
-        return apply_matrix(lu_matrix(lower, upper), x, bias)
-    y = apply_matrix(torch.triu(upper), x, None)
+        return multiply(lu_matrix(lower, upper), x, bias)
+    y = multiply(torch.triu(upper), x, None)
     unit = torch.tril(lower, -1) + torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return apply_matrix(unit, y, bias)
+    return multiply(unit, y, bias)
 
 
 def lu_inverse(lower: Tensor, upper: Tensor) -> Tensor:

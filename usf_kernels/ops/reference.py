@@ -14,7 +14,7 @@ from torch import Tensor
 
 from usf_kernels.ops.checks import compute_dtype, promoted_dtype
 from usf_kernels.ops.function import Function, additive_gradients
-from usf_kernels.ops.matrices import apply_lu, apply_matrix, full_precision, lu_inverse
+from usf_kernels.ops.matrices import Product, apply_lu, full_precision, lu_inverse, plain_product
 
 # ---------------------------------------------------------------------------------------------- couplings
 
@@ -146,16 +146,23 @@ def coupling_step(
 # ------------------------------------------------------------------------------------- LU 1x1 convolution
 
 
-def lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
+def lu_conv1x1(
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    bias: Tensor | None,
+    inverse: bool,
+    multiply: Product = plain_product,
+) -> Tensor:
     out, wide = promoted_dtype(x, lower, upper, bias), compute_dtype(x, lower, upper, bias)
     x, lower, upper = x.to(wide), lower.to(wide), upper.to(wide)
     bias = None if bias is None else bias.to(wide)
     with full_precision(x):
         if not inverse:
-            return apply_lu(lower, upper, x, bias).to(out)
+            return apply_lu(lower, upper, x, bias, multiply).to(out)
         if bias is not None:
             x = x - bias.view(-1, *[1] * (x.ndim - 2))
-        return apply_matrix(lu_inverse(lower, upper), x, None).to(out)
+        return multiply(lu_inverse(lower, upper), x, None).to(out)
 
 
 def lu_log_det(upper: Tensor, positions: int) -> Tensor:
@@ -166,16 +173,16 @@ def lu_log_det(upper: Tensor, positions: int) -> Tensor:
 # --------------------------------------------------------------------------------- products and what follows
 
 
-def linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, matrix: Tensor, bias: Tensor | None, multiply: Product = plain_product) -> Tensor:
     out, wide = promoted_dtype(x, matrix), compute_dtype(x, matrix, bias)
     with full_precision(x):
-        return apply_matrix(matrix.to(wide), x.to(wide), None if bias is None else bias.to(wide)).to(out)
+        return multiply(matrix.to(wide), x.to(wide), None if bias is None else bias.to(wide)).to(out)
 
 
 def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     wide = compute_dtype(x, matrix, bias)
     with full_precision(x):
-        z = apply_matrix(matrix.to(wide), x.to(wide), None if bias is None else bias.to(wide))
+        z = plain_product(matrix.to(wide), x.to(wide), None if bias is None else bias.to(wide))
     return z.square().sum(dim=1)
 
 
@@ -188,15 +195,16 @@ def residual_mlp(
     bias_map: Tensor | None,
     activation: str,
     inverse: bool,
+    multiply: Product = plain_product,
 ) -> Tensor:
     given = (x, first, first_bias, last, last_bias, bias_map)
     out, wide = promoted_dtype(*given), compute_dtype(*given)
     x, first, first_bias, last, last_bias, bias_map = (None if t is None else t.to(wide) for t in given)
     with full_precision(x):
-        hidden = apply_matrix(first, x, first_bias)
+        hidden = multiply(first, x, first_bias)
         if bias_map is not None:
             hidden = hidden + bias_map
-        residual = apply_matrix(last, F.relu(hidden) if activation == "relu" else hidden, last_bias)
+        residual = multiply(last, F.relu(hidden) if activation == "relu" else hidden, last_bias)
     return (x - residual if inverse else x + residual).to(out)
 
 
