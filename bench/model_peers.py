@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usf_kernels.models.scoring import TAIL, TESTS
+from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.segmentation import segment
 
 ROWS = 64  # of CFlow, as anomalib has it: per call and optimiser step

@@ -92,6 +92,24 @@ def test_the_values_that_are_right_are_kept(make, dtype):
     assert_close(predict(fast, images), predict(original, images), dtype)
 
 
+def test_what_is_left_is_said():
+    model = fastflow()
+    known = type(next(module for module in model.modules() if type(module).__name__ == "AllInOneBlock"))
+
+    class Own(known):
+        pass
+
+    for module in model.modules():
+        if type(module) is known:
+            module.__class__ = Own
+    blocks = [name for name, module in model.named_modules() if type(module) is Own]
+    report = accelerate(model)
+    assert "FastflowModel" in report.replaced
+    assert blocks
+    assert set(report.left) >= set(blocks)
+    assert report.left[blocks[0]] == "a subclass of AllInOneBlock, which may compute something else"
+
+
 @pytest.mark.parametrize("make", [fastflow, uflow])
 def test_training_is_the_same(make):
     original = make().double().train()

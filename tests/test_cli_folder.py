@@ -43,6 +43,7 @@ def test_train_evaluate_predict(folder, tmp_path, capsys):
     assert results == {
         "image_auroc": 1.0,
         "pixel_auroc": 1.0,
+        **dict.fromkeys(("image_ap", "image_f1_max", "pixel_ap", "pixel_f1_max"), 1.0),
         "aupro": 1.0,
         "miou_automatic": 1.0,
         "miou_oracle": 1.0,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import usf_kernels as usf
 from usf_kernels.models import Backbone, FastFlow, Mahalanobis, create_backbone, image_score
-from usf_kernels.models.scoring import fit_null
 
 VARIANTS = [("additive", "lu"), ("affine", "permutation"), ("affine", "lu"), ("additive", "permutation")]
 
@@ -147,6 +147,7 @@ def test_prediction_keeps_its_contract(backbone, images):
     assert result.mask.dtype == torch.bool
     assert torch.equal(result.mask, result.log_nfa <= 0)
     assert len(result.regions) == 24
+    assert torch.equal(result.anomalous, result.mask.flatten(1).any(1))
     assert torch.equal(model.predict(images, features).log_nfa, result.log_nfa)
     for mask, found in zip(result.mask, result.regions, strict=True):
         boxes = torch.zeros_like(mask)
@@ -158,6 +159,24 @@ def test_prediction_keeps_its_contract(backbone, images):
     strict = model.predict(images, log_epsilon=-1e6)
     assert not strict.mask.any()
     assert not any(strict.regions)
+
+
+def test_a_captured_model_predicts_the_same(backbone, images, graphs):
+    model = perturbed(FastFlow(backbone, steps=2)).double()
+    images = images.double()
+    call = model.fuse().capture(images[:2])
+    with pytest.warns(UserWarning, match="not calibrated") as found:
+        call(images[:2])
+    assert found[0].filename == __file__
+    model.calibrate(model.features(images))
+    call = model.fuse().capture(images[:2])
+    assert len(graphs) == 2
+    for i in (0, 2):
+        prediction, expected = call(images[i : i + 2]), model.predict(images[i : i + 2])
+        for name in ("score", "anomaly_map", "log_nfa"):
+            torch.testing.assert_close(getattr(prediction, name), getattr(expected, name))
+    with pytest.raises(ValueError, match="expected the captured"):
+        call(images[:1])
 
 
 def test_a_score_depends_on_its_own_image_only(backbone, images):
@@ -196,7 +215,7 @@ def test_calibration_bounds_the_alarms_on_held_out_images(backbone):
     assert model.null == null
     counts = [len(found) for found in model.predict(smooth).regions]
     assert sum(counts) / len(counts) <= 0.1
-    looser = fit_null(model._squared_norms(features, 8), false_alarms=1.0)
+    looser = usf.calibrate(model._squared_norms(features, 8), false_alarms=1.0)
     assert all(a < b for a, b in zip(looser.scale, null.scale, strict=True))
     assert looser.dof == pytest.approx(null.dof)
 

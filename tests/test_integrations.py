@@ -155,6 +155,7 @@ def test_what_is_left_and_what_is_wrong():
     del model[3].GIN  # as a version of FrEIA without that option would
     report = usf.replace_blocks(model)
     assert report.replaced == ["0"]
+    assert usf.replace_blocks(block("FrEIA")).replaced == ["AllInOneBlock"]
     assert report.left == {
         "1": "a subclass of AllInOneBlock, which may compute something else",
         "3": "no attribute 'GIN', so of a version that is not known",
@@ -164,6 +165,8 @@ def test_what_is_left_and_what_is_wrong():
         usf.replace_blocks(model)  # the one that could be replaced is already
     with pytest.raises(ValueError, match=r"found only modules that are replaced already"):
         usf.replace_blocks(model[0])
+    with pytest.raises(ValueError, match="found Subclass: a subclass of AllInOneBlock"):
+        usf.replace_blocks(model[1])
     with pytest.raises(ValueError, match=r"found none"):
         usf.replace_blocks(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"to: expected one of 'exact', 'usf', found 'fast'"):

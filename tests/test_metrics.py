@@ -76,6 +76,27 @@ def test_auroc_agrees_with_torchmetrics_inside_the_unit_interval():
     assert metrics.auroc(scores, targets) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("levels", [None, 7])
+def test_precision_agrees_with_scikit_learn(levels):
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    maps, targets = maps_and_targets(levels=levels)
+    expected = sklearn_metrics.average_precision_score(targets.ravel(), maps.ravel())
+    assert metrics.average_precision(maps, targets) == pytest.approx(expected, abs=1e-12)
+    precision, recall, _ = sklearn_metrics.precision_recall_curve(targets.ravel(), maps.ravel())
+    best, threshold = metrics.f1_max(maps, torch.tensor(targets))
+    assert best == pytest.approx(np.nanmax(2 * precision * recall / (precision + recall)), abs=1e-12)
+    assert best == pytest.approx(sklearn_metrics.f1_score(targets.ravel(), maps.ravel() >= threshold))
+
+
+def test_precision_by_hand():
+    scores, targets = [0.9, 0.8, 0.8, 0.1], [1, 0, 1, 0]
+    assert metrics.average_precision(scores, targets) == pytest.approx((1 + 2 / 3) / 2)
+    assert metrics.f1_max(scores, targets) == pytest.approx((0.8, 0.8))
+    for none in ([], [1.0, 2.0]):
+        assert np.isnan(metrics.average_precision(none, [0] * len(none)))
+        assert np.isnan(metrics.f1_max(none, [0] * len(none))).all()
+
+
 @pytest.mark.parametrize("levels", [None, 2])
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
 def test_aupro_matches_every_threshold(levels, limit):
@@ -138,7 +159,11 @@ def test_evaluate_gives_every_metric_and_takes_batches():
     assert metrics.evaluate(batches, [truth[:5], truth[5:]]) == whole
     assert whole == {
         "image_auroc": metrics.auroc(maps.max((1, 2)), targets.any((1, 2))),
+        "image_ap": metrics.average_precision(maps.max((1, 2)), targets.any((1, 2))),
+        "image_f1_max": metrics.f1_max(maps.max((1, 2)), targets.any((1, 2)))[0],
         "pixel_auroc": metrics.auroc(maps, targets),
+        "pixel_ap": metrics.average_precision(maps, targets),
+        "pixel_f1_max": metrics.f1_max(maps, targets)[0],
         "aupro": metrics.aupro(maps, targets),
         "miou_automatic": metrics.mean_iou(masks, targets),
         "miou_oracle": metrics.oracle_mean_iou(maps, targets)[0],

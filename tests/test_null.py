@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from usf_kernels.null import Null, calibrate
+from usf_kernels.calibration import calibrate
+from usf_kernels.null import Null
 from usf_kernels.segmentation import regions
 
 
@@ -23,6 +24,23 @@ def test_calibrate_recovers_the_distribution():
     # Squared norms that are twice too large are no anomaly once that is known.
     assert sum(map(len, regions(u, channels=(40, 7), tests="per_size"))) > 50
     assert sum(map(len, regions(u, null=null, tests="per_size"))) <= 50
+
+
+@pytest.mark.parametrize(("tail", "tests"), [("exact", "per_size"), ("chernoff", "total")])
+def test_false_alarms_of_dependent_positions_are_bounded(tail, tests):
+    noise = torch.randn(60, 8, 22, 22)
+    smooth = torch.nn.functional.avg_pool2d(noise, 7, 1, divisor_override=7)  # white channels, few positions
+    options = {"tail": tail, "tests": tests}
+    plain, bounded = calibrate(smooth), calibrate(smooth, false_alarms=0.05, **options)
+    assert bounded.dof == plain.dof
+    alarms = [sum(map(len, regions(smooth, null=null, **options))) / 60 for null in (plain, bounded)]
+    assert alarms[1] <= 0.05
+    if tests == "per_size":
+        assert alarms[0] > 0.5
+    else:  # which is far from what it allows
+        assert bounded.scale < plain.scale
+    with pytest.raises(ValueError, match="false_alarms: expected a positive number, found 0"):
+        calibrate(smooth, false_alarms=0)
 
 
 def test_null_is_checked():

@@ -43,7 +43,7 @@ def fit_briefly(fit, *arguments, max_epochs, **options):
     return fit(*arguments, max_epochs=2, progress=False, **options)
 
 
-def test_a_model_and_its_inference_form(monkeypatch, tmp_path):
+def test_a_model_and_its_inference_form(monkeypatch, tmp_path, graphs, capsys):
     def backbone(name, out_indices):
         config = {"name": name, "out_indices": out_indices}
         torch.manual_seed(0)  # the same weights at every call, as a pretrained one has
@@ -53,11 +53,17 @@ def test_a_model_and_its_inference_form(monkeypatch, tmp_path):
         monkeypatch.setattr(place, "create_backbone", backbone)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(usf_kernels.training, "fit", partial(fit_briefly, usf_kernels.training.fit))
-    names = {"usf": usf, "images": torch.rand(24, 3, 16, 24), "held_out_images": torch.rand(24, 3, 16, 24)}
-    run("from usf_kernels.checkpoint", names)
+    pytest.importorskip("skimage")
+    names = run("import torch", {})
     assert names["model"].loss(names["images"]).isfinite()
+    assert "tensor([" in capsys.readouterr().out
     expected = names["prediction"].anomaly_map
     torch.testing.assert_close(run("fast =", names)["prediction"].anomaly_map, expected)
+    names["fit"] = partial(names["fit"], accelerator="cpu")  # whose recordings stand in for CUDA's graphs
+    names = run("predict =", names)
+    torch.testing.assert_close(names["prediction"].anomaly_map, expected)
+    assert len(names["history"].rows) == 2
+    assert len(graphs) == 2
 
 
 def test_a_density_model():

@@ -8,10 +8,11 @@ except ImportError as error:
     ) from error
 
 from usf_kernels import models, nn
+from usf_kernels.calibration import calibrate
 from usf_kernels.integrations import replace_blocks, restore_blocks
 from usf_kernels.integrations.accelerate import accelerate
 from usf_kernels.max_tree import ComponentTree, component_tree, component_trees
-from usf_kernels.null import Null, calibrate
+from usf_kernels.null import Null
 from usf_kernels.number_of_tests import log_number_of_tests
 from usf_kernels.ops import (
     additive_coupling,

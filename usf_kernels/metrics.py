@@ -27,9 +27,10 @@ def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor
             any such pixel is anomalous.
 
     Returns:
-        `image_auroc`, `pixel_auroc`, `aupro` (up to a false positive rate of 0.3), `miou_automatic`,
-        `miou_oracle`, `false_alarms_per_clean_image` (detected regions on clean images / clean images). NaN
-        where the set lacks the clean or the anomalous images that a metric needs.
+        `image_auroc`, `image_ap`, `image_f1_max`, the same three of pixels (`pixel_auroc`, ...), `aupro` (up
+        to a false positive rate of 0.3), `miou_automatic`, `miou_oracle`, `false_alarms_per_clean_image`
+        (detected regions on clean images / clean images). NaN where the set lacks the clean or the anomalous
+        images that a metric needs.
 
     Raises:
         ValueError: when predictions and targets do not match.
@@ -47,9 +48,11 @@ def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor
         )
     anomalous = truth.reshape(len(truth), -1).any(1)
     clean_alarms = [len(found) for found, bad in zip(regions, anomalous, strict=True) if not bad]
-    return {
-        "image_auroc": auroc(scores, anomalous),
-        "pixel_auroc": auroc(maps, truth),
+    found = {}
+    for name, pair in (("image", (scores, anomalous)), ("pixel", (maps, truth))):
+        found |= {f"{name}_auroc": auroc(*pair), f"{name}_ap": average_precision(*pair)}
+        found[f"{name}_f1_max"] = f1_max(*pair)[0]
+    return found | {
         "aupro": aupro(maps, truth),
         "miou_automatic": mean_iou(masks, truth),
         "miou_oracle": oracle_mean_iou(maps, truth)[0],
@@ -79,6 +82,57 @@ def auroc(scores: Array, targets: Array) -> float:
         return float("nan")
     ranks = rankdata(scores.ravel())[targets.ravel()].sum()
     return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def average_precision(scores: Array, targets: Array) -> float:
+    """The mean precision over the positives, each at the threshold at which it is found.
+
+    Equal scores are found together, as in `sklearn.metrics.average_precision_score`.
+
+    Args:
+        scores: any shape, higher is more anomalous.
+        targets: same shape, bool or 0 / 1.
+
+    Returns:
+        A number in [0, 1]; NaN without a positive.
+
+    Raises:
+        ValueError: for differing shapes, or a score that is NaN.
+    """
+    hits, detected, _ = _found(scores, targets)
+    if not hits.size or not hits[-1]:
+        return float("nan")
+    return float((np.diff(hits, prepend=0) * hits / detected).sum() / hits[-1])
+
+
+def f1_max(scores: Array, targets: Array) -> tuple[float, float]:
+    """The best F1 score (harmonic mean of precision and recall) of all thresholds, and its threshold.
+
+    Args:
+        scores: any shape, higher is more anomalous; positive is what scores at least the threshold.
+        targets: same shape, bool or 0 / 1.
+
+    Returns:
+        The F1 score in [0, 1] and the threshold; NaN and NaN without a positive.
+
+    Raises:
+        ValueError: for differing shapes, or a score that is NaN.
+    """
+    hits, detected, thresholds = _found(scores, targets)
+    if not hits.size or not hits[-1]:
+        return float("nan"), float("nan")
+    values = 2 * hits / (detected + hits[-1])
+    best = int(values.argmax())
+    return float(values[best]), float(thresholds[best])
+
+
+def _found(scores: Array, targets: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For every distinct score from high to low: positives and all that score at least it, and the score."""
+    scores, targets = _pair(scores, targets)
+    if not scores.size:
+        return (np.empty(0),) * 3
+    order, ends = _descending(scores)
+    return np.cumsum(targets.ravel()[order])[ends], ends + 1, scores.ravel()[order[ends]]
 
 
 def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:

@@ -7,9 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from usf_kernels.energy import read_energies
 from usf_kernels.ops.checks import check_number
 
 SMALLEST_DOF = 1e-6  # below, the exact tail cancels
@@ -20,8 +17,9 @@ LARGEST_DOF = 1e9  # the extension's; the exact tail takes time as its root
 class Null:
     """Squared norms of normal positions at scale l follow `scale[l] * chi2(dof[l])`.
 
-    Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones have not, see `calibrate`.
-    Both are positive and finite, and so is their product; `dof` lies in 1e-6..1e9, and need not be whole.
+    Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones have not, see
+    `usf_kernels.calibrate`. Both are positive and finite, and so is their product; `dof` lies in 1e-6..1e9,
+    and need not be whole.
     """
 
     scale: tuple[float, ...]
@@ -73,38 +71,3 @@ class Null:
     def __repr__(self) -> str:
         terms = (f"{a:.4g} * chi2({nu:.4g})" for a, nu in zip(self.scale, self.dof, strict=True))
         return f"Null({', '.join(terms)})"
-
-
-def calibrate(latents: Tensor | Sequence[Tensor]) -> Null:
-    """Fit the null model to held-out normal images.
-
-    The mean m and variance v of the squared norm over all images and positions of a scale give
-    `scale = v / 2m` and `dof = 2 m^2 / v` (Satterthwaite's moments): correlated or badly scaled channels
-    have fewer degrees of freedom than C. Use images that the flow was not trained on.
-
-    Args:
-        latents: as in `log_nfa`: one tensor per scale, latents (N, C, H, W) or their squared norms (N, H, W),
-            which is what to keep when the latents of all images do not fit in memory.
-
-    Returns:
-        A `Null` with one scale and dof per tensor; pass it as `null=` to `log_nfa`, `segment` and `regions`.
-
-    Raises:
-        TypeError, ValueError: as in `log_nfa`; also where the squared norms of a scale do not vary.
-    """
-    energies, _ = read_energies(latents)
-    scale, dof = [], []
-    for i, u in enumerate(energies):
-        if u.numel() < 2:
-            raise ValueError(
-                f"latents[{i}]: expected at least two positions to fit to, found shape {tuple(u.shape)}"
-            )
-        u = u.double()
-        largest = u.max().item() or 1.0  # in units of which no square overflows
-        mean, variance = (u / largest).mean().item(), (u / largest).var().item()
-        if not variance > 1e-8 * mean**2:
-            everywhere = f"{largest * mean:.6g} everywhere"
-            raise ValueError(f"latents[{i}]: expected squared norms that vary, found {everywhere}")
-        scale.append(largest * (variance / (2 * mean)))
-        dof.append(2 * mean**2 / variance)
-    return Null(tuple(scale), tuple(dof))

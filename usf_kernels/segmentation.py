@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from usf_kernels import _core
 from usf_kernels.energy import check_channels, read_energies
 from usf_kernels.max_tree import check_threads
-from usf_kernels.null import Null, calibrate
+from usf_kernels.null import Null
 from usf_kernels.number_of_tests import Count, counts, log_number_of_tests
 from usf_kernels.ops.checks import check_choice, check_number, check_size
 
-__all__ = ["Null", "Region", "calibrate", "log_nfa", "log_number_of_tests", "regions", "segment"]
+__all__ = ["Null", "Region", "log_nfa", "log_number_of_tests", "regions", "segment"]
 
 
 @lru_cache(maxsize=256)

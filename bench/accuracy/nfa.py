@@ -32,10 +32,10 @@ from bench.accuracy.rows import Row, Rows
 from bench.drawing import FAINT, INK, OURS_COLOUR, PALE, PEER_COLOUR, SECOND, title_of
 from bench.markdown import prose, table
 from usf_kernels import log_nfa, metrics, regions
+from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.cli.options import positive
 from usf_kernels.data import TEXTURES
 from usf_kernels.demo import Recipe
-from usf_kernels.models.scoring import TAIL, TESTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

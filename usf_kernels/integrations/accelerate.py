@@ -7,7 +7,7 @@ from importlib import import_module
 
 from torch import nn
 
-from usf_kernels.integrations.replacement import Replacement, replace_blocks
+from usf_kernels.integrations.replacement import Replacement, check_module, replace_blocks, replace_known
 
 
 def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False) -> Replacement:
@@ -40,20 +40,14 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
         TypeError: not a module.
         ValueError: nothing in it that could be replaced; the model is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    check_module(model)
     classes = _models()
     found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
-    try:
-        report = replace_blocks(model)
-    except ValueError:
-        if not found:
-            raise
-        report = Replacement()
+    report = (replace_known if found else replace_blocks)(model)
     for name, module in found:
+        report.replaced.append(name or type(module).__name__)
         module.__class__ = classes[type(module)]
         module.begin_fast(exact=exact, one_step=one_step)
-        report.replaced.append(name or type(module).__name__)
     return report
 
 

@@ -24,10 +24,10 @@ from FrEIA.framework import GraphINN
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.integrations.anomalib_graph import FastGraphINN
 from usf_kernels.integrations.faster import Faster
 from usf_kernels.models.native_layers import use_extension_, use_pytorch_
-from usf_kernels.models.scoring import TAIL, TESTS
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.maps import to_rows
 from usf_kernels.ops import anomaly_map

@@ -80,11 +80,17 @@ def replace_blocks(model: nn.Module, *, to: str = "exact", compact: bool = False
         TypeError: not a module.
         ValueError: an unknown `to`; nothing in the model that could be replaced. The model is unchanged.
     """
-    _check_module(model)
+    check_module(model)
     check_choice("to", to, ("exact", "usf"))
-    report, plan = _decide(model, _classes(), to)
-    if not plan:
+    report = replace_known(model, to, compact)
+    if not report.replaced:
         raise ValueError(_nothing(model, report))
+    return report
+
+
+def replace_known(model: nn.Module, to: str = "exact", compact: bool = False) -> Replacement:
+    """`replace_blocks`, for whom there may be nothing to replace."""
+    report, plan = _decide(model, _classes(), to)
     _warn_of_versions({step.original for step in plan})
     for step in plan:
         step.take(compact)
@@ -102,7 +108,7 @@ def restore_blocks(model: nn.Module) -> int:
     Raises:
         TypeError: not a module.
     """
-    _check_module(model)
+    check_module(model)
     replaced = [module for module in model.modules() if hasattr(type(module), "end_fast")]
     for module in replaced:
         fast = type(module)
@@ -144,7 +150,8 @@ def _decide(model: nn.Module, classes: dict[type, type], to: str) -> tuple[Repla
     """What will have been done, and the steps; nothing is changed."""
     originals = {fast: original for original, fast in classes.items()}
     report, plan = Replacement(), []
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        name = path or type(module).__name__
         original = originals.get(type(module), type(module))
         fast = classes.get(original)
         if fast is None:
@@ -208,7 +215,7 @@ def _warn_of_versions(originals: set[type]) -> None:
             warnings.warn(
                 f"{package} {found}: replace_blocks is tested with {tested}; compare outputs before and "
                 f"after, or install {package}=={tested}.*",
-                stacklevel=3,
+                stacklevel=4,  # who called `replace_blocks`, or `accelerate`
             )
 
 
@@ -219,7 +226,8 @@ def _version(package: str) -> str:
         return "of unknown version"
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
+    """Raise TypeError unless it is one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
 

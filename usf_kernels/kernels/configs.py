@@ -82,8 +82,8 @@ def choose(
     attempt: Callable[[Config], Any],
     device: torch.device,
 ) -> Config:
-    """The configuration that `pick` takes. Only tuning calls `attempt`, so that a kernel which changes its
-    input can be tried on a copy."""
+    """The configuration that `pick` takes. Tuning and recordings call `attempt`: a kernel that changes its
+    input is tried on a copy."""
     if _listener is not None:
         _listener(name, candidates, attempt)
     if is_recording():  # the others are to be seen too

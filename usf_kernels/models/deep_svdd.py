@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from torch import Tensor, nn
 from usf_kernels.models.conditioners import CONVOLUTIONS
 from usf_kernels.models.usflow import check_sample_shape, check_samples
 from usf_kernels.ops.checks import FLOAT_DTYPES, check_choice, check_int, compute_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SMALLEST_CENTRE = 0.1  # of a coordinate: a bias-free network reaches zero by setting weights to zero
 MOMENTUM = 0.1  # of a batch's radius in the running one

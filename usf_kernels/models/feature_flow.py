@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.mahalanobis import moments
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import ActNorm, FlowStep, LUConv1x1
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class FeatureFlow(ScoredModel):

@@ -6,7 +6,7 @@ PaDiM (T. Defard et al., arXiv:2011.08785) without its positions, which textures
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import LUConv1x1
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.calibration import calibrate
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.border import BorderNorm
-from usf_kernels.models.scoring import Prediction, fit_null, predict
+from usf_kernels.models.scoring import Prediction, predict
+from usf_kernels.nn.capture import CapturedCall
 from usf_kernels.ops import squared_norm
 from usf_kernels.ops.checks import check_not_fused_to
 from usf_kernels.segmentation import Null
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 UNCALIBRATED = (
     "predict: the model is not calibrated, so its masks keep no promise on false alarms; scores and maps do "
@@ -118,13 +116,13 @@ class ScoredModel(nn.Module):
 
         Args:
             features: of held-out normal images.
-            false_alarms: regions that each of them may show on average; see `scoring.fit_null`.
+            false_alarms: regions that each of them may show on average; see `usf_kernels.calibrate`.
             batch_size: images at a time.
 
         Returns:
             The fitted `Null`, from now on `model.null`.
         """
-        null = fit_null(self._squared_norms(features, batch_size), false_alarms=false_alarms)
+        null = calibrate(self._squared_norms(features, batch_size), false_alarms=false_alarms)
         self.null_parameters.copy_(torch.tensor(null.to_list(), dtype=torch.float64))
         return null
 
@@ -147,9 +145,36 @@ class ScoredModel(nn.Module):
             UserWarning: before `calibrate`.
         """
         latents = self._latents_to_score(self.features(batch) if features is None else features)
+        return self._found_in(latents, batch, options)
+
+    @torch.no_grad()
+    def capture(self, images: Tensor) -> Callable[..., Prediction]:
+        """`predict` for batches of one shape, with a CUDA graph from the images to the latents.
+
+        A fused model on a few small images waits for its launches, which a graph does not; regions are found
+        on the CPU as always. Weights may change where they are, but not move.
+
+        Args:
+            images: an example of a batch, on the model's CUDA device.
+
+        Returns:
+            A function of a batch and of the options of `predict`.
+
+        Raises:
+            ValueError: images on another device; when called, of another shape or dtype.
+        """
+        graph = CapturedCall(lambda batch: tuple(self._latents_to_score(self.features(batch))), images)
+
+        @torch.no_grad()
+        def predict_captured(batch: Tensor, **options: Any) -> Prediction:
+            return self._found_in(list(graph(batch)), batch, options)
+
+        return predict_captured
+
+    def _found_in(self, latents: list[Tensor], batch: Tensor, options: Mapping[str, Any]) -> Prediction:
         null = self.null
         if null is None:
-            warnings.warn(UNCALIBRATED, stacklevel=3)  # the caller: no_grad is in between
+            warnings.warn(UNCALIBRATED, stacklevel=4)  # who called `predict`: no_grad is in between
         return predict(latents, tuple(batch.shape[-2:]), null=null, **options)
 
     def _squared_norms(self, features: Sequence[Tensor], batch_size: int) -> list[Tensor]:

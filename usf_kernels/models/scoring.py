@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from usf_kernels.calibration import TAIL, TESTS
+from usf_kernels.null import Null
 from usf_kernels.ops import anomaly_map
-from usf_kernels.segmentation import Null, Region, calibrate, log_nfa, regions
-
-TAIL, TESTS = "exact", "per_size"  # the recommended form of the a-contrario test
+from usf_kernels.segmentation import Region, log_nfa, regions
 
 
 class Prediction(NamedTuple):
@@ -29,6 +29,12 @@ class Prediction(NamedTuple):
     log_nfa: Tensor
     mask: Tensor
     regions: list[list[Region]]
+
+    @property
+    def anomalous(self) -> Tensor:
+        """(B,) bool, on the CPU: whether an image has a region; fewer than one like it is expected per clean
+        image, with log_epsilon = 0."""
+        return torch.tensor([len(found) > 0 for found in self.regions], dtype=torch.bool)
 
 
 def image_score(maps: Tensor, share: float = 0.05) -> Tensor:
@@ -69,38 +75,3 @@ def predict(
     log_nfas = log_nfa(latents, size, upsample=upsample, **options)
     found = regions(latents, log_epsilon=log_epsilon, **options)
     return Prediction(image_score(maps), maps, log_nfas, log_nfas <= log_epsilon, found)
-
-
-def fit_null(squared_norms: Sequence[Tensor], *, false_alarms: float = 0.1) -> Null:
-    """Fit the null model of the automatic threshold to held-out normal images.
-
-    `usf_kernels.calibrate` fits the distribution of squared norms at single positions. Neighbouring positions
-    of a real image are not independent, though, and regions of several positions come up more often (or, in a
-    narrow null, less often) than their number of false alarms says. So all scales of the fit are then
-    multiplied by one factor, found by bisection, with which the held-out images show as many as they may.
-
-    Args:
-        squared_norms: one (N, H, W) tensor per scale.
-        false_alarms: regions at log_epsilon = 0 per held-out image, on average and at most.
-
-    Raises:
-        ValueError: for a number that is not positive; also whatever `usf_kernels.calibrate` raises.
-    """
-    if not false_alarms > 0:
-        raise ValueError(f"false_alarms: expected a positive number, found {false_alarms!r}")
-    fitted = calibrate(squared_norms)
-
-    def stretched(factor: float) -> Null:
-        return Null(tuple(factor * scale for scale in fitted.scale), fitted.dof)
-
-    def alarms(factor: float) -> float:
-        found = regions(squared_norms, null=stretched(factor), tail=TAIL, tests=TESTS)
-        return sum(len(image) for image in found) / len(found)
-
-    low, high = 0.5, 1.0
-    while alarms(high) > false_alarms:
-        low, high = high, 1.5 * high
-    while high / low > 1.005:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if alarms(middle) <= false_alarms else (middle, high)
-    return stretched(high)

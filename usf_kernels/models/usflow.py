@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from usf_kernels.nn import (
 from usf_kernels.nn.coupling import Subnet
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import check_choice, check_float, check_int, check_not_fused_to
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class DensityFlow(nn.Module):

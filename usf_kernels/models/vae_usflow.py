@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.usflow import USFlow, check_samples
 from usf_kernels.ops.checks import check_int, check_size
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 LOG_VARIANCE_RANGE = (-12.0, 8.0)
 REDUCED, WIDEST = 32, 256  # channels: of the encoder's head, of the decoder

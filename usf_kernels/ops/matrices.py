@@ -1,7 +1,7 @@
 """Matrices of 1x1 convolutions: formed of triangles, inverted, applied to maps, and their gradient.
 
-Reference operations and modules share them. Plain PyTorch, differentiable to any order, but for
-`apply_matrix` and `matrix_gradient`: where nothing is recorded, the extension may do these. Nothing is checked.
+Reference operations and modules share them. Plain PyTorch, differentiable to any order; but `apply_matrix`
+and `matrix_gradient` may be done by the extension where nothing is recorded. Nothing is checked.
 """
 
 from __future__ import annotations
