@@ -148,7 +148,7 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
         const RowsOf<const float> grad_rows(grad_y, positions), x_rows(x, positions),
             params_rows(params, positions);
         const RowsOf<float> grad_x_rows(grad_x, positions), grad_params_rows(grad_params, positions);
-        const Stretches rows(count.rows, channels);
+        const Stretches rows(count.rows, channels, rows_of_a_sum);
         const bool own = positions == 1;
         if (exit.scale) sums.make(count.images * rows.count, channels);
         team_for(count.images * rows.count, threads, [&, channels = channels](std::int64_t i) {
@@ -263,7 +263,7 @@ inline bool uncouple(const Coupling& coupling, std::int64_t split, const Exit& e
                 }
             });
     } else {
-        const Stretches rows(batch * positions, channels);
+        const Stretches rows(batch * positions, channels, rows_of_a_sum);
         if (exit.scale) sums.make(rows.count, channels);
         team_for(rows.count, threads, [&, channels = channels, positions = positions](std::int64_t i) {
             std::vector<float> scratch(exit.nothing() ? 0 : 2 * channels);

@@ -156,7 +156,7 @@ struct OuterProduct {
             }
         };
         if (!a.rows) return add_rows([&](int o) { return Inputs{from + o * a.next, a.next}; });
-        if (a.next <= nearest_rows)
+        if (a.next >= outputs && a.next <= nearest_rows)  // rows that overlap are no columns
             return add_rows([&](int o) { return Columns{from + o, static_cast<int>(a.next)}; });
         const Columns turned =
             columns_of({from + first, a.next, true}, last - first, count, 1, scratch_of_thread().points[1]);

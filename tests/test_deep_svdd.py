@@ -155,6 +155,12 @@ def test_errors():
     with pytest.raises(RuntimeError, match="centre: not set yet"):
         model.predict(torch.zeros(2, 4))
     model.initialize(torch.randn(3, 4))
+    centre = model.centre.clone()
+    with pytest.raises(ValueError, match="samples: expected finite latents"):
+        model.initialize(torch.full((3, 4), torch.nan))
+    assert torch.equal(model.centre, centre)
+    with pytest.raises(TypeError, match="nu: expected a number, found str"):
+        DeepSVDD(4, nu="a")
     with pytest.raises(ValueError, match="samples: expected at least two, found 1"):
         model.collapse(torch.randn(1, 4))
     with pytest.raises(TypeError, match=r"dtype: expected float32.*found torch.int8"):

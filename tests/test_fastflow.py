@@ -1,6 +1,8 @@
 """FastFlow: likelihood, initialisation, scores, calibration, checkpoint contract."""
 
+import copy
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +103,59 @@ def test_actnorm_variant_starts_standardised(backbone, images):
     model.initialize(features)
     assert not model.training
     assert model.mean_square(features) == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+@pytest.mark.parametrize("model_class", [FastFlow, Mahalanobis])
+def test_a_failed_start_changes_nothing(backbone, images, model_class):
+    options = {} if model_class is Mahalanobis else {"steps": 2, "linear": "permutation"}
+    model = model_class(backbone, **options)
+    start = model.fit if model_class is Mahalanobis else model.initialize
+    features = model.features(images)
+    start(features)
+    before = copy.deepcopy(model.state_dict())
+    broken = [features[0], features[1] * torch.nan]
+    if model_class is FastFlow:
+        model = perturbed(FastFlow(backbone, steps=2)).train()
+        model.initialize(features)
+        before, start = copy.deepcopy(model.state_dict()), model.initialize
+    for wrong in (broken, [features[0], features[1][:3]]):
+        with pytest.raises(ValueError, match=r"covariance|mean|as many images"):
+            start(wrong)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    fused = model.fuse()
+    with pytest.raises(TypeError, match="expected a model to train, found its inference form"):
+        (fused.fit if model_class is Mahalanobis else fused.initialize)(features)
+
+
+def test_starting_again_scales_again(backbone, images):
+    model = FastFlow(backbone, steps=2, linear="permutation", coupling="affine")
+    features = model.features(images)
+    model.train().loss(features)  # an ActNorm has seen data
+    other = [5 * maps + 3 for maps in features]
+    for z in model.initialize(other).latents(other)[0]:
+        assert z.detach().std() == pytest.approx(1, abs=0.2)
+
+
+def test_frozen_parts_stay_frozen(backbone, images):
+    model = FastFlow(backbone, steps=2).train()
+    model.flows[0].eval()
+    features = model.features(images)
+    model.initialize(features)
+    model.mean_square(features)
+    assert not any(part.training for part in model.flows[0].modules())
+    assert model.flows[1].training
+    with pytest.raises(ValueError, match="batch_size: expected an int at least 1, found 0"):
+        model.calibrate(features, batch_size=0)
+    for wrong, error in ((math.inf, ValueError), ("a", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="noise"):
+            FastFlow(backbone, noise=wrong)
+        with pytest.raises(error, match="hidden_ratio"):
+            FastFlow(backbone, hidden_ratio=wrong)
+    with pytest.raises(ValueError, match="clamp"):
+        FastFlow(backbone, clamp=-1.0)
+    with pytest.raises(ValueError, match=r"share: expected a number in \(0, 1\], found 2"):
+        image_score(images, share=2.0)
 
 
 @pytest.mark.parametrize(("coupling", "linear"), VARIANTS[:2])

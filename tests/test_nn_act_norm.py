@@ -90,6 +90,14 @@ def test_act_norm_is_initialised_where_its_buffer_says_so():
     copied(5 * x + 1)
     for ours, theirs in zip(copied.state_dict().values(), first.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+    other, x = ActNorm(3), 5 * x + 1
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    torch.func.functional_call(other, state, (x,))  # sets these, and not its own
+    assert state["initialized"]
+    assert not other.initialized
+    assert max_error(other(x)[0].std(0, correction=0), torch.ones(3)) < 1e-5
+    other.forget_()
+    assert max_error(other(7 * x)[0].std(0, correction=0), torch.ones(3)) < 1e-5
     with torch.device("meta"):
         loaded = ActNorm(3)
     state = {name: first.state_dict()[name] for name in ("log_scale", "bias")}

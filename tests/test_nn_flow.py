@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import conv_subnet, jacobian_log_det, linear_subnet, max_error, randomise_
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from usf_kernels.nn import (
     ActNorm,
@@ -280,3 +281,29 @@ def test_many_gradients_at_once(make):
             torch.autograd.functional.jacobian(run, x, vectorize=vectorize) for vectorize in (False, True)
         )
         torch.testing.assert_close(many, one)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LUConv1x1(4),
+        lambda: FlowStep(4, subnet=conv_subnet),
+        lambda: USFBlock(4, subnet=conv_subnet, mask="channel"),
+        lambda: FlowStep(128, subnet=lambda i, o: torch.nn.Conv2d(i, o, 3, padding=1), linear="none"),
+    ],
+)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(make, use_reentrant):
+    module = randomise_(make())
+    channels = module.channels if hasattr(module, "channels") else module.coupling.channels
+    x = torch.randn(2, channels, 16, 16, requires_grad=True)
+    gradients = []
+    for run in (module, lambda v: checkpoint(module, v, use_reentrant=use_reentrant)):
+        z, log_det = run(x)
+        (z.square().sum() + log_det.sum()).backward()
+        leaves = [x, *module.parameters()]
+        gradients.append([v.grad for v in leaves if v.grad is not None])
+        for leaf in leaves:
+            leaf.grad = None
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -66,6 +66,43 @@ def test_other_numbers_of_dimensions_are_named():
     flow_of([step(6, wide, linear="permutation")]).fuse()(torch.randn(2, 6))  # which sees one position
 
 
+@pytest.mark.parametrize("layers", [("conv", "linear"), ("linear", "conv"), ("conv", "linear", "wide")])
+def test_nn_linear_among_convolutions_is_of_columns(layers):
+    def make(c_in, c_out):
+        sizes = [c_in, *[5] * (len(layers) - 1), c_out]
+        kinds = {
+            "conv": lambda i: nn.Conv2d(sizes[i], sizes[i + 1], 1),
+            "wide": lambda i: nn.Conv2d(5 if layers[i - 1] == "linear" else sizes[i], c_out, 3, padding=1),
+            "linear": lambda i: nn.Linear(4, 4),
+        }
+        if layers[0] == "linear":
+            sizes[1] = c_in
+        if layers[-1] == "linear":
+            sizes[-2] = c_out
+        return nn.Sequential(*(kinds[kind](i) for i, kind in enumerate(layers)))
+
+    flow = flow_of([step(6, make) for _ in range(2)])
+    assert_same(flow.double(), torch.randn(2, 6, 3, 4, dtype=torch.float64))
+
+
+def test_conditioners_of_nn_linear_are_for_vectors():
+    flow = flow_of([step(6, nn.Linear) for _ in range(2)])
+    assert_same(flow.double(), torch.randn(5, 6, dtype=torch.float64))
+    with pytest.raises(
+        ValueError, match="x: expected 0 spatial dimensions, as the conditioners' layers have"
+    ):
+        flow.fuse()(torch.randn(2, 6, 3, 3))
+
+
+def test_nothing_is_drawn():
+    flow = flow_of([step(6) for _ in range(2)])
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    flow.fuse()
+    assert torch.equal(torch.rand(4), expected)
+
+
 def test_an_activation_in_several_places():
     flow = flow_of([AdditiveCoupling(6, subnet=sharing, zero_init=False)])
     assert_same(flow.double(), torch.randn(2, 6, 8, 8, dtype=torch.float64))

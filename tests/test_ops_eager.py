@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from usf_kernels.nn import FlowStep
 from usf_kernels.ops import eager, reference
 from usf_kernels.ops.step import coupling_matrix, coupling_step
 
@@ -187,3 +188,15 @@ def test_sums_are_as_accurate_as_in_float64(memory_format):
         found = eager.channel_sums(x)
         torch.testing.assert_close(found, x.double().sum((0, 2, 3)).float(), rtol=1e-6, atol=0)
     assert eager.channel_sums(x.clone().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_sums_of_equal_values_of_few_channels(memory_format):
+    """The gradient of a mean: rounding errors of one long sum would all be of one sign."""
+    step = FlowStep(2, subnet=lambda i, o: torch.nn.Conv2d(i, o, 1), linear="none", zero_init=False)
+    x = torch.randn(1, 2, 128, 128).contiguous(memory_format=memory_format)
+    z, _ = step(x)
+    z.backward(torch.full_like(z, 0.1))
+    total = torch.full((2,), 0.1).double() * 128 * 128
+    torch.testing.assert_close(step.act_norm.bias.grad.double(), total, rtol=3e-6, atol=0)
+    assert max_error(eager.channel_sums(torch.full_like(x, 0.1)), total) < 3e-6 * 1639

@@ -78,6 +78,24 @@ def test_many_channels(positions, triangle):
 
 
 @needs_products
+@pytest.mark.parametrize("stride", [0, 1, 13, 63, 64, 65])
+@pytest.mark.parametrize("triangle", [-1, 0, 1])
+def test_rows_that_overlap(stride, triangle):
+    """A sum over a batch of vectors has a gradient whose rows are one."""
+    grad = torch.randn(stride * 299 + 64).as_strided((300, 64), (stride, 1))
+    x, wanted = torch.randn(300, 64), TRIANGLES[triangle]
+    with torch.no_grad():
+        found = wanted(matrix_gradient(grad, x, triangle=triangle))
+        truth = wanted(sum_of_outer(grad.double(), x.double()))
+        assert_within_budget(found, wanted(sum_of_outer(grad, x)), truth, factor=4.0)
+        turned = wanted(matrix_gradient(x, grad, triangle=triangle))
+        truth = wanted(sum_of_outer(x.double(), grad.double()))
+        assert_within_budget(turned, wanted(sum_of_outer(x, grad)), truth, factor=4.0)
+        product = apply_matrix(wanted(torch.eye(64) + 1), grad, None, triangle=triangle)
+        torch.testing.assert_close(product, grad @ wanted(torch.eye(64) + 1).mT)
+
+
+@needs_products
 def test_what_lies_beyond_a_triangle_is_not_multiplied():
     matrix, x = torch.randn(200, 200).triu(), torch.randn(1, 200, 60)
     matrix[-1, 0] = torch.nan

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import jacobian_log_det, max_error, randomise_
@@ -225,6 +226,47 @@ def test_narrow_inference_forms():
 def test_wrong_options_are_named(shape, options, error, message):
     with pytest.raises(error, match=message):
         USFlow(shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"clamp": -1.0}, ValueError),
+        ({"reflections": 0}, ValueError),
+        ({"prior_weight": True}, TypeError),
+        ({"prior_weight": "1"}, TypeError),
+        ({"base": None}, TypeError),
+        ({"base": {"name": "normal", "scale": True}}, TypeError),
+    ],
+)
+def test_options_that_are_not_used_are_checked_as_well(options, error):
+    with pytest.raises(error, match=r"clamp|reflections|prior_weight|base|scale"):
+        USFlow(4, **options)
+
+
+@pytest.mark.parametrize("kind", [USFlow, NonUSFlow])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_samples_of_any_dtype(kind, dtype):
+    for shape in ((4,), (2, 4, 4)):
+        model = make(kind, shape).float()
+        x = samples(shape).to(dtype)
+        assert torch.equal(model.log_prob(x), model.log_prob(x.float()))
+        assert model.initialize(samples(shape, 64).to(dtype)).inverse(x)[0].dtype == torch.float32
+
+
+def test_sizes_of_numpy_are_sizes():
+    model = USFlow(np.int64(4), blocks=np.int64(2), hidden=np.int64(8))
+    assert USFlow.from_config(json.loads(json.dumps(model.config))).shape == (4,)
+
+
+def test_a_model_made_without_memory():
+    model = make(USFlow, (6,), mask="channel")
+    with torch.device("meta"):
+        empty = USFlow(6, mask="channel", **{k: model.config[k] for k in ("blocks", "hidden", "layers")})
+    empty = empty.double().to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    x = samples((6,))
+    assert torch.equal(empty.log_prob(x), model.log_prob(x))
 
 
 def test_wrong_inputs_are_named():

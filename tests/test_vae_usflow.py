@@ -1,5 +1,6 @@
 """VAEUSFlow: its bound, scores, training of either encoder, inference form and checkpoints."""
 
+import copy
 import math
 
 import pytest
@@ -106,6 +107,14 @@ def test_checkpoint_and_inference_form(images, trainable, tmp_path):
     expected = model.predict(images)
     for ours, theirs in zip(again.predict(images), expected, strict=True):
         assert torch.equal(ours, theirs)
+    assert model.fuse(torch.bfloat16).sample(2).isfinite().all()
+    half = copy.deepcopy(model).half().predict(images.half())
+    torch.testing.assert_close(half.score, expected.score, rtol=0.05, atol=10)
+    model.train()
+    frozen = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    model.predict(images)
+    assert not frozen.training
+    assert model.decoder.training
     fused = model.fuse()
     torch.testing.assert_close(fused.predict(images).score, expected.score, rtol=1e-5, atol=1e-3)
     again.fuse().load_state_dict(fused.state_dict())

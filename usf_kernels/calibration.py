@@ -8,6 +8,7 @@ from torch import Tensor
 
 from usf_kernels.energy import read_energies
 from usf_kernels.null import Null
+from usf_kernels.ops.checks import check_number
 from usf_kernels.segmentation import regions
 
 TAIL, TESTS = "exact", "per_size"  # the recommended form of the a-contrario test
@@ -44,6 +45,8 @@ def calibrate(
         TypeError, ValueError: as in `log_nfa`; also where the squared norms of a scale do not vary, and for a
             number of false alarms that is not positive.
     """
+    if false_alarms is not None:
+        check_number("false_alarms", false_alarms)
     if false_alarms is not None and not false_alarms > 0:
         raise ValueError(f"false_alarms: expected a positive number, found {false_alarms!r}")
     energies, _ = read_energies(latents)

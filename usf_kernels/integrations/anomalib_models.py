@@ -213,7 +213,7 @@ class FastCflowModel(Accelerated, CflowModel):
             yield likelihood.view(len(maps), *maps.shape[2:])
 
     def _fused_likelihood(self, layer: str, decoder: nn.Module, maps: Tensor) -> Tensor:
-        flow = decoder.inference_form(maps.dtype)
+        flow = decoder.inference_form(maps.dtype).take_positions()
         norm, log_det = flow.squared_norm_and_log_det(maps, self._projection(layer, flow, maps))
         return (log_det - 0.5 * norm) / maps.shape[1] - LOG_ROOT_TWO_PI
 

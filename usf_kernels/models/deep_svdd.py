@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from usf_kernels.models.conditioners import CONVOLUTIONS
 from usf_kernels.models.usflow import check_sample_shape, check_samples
-from usf_kernels.ops.checks import FLOAT_DTYPES, check_choice, check_int, compute_dtype
+from usf_kernels.ops.checks import FLOAT_DTYPES, check_choice, check_int, check_number, compute_dtype
 
 SMALLEST_CENTRE = 0.1  # of a coordinate: a bias-free network reaches zero by setting weights to zero
 MOMENTUM = 0.1  # of a batch's radius in the running one
@@ -102,11 +102,11 @@ class DeepSVDD(nn.Module):
         super().__init__()
         self.shape = check_sample_shape(shape)
         check_choice("objective", objective, ("one_class", "soft_boundary"))
+        check_number("nu", nu)
         if not 0 < nu < 1:
             raise ValueError(f"nu: expected a number between 0 and 1, found {nu!r}")
-        check_int("latent", latent, 1)
-        check_int("hidden", hidden, 1)
-        check_int("layers", layers, 0)
+        latent, hidden = check_int("latent", latent, 1), check_int("hidden", hidden, 1)
+        layers = check_int("layers", layers, 0)
         self.options = {
             "shape": list(self.shape),
             "objective": objective,
@@ -150,6 +150,8 @@ class DeepSVDD(nn.Module):
         if len(z) == 0:
             raise ValueError("samples: expected at least one, found none")
         mean = z.mean(0)
+        if not mean.isfinite().all():
+            raise ValueError("samples: expected finite latents of all, found a mean that is not finite")
         away = torch.where(mean < 0, -SMALLEST_CENTRE, SMALLEST_CENTRE).to(mean.dtype)
         self.centre.copy_(torch.where(mean.abs() < SMALLEST_CENTRE, away, mean))
         self.initial_spread.copy_(_spread(z))

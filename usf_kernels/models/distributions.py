@@ -13,7 +13,7 @@ from torch.distributions import Distribution, Independent, Laplace, Normal
 from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture
 from usf_kernels.models.radial import RadialBase
 from usf_kernels.models.traceable import TraceableStudentT
-from usf_kernels.ops.checks import check_choice, check_int
+from usf_kernels.ops.checks import check_choice, check_int, check_number
 
 
 class _FromTorch(BaseDistribution):
@@ -151,6 +151,8 @@ def create_base(spec: str | Mapping[str, Any], shape: Sequence[int]) -> BaseDist
     Raises:
         TypeError, ValueError: an unknown name or option, a bad value.
     """
+    if not isinstance(spec, (str, Mapping)):
+        raise TypeError(f"base: expected a name or a mapping, found {type(spec).__name__}")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     check_choice("base", name, tuple(BASES))
@@ -158,5 +160,6 @@ def create_base(spec: str | Mapping[str, Any], shape: Sequence[int]) -> BaseDist
 
 
 def _check_positive(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, found {value!r}")

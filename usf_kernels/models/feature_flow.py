@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -12,6 +13,8 @@ from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.mahalanobis import moments
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import ActNorm, FlowStep, LUConv1x1
+from usf_kernels.nn.modes import in_mode, unchanged_on_error
+from usf_kernels.ops.checks import check_clamp, check_int, check_number
 
 
 class FeatureFlow(ScoredModel):
@@ -31,8 +34,9 @@ class FeatureFlow(ScoredModel):
 
     def __init__(self, backbone: Backbone, *, options: Mapping[str, Any]) -> None:
         super().__init__(backbone, options=options)
-        if not options["noise"] >= 0:
-            raise ValueError(f"noise: expected 0 or more, found {options['noise']!r}")
+        check_number("noise", options["noise"])
+        if not 0 <= options["noise"] < math.inf:
+            raise ValueError(f"noise: expected a finite number, 0 or more, found {options['noise']!r}")
 
     def _entries(self) -> Sequence[LUConv1x1 | ActNorm]:
         """The map in front of each scale's flow, from `entry_map`: the first step of each of `flows`."""
@@ -67,9 +71,8 @@ class FeatureFlow(ScoredModel):
         Args:
             batch: images (B, 3, H, W), or their features.
         """
+        self._require_trainable("loss")
         features = self.features(batch) if isinstance(batch, Tensor) else batch
-        if self.fused:
-            raise TypeError("loss: expected a model to train, found its inference form (`fuse`)")
         entered, border_log_det = self._enter(features)
         if self.training:
             latents, log_det = self._training_transform(entered)
@@ -94,19 +97,27 @@ class FeatureFlow(ScoredModel):
 
         Returns:
             self, in the mode in which it was.
+
+        Raises:
+            TypeError: on the inference form.
+            ValueError: features of other channels, or of statistics that are not finite. Nothing has
+                changed then.
         """
+        self._require_trainable("initialize")
         self._check(features)
-        for border, maps in zip(self.borders, features, strict=True):
-            border.fit(maps)
-        entered, _ = self._enter(features)
-        for entry, maps in zip(self._entries(), entered, strict=True):
-            if isinstance(entry, LUConv1x1):
-                entry.whiten_(*moments(maps), eps=shrinkage)
-        if any(isinstance(module, ActNorm) for module in self.modules()):
-            training = self.training
-            self.train()
-            self._transform(entered, 0.0)  # an ActNorm takes its statistics from its first batch in training
-            self.train(training)
+        norms = [module for module in self.modules() if isinstance(module, ActNorm)]
+        with unchanged_on_error(self.borders, *self._entries(), *norms):
+            for border, maps in zip(self.borders, features, strict=True):
+                border.fit(maps)
+            entered, _ = self._enter(features)
+            for entry, maps in zip(self._entries(), entered, strict=True):
+                if isinstance(entry, LUConv1x1):
+                    entry.whiten_(*moments(maps), eps=shrinkage)
+            for norm in norms:
+                norm.forget_()
+            if norms:
+                with in_mode(self, training=True):  # in which they take their statistics from a batch
+                    self._transform(entered, 0.0)
         return self
 
     def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -141,8 +152,14 @@ def glow_steps(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: expected a whole number, 0 or more, found {steps!r}")
     check_linear(linear)
-    if not hidden_ratio > 0:
-        raise ValueError(f"hidden_ratio: expected a positive number, found {hidden_ratio!r}")
+    check_number("hidden_ratio", hidden_ratio)
+    if not 0 < hidden_ratio < math.inf:
+        raise ValueError(f"hidden_ratio: expected a positive finite number, found {hidden_ratio!r}")
+    clamp = check_clamp(clamp)
+    if not isinstance(kernels, Sequence):
+        raise TypeError(f"kernels: expected a sequence of sizes, found {type(kernels).__name__}")
+    for size in kernels:
+        check_int("kernels", size, 1)
     if not kernels or any(size < 1 or size % 2 == 0 for size in kernels):
         raise ValueError(f"kernels: expected odd sizes, at least one, found {kernels!r}")
     return [

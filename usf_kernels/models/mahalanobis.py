@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import LUConv1x1
+from usf_kernels.nn.modes import unchanged_on_error
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +49,17 @@ class Mahalanobis(ScoredModel):
 
         Returns:
             self.
+
+        Raises:
+            TypeError: on the inference form.
+            ValueError: features of other channels, or of statistics that are not finite. Nothing has
+                changed then.
         """
+        self._require_trainable("fit")
         self._check(features)
-        for linear, border, maps in zip(self.whitening, self.borders, features, strict=True):
-            linear.whiten_(*moments(border.fit(maps)(maps)[0]), eps=shrinkage)
+        with unchanged_on_error(self.borders, self.whitening):
+            for linear, border, maps in zip(self.whitening, self.borders, features, strict=True):
+                linear.whiten_(*moments(border.fit(maps)(maps)[0]), eps=shrinkage)
         return self
 
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:

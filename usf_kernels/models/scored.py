@@ -15,8 +15,9 @@ from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.border import BorderNorm
 from usf_kernels.models.scoring import Prediction, predict
 from usf_kernels.nn.capture import CapturedCall
+from usf_kernels.nn.modes import in_mode
 from usf_kernels.ops import squared_norm
-from usf_kernels.ops.checks import check_not_fused_to
+from usf_kernels.ops.checks import check_int, check_not_fused_to
 from usf_kernels.segmentation import Null
 
 UNCALIBRATED = (
@@ -177,8 +178,13 @@ class ScoredModel(nn.Module):
             warnings.warn(UNCALIBRATED, stacklevel=4)  # who called `predict`: no_grad is in between
         return predict(latents, tuple(batch.shape[-2:]), null=null, **options)
 
+    def _require_trainable(self, method: str) -> None:
+        if self.fused:
+            raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
+
     def _squared_norms(self, features: Sequence[Tensor], batch_size: int) -> list[Tensor]:
         self._check(features)
+        check_int("batch_size", batch_size, 1)
         if len(features[0]) == 0:
             raise ValueError("features: expected those of at least one image, found none")
         parts = []
@@ -189,12 +195,8 @@ class ScoredModel(nn.Module):
 
     def _latents_to_score(self, features: Sequence[Tensor]) -> list[Tensor]:
         """`_scored_latents` in evaluation mode, whichever the model is in."""
-        training = self.training
-        self.eval()
-        try:
+        with in_mode(self, training=False):
             return self._scored_latents(features)
-        finally:
-            self.train(training)
 
     def _enter(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """What is behind the borders sees this of features; and the log-determinant."""
@@ -212,3 +214,6 @@ class ScoredModel(nn.Module):
             raise ValueError(
                 f"{name}: expected maps with {list(self.backbone.channels)} channels, found {found}"
             )
+        if any(maps.shape[0] != features[0].shape[0] for maps in features):
+            counts = [len(maps) for maps in features]
+            raise ValueError(f"{name}: expected maps of as many images at every scale, found {counts}")

@@ -30,7 +30,14 @@ from usf_kernels.nn import (
 )
 from usf_kernels.nn.coupling import Subnet
 from usf_kernels.nn.usf_block import CheckerboardCoupling
-from usf_kernels.ops.checks import check_choice, check_float, check_int, check_not_fused_to
+from usf_kernels.ops.checks import (
+    check_choice,
+    check_clamp,
+    check_float,
+    check_int,
+    check_not_fused_to,
+    check_number,
+)
 
 
 class DensityFlow(nn.Module):
@@ -58,8 +65,8 @@ class DensityFlow(nn.Module):
             samples a maximum a posteriori estimate, and 1 is what the authors' code does.
         memory: what training keeps for the backward pass, see `usf_kernels.nn.FlowSequence`.
 
-    `model(x) -> (z, log_det)` takes (B, *shape) of any floating dtype; log_det is 0-d for a USFlow and (B,)
-    for a NonUSFlow.
+    `model(x) -> (z, log_det)` takes (B, *shape) of any floating dtype, and computes in its own; log_det is
+    0-d for a USFlow and (B,) for a NonUSFlow.
 
     Raises:
         TypeError, ValueError: a bad argument; an x of another shape or not floating.
@@ -87,12 +94,12 @@ class DensityFlow(nn.Module):
         super().__init__()
         self.shape = check_sample_shape(shape)
         dims = len(self.shape) - 1
-        check_int("blocks", blocks, 0)
+        blocks, hidden = check_int("blocks", blocks, 0), check_int("hidden", hidden, 1)
         check_choice("mask", mask, ("half", "channel", "checkerboard"))
         check_choice("linear", linear, ("lu", "householder", "permutation"))
-        check_int("hidden", hidden, 1)
-        check_int("layers", layers, 0)
-        check_int("kernel", kernel, 1)
+        layers, kernel = check_int("layers", layers, 0), check_int("kernel", kernel, 1)
+        reflections, clamp = check_int("reflections", reflections, 1), check_clamp(clamp)
+        check_number("prior_weight", prior_weight)
         if kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd size, found {kernel}")
         if mask == "checkerboard" and dims == 0:
@@ -104,7 +111,7 @@ class DensityFlow(nn.Module):
             "blocks": blocks,
             "mask": mask,
             "linear": linear,
-            "base": base if isinstance(base, str) else dict(base),
+            "base": dict(base) if isinstance(base, Mapping) else base,
             "hidden": hidden,
             "layers": layers,
             "kernel": kernel,
@@ -165,12 +172,16 @@ class DensityFlow(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Samples to latents of the same shape, and the log-determinant."""
         check_samples("x", x, self.shape)
-        return self.flow(x)
+        return self.flow(self._in_own_dtype(x))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latents to samples, and the log-determinant of this direction."""
         check_samples("z", z, self.shape)
-        return self.flow.inverse(z)
+        return self.flow.inverse(self._in_own_dtype(z))
+
+    def _in_own_dtype(self, x: Tensor) -> Tensor:
+        """Conditioners take no other; an inference form does."""
+        return x if self.fused else x.to(next(self.flow.parameters()).dtype)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density of every sample in nats, (B,)."""
@@ -221,7 +232,7 @@ class DensityFlow(nn.Module):
         """
         self._require_trainable("initialize")
         check_samples("samples", samples, self.shape)
-        h, _ = self.flow[:-1](samples)
+        h, _ = self.flow[:-1](self._in_own_dtype(samples))
         self.flow[-1].whiten_(*moments(h), eps=shrinkage)
         return self
 
@@ -268,12 +279,10 @@ class NonUSFlow(DensityFlow):
 
 def check_sample_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """A sample's shape (C, *spatial) as a tuple; raises TypeError or ValueError for anything else."""
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     if len(sizes) - 1 not in (0, *CONVOLUTIONS):
         raise ValueError(f"shape: expected (C, *spatial) with at most 3 spatial sizes, found {sizes}")
-    for i, size in enumerate(sizes):
-        check_int(f"shape[{i}]", size, 1)
-    return sizes
+    return tuple(check_int(f"shape[{i}]", size, 1) for i, size in enumerate(sizes))
 
 
 def check_samples(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.usflow import USFlow, check_samples
-from usf_kernels.ops.checks import check_int, check_size
+from usf_kernels.nn.modes import in_mode
+from usf_kernels.ops.checks import check_int, check_number, check_size, compute_dtype
 
 LOG_VARIANCE_RANGE = (-12.0, 8.0)
 REDUCED, WIDEST = 32, 256  # channels: of the encoder's head, of the decoder
@@ -79,8 +80,8 @@ class VAEUSFlow(nn.Module):
         if not isinstance(backbone, Backbone):
             raise TypeError(f"backbone: expected one from create_backbone, found {type(backbone).__name__}")
         size = check_size(tuple(image_size) if isinstance(image_size, Sequence) else image_size)
-        check_int("latent", latent, 2)
-        check_int("width", width, 1)
+        latent, width = check_int("latent", latent, 2), check_int("width", width, 1)
+        check_number("sigma", sigma)
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma: expected a positive finite number, found {sigma!r}")
         if trainable and backbone.input_size is not None:
@@ -90,7 +91,7 @@ class VAEUSFlow(nn.Module):
         self.image_size = size
         self.options = {
             "image_size": list(size),
-            "trainable": trainable,
+            "trainable": bool(trainable),
             "latent": latent,
             "sigma": sigma,
             "width": width,
@@ -146,7 +147,7 @@ class VAEUSFlow(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], the mean of p(x | z), for latents (B, latent)."""
-        return self.decoder(z)
+        return self.decoder(z.to(next(self.decoder.parameters()).dtype))  # a fused prior may have its own
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images to the flow's latents and log-determinant, at the posterior's mean."""
@@ -175,13 +176,9 @@ class VAEUSFlow(nn.Module):
     @torch.no_grad()
     def predict(self, batch: Tensor) -> VAEPrediction:
         """Score images (B, 3, H, W) in [0, 1] at the posterior's mean, without sampling."""
-        training = self.training
-        self.eval()
-        try:
+        with in_mode(self, training=False):
             z, _ = self.posterior(batch)
             latent, error = -self.prior.log_prob(z), (batch - self.decode(z)).square()
-        finally:
-            self.train(training)
         reconstruction = -self._log_density(error)
         return VAEPrediction(reconstruction + latent, reconstruction, latent, error.sum(1, keepdim=True))
 
@@ -210,7 +207,7 @@ class VAEUSFlow(nn.Module):
         """log p(x | z), (B,), from the squared errors (B, 3, H, W)."""
         variance = self.options["sigma"] ** 2
         values = math.prod(squared_error.shape[1:])
-        total = squared_error.flatten(1).sum(1)
+        total = squared_error.flatten(1).sum(1, dtype=compute_dtype(squared_error))
         return -0.5 * (total / variance + values * math.log(2 * math.pi * variance))
 
 

@@ -76,7 +76,14 @@ class ActNorm(Fusible, nn.Module):
         for kept, value in ((self.log_scale, log_scale), (self.bias, -mean * log_scale.exp())):
             kept.copy_(torch.where(self.initialized, kept, value))
         self.initialized.fill_(True)
-        self._initialized = True
+        # Unless a functional call has put other tensors in the place of its own, which are still to be set.
+        own = self._parameters.get("log_scale")
+        self._initialized = own is None or isinstance(own, nn.Parameter)
+
+    def forget_(self) -> None:
+        """Take scale and bias from the next batch in training mode."""
+        self.initialized.fill_(False)
+        self._initialized = False
 
     def log_det(self, positions: int) -> Tensor:
         """log|det| of the forward map on an input of this many positions: 0-d, in nats."""

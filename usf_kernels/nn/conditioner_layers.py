@@ -159,7 +159,7 @@ def keeps_size(module: nn.Module) -> bool:
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """nn.Linear with these; zeros for no bias."""
-    layer = nn.Linear(1, 1, dtype=weight.dtype)
+    layer = nn.Linear(1, 1, device="meta")  # nothing is drawn for weights that are not its own
     layer.weight = nn.Parameter(weight.detach())
     layer.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach())
     layer.out_features, layer.in_features = weight.shape

@@ -7,21 +7,14 @@ from torch import Tensor, nn
 from usf_kernels.nn.conditioner_layers import CONVOLUTIONS, ELEMENTWISE, hooked
 
 
-def joined(layers: list[nn.Module], own: set[nn.Module]) -> list[nn.Module]:
-    """The layers, with all between the first and the last that may change the size of maps as one.
-
-    Args:
-        layers: as `flat` gives them.
-        own: the conditioner's; others among the layers are 1x1 convolutions that have become nn.Linear.
-    """
+def joined(layers: list[nn.Module]) -> list[nn.Module]:
+    """The layers, with all between the first and the last that may change the size of maps as one. Every
+    nn.Linear among them is of channels."""
     changing = [i for i, layer in enumerate(layers) if not _leaves_size(layer)]
     if len(changing) < 2:  # one alone cannot change it, since the conditioner as a whole does not
         return layers
     first, end = changing[0], changing[-1] + 1
-    among = [
-        PointwiseOnMaps(layer) if type(layer) is nn.Linear and layer not in own else layer
-        for layer in layers[first:end]
-    ]
+    among = [PointwiseOnMaps(layer) if type(layer) is nn.Linear else layer for layer in layers[first:end]]
     return [*layers[:first], nn.Sequential(*among), *layers[end:]]
 
 

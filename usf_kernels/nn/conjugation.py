@@ -9,7 +9,7 @@ from usf_kernels.nn.coupling import Conditioned, Subnet
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.usf_block import checkerboard
 from usf_kernels.ops import affine_coupling
-from usf_kernels.ops.checks import check_clamp, check_features, check_int, compute_dtype
+from usf_kernels.ops.checks import check_choice, check_clamp, check_features, check_int, compute_dtype
 from usf_kernels.ops.linear import linear
 from usf_kernels.ops.matrices import full_precision
 
@@ -96,6 +96,7 @@ class AffineCheckerboard(Conditioned):
         zero_init: bool = True,
     ) -> None:
         check_int("channels", channels, 1)
+        check_choice("odd", odd, (False, True))
         clamp = check_clamp(clamp)
         super().__init__(
             channels, channels, 2 * channels, subnet=subnet, cond_channels=cond_channels, zero_init=zero_init

@@ -145,7 +145,9 @@ def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
                 yield from parts(layer)
     elif isinstance(flow, USFBlock):
         enter = _lu_map(flow.linear)
-        enter = enter if flow.order is None else enter.rows(flow.order.cpu())
+        if flow.mask == "channel":
+            order = torch.arange(flow.channels, device="cpu")
+            enter = enter.rows(torch.cat([order[::2], order[1::2]]))
         yield from (enter, flow.coupling, enter.inverse())
     elif isinstance(flow, Householder):
         yield LinearMap(_wide(flow.matrix(WIDE)), torch.zeros(flow.channels, **ON_CPU))

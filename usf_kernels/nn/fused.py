@@ -129,6 +129,11 @@ class FusedFlow(nn.Module):
         with full_precision(x):  # the fused weights have a dtype of their own, which autocast leaves alone
             return self._run_stages(x, cond, stages, inverse=inverse)
 
+    def take_positions(self) -> FusedFlow:
+        """Let conditioners of nn.Linear, which are for vectors, take every position of maps as one."""
+        self._ranks.discard(0)
+        return self
+
     def _run_stages(
         self, x: Tensor, cond: Condition, stages: Sequence[nn.Module], *, inverse: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -149,7 +154,7 @@ class FusedFlow(nn.Module):
         if self._ranks and x.ndim - 2 not in self._ranks:
             raise ValueError(
                 f"x: expected {' or '.join(map(str, sorted(self._ranks)))} spatial dimensions, as the "
-                f"conditioners' convolutions have, found shape {tuple(x.shape)}"
+                f"conditioners' layers have, found shape {tuple(x.shape)}"
             )
 
     def _shares(self, x: Tensor, cond: Condition) -> Iterator[Tensor | Sequence[Tensor] | None]:

@@ -72,6 +72,7 @@ class FusedConditioner(nn.Module):
         give_last: make the last layer a matrix and a bias, which the caller takes out with `take_last`.
 
     Attributes:
+        of_vectors: whether it takes no maps: nn.Linear would not treat their channels.
         pointwise: whether every row is treated alone, so that rows may come a few at a time.
         conditioned: whether it takes a condition, as `project` returns it.
         projected: numbers to a position that `project` makes of a condition; None for as many as it has.
@@ -88,7 +89,13 @@ class FusedConditioner(nn.Module):
     ) -> None:
         super().__init__()
         subnet = _with_plain_weights(copy_of(subnet).to("cpu", WIDE).eval())
-        layers = joined(list(flat(subnet)), set(subnet.modules()))
+        own = set(subnet.modules())  # others among the layers are 1x1 convolutions that have become nn.Linear
+        convolves = any(isinstance(module, CONVOLUTIONS) for module in own)
+        self.of_vectors = not convolves and any(isinstance(module, nn.Linear) for module in own)
+        layers = list(flat(subnet))
+        if convolves:  # maps pass an nn.Linear of its own by their last dimension
+            layers = [nn.Sequential(v) if type(v) is nn.Linear and v in own else v for v in layers]
+        layers = joined(layers)
         condition, size = None, len(layers)
         if cond_channels > 0 and layers and is_linear(layers[0]):
             layers[0], condition = _split_condition(layers[0], cond_channels)
@@ -130,7 +137,9 @@ class FusedConditioner(nn.Module):
         return found
 
     def ranks(self) -> Iterator[int]:
-        """Numbers of spatial dimensions, of its convolutions."""
+        """Numbers of spatial dimensions, of its convolutions; 0 where it is made of nn.Linear."""
+        if self.of_vectors:
+            yield 0
         for layer in self._simple_layers():
             layer = layer.layer if isinstance(layer, _Conditioned) else layer
             if isinstance(layer, CONVOLUTIONS):

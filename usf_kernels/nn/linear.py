@@ -130,8 +130,8 @@ class LUConv1x1(Fusible, nn.Module):
             self.
 
         Raises:
-            ValueError: a wrong shape; a covariance that is not positive definite even with the ridge; a
-                module without a bias or with diagonal="fixed", which cannot whiten.
+            ValueError: a wrong shape; a mean that is not finite; a covariance that is not positive definite
+                even with the ridge; a module without a bias or with diagonal="fixed", which cannot whiten.
             TypeError: not a floating tensor, or an eps that is no number.
         """
         check_number("eps", eps)
@@ -144,6 +144,8 @@ class LUConv1x1(Fusible, nn.Module):
         if self.bias is None:
             raise ValueError("bias: expected True for whiten_ (the mean has to be removed), found False")
         mean, covariance = (t.detach().to("cpu", torch.float64) for t in (mean, covariance))
+        if not mean.isfinite().all():
+            raise ValueError("mean: expected finite numbers, found others among them")
         eye = torch.eye(self.channels, dtype=torch.float64, device="cpu")
         covariance = torch.tril(covariance) + torch.tril(covariance, -1).mT
         covariance = covariance + eps * torch.diagonal(covariance).mean() * eye

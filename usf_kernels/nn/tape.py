@@ -53,6 +53,8 @@ class Tape:
         """
         pairs = []
         for output, grad in zip(outputs, grads, strict=True):
+            if not isinstance(output, Tensor):  # a log-determinant that is a plain number
+                continue
             if output.is_leaf and output in self._leaves:  # a parameter: there is nothing to go through
                 self._keep(output, grad.sum_to_size(output.shape).to(output.dtype))
             elif output.requires_grad:

@@ -52,6 +52,7 @@ class CheckerboardCoupling(Conditioned):
         zero_init: bool = True,
     ) -> None:
         check_int("channels", channels, 1)
+        check_choice("odd", odd, (False, True))
         super().__init__(
             channels, channels, channels, subnet=subnet, cond_channels=cond_channels, zero_init=zero_init
         )
@@ -109,9 +110,9 @@ class USFBlock(Fusible, nn.Module):
         zero_init: start as the identity (see `AdditiveCoupling`).
         prior_scale: of the prior on A (see `LUConv1x1`).
 
-    A is the `LUConv1x1` named `linear`, C the module `coupling`; for "channel" the buffer `order` brings its
-    passive channels to the front. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x,
-    log_det)` take (B, C, *spatial); log_det is a 0-d zero.
+    A is the `LUConv1x1` named `linear`, C the module `coupling`, to which "channel" gives the even channels,
+    then the odd ones. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x, log_det)`
+    take (B, C, *spatial); log_det is a 0-d zero.
 
     Raises:
         TypeError, ValueError: a bad argument; an x or cond of the wrong shape or dtype; a checkerboard for an
@@ -142,10 +143,6 @@ class USFBlock(Fusible, nn.Module):
             self.coupling = CheckerboardCoupling(channels, odd=odd, **options)
         else:
             self.coupling = AdditiveCoupling(channels, **options)
-        order = torch.arange(channels)
-        self.register_buffer(
-            "order", torch.cat([order[::2], order[1::2]]) if mask == "channel" else None, persistent=False
-        )
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (z, 0)."""
@@ -178,10 +175,9 @@ class USFBlock(Fusible, nn.Module):
                 inverse = lu_inverse(*(t.double() for t in self.linear.factors()[:2])).to(wide)
             else:
                 inverse = accurate_inverse(matrix)
-        if self.order is None:
+        if self.mask == "checkerboard":
             return matrix, bias, inverse
-        split = self.coupling.split
-        return matrix[self.order[:split]], bias[self.order[:split]], inverse[:, self.order[split:]]
+        return matrix[::2], bias[::2], inverse[:, 1::2]
 
     def _masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """1 where A x conditions, 1 where it is shifted; None for what the maps have selected already."""

@@ -109,7 +109,8 @@ class _Convolutions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         count = len(ctx.relus)
-        (x, *rows), (share, *parameters) = ctx.saved_tensors[: count + 1], ctx.saved_tensors[count + 1 :]
+        saved = ctx.saved_tensors  # once: a checkpoint makes them anew for whoever asks
+        (x, *rows), (share, *parameters) = saved[: count + 1], saved[count + 1 :]
         if differentiates_again() or not native.fits(grad):
             inputs = x, share, *parameters
             of_x, of_share, *rest = gradients_through(partial(_plain, ctx.relus), inputs, (grad,))

@@ -146,7 +146,8 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
-        given, (matrix, *kept) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: a checkpoint makes them anew for whoever asks
+        given, (matrix, *kept) = saved[:7], saved[7:]
         grads = grad, grad_bias, grad_log_det
         if differentiates_again() or batched(*grads) or (ctx.native and not fits(*grads)):
             found = gradients_through(_plain, given, grads)
