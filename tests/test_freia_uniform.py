@@ -70,8 +70,8 @@ def test_all_but_the_log_scales_survives(package, options):
         original = without_log_scales(block(package, (7, *space), [(2, *space)] * conditions, **options))
         model = copy.deepcopy(original)
         report = usf.replace_blocks(model, to="usf")
-        assert report.replaced == [""]
-        assert report.notes == {"": NOTE}
+        assert report.replaced == ["AllInOneBlock"]
+        assert report.notes == {"AllInOneBlock": NOTE}
         assert isinstance(model, UniformBlock)
         x, c = features(rank), [torch.randn(2, 2, *space, dtype=torch.float64)] * conditions
         for rev in (False, True):

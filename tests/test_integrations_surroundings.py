@@ -56,6 +56,70 @@ def _plain(model, x):
         return model(x)
 
 
+@torch.no_grad()
+def test_weights_at_the_address_of_others_are_seen():
+    """Memory that was freed is given to what comes next."""
+
+    def large(c_in, c_out):
+        return nn.Sequential(nn.Linear(c_in, 512), nn.ReLU(), nn.Linear(512, c_out))
+
+    original = sequence(blocks=2, subnet=large)
+    fast, x, name = replaced(original), torch.randn(5, 6), "module_list.0.subnet.0.weight"
+    weight = original.get_parameter(name).clone()
+    for i in range(20):
+        found, expected = (torch.func.functional_call(m, {name: weight * i}, (x,)) for m in (fast, original))
+        assert_same(found, expected)
+    for i in range(20):
+        for model in (fast, original):
+            layer = model.module_list[0].subnet[0]
+            layer.weight = nn.Parameter(weight * 1.0)
+            layer.weight = nn.Parameter(weight * i)
+        assert_same(fast(x), original(x))
+
+
+@torch.no_grad()
+def test_other_layers_and_what_layers_of_the_users_read_are_seen():
+    class Scaled(nn.Module):
+        def __init__(self, c_in, c_out):
+            super().__init__()
+            self.layer, self.factor = nn.Linear(c_in, c_out), 1.0
+
+        def forward(self, x):
+            return self.layer(x) * self.factor
+
+    original, x = sequence(subnet=Scaled), torch.randn(8, 6)
+    fast = replaced(original)
+    for factor in (1.0, torch.rand(8, 1), 3.0):
+        for model in (original, fast):
+            model.module_list[1].subnet.factor = factor
+        assert_same(fast(x), original(x))
+    original = sequence()
+    fast = replaced(original)
+    assert_same(fast(x), original(x))
+    assert fast._fused is not None
+    for model in (original, fast):
+        model.module_list[1].subnet[1] = nn.ReLU().eval()
+    assert_same(fast(x), original(x))
+    for model in (original, fast):
+        model.module_list[0].clamp = 0.1
+    assert_same(fast(x), original(x))
+
+
+def test_a_volume_preserving_block_of_one_channel():
+    class Cut(nn.Module):
+        def __init__(self, c_in, c_out):
+            super().__init__()
+            self.layer, self.outputs = nn.Linear(c_in, 4), c_out
+
+        def forward(self, x):
+            return self.layer(x)[:, : self.outputs]
+
+    block, x = modules.AllInOneBlock([(1,)], subnet_constructor=Cut, gin_block=True), torch.randn(3, 1)
+    expected = block((x,))
+    found = replaced(block)((x,))
+    assert_same((*found[0], found[1]), (*expected[0], expected[1]))
+
+
 def test_what_is_written_through_data_is_seen_in_the_next_mode():
     model, x = replaced(sequence()), torch.randn(8, 6)
     with torch.no_grad():

@@ -438,6 +438,12 @@ def test_settings_out_of_range_are_named(options, message):
         train(**options)
 
 
+@pytest.mark.parametrize("name", ["max_epochs", "batch_size", "patience"])
+def test_counts_are_whole(name):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number; got 2.5"):
+        train(**{name: 2.5})
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     options = {"max_epochs": np.int64(2), "lr": np.float64(1e-3), "seed": np.int64(3)}
     train(tmp_path, **options)

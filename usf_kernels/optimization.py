@@ -20,7 +20,8 @@ class Settings:
     """Whatever decides the weights that come out; a run is resumed only with equal ones.
 
     Raises:
-        ValueError: for one that is out of range.
+        TypeError: for a count that is no whole number.
+        ValueError: for a setting that is out of range.
     """
 
     max_epochs: int
@@ -43,6 +44,8 @@ class Settings:
                 object.__setattr__(self, name, value.item())
         for name in ("max_epochs", "batch_size", "patience"):
             value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name} must be a whole number; got {value!r}")
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -164,7 +164,8 @@ def measure(job: Mapping[str, str], prepared: Prepared, column: str) -> list[dic
         loss = flow.loss(data.validation).item()
     found = metrics.evaluate(flow.predict(data.test.images, data.test.features), data.test.targets)
     shared = machine.environment(torch.device("cpu"))
-    return [found | {"loss": loss, "z2": sum(z2) / len(z2), "seconds": seconds} | shared]
+    values = {name: found[name] for name in METRICS}
+    return [values | {"loss": loss, "z2": sum(z2) / len(z2), "seconds": seconds} | shared]
 
 
 def complete_with_features(

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from usf_kernels.integrations.couplings import may_overwrite, scale_and_shift
-from usf_kernels.integrations.faster import Faster, runs_as_one
+from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
 from usf_kernels.nn import AffineCoupling
 from usf_kernels.nn.conditioner_layers import evaluate
 from usf_kernels.nn.folding import WIDE, Coupling, LinearMap
 from usf_kernels.nn.fused import FusedFlow
-from usf_kernels.nn.fusing import fuse_parts
-from usf_kernels.nn.weights import state_of
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import count_positions
 from usf_kernels.ops.matrices import apply_matrix
@@ -100,7 +98,7 @@ class AllInOneMixin(Faster):
         scale, offset = self._scale(), self.global_offset.flatten()
         c = list(c or ()) if self.conditional else []
         if self.GIN:
-            return (self._volume_preserving(x, c, offset, rev),), x.new_zeros(len(x), dtype=scale.dtype)
+            return (self._volume_preserving(x, c, offset, rev),), x.new_zeros(x.shape[0], dtype=scale.dtype)
         couple = self._by_matrix if self._order is None else self._by_index
         y, log_det = couple(x, c, scale, offset, rev)
         constant = count_positions(x) * scale.log().sum()
@@ -161,7 +159,7 @@ class AllInOneMixin(Faster):
         if rev:
             x = _moved(x, offset, -1)  # the permuted x is a copy
         passive, active = x.split(self.splits, dim=1)
-        raw, shift = self._params(passive, c).split(self.splits[1], dim=1)
+        raw, shift = self._params(passive, c).split([self.splits[1]] * 2, dim=1)
         overwrite, bounded = may_overwrite(raw, active, shift), torch.mul(raw, 0.1).tanh_()
         log_scale = bounded.mul_(self.clamp) if overwrite else bounded * self.clamp
         log_scale -= log_scale.mean(dim=self.sum_dims, keepdim=True)
@@ -246,7 +244,7 @@ class SequenceMixin(Faster):
     again whenever a parameter has changed since.
     """
 
-    _fused: tuple[tuple, FusedFlow] | None = None
+    _fused: InferenceForm | None = None
 
     def forward(
         self, x_or_z: Tensor, c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
@@ -259,7 +257,7 @@ class SequenceMixin(Faster):
         cond = None if self.conditions[0] is None else c[self.conditions[0]]
         fused = self.inference_form(x_or_z.dtype)
         z, log_det = (fused.inverse if rev else fused)(x_or_z, cond)
-        return z, log_det.expand(len(z)).clone()  # which may be written to
+        return z, log_det.expand(z.shape[0]).clone()  # which may be written to
 
     @property
     def folds(self) -> bool:
@@ -269,12 +267,10 @@ class SequenceMixin(Faster):
 
     def inference_form(self, dtype: torch.dtype) -> FusedFlow:
         """Of all blocks, which must fold, as they are now."""
-        state = [*self.parameters(), *self.buffers()]
-        key = dtype, state_of(state)
-        if self._fused is None or self._fused[0] != key:
-            parts = [part for block in self.module_list for part in block.flow_parts()]
-            self._fused = (key, fuse_parts(parts, dtype, state[0].device))
-        return self._fused[1]
+        blocks = list(self.module_list)
+        if self._fused is None or not self._fused.is_of(blocks, dtype):
+            self._fused = InferenceForm(blocks, dtype)
+        return self._fused.flow
 
     def train(self, mode: bool = True) -> SequenceMixin:
         """As the original; and what has been written through `.data` meanwhile is seen."""

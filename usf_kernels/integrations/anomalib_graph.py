@@ -10,10 +10,8 @@ import torch
 from FrEIA.framework import GraphINN
 from torch import Tensor
 
-from usf_kernels.integrations.faster import Faster, runs_as_one
+from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
 from usf_kernels.nn.fused import FusedFlow
-from usf_kernels.nn.fusing import fuse_parts
-from usf_kernels.nn.weights import state_of
 from usf_kernels.ops.native import somebody_looks
 
 
@@ -23,7 +21,7 @@ class FastGraphINN(Faster, GraphINN):
     The fused flows are made at the first call and again whenever a parameter has changed since.
     """
 
-    _fused: dict[str, tuple[tuple, FusedFlow]] | None = None
+    _fused: dict[str, InferenceForm] | None = None
 
     def begin_fast(self, **options: Any) -> None:
         """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
@@ -91,10 +89,8 @@ class FastGraphINN(Faster, GraphINN):
         return runs
 
     def _inference_form(self, run: list[Any], dtype: torch.dtype) -> FusedFlow:
-        state = [tensor for node in run for tensor in (*node.module.parameters(), *node.module.buffers())]
-        key = dtype, state_of(state)
+        blocks = [node.module for node in run]
         known = self._fused.get(run[0].name)
-        if known is None or known[0] != key:
-            parts = [part for node in run for part in node.module.flow_parts()]
-            known = self._fused[run[0].name] = (key, fuse_parts(parts, dtype, state[0].device))
-        return known[1]
+        if known is None or not known.is_of(blocks, dtype):
+            known = self._fused[run[0].name] = InferenceForm(blocks, dtype)
+        return known.flow

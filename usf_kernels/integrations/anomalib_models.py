@@ -210,7 +210,7 @@ class FastCflowModel(Accelerated, CflowModel):
                 likelihood = _likelihood(decoder, maps, self.condition_vector)
             else:
                 likelihood = self._fused_likelihood(layer, decoder, maps)
-            yield likelihood.view(len(maps), *maps.shape[2:])
+            yield likelihood.view(maps.shape[0], *maps.shape[2:])  # `len` would be a constant in exports
 
     def _fused_likelihood(self, layer: str, decoder: nn.Module, maps: Tensor) -> Tensor:
         flow = decoder.inference_form(maps.dtype).take_positions()
@@ -271,7 +271,7 @@ def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _likelihood(decoder: nn.Module, maps: Tensor, encoding_channels: int) -> Tensor:
     """Log-likelihood per dimension of every position, (B * H * W,), by the decoder's own blocks."""
-    encoding = _encoding(encoding_channels, maps).expand(len(maps), -1, -1, -1)
+    encoding = _encoding(encoding_channels, maps).expand(maps.shape[0], -1, -1, -1)
     z, log_det = decoder(to_rows(maps), [to_rows(encoding)])
     return (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - LOG_ROOT_TWO_PI
 

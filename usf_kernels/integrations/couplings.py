@@ -62,7 +62,7 @@ class TwoSidedMixin(Faster):
             halves[active], log_det = self._transform(halves[active], inputs, active, rev)
             log_dets.append(log_det)
         first, second = log_dets
-        log_det = x.new_zeros(len(x)) if first is None else first + second
+        log_det = x.new_zeros(x.shape[0]) if first is None else first + second
         return (torch.cat(halves, dim=1),), log_det
 
     def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import LambdaType
 from typing import Any
 
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from usf_kernels.nn.fusing import fuse_parts
+from usf_kernels.nn.weights import Weights
+
+KNOWN = ("torch.nn.", "usf_kernels.nn.")  # modules whose classes read nothing but parameters and options
 
 
 class Faster:
@@ -44,16 +49,48 @@ class Faster:
 
 def runs_as_one(module: nn.Module) -> bool:
     """Whether nobody could tell an inference form from the module: nothing in it is in training mode (it may
-    draw dropout masks), and nobody hears of its parts but what makes their weights."""
-    parts: list[nn.Module | None] = [module]
-    while parts:  # at every call, and `modules()` takes four times as long
-        part = parts.pop()
-        if part is None:
-            continue
-        if part.training or _is_heard(part):
+    draw dropout masks) or of a class of the user's (which may read what only it knows of), and nobody hears
+    of its parts but what makes their weights."""
+    for part in parts_of(module):
+        known = isinstance(part, Faster) or type(part).__module__.startswith(KNOWN)
+        if part.training or not known or _is_heard(part):
             return False
-        parts.extend(part._modules.values())
     return True
+
+
+def parts_of(*modules: nn.Module) -> list[nn.Module]:
+    """All modules in these; at every call, and `modules()` takes four times as long."""
+    found, rest = [], list(modules)
+    while rest:
+        part = rest.pop()
+        if part is not None:
+            found.append(part)
+            rest.extend(part._modules.values())
+    return found
+
+
+class InferenceForm:
+    """A fused flow of replaced blocks as they were when it was made.
+
+    Args:
+        blocks: which must fold.
+        dtype: of the flow.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self._parts = parts_of(*blocks)
+        self._weights, self._rest = Weights(self._parts), self._other(blocks, dtype)
+        parts = [part for block in blocks for part in block.flow_parts()]
+        self.flow = fuse_parts(parts, dtype, self._weights.tensors[0].device)
+
+    def is_of(self, blocks: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+        """Whether it is still that of these, as far as that can be seen: see `Weights`."""
+        same = self._rest == self._other(blocks, dtype) and self._parts == parts_of(*blocks)
+        return same and not self._weights.outdated
+
+    @staticmethod
+    def _other(blocks: Sequence[nn.Module], dtype: torch.dtype) -> tuple:
+        return dtype, *(getattr(block, "clamp", None) for block in blocks)
 
 
 def _is_heard(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ class FlowModule(InvertibleModule):
         (x,) = x_or_z
         cond = torch.cat(list(c), dim=1) if c else None
         y, log_det = (self.flow.inverse if rev else self.flow)(x, cond)
-        return (y,), log_det.expand(len(x)).clone()  # which may be written to
+        return (y,), log_det.expand(x.shape[0]).clone()  # which may be written to
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Those of the input."""
