@@ -44,11 +44,11 @@ inline void factor_maps(const Factor& factor, const float* bias, const MapView& 
                         std::int64_t positions, float* out, int threads) {
     static thread_local Floats memory;
     const int channels = factor.channels, width = rows_of_tile(best_lanes());
-    static_assert(together % 12 == 0 && together % 8 == 0);  // whole groups of a tile's rows
-    float* const columns = memory.at_least(std::int64_t{Panels::padded(channels, together)} * channels);
-    team_for((channels + together - 1) / together, threads, [&](std::int64_t i) {
-        const int first = static_cast<int>(i) * together;
-        factor.fill(first, std::min(together, channels - first), width, channels,
+    static_assert(rows_together % 12 == 0 && rows_together % 8 == 0);  // whole groups of a tile's rows
+    float* const columns = memory.at_least(std::int64_t{Panels::padded(channels, rows_together)} * channels);
+    team_for((channels + rows_together - 1) / rows_together, threads, [&](std::int64_t i) {
+        const int first = static_cast<int>(i) * rows_together;
+        factor.fill(first, std::min(rows_together, channels - first), width, channels,
                     columns + std::int64_t{first} * channels);
     });
     const Columns whole{columns, width, channels};

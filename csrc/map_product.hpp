@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -60,7 +59,7 @@ struct PositionBlocks {
 };
 
 // Rows of a matrix that pass together, while they are in the first cache: whole tiles.
-constexpr int together = 48;
+constexpr int rows_together = 48;
 
 // A matrix whose outputs lie side by side, as what is multiplied with panels.
 inline Columns columns_of(const MatrixView& matrix, int outputs, int inputs, int threads, Floats& memory) {
@@ -85,11 +84,11 @@ void multiply_maps(Triangle part, int outputs, int inputs, const MapView& x, std
             float* const panels = scratch_of_thread().points[0].at_least(columns * inputs);
             fill_panels({x.at(image, first), x.next, true}, count, inputs, width, panels);
             const Panels whole{panels, nullptr, count, inputs, width};
-            for (int o = 0; o < outputs; o += together) {
+            for (int o = 0; o < outputs; o += rows_together) {
                 const std::int64_t at = (image * outputs + o) * positions + first;
                 const StoreMaps store{out + at, positions, bias ? bias + o : nullptr, ending,
                                       mask ? mask + at : nullptr};
-                const int rows = std::min(together, outputs - o);
+                const int rows = std::min(rows_together, outputs - o);
                 const Reach reach(part, o, rows, inputs);
                 multiply(o, rows, reach.first, whole.of_inputs(reach.first, reach.last), store);
             }

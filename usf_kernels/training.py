@@ -105,7 +105,11 @@ def fit(
             left out of an epoch.
         validation_data: held-out normal data in the same form; None keeps the last weights.
         max_epochs: passes over the training data.
+        lr: the highest learning rate.
         batch_size: samples per step and process.
+        weight_decay: of AdamW.
+        seed: of the order of the samples, their augmentation and the noise in steps; not of the model's
+            weights, which are what they are.
         run_dir: folder for `last.pt` (to resume), `best.pt` (to use; both are checkpoints that
             `load_checkpoint` reads) and `history.csv`; made when missing.
         resume: continue from `run_dir/last.pt` where there is one; without it a run there is overwritten.

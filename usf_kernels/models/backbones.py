@@ -28,6 +28,12 @@ class Backbone(nn.Module):
     Stays in evaluation mode and takes no gradient, whatever is called on the model around it. On the CPU its
     3 x 3 convolutions and linear layers run in the extension where that is faster (`models.native_layers`).
 
+    Args:
+        network: a timm network with `feature_info` that returns its maps, finest first.
+        config: becomes the attribute.
+        mean, std: of the images' channels, which are normalised by them.
+        input_size: becomes the attribute.
+
     Attributes:
         config: arguments of `create_backbone` that make it again, as plain JSON values.
         channels: channels of each map, finest first.

@@ -178,6 +178,10 @@ class ScoredModel(nn.Module):
             warnings.warn(UNCALIBRATED, stacklevel=4)  # who called `predict`: no_grad is in between
         return predict(latents, tuple(batch.shape[-2:]), null=null, **options)
 
+    def extra_repr(self) -> str:
+        """The options, for print."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
     def _require_trainable(self, method: str) -> None:
         if self.fused:
             raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")

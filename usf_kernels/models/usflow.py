@@ -259,6 +259,10 @@ class DensityFlow(nn.Module):
             fused.flow, fused.fused = fused.flow.fuse(dtype), True
         return fused
 
+    def extra_repr(self) -> str:
+        """The options, for print."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
     def _require_trainable(self, method: str) -> None:
         if self.fused:
             raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
@@ -266,13 +270,19 @@ class DensityFlow(nn.Module):
 
 class USFlow(DensityFlow):
     """A `DensityFlow` with additive couplings: uniformly scaling, so its log-determinant depends on no data
-    and, with a base whose density falls with a norm, that norm of the latents ranks as the likelihood."""
+    and, with a base whose density falls with a norm, that norm of the latents ranks as the likelihood.
+
+    Args: those of `DensityFlow`.
+    """
 
     coupling = "additive"
 
 
 class NonUSFlow(DensityFlow):
-    """A `DensityFlow` with affine couplings, the counterpart that is not uniformly scaling."""
+    """A `DensityFlow` with affine couplings, the counterpart that is not uniformly scaling.
+
+    Args: those of `DensityFlow`.
+    """
 
     coupling = "affine"
 

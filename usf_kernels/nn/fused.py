@@ -137,7 +137,7 @@ class FusedFlow(nn.Module):
     def _run_stages(
         self, x: Tensor, cond: Condition, stages: Sequence[nn.Module], *, inverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        steps = list(zip(stages, self._shares(x, cond), strict=False))
+        steps = list(zip(stages, self._shares(x, cond), strict=False))  # `stages` are the first ones, or all
         steps = steps[::-1] if inverse else steps
         sizes = (x.shape[0], *x.shape[2:])
         # x belongs to the caller. A run copies a stretch at a time, when it comes into the cache anyway.

@@ -262,4 +262,5 @@ class LUConv1x1(Fusible, nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for print."""
-        return f"{self.channels}, bias={self.bias is not None}, diagonal={self.diagonal!r}"
+        prior = "" if self.prior_scale is None else f", prior_scale={self.prior_scale}"
+        return f"{self.channels}, bias={self.bias is not None}, diagonal={self.diagonal!r}{prior}"

@@ -1,4 +1,4 @@
-"""Which code runs an operation: the one place that knows."""
+"""Which code runs an operation that is called by its name; docs/develop.md says who decides for the rest."""
 
 from __future__ import annotations
 
