@@ -1,6 +1,7 @@
 import doctest
 import errno
 import json
+import os
 import threading
 
 import pytest
@@ -157,6 +158,17 @@ def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
         write_half(path, KeyboardInterrupt())
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_atomic_write_takes_the_place_of_files_only(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="Not a regular file") as caught, files.atomic_write(pipe):
+        pass
+    assert caught.value.filename == str(pipe)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_atomic_write_names_the_file_it_was_asked_for(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
 from usf_kernels.models import NonUSFlow, USFlow
 from usf_kernels.nn import LUConv1x1
+from usf_kernels.optimization import parameter_groups
 
 KINDS = [USFlow, NonUSFlow]
 LINEAR = ("lu", "householder", "permutation")
@@ -252,6 +253,15 @@ def test_samples_of_any_dtype(kind, dtype):
         x = samples(shape).to(dtype)
         assert torch.equal(model.log_prob(x), model.log_prob(x.float()))
         assert model.initialize(samples(shape, 64).to(dtype)).inverse(x)[0].dtype == torch.float32
+
+
+def test_the_base_does_not_decay():
+    model = USFlow((2, 3, 3), blocks=1, base={"name": "student_t", "trainable": True})
+    groups = parameter_groups(model, 0.1)
+    (kept,) = (group["params"] for group in groups if group["weight_decay"] == 0)
+    trained = [p for p in model.base.parameters() if p.requires_grad]
+    assert len(trained) == 3
+    assert all(any(p is other for other in kept) for p in trained)
 
 
 def test_sizes_of_numpy_are_sizes():

@@ -30,9 +30,12 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
             it the file still survives the death of the process at any moment.
 
     Raises:
-        OSError: naming `path`, when there is no space, no permission or no folder.
+        OSError: naming `path`, when there is no space, no permission or no folder, and where a device or a
+            pipe is.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     temporary = path.with_name(f"{_hidden(path.name)}{secrets.token_hex(8)}.tmp")
     try:
         try:

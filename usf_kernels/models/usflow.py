@@ -169,6 +169,10 @@ class DensityFlow(nn.Module):
         """Of one sample."""
         return math.prod(self.shape)
 
+    def no_weight_decay(self) -> list[str]:
+        """Names of the base distribution's parameters: zero is no better a location or scale than others."""
+        return [f"base.{name}" for name, _ in self.base.named_parameters()]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Samples to latents of the same shape, and the log-determinant."""
         check_samples("x", x, self.shape)
