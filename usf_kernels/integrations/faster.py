@@ -15,7 +15,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from usf_kernels.nn.fusing import fuse_parts
 from usf_kernels.nn.weights import Weights
 
-KNOWN = ("torch.nn.", "usf_kernels.nn.")  # modules whose classes read nothing but parameters and options
+# Where the classes are that read nothing but parameters and options.
+KNOWN = ("torch.nn.", "usf_kernels.nn.", "usf_kernels.integrations.")
 
 
 class Faster:
@@ -52,7 +53,7 @@ def runs_as_one(module: nn.Module) -> bool:
     draw dropout masks) or of a class of the user's (which may read what only it knows of), and nobody hears
     of its parts but what makes their weights."""
     for part in parts_of(module):
-        known = isinstance(part, Faster) or type(part).__module__.startswith(KNOWN)
+        known = type(part).__module__.startswith(KNOWN)
         if part.training or not known or _is_heard(part):
             return False
     return True
