@@ -47,8 +47,8 @@ def calibrate(
     """
     if false_alarms is not None:
         check_number("false_alarms", false_alarms)
-    if false_alarms is not None and not false_alarms > 0:
-        raise ValueError(f"false_alarms: expected a positive number, found {false_alarms!r}")
+        if not false_alarms > 0:
+            raise ValueError(f"false_alarms: expected a positive number, found {false_alarms!r}")
     energies, _ = read_energies(latents)
     fitted = _of_positions(energies)
     if false_alarms is None:

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from usf_kernels.models.conditioners import CONVOLUTIONS
 from usf_kernels.models.usflow import check_sample_shape, check_samples
-from usf_kernels.ops.checks import FLOAT_DTYPES, check_choice, check_int, check_number, compute_dtype
+from usf_kernels.ops.checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_int,
+    check_number,
+    check_trainable,
+    compute_dtype,
+)
 
 SMALLEST_CENTRE = 0.1  # of a coordinate: a bias-free network reaches zero by setting weights to zero
 MOMENTUM = 0.1  # of a batch's radius in the running one
@@ -166,8 +173,7 @@ class DeepSVDD(nn.Module):
             TypeError: on the inference form.
             RuntimeError: in evaluation mode, before there is a centre.
         """
-        if self.fused:
-            raise TypeError("loss: expected a model to train, found its inference form (`fuse`)")
+        check_trainable(self, "loss")
         if self.training and not self._ready():
             self.initialize(batch)
         self._require_centre()

@@ -13,7 +13,7 @@ from torch.distributions import Distribution, Independent, Laplace, Normal
 from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture
 from usf_kernels.models.radial import RadialBase
 from usf_kernels.models.traceable import TraceableStudentT
-from usf_kernels.ops.checks import check_choice, check_int, check_number
+from usf_kernels.ops.checks import check_choice, check_int, check_positive
 
 
 class _FromTorch(BaseDistribution):
@@ -54,7 +54,7 @@ class NormalBase(_FromTorch):
         trainable: bool = False,
     ) -> None:
         super().__init__(shape, loc=loc, trainable=trainable)
-        _check_positive("scale", scale)
+        check_positive("scale", scale)
         self._register("log_scale", torch.full(self.shape, math.log(scale)))
 
     def distribution(self) -> Distribution:
@@ -88,7 +88,7 @@ class StudentTBase(NormalBase):
         trainable: bool = False,
     ) -> None:
         super().__init__(shape, loc=loc, scale=scale, trainable=trainable)
-        _check_positive("df", df)
+        check_positive("df", df)
         self._register("log_df", torch.full(self.shape, math.log(df)))
 
     def distribution(self) -> Distribution:
@@ -110,7 +110,7 @@ class NormalMixtureBase(_FromTorch):
     ) -> None:
         super().__init__(shape, trainable=trainable)
         check_int("components", components, 1)
-        _check_positive("spread", spread)
+        check_positive("spread", spread)
         self._register("means", spread * torch.randn(components, *self.shape))
         self._register("log_scale", torch.zeros(components, *self.shape))
         self._register("logits", torch.zeros(components))
@@ -157,9 +157,3 @@ def create_base(spec: str | Mapping[str, Any], shape: Sequence[int]) -> BaseDist
     name = options.pop("name", None)
     check_choice("base", name, tuple(BASES))
     return BASES[name](shape, **options)
-
-
-def _check_positive(name: str, value: float) -> None:
-    check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a positive finite number, found {value!r}")

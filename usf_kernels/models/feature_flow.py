@@ -14,7 +14,7 @@ from usf_kernels.models.mahalanobis import moments
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import ActNorm, FlowStep, LUConv1x1
 from usf_kernels.nn.modes import in_mode, unchanged_on_error
-from usf_kernels.ops.checks import check_clamp, check_int, check_number
+from usf_kernels.ops.checks import check_clamp, check_int, check_number, check_positive, check_trainable
 
 
 class FeatureFlow(ScoredModel):
@@ -71,7 +71,7 @@ class FeatureFlow(ScoredModel):
         Args:
             batch: images (B, 3, H, W), or their features.
         """
-        self._require_trainable("loss")
+        check_trainable(self, "loss")
         features = self.features(batch) if isinstance(batch, Tensor) else batch
         entered, border_log_det = self._enter(features)
         if self.training:
@@ -103,7 +103,7 @@ class FeatureFlow(ScoredModel):
             ValueError: features of other channels, or of statistics that are not finite. Nothing has
                 changed then.
         """
-        self._require_trainable("initialize")
+        check_trainable(self, "initialize")
         self._check(features)
         norms = [module for module in self.modules() if isinstance(module, ActNorm)]
         with unchanged_on_error(self.borders, *self._entries(), *norms):
@@ -152,15 +152,13 @@ def glow_steps(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: expected a whole number, 0 or more, found {steps!r}")
     check_linear(linear)
-    check_number("hidden_ratio", hidden_ratio)
-    if not 0 < hidden_ratio < math.inf:
-        raise ValueError(f"hidden_ratio: expected a positive finite number, found {hidden_ratio!r}")
+    check_positive("hidden_ratio", hidden_ratio)
     clamp = check_clamp(clamp)
     if not isinstance(kernels, Sequence):
         raise TypeError(f"kernels: expected a sequence of sizes, found {type(kernels).__name__}")
     for size in kernels:
         check_int("kernels", size, 1)
-    if not kernels or any(size < 1 or size % 2 == 0 for size in kernels):
+    if not kernels or any(size % 2 == 0 for size in kernels):
         raise ValueError(f"kernels: expected odd sizes, at least one, found {kernels!r}")
     return [
         FlowStep(

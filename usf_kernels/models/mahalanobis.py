@@ -15,6 +15,7 @@ from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import LUConv1x1
 from usf_kernels.nn.modes import unchanged_on_error
+from usf_kernels.ops.checks import check_trainable
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ class Mahalanobis(ScoredModel):
             ValueError: features of other channels, or of statistics that are not finite. Nothing has
                 changed then.
         """
-        self._require_trainable("fit")
+        check_trainable(self, "fit")
         self._check(features)
         with unchanged_on_error(self.borders, self.whitening):
             for linear, border, maps in zip(self.whitening, self.borders, features, strict=True):

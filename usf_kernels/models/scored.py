@@ -182,10 +182,6 @@ class ScoredModel(nn.Module):
         """The options, for print."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-    def _require_trainable(self, method: str) -> None:
-        if self.fused:
-            raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
-
     def _squared_norms(self, features: Sequence[Tensor], batch_size: int) -> list[Tensor]:
         self._check(features)
         check_int("batch_size", batch_size, 1)

@@ -37,6 +37,7 @@ from usf_kernels.ops.checks import (
     check_int,
     check_not_fused_to,
     check_number,
+    check_trainable,
 )
 
 
@@ -203,7 +204,7 @@ class DensityFlow(nn.Module):
         Raises:
             TypeError: on the inference form, whose maps are folded.
         """
-        self._require_trainable("log_prior")
+        check_trainable(self, "log_prior")
         positions = math.prod(self.shape[1:])
         maps = [m for m in self.flow.modules() if isinstance(m, LUConv1x1)]
         return torch.stack([m.log_prior(positions) for m in maps]).sum()
@@ -217,7 +218,7 @@ class DensityFlow(nn.Module):
         Raises:
             TypeError: on the inference form.
         """
-        self._require_trainable("loss")
+        check_trainable(self, "loss")
         total = self.log_prob(batch).mean()
         if self.options["prior_scale"] is not None:
             total = total + self.options["prior_weight"] * self.log_prior()
@@ -234,7 +235,7 @@ class DensityFlow(nn.Module):
         Returns:
             self.
         """
-        self._require_trainable("initialize")
+        check_trainable(self, "initialize")
         check_samples("samples", samples, self.shape)
         h, _ = self.flow[:-1](self._in_own_dtype(samples))
         self.flow[-1].whiten_(*moments(h), eps=shrinkage)
@@ -266,10 +267,6 @@ class DensityFlow(nn.Module):
     def extra_repr(self) -> str:
         """The options, for print."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-    def _require_trainable(self, method: str) -> None:
-        if self.fused:
-            raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
 
 
 class USFlow(DensityFlow):

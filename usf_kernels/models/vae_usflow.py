@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.usflow import USFlow, check_samples
 from usf_kernels.nn.modes import in_mode
-from usf_kernels.ops.checks import check_int, check_number, check_size, compute_dtype
+from usf_kernels.ops.checks import check_int, check_positive, check_size, check_trainable, compute_dtype
 
 LOG_VARIANCE_RANGE = (-12.0, 8.0)
 REDUCED, WIDEST = 32, 256  # channels: of the encoder's head, of the decoder
@@ -81,9 +81,7 @@ class VAEUSFlow(nn.Module):
             raise TypeError(f"backbone: expected one from create_backbone, found {type(backbone).__name__}")
         size = check_size(tuple(image_size) if isinstance(image_size, Sequence) else image_size)
         latent, width = check_int("latent", latent, 2), check_int("width", width, 1)
-        check_number("sigma", sigma)
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma: expected a positive finite number, found {sigma!r}")
+        check_positive("sigma", sigma)
         if trainable and backbone.input_size is not None:
             raise ValueError(
                 f"backbone: expected no input_size for a trainable encoder, found {backbone.input_size}"
@@ -169,8 +167,7 @@ class VAEUSFlow(nn.Module):
         Raises:
             TypeError: on the inference form.
         """
-        if self.fused:
-            raise TypeError("loss: expected a model to train, found its inference form (`fuse`)")
+        check_trainable(self, "loss")
         return -self.elbo(batch).mean() / math.prod((3, *self.image_size))
 
     @torch.no_grad()

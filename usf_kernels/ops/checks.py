@@ -80,11 +80,16 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raise unless `value` is a positive finite number."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, found {value}")
+
+
 def check_clamp(clamp: object) -> float:
     """Return `clamp` as Python's float; raise unless it is a positive finite number."""
-    check_number("clamp", clamp)
-    if not 0 < clamp < math.inf:
-        raise ValueError(f"clamp: expected a positive finite number, found {clamp}")
+    check_positive("clamp", clamp)
     return float(clamp)
 
 
@@ -100,6 +105,12 @@ def check_size(size: object) -> tuple[int, int]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"size: expected an int or a pair (height, width), found {size!r}")
     return check_int("size[0]", pair[0], 1), check_int("size[1]", pair[1], 1)
+
+
+def check_trainable(model: object, method: str) -> None:
+    """Raise TypeError for an inference form, which lacks this method."""
+    if model.fused:
+        raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
 
 
 def check_not_fused_to(model: object, dtype: torch.dtype | None) -> None:
