@@ -29,7 +29,7 @@ def files(folder: Path) -> list[list[table.Row]]:
 
 def page(devices: Sequence[Sequence[table.Row]]) -> str:
     """docs/speed.md: everything, one device after the other."""
-    parts = [TITLE]
+    parts = [TITLE, *summary.full(devices)]
     for i, rows in enumerate(devices):
         parts += gpu_sections.section(rows) if table.on_gpu(rows) else [section(rows, pictures=i == 0)]
     lost = [line for rows in devices for line in losses(rows)]

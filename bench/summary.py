@@ -1,4 +1,5 @@
-"""The rows in one table: a line for what a user waits for, a column for a device and precision."""
+"""The rows in one table: a line for what a user waits for, a column for a device and precision. In full for
+docs/speed.md, and brief, with forms and parts of models together, for the README."""
 
 from __future__ import annotations
 
@@ -21,26 +22,17 @@ LIBRARIES = "anomalib, FrEIA"
 HEADER = ("", "over the fastest of")
 Line = tuple[str, str]
 CHANGED = f"anomalib{AT_ONCE}"  # so changed for the comparison
-ON_CPUS = (
-    "On a CPU, 2 threads, over the cases of `make bench`, which prints this table for any machine; the "
-    "first picture has all shapes and batches, and peers under torch.compile:"
+LEGEND = (
+    "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets the "
+    "worst. *Reversible* training, the default, keeps outputs only. anomalib's CFlow puts its rows through "
+    "64 at a time; it is also compared as changed to take all of them at once."
 )
+ON_CPUS = "On a CPU, 2 threads, over the cases of `make bench`, which prints {what} for any machine:"
 
 
 def section(files: Sequence[Rows]) -> str:
     """The README's section on speed, from the rows of each device."""
-    parts = [
-        prose(
-            "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets "
-            "the worst. *Reversible* training, the default, keeps outputs only. anomalib's CFlow puts its "
-            "rows through 64 at a time; it is also compared as changed to take all of them at once."
-        )
-    ]
-    cpus, gpus = ([rows for rows in files if table.on_gpu(rows) is on_gpu] for on_gpu in (False, True))
-    if cpus:
-        parts += [prose(ON_CPUS), page(cpus)]
-    if gpus:
-        parts += [prose(_on_gpus(gpus)), page(gpus)]
+    parts = [prose(LEGEND), *_tables(files, brief=True)]
     parts += [
         prose(_losses(files)),
         *picture("speed.png", "How much longer the fastest peer takes, per operation", folder="docs/"),
@@ -49,6 +41,23 @@ def section(files: Sequence[Rows]) -> str:
         ),
     ]
     return "\n\n".join(parts)
+
+
+def full(files: Sequence[Rows]) -> list[str]:
+    """All lines, for docs/speed.md."""
+    tables = _tables(files)
+    return [prose(LEGEND), *tables] if tables else []
+
+
+def _tables(files: Sequence[Rows], *, brief: bool = False) -> list[str]:
+    """One of CPUs, one of GPUs, of what there is."""
+    parts = []
+    cpus, gpus = ([rows for rows in files if table.on_gpu(rows) is on_gpu] for on_gpu in (False, True))
+    what = "the same in more lines" if brief else "this table"
+    for some, title in ((cpus, ON_CPUS.format(what=what)), (gpus, _on_gpus(gpus))):
+        if lines := page(some, brief=brief):
+            parts += [prose(title), lines]
+    return parts
 
 
 def _on_gpus(files: Sequence[Rows]) -> str:
@@ -75,25 +84,41 @@ def _losses(files: Sequence[Rows]) -> str:
         worst = f" (worst, in `{entry[1]['subject']}`, {described(entry)})"
     return (
         f"A peer is faster than ours in {', '.join(counts)}{worst}; "
-        "[docs/speed.md](docs/speed.md) has the list, milliseconds and versions."
+        "[docs/speed.md](docs/speed.md) has the list, every form and part, bfloat16 on CPUs, torch.compile, "
+        "milliseconds and versions."
     )
 
 
-def page(files: Sequence[Rows]) -> str:
+def page(files: Sequence[Rows], *, brief: bool = False) -> str:
     """The table, from the rows of each device; nothing where they are of no line of it."""
     columns = {}
     for rows in files:
         title = rows[0]["device"]
         for dtype in ("float32", "bfloat16"):
-            found = _means([row for row in _comparable(rows) if _wide(row) == (dtype == "float32")])
+            if brief and dtype == "bfloat16" and not table.on_gpu(rows):
+                continue
+            found = _means([row for row in _comparable(rows) if _wide(row) == (dtype == "float32")], brief)
             if found:
                 columns[f"{title}, {dtype}"] = found
+    every = _lines([row for rows in files for row in rows])
     lines = [
         [*line, *(column.get(line, "") for column in columns.values())]
-        for line in _lines([row for rows in files for row in rows])
+        for line in dict.fromkeys(map(_shortened, every) if brief else every)
         if any(line in column for column in columns.values())
     ]
     return markdown.table([*HEADER, *columns], lines) if lines else ""
+
+
+def _shortened(line: Line) -> Line:
+    """The README's line for one of the full table; ("", "") for what it does not have."""
+    name, peers = line
+    if name.endswith(table.REVERSIBLE) and peers != CHANGED:
+        return f"training steps{table.REVERSIBLE}", LIBRARIES
+    if name.endswith((table.REVERSIBLE, PARTS[FLOW])):
+        return "", ""
+    if peers == "itself":
+        return "anomalib's models, accelerated", "themselves"
+    return name.split(":")[0], peers  # all forms of blocks together
 
 
 def _wide(row: table.Row) -> bool:
@@ -118,7 +143,7 @@ def _case(row: table.Row) -> tuple[str, str]:
     return row["subject"], row["case"]
 
 
-def _means(rows: Rows) -> dict[Line, str]:
+def _means(rows: Rows, brief: bool) -> dict[Line, str]:
     """Geometric mean, and the worst, of the speed-ups that belong to a line."""
     groups: dict[Line, list[float]] = {}
     peers = [row for row in rows if row["role"] == PEER]
@@ -131,13 +156,17 @@ def _means(rows: Rows) -> dict[Line, str]:
             peer = table.best_peer(row, given) if name else None
             if peer:
                 ratio = table.milliseconds(peer) / table.milliseconds(row)
-                groups.setdefault((name, label), []).append(ratio)
+                line = _shortened((name, label)) if brief else (name, label)
+                groups.setdefault(line, []).append(ratio)
+    groups.pop(("", ""), None)
     return {line: _cell(ratios) for line, ratios in groups.items()}
 
 
 def _cell(ratios: Sequence[float]) -> str:
+    """The mean, bold where ours is faster, and the worst."""
+    mean = table.geometric_mean(ratios)
     worst = f" ({times(min(ratios))})" if len(ratios) > 1 else ""
-    return f"**{times(table.geometric_mean(ratios))}**{worst}"
+    return f"{f'**{times(mean)}**' if mean > 1 else times(mean)}{worst}"
 
 
 def _line(row: table.Row) -> str:
@@ -166,6 +195,8 @@ def _lines(rows: Rows) -> Iterator[Line]:
     yield "a-contrario test", "the authors' algorithm in Python"
     for form in FORMS:
         yield f"coupling blocks: {form}", LIBRARIES
+    for form in FORMS:
+        yield f"training step of blocks: {form}", LIBRARIES
     models = dict.fromkeys(
         row["case"].split()[0] for row in rows if row["subject"] in ("models", "accelerate")
     )
@@ -174,8 +205,6 @@ def _lines(rows: Rows) -> Iterator[Line]:
             for model in models:
                 yield f"{model}, {part}{mode}", "anomalib"
                 yield f"{model}, {part}{mode}", CHANGED
-    for model in models:
-        yield f"anomalib's {model}, accelerated", "itself before"
-    for form in FORMS:
-        yield f"training step of blocks: {form}", LIBRARIES
     yield f"training step of blocks{table.REVERSIBLE}", LIBRARIES
+    for model in models:
+        yield f"anomalib's {model}, accelerated", "itself"

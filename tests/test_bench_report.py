@@ -80,6 +80,7 @@ def test_the_summary_is_of_the_quick_cases_and_of_all_on_a_gpu():
     assert text.split("|")[0].count(". ") <= 3
     on_cpu, on_gpu = text.split("On a GPU, in CUDA graphs")
     assert "over the fastest of | cpu, float32 |\n" in on_cpu
+    assert "| coupling blocks | anomalib, FrEIA | **2.0x** (1.00x) |" in on_cpu
     assert "over the fastest of | GPU, bfloat16 |\n" in on_gpu
     assert "On a GPU" not in summary.section([cpu])
     assert "- `blocks`, cpu: 1 of 3 comparisons; worst 0.50x" in report.page([cpu])
@@ -94,6 +95,32 @@ def test_the_summary_knows_every_case_of_the_quick_run():
     known = {summary._line(r) for r in rows} - {""}
     assert known <= {name for name, _ in summary._lines(rows)}
     assert len(known) == 2 + 9 + 3 + 2
+
+
+def test_the_readme_has_the_forms_together_and_leaves_parts_out():
+    case = next(c.name for c in SUBJECTS["training_step"].cases if c.quick)
+    shared = {"subject": "training_step", "case": case, "direction": "training step"}
+    rows = [row("conjugated", 4, **shared), row("additive, LU", 1, **shared)]
+    rows += [row(f"conjugated{table.REVERSIBLE}", 8, **shared), row("anomalib", 4, "peer", **shared)]
+    flow, trained = (
+        next(
+            c.name
+            for c in SUBJECTS["models"].cases
+            if c.quick and c.name.startswith("FastFlow") and part in c.name
+        )
+        for part in ("flow part", TRAINED)
+    )
+    rows += [
+        row(f"additive, LU{table.REVERSIBLE}", 8, subject="models", case=trained, direction="training step")
+    ]
+    rows += [row("anomalib Fastflow", 128, "peer", subject="models", case=trained, direction="training step")]
+    rows += [row("additive, LU, fused", 1, subject="models", case=flow, direction="forward")]
+    rows += [row("anomalib Fastflow", 9, "peer", subject="models", case=flow, direction="forward")]
+    assert summary.page([rows], brief=True).splitlines()[2:] == [
+        "| training step of blocks | anomalib, FrEIA | **2.0x** (1.00x) |",
+        "| training steps, reversible | anomalib, FrEIA | **2.8x** (0.50x) |",
+    ]
+    assert "| FastFlow, flow alone | anomalib | **9.0x** |" in summary.page([rows])
 
 
 def blocks():
