@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import snippets
 import torch
 from exporting import DYNAMIC, assert_same, onnx_program, run, run_openvino
 from helpers import conv_subnet, randomise_
@@ -135,7 +136,7 @@ def exported(tmp_path_factory):
     model = perturbed(model)
     model.calibrate(model.features(images))
     save_checkpoint(folder / "model.pt", model, extra={"image_size": [64, 96]})
-    assert main(["export", str(folder / "model.pt"), str(folder / "model.onnx")]) == 0
+    assert main(["export", str(folder / "model.pt"), str(folder / "bottle.onnx")]) == 0
     return model, folder
 
 
@@ -144,12 +145,12 @@ def test_command_line_exports_the_embedded_backbone(exported):
     model, folder = exported
     images = torch.rand(1, 3, 250, 333)
     with torch.no_grad():
-        assert_same(run(folder / "model.onnx", images.numpy()), scores(model, images))
+        assert_same(run(folder / "bottle.onnx", images.numpy()), scores(model, images))
 
 
 def test_the_file_names_everything_and_has_standard_operators_only(exported):
     onnx = pytest.importorskip("onnx")
-    graph = onnx.load(exported[1] / "model.onnx")
+    graph = onnx.load(exported[1] / "bottle.onnx")
     onnx.checker.check_model(graph)
     assert {opset.domain for opset in graph.opset_import} == {""}
     assert not graph.functions
@@ -167,26 +168,23 @@ def test_the_file_names_everything_and_has_standard_operators_only(exported):
     assert not kinds & {"Loop", "If", "Scan", "Trilu"}  # products of weights are in the file
 
 
-def test_masks_from_the_file_alone(exported):
-    """The snippet of docs/export.md."""
+PAGE = "docs/export.md"
+
+
+def test_masks_from_the_file_alone(exported, monkeypatch):
     model, folder = exported
+    monkeypatch.chdir(folder)
     images = torch.rand(2, 3, 64, 96)
     images[0, :, 20:40, 30:50] = 1.0
     prediction = model.predict(images)
     assert prediction.mask.any()
 
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    anomaly_map, *squared_norms = session.run(None, {"images": images.numpy()})
-    metadata = session.get_modelmeta().custom_metadata_map
-    null = usf.Null.from_list(json.loads(metadata["usf_kernels.null"]))
-    options = {"null": null, "tail": "exact", "tests": "per_size"}
-    mask = usf.segment(squared_norms, images.shape[2:], upsample="nearest", **options)
-    regions = usf.regions(squared_norms, **options)
-
+    names = snippets.run(PAGE, "import json", {"images": images.numpy()})
+    anomaly_map, squared_norms = names["anomaly_map"], names["squared_norms"]
     assert np.abs(anomaly_map - prediction.anomaly_map.numpy()).max() < 1e-4
-    assert torch.equal(mask, prediction.mask)
-    assert [len(found) for found in regions] == [len(found) for found in prediction.regions]
-    channels = json.loads(metadata["usf_kernels.channels"])
+    assert torch.equal(names["mask"], prediction.mask)
+    assert [len(found) for found in names["regions"]] == [len(found) for found in prediction.regions]
+    channels = json.loads(names["metadata"]["usf_kernels.channels"])
     assert channels == list(model.latent_channels)
     white = usf.log_nfa(squared_norms, 8, channels=channels)
     assert torch.allclose(
@@ -194,12 +192,16 @@ def test_masks_from_the_file_alone(exported):
     )
 
 
-def test_openvino(exported):
+def test_openvino(exported, monkeypatch):
+    pytest.importorskip("openvino")
     model, folder = exported
+    monkeypatch.chdir(folder)
     for shape in ((1, 3, 64, 96), (3, 3, 50, 67)):
         images = torch.rand(shape)
         with torch.no_grad():
-            assert_same(run_openvino(folder / "model.onnx", images.numpy()), scores(model, images))
+            expected = scores(model, images)
+        names = snippets.run(PAGE, "import openvino", {"images": images.numpy()})
+        assert_same([names["anomaly_map"], *names["squared_norms"]], expected)
 
 
 def test_one_size_and_the_baseline(tmp_path):

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import snippets
 import torch
 from test_fastflow import Pyramid
 from torch import nn
@@ -13,21 +14,14 @@ import usf_kernels as usf
 import usf_kernels.training
 from usf_kernels.models import Backbone
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL
-)
-
-
-def run(first_words, names):
-    """The one block that begins like this, with these names given; what it leaves."""
-    (block,) = [block for block in BLOCKS if block.startswith(first_words)]
-    exec(compile(block, "README.md", "exec"), names)
-    return names
+README = "README.md"
+run = partial(snippets.run, README)
 
 
 def test_every_block_is_run_here():
     tested = re.findall(r"run\(\s*\"(.*?)\"", Path(__file__).read_text())
-    assert sorted(block for block in BLOCKS for words in tested if block.startswith(words)) == sorted(BLOCKS)
+    every = snippets.blocks(README)
+    assert sorted(block for block in every for words in tested if block.startswith(words)) == sorted(every)
 
 
 def test_segmentation_of_latents(capsys):
