@@ -1,8 +1,8 @@
 """`python -m bench.accuracy.nfa`: false alarms and masks against the threshold on the number of false alarms.
 
-U-Flow's figure 7 (arXiv:2211.12353) for the embedded textures, in four forms of the test: one count of tests
-for regions of all sizes or a count for each size, and squared norms taken as those of white latents or with
-the distribution fitted to held-out images.
+U-Flow's figure 7 (arXiv:2211.12353) for the embedded textures, in five forms of the test: one count of tests
+for regions of all sizes or a count for each size, and squared norms taken as those of white latents, with the
+distribution fitted to positions of held-out images, or calibrated (fitted to their regions, too).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bench.accuracy.protocol import (
 from bench.accuracy.rows import Row, Rows
 from bench.drawing import FAINT, INK, OURS_COLOUR, PALE, PEER_COLOUR, SECOND, title_of
 from bench.markdown import prose, table
-from usf_kernels import log_nfa, metrics, regions
+from usf_kernels import calibrate, log_nfa, metrics, regions
 from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.cli.options import positive
 from usf_kernels.data import TEXTURES
@@ -49,9 +49,14 @@ THRESHOLDS = (
     *(-100, -50, -30, -20, -10, -7, -5, -4, -3, -2, -1, 0),
     *(1, 2, 3, 5, 7, 10, 20, 50, 70, 90, 110, 130, 150),
 )
-WHITE, FITTED = "white", "calibrated"
-TESTED = tuple(product(("total", "per_size"), (WHITE, FITTED)))
-STYLES = {"total": PEER_COLOUR, "per_size": OURS_COLOUR}
+WHITE, FITTED, CALIBRATED = "white", "fitted", "calibrated"
+TESTED = {  # tests, null: colour in the figure
+    ("total", WHITE): PEER_COLOUR,
+    ("total", CALIBRATED): INK,
+    ("per_size", WHITE): OURS_COLOUR,
+    ("per_size", FITTED): "#7a5cc2",
+    ("per_size", CALIBRATED): SECOND,
+}
 POINT = ("tests", "null", "log_epsilon")
 VALUES = (*POINT, "false_alarms", "miou", *MACHINE)
 
@@ -70,9 +75,12 @@ def measure(job: Mapping[str, str], prepared: Prepared) -> list[dict[str, object
     size, targets = tuple(data.test.images.shape[-2:]), data.test.targets
     clean = ~targets.flatten(1).any(1)
     shared = machine.environment(torch.device("cpu"))
+    with torch.no_grad():
+        held_out, _ = flow.latents(data.validation)
+    nulls = {WHITE: None, FITTED: calibrate(held_out), CALIBRATED: flow.null}
     found = []
     for tests, null in TESTED:
-        options = {"tests": tests, "null": flow.null if null == FITTED else None, "tail": TAIL}
+        options = {"tests": tests, "null": nulls[null], "tail": TAIL}
         maps = log_nfa(latents, size, upsample="nearest", **options)
         every = regions([z[clean] for z in latents], log_epsilon=max(THRESHOLDS), **options)
         values = np.array([region.log_nfa for image in every for region in image])
@@ -159,12 +167,12 @@ def _advice(rows: Sequence[Row]) -> str:
         f"image) for every texture and model, it has the best mIoU: {miou:.3f}, with {alarms:.2f} false "
         f"alarms per clean image and {most:.2f} where there are most. "
     )
-    default = (TESTS, FITTED, 0.0)
+    default = (TESTS, CALIBRATED, 0.0)
     if choice == default:
         return text + "It is the default of the models' `predict` after `calibrate`."
     default_miou, default_alarms, default_most = mean[default]
     return text + (
-        f'The default of `predict` after `calibrate`, `tests="{TESTS}"`, {FITTED}, at 0, has an mIoU of '
+        f'The default of `predict` after `calibrate`, `tests="{TESTS}"`, {CALIBRATED}, at 0, has an mIoU of '
         f"{default_miou:.3f}, {default_alarms:.2f} false alarms and {default_most:.2f} where there are most."
     )
 
@@ -186,8 +194,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     for column, model in enumerate(models):
         mean = averages([row for row in rows if row["model"] == model])
         above, below = grid[:, column]
-        for tests, null in TESTED:
-            colour = STYLES[tests] if null == WHITE else (INK if tests == "total" else SECOND)
+        for (tests, null), colour in TESTED.items():
             points = [mean[tests, null, float(threshold)] for threshold in THRESHOLDS]
             style = {"color": colour, "linewidth": 1.6, "marker": "o", "markersize": 2.5}
             label = f"{tests}, {null}"
@@ -214,7 +221,7 @@ def figure(rows: Sequence[Row]) -> Figure:
             axis.set_axisbelow(True)
     picture.legend(
         *grid[0, 0].get_legend_handles_labels(),
-        ncols=2,
+        ncols=3,
         loc="upper right",
         bbox_to_anchor=(0.985, 0.99),
         fontsize=8.5,
@@ -229,7 +236,7 @@ def text(folder: Path) -> str:
     rows = rows_in(folder).read()
     if not rows:
         return f"No rows yet: `python -m bench.accuracy.{NAME}` measures them, in minutes."
-    alt = "False alarms per clean image and mIoU against the threshold, for four forms of the test"
+    alt = "False alarms per clean image and mIoU against the threshold, for five forms of the test"
     return f"![{alt}]({PICTURE})\n\n{section(rows)}"
 
 

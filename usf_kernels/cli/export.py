@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from usf_kernels.cli.options import add_checkpoint, image_size, load_detector, size_of_images
+from usf_kernels.cli.options import add_checkpoint, image_size, load_detector, progress, size_of_images
 
 
 def add_parser(commands: Any) -> None:
@@ -35,7 +35,8 @@ def export(options: argparse.Namespace) -> int:
     check_writable(options.output)
     model = load_detector(options)
     size = size_of_images(options, required=True)
-    export_onnx(model, options.output, image_size=size, dynamic_size=not options.fixed_size)
+    with progress(None, "tracing and checking"):
+        export_onnx(model, options.output, image_size=size, dynamic_size=not options.fixed_size)
     sizes = "x".join(map(str, size)) if options.fixed_size else "any size"
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB, for images of {sizes}")
     return 0

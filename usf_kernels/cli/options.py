@@ -171,8 +171,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 @contextmanager
-def progress(total: int, title: str) -> Iterator[Callable[[], Any]]:
-    """A bar on stderr that advances by one with every call; silent without rich, and where nobody watches."""
+def progress(total: int | None, title: str) -> Iterator[Callable[[], Any]]:
+    """A bar on stderr that advances by one with every call, or only moves where nobody knows how far it is;
+    silent without rich, and where nobody watches."""
     try:
         from rich.console import Console
         from rich.progress import Progress
