@@ -75,7 +75,7 @@ def graphs(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda recording: recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recording, **options: recording)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: contextlib.nullcontext())
     for name in ("Stream", "current_stream"):

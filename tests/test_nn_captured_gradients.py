@@ -1,5 +1,9 @@
 """Gradients by graphs; see test_gpu for CUDA's own."""
 
+import contextlib
+import gc
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +12,7 @@ from helpers import conv_subnet, randomise_
 from torch import nn
 
 import usf_kernels as usf
+from usf_kernels.models.border import BorderNorm
 from usf_kernels.nn import CapturedGradients, FlowSequence, FlowStep
 
 
@@ -113,15 +118,103 @@ def test_recording_leaves_no_trace(graphs):
     assert captured.frozen.grad is None
 
 
-def test_a_pass_that_fails_while_recording_leaves_the_memory_as_it_was(graphs):
+def test_a_pass_that_fails_while_recording_leaves_no_trace(graphs):
     model = Likelihood()
-    gradients = CapturedGradients(
-        model, lambda batch: model.loss(batch) * (1.0 if len(graphs) == 0 else None)
-    )
+    model.register_buffer("calls", torch.zeros(()))
+
+    def loss(batch):
+        model.calls += 1
+        return model.loss(batch) * (1.0 if len(graphs) == 0 else None)
+
+    gradients = CapturedGradients(model, loss)
     gradients(*batches(1))
     with pytest.raises(TypeError):
         gradients(*batches(1))
     assert model.flow.memory == "auto"
+    assert model.calls == 1
+    assert gradients_of(model) == [None] * len(list(model.parameters()))
+
+
+def test_nothing_outlives_the_graph(graphs):
+    model = Likelihood()
+    gradients = CapturedGradients(model)
+    for batch in batches(2):
+        gradients(batch)
+    graph = weakref.ref(gradients._graph)
+    gc.disable()
+    try:
+        del gradients
+        assert graph() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_kept_is_not_read_by_a_graph(graphs, monkeypatch):
+    """Outside of a mode, where tables are kept that a graph would know the addresses of."""
+    norm = BorderNorm(3).fit(torch.randn(5, 3, 7, 6) * torch.linspace(1, 2, 7)[:, None])
+    x = torch.randn(2, 3, 7, 6)
+    made, _ = norm(x)
+    assert norm._maps(x).scale is norm._maps(x).scale
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "any", None)  # it would be read back
+    assert norm._maps(x).scale is not norm._maps(x).scale
+    torch.testing.assert_close(norm(x)[0], made)
+
+
+def test_the_same_structure_in_every_call(graphs):
+    weight = nn.Linear(1, 1)
+    gradients = CapturedGradients(weight, lambda batch: batch["a"] - 2 * batch["b"] + 0 * weight.weight.sum())
+    batch = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
+    for _ in range(3):
+        assert gradients(batch) == -3
+    with pytest.raises(ValueError, match="batch: expected the captured TreeSpec"):
+        gradients(dict(reversed(batch.items())))
+    with pytest.raises(ValueError, match="batch: expected the captured TreeSpec"):
+        gradients([batch["a"], batch["b"]])
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_casts_of_an_autocast_are_recorded(graphs, around):
+    layer = nn.Linear(4, 3)
+    narrow = partial(torch.autocast, "cpu", torch.bfloat16)
+
+    def loss(x):
+        with contextlib.nullcontext() if around else narrow():
+            return layer(x).float().square().sum()
+
+    gradients = CapturedGradients(layer, loss)
+    for seed in range(5):
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        with narrow() if around else contextlib.nullcontext():
+            found = gradients(x)
+        with narrow():
+            expected = layer(x).float().square().sum()
+        torch.testing.assert_close(found, expected.detach(), rtol=0.01, atol=0.01)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(2)
+
+
+@pytest.mark.parametrize("objective", ["one_class", "soft_boundary"])
+def test_deep_svdd_trains_by_graphs(graphs, monkeypatch, objective):
+    model = usf.models.DeepSVDD(6, objective=objective).double()
+    monkeypatch.setattr("usf_kernels.models.deep_svdd.is_capturing", lambda: len(graphs) > 0)
+    gradients = CapturedGradients(model.train())
+    for seed in range(4):
+        x = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found = gradients(x)
+        torch.testing.assert_close(found, model.loss(x).detach())
+
+
+def test_conjugated_blocks_and_students_t_train_by_graphs(graphs, monkeypatch):
+    model = usf.models.USFlow((2, 4, 4), mask="checkerboard", base="student_t", memory="standard").double()
+    monkeypatch.setattr("usf_kernels.nn.usf_block.is_capturing", lambda: len(graphs) > 0)
+    gradients = CapturedGradients(model.train())
+    for seed in range(4):
+        x = torch.randn(5, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found = gradients(x)
+        torch.testing.assert_close(found, model.loss(x).detach())
 
 
 def test_other_shapes_are_refused(graphs):

@@ -218,9 +218,17 @@ def test_cached_features_train_like_the_images_they_came_from():
         CachedFeatures([features, features[:3]])
 
 
-def test_mixed_precision_trains():
+def test_mixed_precision_trains(monkeypatch):
+    seen = set()
+
+    def loss(self, batch, plain=ToyFlow.loss):
+        seen.add((self.training, torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")))
+        return plain(self, batch)
+
+    monkeypatch.setattr(ToyFlow, "loss", loss)
     _, history = train(precision="bf16-mixed", max_epochs=4)
     assert history.rows[-1]["validation_loss"] < history.rows[0]["validation_loss"]
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
 class ScaledToNothing(ToyFlow):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,12 @@ class Run:
         if last is not None:
             load_stored_state(self.model, last, self.folder / LAST)
         self.module, self.stepper = fabric.setup(self.model, self.optimizer)
-        self.module.mark_forward_method("loss")  # so that DDP and autocast see the call
-        self.gradients = self._gradients
+        self.module.mark_forward_method("loss")  # so that DDP sees the call
+        loss = partial(_loss, fabric, self.module)
         if self.capture:
-            self.gradients = CapturedGradients(self.model, self.module.loss, backward=fabric.backward)
+            self.gradients = CapturedGradients(self.model, loss, backward=fabric.backward)
+        else:
+            self.gradients = partial(_gradients, fabric, loss)
         if settings.ema_decay is not None:
             self.average = {name: p.detach().clone() for name, p in self.trainable.items()}
         if last is not None:
@@ -131,12 +134,6 @@ class Run:
                 mean.lerp_(self.trainable[name].detach(), 1 - settings.ema_decay)
         self.loss_sum += loss
         self.step += 1
-
-    def _gradients(self, batch: Any) -> Tensor:
-        """The loss, which leaves its gradients in the parameters."""
-        loss = self.module.loss(batch)
-        self.fabric.backward(loss)
-        return loss.detach()
 
     def _due(self) -> bool:
         """Whether to write a checkpoint after this step; when that happens changes no result."""
@@ -289,6 +286,19 @@ class Run:
             if self.average is not None:
                 copy_values(training["average"], self.average)
         self.best = best
+
+
+def _loss(fabric: Fabric, module: nn.Module, batch: Any) -> Tensor:
+    """Fabric enters the precision by itself only where it wraps the module for several processes."""
+    with fabric.autocast():
+        return module.loss(batch)
+
+
+def _gradients(fabric: Fabric, loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    """The loss, which leaves its gradients in the parameters."""
+    value = loss(batch)
+    fabric.backward(value)
+    return value.detach()
 
 
 def _identity(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

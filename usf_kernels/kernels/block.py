@@ -160,7 +160,9 @@ def two_products(
     if relu or first_bias is not None or bias_map is not None:
         finish(hidden, first_bias, bias_map, relu, 1, hidden)
     if not (x.dtype == hidden.dtype == last.dtype and x.ndim > 2):
-        return torch.add(x, vendor_linear(hidden, last, last_bias), alpha=sign)
+        update = vendor_linear(hidden, last, last_bias)
+        y = empty_output(x, torch.promote_types(x.dtype, update.dtype))
+        return torch.add(x, update, alpha=sign, out=y)
     # The product is added to what is there already: x, with the bias.
     y = finish(x, last_bias, None, False, sign, empty_output(x, x.dtype))
     with full_precision(x):

@@ -74,7 +74,7 @@ def warp_size() -> int:
     """Threads of a warp."""
     if _recording is not None:
         return _recording.warp_size
-    return 64 if torch.version.hip else 32
+    return _properties().warp_size if torch.version.hip else 32
 
 
 def capability(device: torch.device) -> int:
@@ -92,7 +92,18 @@ def _capability(index: int) -> int:
 
 def product_precision() -> str:
     """How float32 products may be rounded: as torch's own setting for CUDA matrix products says."""
-    return "tf32" if rounds_to_tf32() else "ieee"
+    return "tf32" if rounds_to_tf32() and _multiplies_tf32() else "ieee"
+
+
+def _multiplies_tf32() -> bool:
+    """Of AMD's processors, Triton compiles such products for gfx942 alone."""
+    if _recording is not None or not torch.version.hip:
+        return True
+    return _properties().gcnArchName.startswith("gfx942")
+
+
+def _properties() -> Any:
+    return torch.cuda.get_device_properties(torch.cuda.current_device())
 
 
 _thread = threading.local()

@@ -84,6 +84,8 @@ def outer(a: Tensor, x: Tensor) -> Tensor:
     Long float32 ones are the vendor's, of which cuBLAS promises the same.
     """
     rows, columns = a.shape[1], x.shape[1]
+    if rows * columns == 0:
+        return a.new_empty((rows, columns), dtype=torch.float32)
     if _vendor_is_faster(a, x):
         return vendor_outer(a, x)
     view = View([a, x])

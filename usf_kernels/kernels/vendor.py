@@ -15,13 +15,15 @@ from usf_kernels.kernels.configs import (
 )
 from usf_kernels.kernels.finish import finish
 from usf_kernels.kernels.launch import is_recording
+from usf_kernels.kernels.layout import empty_output
 from usf_kernels.ops.matrices import apply_matrix, full_precision
 
 
 def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` by torch, which calls the vendor's library, in the layout that `linear` returns."""
     dtype = torch.promote_types(x.dtype, matrix.dtype)
-    x, matrix, bias = (None if v is None else v.to(dtype) for v in (x, matrix, bias))
+    matrix, bias = (None if v is None else v.to(dtype) for v in (matrix, bias))
+    x = x if x.dtype == dtype else empty_output(x, dtype).copy_(x)  # in its layout, also where it is expanded
     with full_precision(x):
         if bias is None or x.ndim == 2 or x.stride(1) == 1:  # of rows, the library adds the bias
             return apply_matrix(matrix, x, bias)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.kept import Kept
+from usf_kernels.nn.capture import is_capturing
 from usf_kernels.ops.native import somebody_looks
 
 RINGS = 2  # positions from the border that are told from those inside
@@ -72,7 +73,8 @@ class BorderNorm(nn.Module):
         return self._kept.get(key, (self.log_scale, self.shift), lambda: self._made(x))
 
     def _made(self, x: Tensor) -> _Maps:
-        if not somebody_looks() and not (self.log_scale.any() or self.shift.any()):
+        unseen = not somebody_looks() and not is_capturing()  # else values must not be read back
+        if unseen and not (self.log_scale.any() or self.shift.any()):
             return _Maps(None, None, self.log_scale.new_zeros(()))
         ring = ring_of(*x.shape[2:], device=x.device)
         inside = self.shift.new_zeros(1, self.shift.shape[1])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from usf_kernels.models.conditioners import CONVOLUTIONS
 from usf_kernels.models.usflow import check_sample_shape, check_samples
+from usf_kernels.nn.capture import is_capturing
 from usf_kernels.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -250,7 +251,8 @@ class DeepSVDD(nn.Module):
         return fused
 
     def _ready(self) -> bool:
-        return not bool(self.centre.isnan().any())
+        """A CUDA graph cannot ask; the calls that warm it up have."""
+        return is_capturing() or not bool(self.centre.isnan().any())
 
     def _require_centre(self) -> None:
         if not self._ready():

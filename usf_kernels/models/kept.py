@@ -8,6 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from usf_kernels.nn.capture import is_capturing
 from usf_kernels.nn.weights import state_of
 from usf_kernels.ops.native import somebody_looks
 
@@ -18,8 +19,8 @@ Value = TypeVar("Value")
 class Kept(Generic[Value]):
     """The values of the last few keys, until a tensor that they come from is written to, replaced or moved.
 
-    They are neither copied nor pickled. Compilers, tracers and transforms see them computed, and so does who
-    has tensors of inference mode, whose changes cannot be seen.
+    They are neither copied nor pickled. Compilers, tracers, transforms and CUDA graphs see them computed, and
+    so does who has tensors of inference mode, whose changes cannot be seen.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class Kept(Generic[Value]):
     def get(self, key: Hashable, tensors: Iterable[Tensor], make: Callable[[], Value]) -> Value:
         """`make()`, or what it gave for this key while the tensors were as they are."""
         tensors = list(tensors)
-        if somebody_looks() or any(t.is_inference() for t in tensors):
+        if somebody_looks() or is_capturing() or any(t.is_inference() for t in tensors):
             return make()
         # Views: what a value comes from cannot be freed, and its address not be given to other tensors.
         tensors = [t.detach() for t in tensors]

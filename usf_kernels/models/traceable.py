@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Chi2, Distribution, Gamma, StudentT
+from torch.distributions import Distribution, Gamma, StudentT
 from torch.distributions.utils import broadcast_all
 
 SHIFT = 8
@@ -47,7 +47,9 @@ class TraceableStudentT(StudentT):
 
     def __init__(self, df: Tensor, loc: Tensor, scale: Tensor, validate_args: bool = False) -> None:
         self.df, self.loc, self.scale = broadcast_all(df, loc, scale)
-        self._chi2 = Chi2(self.df, validate_args=False)
+        # A chi-square; torch's own would copy its second parameter from the host.
+        half = torch.full_like(self.df, 0.5)
+        self._chi2 = Gamma(0.5 * self.df, half, validate_args=False)
         Distribution.__init__(self, self.df.size(), validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:

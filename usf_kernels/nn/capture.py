@@ -17,6 +17,12 @@ def check_capturable(name: str, devices: Iterable[torch.device]) -> None:
         raise ValueError(f"{name}: expected tensors on one CUDA device, found {sorted(found)}")
 
 
+def is_capturing() -> bool:
+    """Whether operations go into a CUDA graph: it holds no more than addresses, so that what it reads must
+    be computed in it, or stay."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class CapturedCall:
     """`call(*inputs)` recorded once, and replayed for other inputs of the same shapes and dtypes. Weights are
     read where they were: they may change there, but not move to another device or dtype.
@@ -42,8 +48,14 @@ class CapturedCall:
                     call(*self._inputs)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Casts that an autocast around this call has kept would be read, not recorded; those made here
+            # lie in the graph's memory.
+            torch.clear_autocast_cache()
+            # The stream of the warm-up: by default it is one of the device that was captured on first. What
+            # other threads do meanwhile, such as pinning the next batch, is allowed.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._outputs = call(*self._inputs)
+            torch.clear_autocast_cache()
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The result for these inputs, in memory of its own."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.nn.capture import is_capturing
 from usf_kernels.nn.conditioner_layers import overwrites
 from usf_kernels.nn.coupling import AdditiveCoupling, Conditioned, Subnet
 from usf_kernels.nn.fusible import Fusible
@@ -171,7 +172,7 @@ class USFBlock(Fusible, nn.Module):
             return rows, self.linear.bias[: self.coupling.split].to(wide), columns
         with full_precision(x):
             matrix, bias, _ = self.linear.map(wide)
-            if torch.compiler.is_exporting():  # ONNX has no general inverse
+            if torch.compiler.is_exporting() or is_capturing():  # neither has a general inverse
                 inverse = lu_inverse(*(t.double() for t in self.linear.factors()[:2])).to(wide)
             else:
                 inverse = accurate_inverse(matrix)
