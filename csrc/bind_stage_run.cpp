@@ -48,6 +48,8 @@ void bind_stage_run(nb::module_& m) {
                int kernel_width, bool pairs) {
                 const int outputs = static_cast<int>(weight.shape(0)),
                           inputs = static_cast<int>(weight.shape(1));
+                if (bias.shape(0) != weight.shape(0))
+                    throw std::invalid_argument("bias: expected a value for each output");
                 new (self) Layer(weight.data(), bias.data(), outputs, inputs, relu, conditioned,
                                  kernel_height, kernel_width, pairs);
             },
@@ -105,6 +107,9 @@ void bind_stage_run(nb::module_& m) {
         .def(
             "reorder",
             [](StageRun& run, Channels index, Bias scale, Bias bias) {
+                const Half checked = channels_of(index, run);
+                if (checked.size() != run.channels())
+                    throw std::invalid_argument("index: expected a permutation of the channels");
                 run.add(Reorder{
                     {index.data(), index.data() + index.shape(0)}, values_of(scale), values_of(bias)});
             },

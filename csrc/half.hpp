@@ -5,6 +5,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -71,11 +72,16 @@ struct alignas(32) Octet {
 // `stride` elements apart outside of it.
 class Half {
 public:
-    // `index` [size] below `channels`, none twice. Masks say which, not in what order.
+    // Masks say which, not in what order. Throws std::invalid_argument unless `index` [size] lies in
+    // [0, channels), none twice: such values come with files, and memory is written to by them.
     Half(const std::int64_t* index, int size, int channels)
         : index_(index, index + size), channels_(channels) {
         masks_.assign((channels + 15) / 16, 0);
-        for (const std::int64_t i : index_) masks_[i / 16] |= static_cast<std::uint16_t>(1u << (i % 16));
+        for (const std::int64_t i : index_) {
+            if (i < 0 || i >= channels || (masks_[i / 16] >> (i % 16) & 1))
+                throw std::invalid_argument("index: expected different channels of the state");
+            masks_[i / 16] |= static_cast<std::uint16_t>(1u << (i % 16));
+        }
 #ifdef USF_AVX512
         const bool ascending = std::is_sorted(index_.begin(), index_.end());
         wide_ = ascending && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -16,8 +17,15 @@ namespace usf {
 // row[j] = scale[j] * row[index[j]] + bias[j]
 class Reorder {
 public:
+    // Throws std::invalid_argument unless the vectors are of one length and `index` lies within it.
     Reorder(std::vector<std::int32_t> index, std::vector<float> scale, std::vector<float> bias)
-        : index_(std::move(index)), scale_(std::move(scale)), bias_(std::move(bias)) {}
+        : index_(std::move(index)), scale_(std::move(scale)), bias_(std::move(bias)) {
+        const auto channels = static_cast<std::int64_t>(index_.size());
+        for (const std::int32_t i : index_)
+            if (i < 0 || i >= channels) throw std::invalid_argument("index: expected channels of the state");
+        if (scale_.size() != index_.size() || bias_.size() != index_.size())
+            throw std::invalid_argument("scale, bias: expected a value for each channel");
+    }
 
     // Of rows that follow each other, in place.
     void apply(float* state, int rows, Floats& memory) const {

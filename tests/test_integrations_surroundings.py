@@ -294,3 +294,12 @@ def test_restored_contents_have_the_dtype_of_now_and_frozen_ones_stay_frozen():
     usf.restore_blocks(model)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     model(torch.randn(2, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"gin_block": True}])
+def test_forward_mode_derivatives(options):
+    model = sequence(2, **options).double()
+    x, fast = torch.randn(2, 6, dtype=torch.float64), replaced(model)
+    for transform in (torch.func.jacfwd, torch.func.hessian):
+        found, expected = (transform(lambda v, m=m: m(v)[0].square().sum())(x) for m in (fast, model))
+        torch.testing.assert_close(found, expected)

@@ -15,6 +15,7 @@ from usf_kernels.nn import (
     FlowSequence,
     FlowStep,
     LUConv1x1,
+    USFBlock,
 )
 from usf_kernels.ops.products import MULTIPLIES_BFLOAT16
 
@@ -184,3 +185,55 @@ def test_the_flow_itself_stays_as_it_is():
     before, x = copy.deepcopy(flow), torch.randn(2, 6, 5, 5)
     flow.fuse()(x)
     assert torch.equal(flow(x)[0], before(x)[0])
+
+
+class ChannelMLP(nn.Module):
+    """As in ConvNeXt: nn.Linear over the channels of maps."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.first, self.last = nn.Linear(c_in, 8), nn.Linear(8, c_out)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x.movedim(1, -1)))).movedim(-1, 1)
+
+
+def test_linear_layers_inside_of_modules_may_take_maps():
+    flow = flow_of([step(6, ChannelMLP) for _ in range(2)]).double()
+    assert_same(flow, torch.randn(2, 6, 5, 4, dtype=torch.float64))
+
+
+def test_a_map_to_the_first_channels_is_no_identity():
+    block = USFBlock(3, subnet=pointwise, zero_init=False)
+    other = LUConv1x1(3)
+    with torch.no_grad():
+        other.lower[-1, 0] = 0.5
+    block.linear.load_state_dict(other.state_dict())
+    assert_same(FlowSequence([block]).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("subnet", [conv_subnet, pointwise, wide])
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+@pytest.mark.parametrize("value", [99, -3, 10**11])
+def test_damaged_indices_are_refused(coupling, subnet, value):
+    """They would be written to in the extension."""
+    fused = flow_of([step(6, subnet, coupling=coupling, linear="permutation") for _ in range(2)]).fuse()
+    state = {
+        name: torch.full_like(v, value) if v.dtype == torch.int64 else v
+        for name, v in fused.state_dict().items()
+    }
+    fused.load_state_dict(state)
+    with pytest.raises((ValueError, RuntimeError, IndexError), match=r"index"):
+        fused(torch.randn(2, 6, 5, 5))
+
+
+def test_views_that_are_negated_when_read():
+    fused, x = flow_of([step(6) for _ in range(2)]).fuse(), torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(fused(torch._neg_view(-x)), fused(x))
+    zero = torch._efficientzerotensor((2, 6, 5, 5))
+    torch.testing.assert_close(fused(zero), fused(torch.zeros(2, 6, 5, 5)))
+
+
+def test_linear_maps_alone_ignore_a_condition():
+    flow, x, cond = FlowSequence([LUConv1x1(4)]).eval(), torch.randn(2, 4, 3, 3), torch.randn(2, 5, 3, 3)
+    torch.testing.assert_close(flow.fuse()(x, cond), flow(x, cond))

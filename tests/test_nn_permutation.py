@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from helpers import conv_subnet
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from usf_kernels.nn import Permutation
+from usf_kernels.nn import FlowSequence, FlowStep, Permutation
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -28,3 +30,41 @@ def test_permutation():
 def test_a_wrong_seed_is_named():
     with pytest.raises(TypeError, match="seed: expected an int, found str"):
         Permutation(4, seed="a")
+
+
+def test_of_a_given_order():
+    module = Permutation.of(torch.tensor([2, 0, 1]))
+    assert torch.equal(module(torch.arange(3.0)[None])[0], torch.tensor([[2.0, 0.0, 1.0]]))
+    assert torch.equal(module.inverse(torch.arange(3.0)[None])[0], torch.tensor([[1.0, 2.0, 0.0]]))
+    with pytest.raises(ValueError, match=r"index: expected a permutation, found \[0, 0, 1\]"):
+        Permutation.of(torch.tensor([0, 0, 1]))
+
+
+def test_a_damaged_state_is_refused():
+    module = Permutation(4, seed=0)
+    state = module.state_dict() | {"index": torch.tensor([0, 1, 1, 3])}
+    with pytest.raises(RuntimeError, match="index: expected a permutation of 4 channels"):
+        module.load_state_dict(state)
+
+
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)])
+def test_averages_of_buffers_leave_the_order_as_it_is(average):
+    """Of integers, they take the mean in floating point and round it down."""
+    steps = [FlowStep(12, subnet=conv_subnet, coupling="affine", linear="permutation") for _ in range(3)]
+    flow = FlowSequence(steps).train()
+    x = torch.randn(2, 12, 5, 4)
+    flow(x)  # initialises
+    averaged = AveragedModel(flow, multi_avg_fn=average, use_buffers=True)
+    for _ in range(3):
+        averaged.update_parameters(flow)
+    if average is not None:
+        assert not torch.equal(averaged.module[0].linear.index, flow[0].linear.index)
+    again = FlowSequence(
+        [FlowStep(12, subnet=conv_subnet, coupling="affine", linear="permutation") for _ in range(3)]
+    )
+    again.load_state_dict(averaged.module.state_dict())
+    for found in (averaged.module, again):
+        z, _ = found.eval()(x)
+        torch.testing.assert_close(z, flow.eval()(x)[0])
+        torch.testing.assert_close(found.inverse(z)[0], x, rtol=1e-4, atol=1e-4)
+    assert averaged.module[0].act_norm.initialized > 0.5

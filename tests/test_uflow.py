@@ -12,6 +12,7 @@ from test_fastflow import VARIANTS, Pyramid, perturbed
 
 from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
 from usf_kernels.models import Backbone, UFlow, create_backbone
+from usf_kernels.nn import Permutation
 
 
 def pyramid(channels=(5, 8), strides=(2, 4)):
@@ -165,8 +166,7 @@ def test_anomalib_with_the_same_weights_agrees():
         step.coupling.subnet.load_state_dict(block.subnet.state_dict())
         step.act_norm.log_scale.copy_(block.global_scale_activation(block.global_scale).log().flatten())
         step.act_norm.bias.copy_(block.global_offset.flatten())
-        step.linear.index.copy_(block.w_perm[:, :, 0, 0].argmax(1))
-        step.linear.inverse_index.copy_(step.linear.index.argsort())
+        step.linear = Permutation.of(block.w_perm[:, :, 0, 0].argmax(1))
     features = [torch.randn(3, c, side // s, side // s) for c, s in zip(channels, strides, strict=True)]
     expected, expected_log_det = flow(features, rev=False)
     for form in (model, model.fuse()):

@@ -1,8 +1,9 @@
-// What the tests share: `that` and CHECK, which say what does not hold and count it.
+// What the tests share: `that`, CHECK and CHECK_THROWS, which say what does not hold and count it.
 #pragma once
 
 #include <cstdio>
 #include <source_location>
+#include <stdexcept>
 
 inline int failures = 0;
 
@@ -12,3 +13,14 @@ inline void that(bool holds, const char* what, std::source_location where = std:
     ++failures;
 }
 #define CHECK(condition) that(condition, #condition)
+
+template <class Call>
+bool refuses(const Call& call) {
+    try {
+        call();
+    } catch (const std::invalid_argument&) {
+        return true;
+    }
+    return false;
+}
+#define CHECK_THROWS(expression) that(refuses([&] { (void)(expression); }), "refuses " #expression)

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "half.hpp"
 #include "noise.hpp"
 #include "reorder.hpp"
 
@@ -41,6 +42,14 @@ int test_reorder(int, char*[]) {
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
         for (const int channels : {1, 5, 16, 33, 64, 131, 400})
             for (const int rows : {0, 1, 15, 16, 17, 96}) test(channels, rows);
+    for (const std::int32_t wrong : {-1, 3, 1 << 30}) {
+        CHECK_THROWS(Reorder({0, wrong, 2}, noise(3), noise(3)));
+        const std::int64_t index[] = {0, wrong};
+        CHECK_THROWS(Half(index, 2, 3));
+    }
+    CHECK_THROWS(Reorder({0, 1}, noise(2), noise(3)));
+    const std::int64_t twice[] = {1, 1};
+    CHECK_THROWS(Half(twice, 2, 3));
     return failures != 0;
 }
 

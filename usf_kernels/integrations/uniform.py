@@ -101,12 +101,10 @@ def _factorised(matrix: Tensor, bias: Tensor) -> tuple[LUConv1x1, Permutation]:
     """`matrix @ x + bias` as a map with L and U, then a fixed permutation."""
     pivots, lower, upper = torch.linalg.lu(matrix.to("cpu", torch.float64))
     index = pivots.argmax(dim=1)
-    linear, permutation = LUConv1x1(len(matrix)), Permutation(len(matrix))
+    linear = LUConv1x1(len(matrix))
     linear.to(matrix)._set_triangles(lower.to(matrix), upper.to(matrix))
     linear.bias[index] = bias
-    permutation.index.copy_(index)
-    permutation.inverse_index.copy_(torch.argsort(index))
-    return linear, permutation.to(matrix.device)
+    return linear, Permutation.of(index.to(matrix.device))
 
 
 def _shifts_of(block: InvertibleModule) -> nn.Module:

@@ -305,7 +305,5 @@ def check_samples(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 def _every_other_first(channels: int) -> Permutation:
     """The even channels, then the odd ones."""
-    permutation, order = Permutation(channels), torch.arange(channels)
-    permutation.index.copy_(torch.cat([order[::2], order[1::2]]))
-    permutation.inverse_index.copy_(torch.argsort(permutation.index))
-    return permutation
+    order = torch.arange(channels)
+    return Permutation.of(torch.cat([order[::2], order[1::2]]))

@@ -47,7 +47,8 @@ class ActNorm(Fusible, nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        self.register_buffer("initialized", torch.tensor(False))
+        # 0 or 1. A number: averages of models cannot subtract what is true, and round means of integers down.
+        self.register_buffer("initialized", torch.zeros(()))
         # Whether the buffer is known to be True, without reading it back from the device at every step.
         self._initialized = False
 
@@ -74,15 +75,15 @@ class ActNorm(Fusible, nn.Module):
         log_scale = torch.where(varies, -0.5 * variance.log(), torch.zeros_like(variance))
         # The buffer decides: its value may have come by another way than a state_dict.
         for kept, value in ((self.log_scale, log_scale), (self.bias, -mean * log_scale.exp())):
-            kept.copy_(torch.where(self.initialized, kept, value))
-        self.initialized.fill_(True)
+            kept.copy_(torch.where(self.initialized > 0, kept, value))
+        self.initialized.fill_(1)
         # Unless a functional call has put other tensors in the place of its own, which are still to be set.
         own = self._parameters.get("log_scale")
         self._initialized = own is None or isinstance(own, nn.Parameter)
 
     def forget_(self) -> None:
         """Take scale and bias from the next batch in training mode."""
-        self.initialized.fill_(False)
+        self.initialized.zero_()
         self._initialized = False
 
     def log_det(self, positions: int) -> Tensor:

@@ -119,7 +119,7 @@ class FlowStep(Fusible, nn.Module):
 
     def _channels_in_order(self) -> dict[str, Tensor | None]:
         """The ActNorm, then the permutation, as `coupling_step` takes them."""
-        index = None if self.linear is None else self.linear.index
+        index = None if self.linear is None else self.linear.order()[0]
         if self.act_norm is None:
             return {"index": index}
         return {"index": index, "scale": self.act_norm.log_scale.exp(), "bias": self.act_norm.bias}

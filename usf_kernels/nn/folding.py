@@ -87,8 +87,8 @@ class LinearMap:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing."""
-        return self.error_of_identity == 0
+        """Whether it changes nothing; not the first channels of more, where the matrix looks alike."""
+        return self.matrix.shape[0] == self.matrix.shape[1] and self.error_of_identity == 0
 
     @property
     def error_of_identity(self) -> float:
@@ -135,8 +135,8 @@ def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
     elif isinstance(flow, ActNorm):
         yield LinearMap(torch.diag(_wide(flow.log_scale).exp()), _wide(flow.bias))
     elif isinstance(flow, Permutation):
-        channels = len(flow.index)
-        yield LinearMap.identity(channels).rows(flow.index.cpu())
+        index, _ = flow.order()
+        yield LinearMap.identity(len(index)).rows(index.cpu())
     elif isinstance(flow, LUConv1x1):
         yield _lu_map(flow)
     elif isinstance(flow, FlowStep):

@@ -159,7 +159,9 @@ class FusedFlow(nn.Module):
 
     def _shares(self, x: Tensor, cond: Condition) -> Iterator[Tensor | Sequence[Tensor] | None]:
         """What each stage takes of the condition."""
-        if cond is None or isinstance(cond, Tensor):
+        if isinstance(cond, Tensor) and not any(blocks_of(stage) for stage in self.stages):
+            cond = ()  # linear maps alone ignore it
+        elif cond is None or isinstance(cond, Tensor):
             check_condition(x, cond, self.cond_channels)
             cond = () if cond is None else self.project(cond)
         else:

@@ -91,8 +91,9 @@ class FusedConditioner(nn.Module):
         subnet = _with_plain_weights(copy_of(subnet).to("cpu", WIDE).eval())
         own = set(subnet.modules())  # others among the layers are 1x1 convolutions that have become nn.Linear
         convolves = any(isinstance(module, CONVOLUTIONS) for module in own)
-        self.of_vectors = not convolves and any(isinstance(module, nn.Linear) for module in own)
         layers = list(flat(subnet))
+        # Inside of a module that we do not know it may well treat the channels of maps.
+        self.of_vectors = not convolves and any(type(layer) is nn.Linear and layer in own for layer in layers)
         if convolves:  # maps pass an nn.Linear of its own by their last dimension
             layers = [nn.Sequential(v) if type(v) is nn.Linear and v in own else v for v in layers]
         layers = joined(layers)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops.checks import check_features, check_int, compute_dtype
 from usf_kernels.ops.function import Function
+from usf_kernels.ops.native import somebody_looks
 
 if TYPE_CHECKING:
     from usf_kernels.nn.tape import Tape
@@ -42,6 +43,8 @@ class Permutation(Fusible, nn.Module):
         seed: for the permutation; None draws from torch's global generator of the CPU.
 
     The permutation and its inverse are buffers and travel with the state_dict: `y[:, i] = x[:, index[i]]`.
+    Averages of models with their buffers (`AveragedModel(use_buffers=True)`) round means of integers down;
+    in evaluation mode, and when it is saved, it is again what it was before.
     `forward(x, cond=None) -> (y, 0)` and `inverse(y, cond=None) -> (x, 0)` take (B, C, *spatial); `cond` is
     ignored.
 
@@ -60,21 +63,73 @@ class Permutation(Fusible, nn.Module):
         index = torch.randperm(channels, generator=generator, device="cpu").to(torch.get_default_device())
         self.register_buffer("index", index)
         self.register_buffer("inverse_index", torch.argsort(index))
+        self._remember()
+
+    @classmethod
+    def of(cls, index: Tensor) -> Permutation:
+        """The permutation `y[:, i] = x[:, index[i]]`, of index (C,) int64.
+
+        Raises:
+            ValueError: an index that is no permutation.
+        """
+        if index.ndim != 1 or not _is_permutation(index):
+            raise ValueError(f"index: expected a permutation, found {index.tolist()}")
+        permutation = cls(len(index), seed=0).to(index.device)
+        permutation.index.copy_(index)
+        permutation.inverse_index.copy_(torch.argsort(index))
+        permutation._remember()
+        return permutation
+
+    def order(self) -> tuple[Tensor, Tensor]:
+        """The index and its inverse, (C,) int64 each."""
+        if not somebody_looks():
+            # In training DistributedDataParallel writes it at every step, and to look at it would be to wait.
+            self._restore(look=not self.training)
+        return self.index, self.inverse_index
+
+    def _remember(self) -> None:
+        """The index as it is now, which nobody averages."""
+        self._remembered = self.index.detach().clone()
+        self._version = None if self.index.is_inference() else self.index._version
+
+    @torch.no_grad()
+    def _restore(self, *, look: bool) -> None:
+        if self.index.is_meta or self.index.is_inference() or self.index._version == self._version:
+            return
+        if look and not _is_permutation(self.index):
+            self.index.copy_(self._remembered)
+            self.inverse_index.copy_(torch.argsort(self.index))
+        self._remember()
+
+    def _save_to_state_dict(self, *args: object) -> None:
+        self._restore(look=True)
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *args: object) -> None:
+        super()._load_from_state_dict(state, prefix, *args)
+        if not self.index.is_meta and not _is_permutation(self.index):
+            args[-1].append(f"{prefix}index: expected a permutation of {self.channels} channels")
+        self._remember()
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (y, 0)."""
         check_features("x", x, self.channels)
-        return _Gather.apply(x, self.index, self.inverse_index), x.new_zeros((), dtype=compute_dtype(x))
+        return _Gather.apply(x, *self.order()), x.new_zeros((), dtype=compute_dtype(x))
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo: (x, 0)."""
         check_features("z", z, self.channels)
-        return _Gather.apply(z, self.inverse_index, self.index), z.new_zeros((), dtype=compute_dtype(z))
+        return _Gather.apply(z, *self.order()[::-1]), z.new_zeros((), dtype=compute_dtype(z))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
         """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
-        return z.index_select(1, self.inverse_index), grad_z.index_select(1, self.inverse_index)
+        _, back = self.order()
+        return z.index_select(1, back), grad_z.index_select(1, back)
 
     def extra_repr(self) -> str:
         """Channels, for print."""
         return f"{self.channels}"
+
+
+def _is_permutation(index: Tensor) -> bool:
+    return torch.equal(index.sort().values, torch.arange(len(index), device=index.device))

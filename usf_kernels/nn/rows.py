@@ -13,7 +13,7 @@ from torch import Tensor
 
 from usf_kernels import _core
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.native import LARGEST_CLAMP, somebody_looks, threads_over
+from usf_kernels.ops.native import LARGEST_CLAMP, is_memory, somebody_looks, threads_over
 from usf_kernels.ops.rows import add_rows, affine_rows, runs_kernels, select_rows
 
 
@@ -88,7 +88,10 @@ def affine_(
 
 def _in_extension(rows: Tensor) -> bool:
     return (
-        rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16) and not somebody_looks()
+        rows.device.type == "cpu"
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and is_memory(rows)
+        and not somebody_looks()
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def additive_gradients(grad: Tensor, split: int, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,8 @@ class Function(torch.autograd.Function):
 
     PyTorch inspects the signature of such a `forward` and binds the arguments to it at every call, which
     takes longer than a kernel on a small map. Where no compiler or transform would see the call, it is made
-    of the same functions in the older form, with one `forward` that has a context.
+    of the same functions in the older form, with one `forward` that has a context. Forward-mode AD goes
+    through the operations of `forward`.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -42,6 +44,8 @@ class Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
         """The results, with a node in autograd's graph."""
+        if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+            return cls.forward(*arguments)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*arguments)
         return cls._plain.apply(*arguments)

@@ -59,9 +59,9 @@ class _AffineCoupling(Function):
         out = promoted_dtype(x, params)
         passive, active = x.split([split, x.shape[1] - split], dim=1)
         tanh, shift = _tanh_and_shift(x, params, split)
-        log_scale = tanh.mul_(-clamp if inverse else clamp)
+        log_scale = tanh * (-clamp if inverse else clamp)
         log_det = log_scale.sum(dim=tuple(range(1, x.ndim)))
-        active, scale = active.to(shift.dtype), log_scale.exp_()
+        active, scale = active.to(shift.dtype), log_scale.exp()
         active = (active - shift) * scale if inverse else torch.addcmul(shift, active, scale)
         return torch.cat([passive.to(out), active.to(out)], dim=1), log_det
 
