@@ -37,6 +37,15 @@ def test_outputs_are_checked_before_the_work(checkpoint, folder, tmp_path, monke
     assert error.endswith(f"{tmp_path / 'none'}: No such folder\n")
 
 
+def test_export_leaves_its_checkpoint_alone(checkpoint, tmp_path, capsys):
+    before = checkpoint.read_bytes()
+    other = tmp_path / "link.onnx"
+    other.symlink_to(checkpoint)
+    for path in (checkpoint, other):
+        assert "is the checkpoint itself" in fails(capsys, "export", checkpoint, path)
+    assert checkpoint.read_bytes() == before
+
+
 def test_export_refuses_what_predict_refuses(tmp_path, capsys):
     save_checkpoint(tmp_path / "density.pt", USFlow(4, blocks=1))
     error = fails(capsys, "export", tmp_path / "density.pt", tmp_path / "x.onnx")

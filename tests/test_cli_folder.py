@@ -1,6 +1,7 @@
 """Training and evaluation on folders."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,13 +11,13 @@ import torch
 pytest.importorskip("PIL")
 
 import cli_toys
-from cli_toys import fails
+from cli_toys import fails, without_warnings
 from PIL import Image
-from toy import ToyDetector
+from toy import BrightRegion, ToyDetector
 
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.cli import main
-from usf_kernels.cli.folder import MODELS
+from usf_kernels.cli.train import MODELS
 
 toy_models, checkpoint, folder = cli_toys.toy_models, cli_toys.checkpoint, cli_toys.folder  # fixtures
 
@@ -146,9 +147,12 @@ def test_an_interrupted_training_says_how_to_go_on(train_words, monkeypatch, cap
 
     monkeypatch.setattr(ToyDetector, "loss", interrupted)
     assert main([*train_words, "--epochs", "2"]) == 130
-    assert capsys.readouterr().err == "usf-kernels: interrupted: continue with --resume\n"
+    said = capsys.readouterr()
+    assert without_warnings(said.err) == "usf-kernels: interrupted: continue with --resume\n"
+    assert "5 images to train on, 1 held out; cpu" in said.out
+    assert "a threshold calibrated on 1 images is a guess" in said.err
     assert main([*train_words, "--epochs", "2"]) == 130  # at the first step: there is nothing to resume
-    assert capsys.readouterr().err == "usf-kernels: interrupted\n"
+    assert without_warnings(capsys.readouterr().err) == "usf-kernels: interrupted\n"
 
 
 def test_evaluate_says_where_it_wrote_and_what_nan_means(checkpoint, folder, tmp_path, capsys):
@@ -158,7 +162,7 @@ def test_evaluate_says_where_it_wrote_and_what_nan_means(checkpoint, folder, tmp
     assert main(["evaluate", str(checkpoint), str(folder), "--output", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "nan: needs clean and defective images" in printed
-    assert f"results.json and panel.png in {out}" in printed
+    assert f"results.json, images.csv and panel.png in {out}" in printed
 
 
 def test_a_missing_extra_says_what_to_install(folder, tmp_path, monkeypatch, capsys):
@@ -176,7 +180,7 @@ def test_evaluation_needs_a_size(folder, tmp_path, capsys):
 
 
 def test_what_cannot_be_calibrated_is_found_before_training(train_words, tmp_path, capsys, monkeypatch):
-    def refuse(self, features):
+    def refuse(self, features, **options):
         raise ValueError("features: expected more of them")
 
     monkeypatch.setattr(ToyDetector, "calibrate", refuse)
@@ -213,3 +217,73 @@ def test_seeds_are_checked(train_words, capsys, option, value, said):
     with pytest.raises(SystemExit):
         main([*train_words, option, value])
     assert said in capsys.readouterr().err
+
+
+def test_evaluate_counts_images_by_kind(checkpoint, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["evaluate", str(checkpoint), str(folder), "--output", str(out)]
+    assert main(words) == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["dent", "2", "2", "(100%)", "0.980"] in said
+    assert ["good", "2", "0", "(0%)"] in [words[:4] for words in said]
+    rows = (out / "images.csv").read_text().splitlines()
+    assert rows[0] == "image,kind,score,anomalous,regions"
+    assert len(rows) == 5
+    assert main([*words, "--log-epsilon", "-100"]) == 0
+    assert ["dent", "2", "0", "(0%)", "0.980"] in [
+        line.split() for line in capsys.readouterr().out.splitlines()
+    ]
+
+
+def test_evaluation_without_masks_is_of_images(checkpoint, folder, tmp_path, capsys):
+    shutil.rmtree(folder / "ground_truth")
+    out = tmp_path / "out"
+    assert main(["evaluate", str(checkpoint), str(folder), "--output", str(out)]) == 0
+    assert "nan: needs masks, in" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert (results["image_auroc"], results["false_alarms_per_clean_image"]) == (1.0, 0.0)
+    assert results["pixel_auroc"] is results["aupro"] is results["miou_automatic"] is None
+
+
+def test_more_false_alarms_than_promised_are_said(checkpoint, folder, capsys, monkeypatch):
+    predict = ToyDetector.predict
+
+    def everywhere(self, images, **options):
+        return predict(self, images, **options)._replace(regions=[[BrightRegion(-1.0)] * 3] * len(images))
+
+    monkeypatch.setattr(ToyDetector, "predict", everywhere)
+    assert main(["evaluate", str(checkpoint), str(folder)]) == 0
+    assert "3.0 false alarms per clean image are more than the threshold promises" in capsys.readouterr().err
+
+
+def test_the_threshold_of_other_images(checkpoint, folder, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def calibrate(self, features, *, false_alarms):
+        seen.append((len(features[0]), false_alarms))
+        self.level.fill_(0.5)
+
+    monkeypatch.setattr(ToyDetector, "calibrate", calibrate)
+    normal, new = folder / "train" / "good", tmp_path / "new.pt"
+    words = ["calibrate", str(checkpoint), str(normal), "--false-alarms", "0.02"]
+    assert main([*words, "--output", str(new)]) == 0
+    assert "calibrated on 6 images, 0.02 false alarms in each" in capsys.readouterr().out
+    assert seen == [(6, 0.02)]
+    assert load_checkpoint(new).level == 0.5
+    assert read_checkpoint(new)["extra"] == {"image_size": [20, 16]}
+    assert load_checkpoint(checkpoint).level == 0.75
+    assert main(words) == 0  # in place
+    assert load_checkpoint(checkpoint).level == 0.5
+    assert "nothing: no such folder" in fails(capsys, "calibrate", checkpoint, tmp_path / "nothing")
+    with pytest.raises(SystemExit):
+        main([*words[:3], "--false-alarms", "0"])
+    assert "must be a positive number, not 0" in capsys.readouterr().err
+
+
+def test_checkpoints_of_a_run_have_no_threshold_yet(train_words, tmp_path, capsys):
+    assert main(train_words) == 0
+    levels = {name: load_checkpoint(tmp_path / "run" / f"{name}.pt").level for name in ("last", "model")}
+    assert levels == {"last": 0.0, "model": 0.75}
+    capsys.readouterr()
+    run = tmp_path / "run" / "last.pt"
+    assert "holds a run to be resumed" in fails(capsys, "calibrate", run, tmp_path / "widgets/train/good")

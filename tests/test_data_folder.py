@@ -1,11 +1,13 @@
 """Folders of images and their masks, and images of every kind."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from usf_kernels.data import FolderDataset, read_image
+from usf_kernels.data import FolderDataset, ImageFiles, read_image
 from usf_kernels.data.folder import resize_mask
 from usf_kernels.max_tree import component_tree
 
@@ -214,3 +216,34 @@ def test_white_may_be_zero_in_a_tiff_of_16_bits(tmp_path):
     assert Image.open(tmp_path / "a.tif").tag_v2[262] == 0
     expected = 1 - values / np.float32(65535)
     assert np.allclose(read_image(tmp_path / "a.tif")[0], expected, atol=1e-6)
+
+
+def test_images_of_twelve_bits_are_told(tmp_path):
+    values = np.random.default_rng(0).integers(300, 4096, (9, 8), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "dark.png")
+    with pytest.warns(UserWarning, match="multiply those of a camera of 12 bits by 16"):
+        read_image(tmp_path / "dark.png")
+    Image.fromarray(16 * values).save(tmp_path / "bright.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / "bright.png")
+
+
+def test_files_that_are_no_images_say_so(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a.png: cannot be read as an image \(no image of a format that"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_folder_of_images(tmp_path):
+    for name in "ab":
+        Image.fromarray(np.full((9, 8, 3), 255, np.uint8)).save(tmp_path / f"{name}.png")
+    data = ImageFiles(tmp_path, size=(4, 6))
+    assert len(data) == 2
+    assert data[1].image.shape == (3, 4, 6)
+    assert (data[1].label, data[1].kind, data[1].mask.any()) == (0, "good", False)
+    with pytest.raises(ValueError, match="no such folder"):
+        ImageFiles(tmp_path / "c")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        ImageFiles(tmp_path / "d")

@@ -110,10 +110,14 @@ def test_an_outline_is_inside_its_mask_and_closed_at_the_border():
     image = np.full((6, 7, 3), 9, np.uint8)
     mask = np.zeros((6, 7), bool)
     mask[2:, 1:5] = True
-    drawn = (plotting.outlined(image, mask) != 9).any(-1)
+    drawn = plotting.outlined(image, mask)
     assert (image == 9).all()
-    mask[3:5, 2:4] = False
-    assert np.array_equal(drawn, mask)
+    inside = np.zeros_like(mask)
+    inside[3:5, 2:4] = True
+    colour = np.frombuffer(bytes.fromhex(plotting.FOUND[1:]), np.uint8)
+    assert np.array_equal((drawn == colour).all(-1), mask & ~inside)
+    assert np.array_equal((drawn == (0.75 * 9 + 0.25 * colour).astype(np.uint8)).all(-1), inside)
+    assert (drawn[~mask] == 9).all()
     assert np.array_equal(plotting.outlined(image, np.zeros_like(mask)), image)
 
 

@@ -63,17 +63,17 @@ class ToyDetector(ToyFlow):
         with torch.no_grad():
             self.bias.copy_(-features[0].mean((0, 2, 3)))
 
-    def calibrate(self, features):
+    def calibrate(self, features, *, false_alarms=0.1):
         self.level.fill_(0.75)
 
     def fuse(self, dtype=None):
         return self
 
     @torch.no_grad()
-    def predict(self, images):
+    def predict(self, images, *, log_epsilon=0.0):
         bright = images.mean(1, keepdim=True)
         log_nfa = 10 * (self.level - bright)
-        mask = log_nfa <= 0
+        mask = log_nfa <= log_epsilon
         regions = [
             [BrightRegion(log_nfa[i].min().item())] if mask[i].any() else [] for i in range(len(images))
         ]

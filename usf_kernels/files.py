@@ -100,7 +100,7 @@ def remove_leftovers(folder: str | Path, names: Sequence[str]) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically; NaN and infinities, which JSON lacks, become null."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with atomic_write(path) as file:
         file.write(text.encode())
 

@@ -24,7 +24,7 @@ def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor
         predictions: one `Prediction` for the whole set, or one per batch in order, with `score` (B,),
             `anomaly_map` (B, 1, H, W), `mask` (B, 1, H, W) and `regions` (a list per image).
         targets: ground truth, True where defective: one (N, 1, H, W) tensor, or one per batch. An image with
-            any such pixel is anomalous.
+            any such pixel is anomalous. Or (N,), of images alone; what needs pixels is NaN then.
 
     Returns:
         `image_auroc`, `image_ap`, `image_f1_max`, the same three of pixels (`pixel_auroc`, ...), `aupro` (up
@@ -41,22 +41,33 @@ def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor
     maps = _concatenate([batch.anomaly_map for batch in batches], np.float64)
     masks = _concatenate([batch.mask for batch in batches], bool)
     regions = [found for batch in batches for found in batch.regions]
-    if not (maps.shape == masks.shape == truth.shape and len(scores) == len(regions) == len(truth)):
+    pixels = truth.shape if truth.ndim > 1 else maps.shape
+    if not (maps.shape == masks.shape == pixels and len(scores) == len(regions) == len(truth)):
         raise ValueError(
             f"targets of shape {truth.shape} do not match predictions with {len(scores)} scores, maps "
             f"{maps.shape}, masks {masks.shape} and regions of {len(regions)} images"
         )
     anomalous = truth.reshape(len(truth), -1).any(1)
     clean_alarms = [len(found) for found, bad in zip(regions, anomalous, strict=True) if not bad]
-    found = {}
-    for name, pair in (("image", (scores, anomalous)), ("pixel", (maps, truth))):
-        found |= {f"{name}_auroc": auroc(*pair), f"{name}_ap": average_precision(*pair)}
-        found[f"{name}_f1_max"] = f1_max(*pair)[0]
-    return found | {
-        "aupro": aupro(maps, truth),
-        "miou_automatic": mean_iou(masks, truth),
-        "miou_oracle": oracle_mean_iou(maps, truth)[0],
-        "false_alarms_per_clean_image": float(np.mean(clean_alarms)) if clean_alarms else float("nan"),
+    found = _ranked("image", scores, anomalous)
+    if truth.ndim == 1:
+        names = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "miou_automatic", "miou_oracle")
+        found |= dict.fromkeys(names, float("nan"))
+    else:
+        found |= _ranked("pixel", maps, truth) | {
+            "aupro": aupro(maps, truth),
+            "miou_automatic": mean_iou(masks, truth),
+            "miou_oracle": oracle_mean_iou(maps, truth)[0],
+        }
+    alarms = float(np.mean(clean_alarms)) if clean_alarms else float("nan")
+    return found | {"false_alarms_per_clean_image": alarms}
+
+
+def _ranked(name: str, scores: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    return {
+        f"{name}_auroc": auroc(scores, truth),
+        f"{name}_ap": average_precision(scores, truth),
+        f"{name}_f1_max": f1_max(scores, truth)[0],
     }
 
 

@@ -172,18 +172,19 @@ def heat_map(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.n
         from matplotlib import colormaps
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'usf-kernels[demo]'") from error
-    scaled = np.clip((values - low) / (high - low), 0, 1)
-    return (colormaps["magma"](scaled)[..., :3] * 255).round().astype(np.uint8)
+    colours = (colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    return colours[np.clip((values - low) * (256 / (high - low)), 0, 255).astype(np.uint8)]
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw the border of a mask, bool (H, W), into an image, uint8 (H, W, 3): a copy of the image."""
+    """Draw a mask, bool (H, W), into an image, uint8 (H, W, 3): tinted, within its border. A copy."""
     width = max(1, round(min(mask.shape) / 200))
     outside = functional.pad(torch.from_numpy(~mask).float()[None], (width,) * 4, value=1.0)
     for kernel in ((2 * width + 1, 1), (1, 2 * width + 1)):
         outside = functional.max_pool2d(outside, kernel, stride=1)
-    drawn = image.copy()
-    drawn[mask & (outside[0].numpy() > 0)] = list(bytes.fromhex(FOUND[1:]))
+    drawn, colour = image.copy(), np.frombuffer(bytes.fromhex(FOUND[1:]), np.uint8)
+    drawn[mask] = (0.75 * drawn[mask] + 0.25 * colour).astype(np.uint8)
+    drawn[mask & (outside[0].numpy() > 0)] = colour
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""The command `usf-kernels`: demo, train, evaluate, predict, export, bench, doctor.
+"""The command `usf-kernels`: demo, train, evaluate, calibrate, predict, export, bench, doctor.
 
 Commands import what they need when they run, so that the help and `doctor` are quick and work in an
 installation without extras. An error that a user can mend is one line on stderr and exit code 2; set
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from usf_kernels import __version__
-from usf_kernels.cli import bench, demo, doctor, export, folder, predict
+from usf_kernels.cli import bench, calibrate, demo, doctor, evaluate, export, predict, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,8 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         demo.add_parser,
-        folder.add_train,
-        folder.add_evaluate,
+        train.add_parser,
+        evaluate.add_parser,
+        calibrate.add_parser,
         predict.add_parser,
         export.add_parser,
         bench.add_parser,

@@ -33,6 +33,8 @@ def export(options: argparse.Namespace) -> int:
     from usf_kernels.models import export_onnx
 
     check_writable(options.output)
+    if options.output.exists() and options.output.samefile(options.checkpoint):
+        raise ValueError(f"{options.output}: is the checkpoint itself, which would be lost")
     model = load_detector(options)
     size = size_of_images(options, required=True)
     with progress(None, "tracing and checking"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
 
+    from usf_kernels.data import Sample
     from usf_kernels.models.feature_flow import FeatureFlow
 
 METRICS = {
@@ -29,6 +33,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return value
 
 
 def seed(text: str) -> int:
@@ -92,6 +107,17 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_log_epsilon(parser: argparse.ArgumentParser) -> None:
+    """`--log-epsilon`, for commands that segment."""
+    parser.add_argument(
+        "--log-epsilon",
+        type=float,
+        default=0.0,
+        help="regions count from this log10 of the number of false alarms on: -2 reports less, 1 more; "
+        "default: %(default)g",
+    )
+
+
 def pick_device(name: str, option: str = "--device") -> torch.device:
     """The device that this option means; "gpu" is what Lightning takes for one.
 
@@ -141,9 +167,31 @@ def load_for_inference(options: argparse.Namespace) -> tuple[FeatureFlow, torch.
     """
     import torch
 
+    from usf_kernels.ops.products import MULTIPLIES_BFLOAT16
+
     device = pick_device(options.device)
     model = load_detector(options, device)
+    if options.precision == "bf16-true" and device.type == "cpu" and not MULTIPLIES_BFLOAT16:
+        warn("--precision bf16-true: this processor has no units for bfloat16, it is slower here")
     return model.fuse(torch.bfloat16 if options.precision == "bf16-true" else None), device
+
+
+def features_of(
+    model: nn.Module, data: Dataset[Sample], device: torch.device, batch_size: int
+) -> list[Tensor]:
+    """The frozen backbone's maps of all images, computed once: training then costs the flow alone."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    model.to(device)
+    parts = []
+    with torch.no_grad(), progress(len(data), "features") as advance:
+        for batch in DataLoader(data, batch_size=batch_size):
+            parts.append([maps.cpu() for maps in model.features(batch.image.to(device))])
+            for _ in batch.image:
+                advance()
+    model.cpu()
+    return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from usf_kernels.cli.options import (
     add_checkpoint,
     add_inference,
+    add_log_epsilon,
     image_size,
     load_for_inference,
     positive,
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> None:
         "predict",
         help="write anomaly maps and masks of images",
         description="For every image writes NAME_map.npy (float32 anomaly map), NAME_map.png (as a heat "
-        "map), NAME_log_nfa.npy, NAME_mask.png and NAME_overlay.png (the image with the mask's outline), all "
+        "map), NAME_log_nfa.npy, NAME_mask.png and NAME_overlay.png (the image with the mask in it), all "
         "in the image's own size. predictions.json has for every image: image (the file), name (NAME), score "
         "(in [0, 1]), anomalous (whether there is a region), and regions, the most significant first: "
         "log_nfa, image_box (top, left, bottom, right in pixels of the image, half open), and box, area, "
@@ -49,6 +50,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="default: %(default)s")
     parser.add_argument("--image-size", type=image_size, help="size to predict at; default: the training's")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
+    add_log_epsilon(parser)
     add_inference(parser)
     parser.set_defaults(run=predict)
 
@@ -113,7 +115,7 @@ def _predictions(
         if not batch:
             continue
         resized = images if size is None else [resize_image(image, size) for image in images]
-        predictions = model.predict(torch.stack(resized).to(device))
+        predictions = model.predict(torch.stack(resized).to(device), log_epsilon=options.log_epsilon)
         for i, (name, path) in enumerate(batch):
             prediction = type(predictions)(*(values[i : i + 1] for values in predictions))
             picture = (255 * images[i]).round().byte().permute(1, 2, 0).numpy()
@@ -188,7 +190,7 @@ def _write(folder: Path, name: str, prediction: Any, picture: np.ndarray) -> Non
             file.write(buffer.getbuffer())
     for label, picture in pictures.items():
         with atomic_write(folder / f"{name}_{label}.png", durable=False) as file:
-            Image.fromarray(picture).save(file, format="PNG")
+            Image.fromarray(picture).save(file, format="PNG", compress_level=1)  # more takes most of the time
 
 
 def _resized(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Any:

@@ -1,7 +1,7 @@
 """Images to train and test on: embedded textures with rendered defects, and folders in MVTec layout."""
 
 from usf_kernels.data.defects import DEFECTS, render_defect
-from usf_kernels.data.folder import FolderDataset, open_image, read_image, resize_image
+from usf_kernels.data.folder import FolderDataset, ImageFiles, open_image, read_image, resize_image
 from usf_kernels.data.sample import Sample
 from usf_kernels.data.textures import TEXTURES, TextureDataset, texture
 
@@ -9,6 +9,7 @@ __all__ = [
     "DEFECTS",
     "TEXTURES",
     "FolderDataset",
+    "ImageFiles",
     "Sample",
     "TextureDataset",
     "open_image",

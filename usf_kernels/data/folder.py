@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 NORMAL = ("good", "ok")  # names of the folders of normal images; the second is BTAD's
+TWELVE_BITS = 4095
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF's tag
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # formats that keep values
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -43,6 +46,12 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
     if picture.mode.startswith("I") or picture.mode == "F":  # convert() would clip these at 255
         white = 1 if picture.mode == "F" else 65535
         grey = np.array(picture, dtype=np.float32)
+        if white == 65535 and 255 < grey.max() <= TWELVE_BITS:
+            warnings.warn(
+                f"an image of 16 bits has values up to {TWELVE_BITS} at most, and is dark: multiply those of "
+                "a camera of 12 bits by 16",
+                stacklevel=2,
+            )
         if not (grey.min() >= 0 and grey.max() <= white):  # nor NaN
             raise ValueError(
                 f"{path}: expected values from 0 to {white} in an image of mode {picture.mode}, "
@@ -75,7 +84,7 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
         ValueError: naming the file, when it is missing or cannot be read as an image.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install 'usf-kernels[train]'") from error
     try:
@@ -88,7 +97,9 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        known = not isinstance(error, UnidentifiedImageError)  # which says it with the address of an object
+        reason = error if known else "no image of a format that Pillow knows"
+        raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
 
 
 def is_image(path: Path) -> bool:
@@ -117,6 +128,36 @@ def resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return resized | (functional.adaptive_max_pool2d(lost[None].float(), tuple(size)) > 0.5)
 
 
+class ImageFiles(Dataset[Sample]):
+    """The images in a folder, all of them normal.
+
+    Args:
+        folder: holds them.
+        size: as of `FolderDataset`.
+
+    Raises:
+        ValueError: naming the folder, when it is missing or holds no image; naming the file, when an image
+            cannot be read. Files are opened when an item is read.
+        TypeError, ValueError: a bad size.
+    """
+
+    def __init__(self, folder: str | Path, *, size: int | tuple[int, int] | None = 256) -> None:
+        self.size = None if size is None else check_size(size)
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        self.files = images_in(Path(folder).iterdir())
+        if not self.files:
+            raise ValueError(f"{folder}: holds no image")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = read_image(self.files[index], self.size)
+        mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+        return Sample(image, mask, 0, str(self.files[index]), NORMAL[0])
+
+
 class FolderDataset(Dataset[Sample]):
     """One category of MVTec AD, VisA (in its MVTec form), BTAD, or any folder laid out like them.
 
@@ -125,6 +166,7 @@ class FolderDataset(Dataset[Sample]):
         split: "train" or "test".
         size: (height, width), or one number for a square, to which images are resized; masks go along
             (`resize_mask`). None keeps each image's own size, and then only batches of one collate.
+        masks: whether defects have masks; without, all masks are empty, and labels and kinds tell defects.
 
     Raises:
         ValueError: naming the folder, when it is missing or holds no image; naming the file, when an image
@@ -134,11 +176,16 @@ class FolderDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, root: str | Path, split: str = "train", *, size: int | tuple[int, int] | None = 256
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        size: int | tuple[int, int] | None = 256,
+        masks: bool = True,
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
-        self.root, self.split = Path(root), split
+        self.root, self.split, self.masks = Path(root), split, masks
         self.size = None if size is None else check_size(size)
         if not self.root.is_dir():
             raise ValueError(f"{self.root}: no such folder")
@@ -169,7 +216,7 @@ class FolderDataset(Dataset[Sample]):
         image = read_image(path)
         own = tuple(image.shape[1:])
         size = own if self.size is None else self.size
-        if kind in NORMAL:
+        if kind in NORMAL or not self.masks:
             mask = torch.zeros(1, *size, dtype=torch.bool)
         else:
             mask = self._mask(path, kind, own, size)
@@ -184,7 +231,8 @@ class FolderDataset(Dataset[Sample]):
 
     def _mask(self, path: Path, kind: str, own: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         folder = self.root / "ground_truth" / kind
-        candidates = [folder / f"{path.stem}{end}" for end in ("_mask.png", ".png", "_mask.bmp", ".bmp")]
+        ends = [f"{before}{suffix}" for suffix in MASK_SUFFIXES for before in ("_mask", "")]
+        candidates = [folder / f"{path.stem}{end}" for end in ends]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
             raise ValueError(f"{candidates[0]}: no such mask for {path}")

@@ -1,38 +1,31 @@
-"""`usf-kernels train FOLDER` and `usf-kernels evaluate CHECKPOINT FOLDER`, for folders in MVTec layout."""
+"""`usf-kernels train FOLDER`: a model of the normal images of a folder in MVTec layout."""
 
 from __future__ import annotations
 
 import argparse
-import math
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usf_kernels.cli.options import (
-    METRICS,
-    add_checkpoint,
-    add_inference,
+    features_of,
     image_size,
-    load_for_inference,
     pick_device,
     positive,
-    print_table,
-    progress,
+    positive_number,
     seed,
-    size_of_images,
+    warn,
 )
 from usf_kernels.optimization import PRECISIONS
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
     from usf_kernels.data import FolderDataset
 
-
+FEW = 10  # held-out images on which no threshold should rest
 MODELS = {"fastflow": "FastFlow", "uflow": "UFlow", "cflow": "CFlow"}  # to their names in usf_kernels.models
 
 
-def add_train(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Declare `train`."""
     parser = commands.add_parser(
         "train",
@@ -71,6 +64,13 @@ def add_train(commands: Any) -> None:
         "--held-out", type=float, default=0.2, help="share of the images; default: %(default)s"
     )
     parser.add_argument(
+        "--false-alarms",
+        type=positive_number,
+        default=0.1,
+        help="regions that a normal image may show on average, which the threshold is calibrated to; "
+        "default: %(default)s",
+    )
+    parser.add_argument(
         "--checkpoint-every",
         type=positive,
         help="steps between two states to resume from; default: a minute. An epoch ends with one in any case",
@@ -102,14 +102,7 @@ def train(options: argparse.Namespace) -> int:
     from usf_kernels.training import CachedFeatures, fit
 
     data = FolderDataset(options.folder, "train", size=options.image_size)
-    if not 0 < options.held_out < 1:
-        raise ValueError(f"--held-out must lie between 0 and 1, not {options.held_out}")
-    held_out = max(1, round(options.held_out * len(data)))
-    if len(data) - held_out < 2:
-        raise ValueError(
-            f"{options.folder}: {len(data)} normal images, {held_out} of them held out, are too few: "
-            "at least 2 must be left to train on"
-        )
+    held_out = _held_out(options, data)
     device = pick_device(options.accelerator, "--accelerator")
     torch.manual_seed(options.seed)  # of the initial weights
     backbone = models.create_backbone(options.backbone, weights=options.weights)
@@ -135,11 +128,16 @@ def train(options: argparse.Namespace) -> int:
     fit(model, range(len(data) - held_out), range(held_out), dry_run=True, **run)
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    features = _features(model, data, device, options.batch_size)
+    if rank_zero_only.rank == 0:
+        print(f"{options.folder}: {len(data) - held_out} images to train on, {held_out} held out; {device}")
+        if held_out < FEW:
+            warn(f"a threshold calibrated on {held_out} images is a guess: {FEW} or more should be held out")
+    features = features_of(model, data, device, options.batch_size)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))
     model.initialize(rest)
-    model.calibrate([maps[:8] for maps in held])  # what is wrong with them is not found out after training
+    # What is wrong with them is not found out after training; checkpoints until then have no threshold.
+    deepcopy(model).calibrate([maps[:8] for maps in held])
     state = options.output / "last.pt"
     if state.exists() and not options.resume and rank_zero_only.rank == 0:
         print(f"{options.output}: the run there is replaced; --resume would have continued it")
@@ -153,7 +151,7 @@ def train(options: argparse.Namespace) -> int:
     if rank_zero_only.rank != 0:  # of several processes, one writes
         return 0
     model = model.cpu()
-    model.calibrate(held)
+    model.calibrate(held, false_alarms=options.false_alarms)
     save_checkpoint(options.output / "model.pt", model, extra=extra | {"folder": str(options.folder)})
     print(
         f"{options.output / 'model.pt'}: epoch {history.best_epoch} of {len(history.rows)}, "
@@ -162,79 +160,14 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _features(model: nn.Module, data: FolderDataset, device: torch.device, batch_size: int) -> list[Tensor]:
-    """The frozen backbone's maps of all images, computed once: training then costs the flow alone."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    model.to(device)
-    parts = []
-    with torch.no_grad(), progress(len(data), "features") as advance:
-        for batch in DataLoader(data, batch_size=batch_size):
-            parts.append([maps.cpu() for maps in model.features(batch.image.to(device))])
-            for _ in batch.image:
-                advance()
-    model.cpu()
-    return [torch.cat(maps) for maps in zip(*parts, strict=True)]
-
-
-def add_evaluate(commands: Any) -> None:
-    """Declare `evaluate`."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure a trained model on the test images of a folder",
-        description="Measure a checkpoint on FOLDER/test/<kind> with masks in FOLDER/ground_truth/<kind>.",
-    )
-    add_checkpoint(parser)
-    parser.add_argument("folder", type=Path, help="holds test and ground_truth")
-    parser.add_argument(
-        "--output", type=Path, help="folder for results.json and panel.png; default: only print"
-    )
-    parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
-    parser.add_argument("--image-size", type=image_size, help="256 or HxW; default: the training's")
-    add_inference(parser)
-    parser.set_defaults(run=evaluate)
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """Print the metrics of a model on a folder; returns the exit code."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    from usf_kernels import metrics
-    from usf_kernels.data import FolderDataset
-    from usf_kernels.files import make_folder, write_json
-
-    model, device = load_for_inference(options)
-    size = size_of_images(options, required=True)
-    data = FolderDataset(options.folder, "test", size=size)
-    if options.output is not None:
-        make_folder(options.output)
-    samples, predictions = [], []
-    with progress(len(data), "predicting") as advance:
-        for batch in DataLoader(data, batch_size=options.batch_size):
-            predictions.append(model.predict(batch.image.to(device)))
-            samples.append(batch)
-            for _ in batch.image:
-                advance()
-    found = metrics.evaluate(predictions, [batch.mask for batch in samples])
-    print_table(
-        f"{options.checkpoint} on {options.folder}", METRICS.values(), [[found[key] for key in METRICS]]
-    )
-    if any(math.isnan(value) for value in found.values()):
-        print(f"nan: needs clean and defective images, in {options.folder / 'test'}/good and beside it")
-    if options.output is not None:
-        from usf_kernels.plotting import Shown, panel, save_figure
-
-        write_json(options.output / "results.json", found)
-        figure = panel(
-            torch.cat([batch.image for batch in samples]),
-            torch.cat([batch.mask for batch in samples]),
-            Shown.of(predictions),
-            kinds=[kind for batch in samples for kind in batch.kind],
-            title=options.folder.name,
-            subtitle=f"pixel AUROC {found['pixel_auroc']:.3f}, automatic mIoU {found['miou_automatic']:.3f}",
+def _held_out(options: argparse.Namespace, data: FolderDataset) -> int:
+    """How many images to hold out."""
+    if not 0 < options.held_out < 1:
+        raise ValueError(f"--held-out must lie between 0 and 1, not {options.held_out}")
+    held_out = max(1, round(options.held_out * len(data)))
+    if len(data) - held_out < 2:
+        raise ValueError(
+            f"{options.folder}: {len(data)} normal images, {held_out} of them held out, are too few: "
+            "at least 2 must be left to train on"
         )
-        save_figure(figure, options.output / "panel.png")
-        print(f"results.json and panel.png in {options.output}")
-    return 0
+    return held_out

@@ -1,0 +1,62 @@
+"""`usf-kernels calibrate CHECKPOINT FOLDER`: the threshold of a trained model, from other normal images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from usf_kernels.cli.options import (
+    add_checkpoint,
+    features_of,
+    image_size,
+    load_detector,
+    pick_device,
+    positive,
+    positive_number,
+    size_of_images,
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Declare `calibrate`."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="fit the threshold of a model to other normal images",
+        description="Fit what is normal, and so the threshold, to the images in FOLDER: other ones than it "
+        "was trained on, made as those will be that it is used for. The flow stays as it is.",
+    )
+    add_checkpoint(parser)
+    parser.add_argument("folder", type=Path, help="of normal images")
+    parser.add_argument("--output", type=Path, help="the new checkpoint; default: in place of the old one")
+    parser.add_argument(
+        "--false-alarms",
+        type=positive_number,
+        default=0.1,
+        help="regions that each of them may show on average; default: %(default)s",
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument("--image-size", type=image_size, help="256 or HxW; default: the training's")
+    parser.add_argument("--device", default="auto", help="default: the fastest there is")
+    parser.set_defaults(run=calibrate)
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Write the checkpoint with its new threshold; returns the exit code."""
+    from usf_kernels.checkpoint import read_checkpoint, save_checkpoint
+    from usf_kernels.data import ImageFiles
+    from usf_kernels.files import check_writable
+
+    output = options.output or options.checkpoint
+    content = read_checkpoint(options.checkpoint)
+    if "training" in content and options.output is None:
+        raise ValueError(f"{options.checkpoint}: holds a run to be resumed; name another --output")
+    check_writable(output)
+    device = pick_device(options.device)
+    model, size = load_detector(options), size_of_images(options, required=True)
+    data = ImageFiles(options.folder, size=size)
+    features = features_of(model, data, device, options.batch_size)
+    model.calibrate(features, false_alarms=options.false_alarms)
+    save_checkpoint(output, model, extra=content["extra"] | {"image_size": list(size)})
+    print(f"{output}: calibrated on {len(data)} images, {options.false_alarms:g} false alarms in each")
+    return 0
