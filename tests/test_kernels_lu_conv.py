@@ -186,12 +186,3 @@ def test_empty_batches_have_zero_gradients():
             arguments = [t.nan_to_num().requires_grad_() for t in draw(shape)]
             grads = torch.autograd.grad(triton(*arguments).sum(), arguments)
             assert all(g.shape == a.shape and not g.any() for g, a in zip(grads, arguments, strict=True))
-
-
-def test_work_counts_triangles_once_and_skips_zeros():
-    x, lower, upper, bias = draw((2, 3, 5))
-    assert lu_conv.lu_matrix_work(lower, upper, False, torch.float32) == (4 * (3 + 6 + 9), 18)
-    assert lu_conv.lu_matrix_work(lower, upper, True, torch.bfloat16) == (4 * (3 + 6) + 2 * 9, 36)
-    applied = 4 * (30 + 9 + 3 + 30), 2 * 10 * 9
-    work = lu_conv.lu_conv1x1_work(x, lower, upper, bias, False)
-    assert work == (4 * 18 + applied[0], 18 + applied[1])

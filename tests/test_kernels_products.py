@@ -214,15 +214,6 @@ def test_are_torch_ops():
         torch.library.opcheck(torch.ops.usf_kernels.linear_squared_norm.default, (x, matrix, None))
 
 
-def test_work_counts_each_tensor_once():
-    x, matrix, bias = draw((2, 4, 3), outputs=5)
-    y = linear(x, matrix, bias)
-    assert products.linear_work(x, matrix, bias, None, y) == (4 * (24 + 20 + 5 + 30 + 30), 2 * 6 * 5 * 4)
-    assert products.linear_work(x, matrix.bfloat16(), None) == (4 * (24 + 10 + 30), 240)
-    assert linear_norm.linear_squared_norm_work(x, matrix, bias) == (4 * (24 + 20 + 5 + 6), 240 + 2 * 6 * 5)
-    assert outer_file.outer_work(y, x) == (4 * (30 + 24 + 20), 240)
-
-
 def test_errors():
     x = torch.ones(2, 3, 4)
     with pytest.raises(ValueError, match=r"matrix: expected shape \(N, C\) = \(N, 3\), found \(3, 2\)"):

@@ -25,12 +25,10 @@ def test_every_block_is_run_here():
 
 
 def test_segmentation_of_latents(capsys):
-    held_out_latents = [torch.randn(20, 4, 16, 16), torch.randn(20, 6, 8, 8)]
-    z1, z2 = torch.randn(2, 4, 16, 16), torch.randn(2, 6, 8, 8)
-    z1[0, :, 4:7, 4:7] += 9
-    names = run("import usf_kernels", {"z1": z1, "z2": z2, "held_out_latents": held_out_latents})
-    assert names["mask"][0, 0, 80, 80]
-    assert capsys.readouterr().out
+    names = run("# Here noise", {})
+    assert names["mask"][0, 0, 90, 90]
+    assert not names["mask"][1:].any()
+    assert "(10, 10, 14, 14)" in capsys.readouterr().out
 
 
 def fit_briefly(fit, *arguments, max_epochs, **options):
@@ -61,9 +59,9 @@ def test_a_model_and_its_inference_form(monkeypatch, tmp_path, graphs, capsys):
 
 
 def test_a_density_model():
-    names = run("flow =", {"usf": usf, "digits": torch.rand(3, 1, 28, 28)})
+    names = run("flow =", {"usf": usf, "torch": torch})
     assert names["loss"].isfinite()
-    assert names["log_density"].shape == (3,)
+    assert names["log_density"].shape == (16,)
 
 
 def test_an_existing_model(capsys):
@@ -73,7 +71,7 @@ def test_an_existing_model(capsys):
 
     model = SequenceINN(4)
     model.append(AllInOneBlock, subnet_constructor=nn.Linear)
-    run("print(usf.replace_blocks", {"usf": usf, "model": model})
+    run("print(usf.replace_blocks", {"usf": usf, "their_model": model})
     assert "AllInOneBlock" not in {type(module).__name__ for module in model.modules()}
     assert capsys.readouterr().out
 
@@ -83,10 +81,10 @@ def test_an_accelerated_model(capsys):
     from anomalib.models.image.fastflow.torch_model import FastflowModel
 
     model = FastflowModel(input_size=(64, 64), backbone="resnet18", pre_trained=False, flow_steps=1)
-    run("print(usf.accelerate", {"usf": usf, "model": model})
+    run("print(usf.accelerate", {"usf": usf, "their_model": model})
     assert usf.restore_blocks(model) > 1
     assert capsys.readouterr().out
 
 
 def test_a_tree():
-    assert run("tree =", {"usf": usf, "image": torch.rand(5, 6)})["tree"].area.max() == 30
+    assert run("tree =", {"usf": usf, "torch": torch})["tree"].area.max() == 784

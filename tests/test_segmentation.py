@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from usf_kernels import _core
+from usf_kernels import _core, calibrate
 from usf_kernels.null import Null
 from usf_kernels.segmentation import log_nfa, log_number_of_tests, regions, segment
 
@@ -328,3 +328,21 @@ def test_arrays_may_be_read_only():
     expected = log_nfa(z, 4)
     z.flags.writeable = False
     assert torch.equal(log_nfa(z, 4), expected)
+
+
+def test_a_fitted_null_brings_its_form_of_the_test():
+    """What was fitted for one form says nothing of another."""
+    generator = torch.Generator().manual_seed(0)
+    held_out, fresh = (1.1 * torch.randn(24, 8, 20, 20, generator=generator) for _ in range(2))
+    null = calibrate(held_out, false_alarms=0.5)
+    assert (null.tail, null.tests) == ("exact", "per_size")
+    found = regions(fresh, null=null)
+    assert found == regions(fresh, null=null, tail="exact", tests="per_size")
+    assert found != regions(fresh, null=null, tests="total")
+    assert 0.1 < sum(map(len, found)) / len(found) < 1.2
+    form = {"tail": "chernoff", "tests": "total"}
+    paper = calibrate(held_out, **form)
+    assert torch.equal(log_nfa(fresh, 20, null=paper), log_nfa(fresh, 20, null=paper, **form))
+    assert torch.equal(log_nfa(fresh, 20), log_nfa(fresh, 20, **form))
+    with pytest.raises(ValueError, match="tests: expected one of"):
+        Null((1.0,), (8.0,), tests="all")

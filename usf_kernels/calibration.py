@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def calibrate(
         tail, tests: of the test that counts them, as in `log_nfa`.
 
     Returns:
-        A `Null` with one scale and dof per tensor; pass it as `null=` to `log_nfa`, `segment` and `regions`.
+        A `Null` with one scale and dof per tensor, and this form of the test; pass it as `null=` to
+        `log_nfa`, `segment` and `regions`.
 
     Raises:
         TypeError, ValueError: as in `log_nfa`; also where the squared norms of a scale do not vary, and for a
@@ -50,15 +52,15 @@ def calibrate(
         if not false_alarms > 0:
             raise ValueError(f"false_alarms: expected a positive number, found {false_alarms!r}")
     energies, _ = read_energies(latents)
-    fitted = _of_positions(energies)
+    fitted = replace(_of_positions(energies), tail=tail, tests=tests)
     if false_alarms is None:
         return fitted
 
     def stretched(factor: float) -> Null:
-        return Null(tuple(factor * scale for scale in fitted.scale), fitted.dof)
+        return replace(fitted, scale=tuple(factor * scale for scale in fitted.scale))
 
     def alarms(factor: float) -> float:
-        found = regions(energies, null=stretched(factor), tail=tail, tests=tests)
+        found = regions(energies, null=stretched(factor))
         return sum(len(image) for image in found) / len(found)
 
     low, high = 0.5, 1.0

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import re
 from importlib import metadata
 from typing import Any
 
+from usf_kernels import _core
+
 DISTRIBUTION = "usf-kernels"
-OPERATIONS = (
-    "additive_coupling",
-    "masked_additive_coupling",
-    "affine_coupling",
-    "coupling_step",
-    "lu_conv1x1",
-    "linear",
-    "linear_squared_norm",
-    "residual_mlp",
-    "squared_norm",
-    "anomaly_map",
-)
 LOOPS_OF = {"coupling_step": "affine_coupling"}  # a step is not dispatched as a whole
 CONDITIONERS = "conditioners"  # of convolutions
 INFERENCE = "fuse"
@@ -31,9 +20,9 @@ def diagnose() -> dict[str, Any]:
     """Look at the machine without changing it, importing no extra.
 
     Returns:
-        JSON-able: `package`, `python`, `platform`, `torch` (versions), `devices` (names), `triton` and
-        `extension` (`available`, `detail`), `extras` (per extra `available` and, per package, its version or
-        None), `operations` (name of the operation to what runs it).
+        JSON-able: `package`, `python`, `platform`, `torch` (versions), `devices` (names), `triton`
+        (`available`, `detail`), `extension` (its file), `extras` (per extra `available` and, per package, its
+        version or None), `operations` (name of the operation to what runs it).
     """
     import torch
 
@@ -44,7 +33,7 @@ def diagnose() -> dict[str, Any]:
         "torch": torch.__version__,
         "devices": _devices(torch),
         "triton": _triton(torch),
-        "extension": _extension(),
+        "extension": _core.__file__,
         "extras": _extras(),
         "operations": _operations(torch),
     }
@@ -58,7 +47,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"PyTorch      {report['torch']}",
         *(f"device       {name}" for name in report["devices"]),
         f"Triton       {_state(report['triton'])}",
-        f"extension    {_state(report['extension'])}",
+        f"extension    {report['extension']}",
         "",
         "extras",
     ]
@@ -112,14 +101,6 @@ def _triton(torch: Any) -> dict[str, Any]:
     return {"available": True, "detail": version}
 
 
-def _extension() -> dict[str, Any]:
-    try:
-        module = importlib.import_module("usf_kernels._core")
-    except ImportError as error:
-        return {"available": False, "detail": f"{error}; reinstall usf-kernels"}
-    return {"available": True, "detail": f"usf_kernels._core at {module.__file__}"}
-
-
 def _extras() -> dict[str, Any]:
     """Every extra that the installed package declares, and the versions of what it asks for."""
     try:
@@ -152,13 +133,11 @@ def _extras() -> dict[str, Any]:
 
 def _operations(torch: Any) -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        from usf_kernels.ops import dispatch, products, rows
-    except ImportError as error:
-        return {"all": f"absent: {error}"}
+    from usf_kernels.ops import dispatch, products, rows
+
     probe = torch.empty(1, device=device)
     operations = {}
-    for name in OPERATIONS:
+    for name in dispatch.operations():
         code = "PyTorch reference"
         if dispatch.runs_triton(name, probe):
             code = "Triton kernel"
@@ -171,7 +150,4 @@ def _operations(torch: Any) -> dict[str, str]:
     loops = f"C++ for float32{bfloat16 if products.MULTIPLIES_BFLOAT16 else ''}"
     own = loops if device == "cpu" else "Triton" if rows.runs_kernels(probe) else None
     inference = f"{own} and PyTorch on {device}" if own else f"PyTorch on {device}"
-    native = "C++ on the CPU"
-    if not _extension()["available"]:
-        inference = native = "absent: needs the compiled extension"
-    return operations | {INFERENCE: inference} | dict.fromkeys(NATIVE_OPERATIONS, native)
+    return operations | {INFERENCE: inference} | dict.fromkeys(NATIVE_OPERATIONS, "C++ on the CPU")

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from usf_kernels.ops.checks import check_number
+from usf_kernels.ops.checks import check_choice, check_number
 
+TAILS, ALL_TESTS = ("chernoff", "exact"), ("total", "per_size")
 SMALLEST_DOF = 1e-6  # below, the exact tail cancels
 LARGEST_DOF = 1e9  # the extension's; the exact tail takes time as its root
 
@@ -19,13 +20,18 @@ class Null:
 
     Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones have not, see
     `usf_kernels.calibrate`. Both are positive and finite, and so is their product; `dof` lies in 1e-6..1e9,
-    and need not be whole.
+    and need not be whole. `tail` and `tests` are the form of the a-contrario test that it is meant for, and
+    that it gets where none is asked for (see `usf_kernels.log_nfa`); by default the paper's.
     """
 
     scale: tuple[float, ...]
     dof: tuple[float, ...]
+    tail: str = "chernoff"
+    tests: str = "total"
 
     def __post_init__(self) -> None:
+        check_choice("tail", self.tail, TAILS)
+        check_choice("tests", self.tests, ALL_TESTS)
         for name in ("scale", "dof"):
             values = getattr(self, name)
             if not isinstance(values, (tuple, list)):
@@ -58,12 +64,14 @@ class Null:
         return [list(pair) for pair in zip(self.scale, self.dof, strict=True)]
 
     @classmethod
-    def from_list(cls, pairs: Sequence[Sequence[float]]) -> Null:
-        """The inverse of `to_list`."""
+    def from_list(
+        cls, pairs: Sequence[Sequence[float]], *, tail: str = "chernoff", tests: str = "total"
+    ) -> Null:
+        """The inverse of `to_list`, which does not hold the form of the test."""
         found = pairs if isinstance(pairs, (tuple, list)) else ()
         if not found or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in found):
             raise ValueError(f"pairs: expected [[scale, dof], ...], one pair per scale, found {pairs!r}")
-        return cls(*zip(*pairs, strict=True))
+        return cls(*zip(*pairs, strict=True), tail=tail, tests=tests)
 
     def __len__(self) -> int:
         return len(self.scale)

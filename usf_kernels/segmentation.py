@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from usf_kernels import _core
 from usf_kernels.energy import check_channels, read_energies
 from usf_kernels.max_tree import check_threads
-from usf_kernels.null import Null
+from usf_kernels.null import ALL_TESTS, TAILS, Null
 from usf_kernels.number_of_tests import Count, counts, log_number_of_tests
 from usf_kernels.ops.checks import check_choice, check_number, check_size
 
@@ -54,14 +54,12 @@ class _Test:
 
 def _prepare(
     latents: Tensor | Sequence[Tensor],
-    tail: str,
-    tests: str,
+    tail: str | None,
+    tests: str | None,
     null: Null | None,
     channels: Sequence[int] | int | None,
     threads: int | None,
 ) -> _Test:
-    check_choice("tail", tail, ("chernoff", "exact"))
-    check_choice("tests", tests, ("total", "per_size"))
     energies, found = read_energies(latents)
     if channels is not None:
         channels = check_channels(channels, len(energies))
@@ -81,6 +79,9 @@ def _prepare(
         raise TypeError(f"null: expected a Null (see calibrate) or None, found {type(null).__name__}")
     if len(null) != len(energies):
         raise ValueError(f"null: expected {len(energies)} scales, as many as latents, found {len(null)}")
+    tail, tests = null.tail if tail is None else tail, null.tests if tests is None else tests
+    check_choice("tail", tail, TAILS)
+    check_choice("tests", tests, ALL_TESTS)
     threads = check_threads(threads, sum(u.numel() for u in energies))
     tails = [_tail(scale, dof, tail) for scale, dof in zip(null.scale, null.dof, strict=True)]
     positions = tuple(u.shape[1] * u.shape[2] for u in energies)
@@ -91,8 +92,8 @@ def log_nfa(
     latents: Tensor | Sequence[Tensor],
     size: int | tuple[int, int],
     *,
-    tail: str = "chernoff",
-    tests: str = "total",
+    tail: str | None = None,
+    tests: str | None = None,
     null: Null | None = None,
     channels: Sequence[int] | int | None = None,
     upsample: str = "bilinear",
@@ -119,10 +120,12 @@ def log_nfa(
             another runtime's outputs. B may be 0. Gradients do not flow.
         size: (H, W) of the result, or one int for a square.
         tail: "chernoff", the paper's bound `C / (2 ln 10) * (1 + ln(t/C) - t/C)` of log10 Pr(chi2_C >= t) for
-            t > C, and 0 for t <= C; or "exact", the probability itself, which finds a little more.
+            t > C, and 0 for t <= C; or "exact", the probability itself, which finds a little more. None is
+            that of `null`: what it was fitted with, or else the paper's.
         tests: "total", the paper's N_T for every region (see `log_number_of_tests`); or "per_size", where a
             region of r pixels at scale l counts `S * P_l * ALPHA * BETA^r / r` tests, S = sum of all P_l, the
-            number of pairs (l, r). The same guarantee, and far more sensitive to small regions.
+            number of pairs (l, r). The same guarantee, and far more sensitive to small regions. None is that
+            of `null`.
         null: distribution of squared norms at normal positions; None is white latents, chi2 with C degrees of
             freedom. See `calibrate`.
         channels: C of each scale, needed with squared norms where `null` is None.
@@ -163,8 +166,8 @@ def segment(
     size: int | tuple[int, int],
     *,
     log_epsilon: float = 0.0,
-    tail: str = "chernoff",
-    tests: str = "total",
+    tail: str | None = None,
+    tests: str | None = None,
     null: Null | None = None,
     channels: Sequence[int] | int | None = None,
     upsample: str = "bilinear",
@@ -229,8 +232,8 @@ def regions(
     latents: Tensor | Sequence[Tensor],
     *,
     log_epsilon: float = 0.0,
-    tail: str = "chernoff",
-    tests: str = "total",
+    tail: str | None = None,
+    tests: str | None = None,
     null: Null | None = None,
     channels: Sequence[int] | int | None = None,
     threads: int | None = None,

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the program's name; None takes them from the command line.
 
     Returns:
-        The exit code: 0, 1 when `doctor` finds something broken, 2 for an error, 130 when interrupted.
+        The exit code: 0, 2 for an error, 130 when interrupted.
     """
     options = build_parser().parse_args(arguments)
     debug = os.environ.get("USF_KERNELS_DEBUG", "") not in ("", "0")

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usf_kernels.kernels.accounting import Work, product_cases
+from usf_kernels.kernels.cases import product_cases
 from usf_kernels.kernels.configs import MANY_POSITIONS, Config, pick
 from usf_kernels.kernels.finish import finish
 from usf_kernels.kernels.launch import (
@@ -206,19 +206,6 @@ def tiles(first: Tensor, view: View) -> list[Config]:
         }
         for block_p, block_n, warps, stages in shapes
     ]  # fmt: skip
-
-
-def residual_mlp_work(
-    x: Tensor,
-    first: Tensor,
-    first_bias: Tensor | None,
-    last: Tensor,
-    last_bias: Tensor | None,
-    bias_map: Tensor | None,
-) -> Work:
-    """Of `residual_mlp` with these arguments; hidden units are not counted as moved."""
-    given = (x, first, first_bias, last, last_bias, bias_map)
-    return Work.of(4 * x.numel() * len(first), *given, x)
 
 
 def _cases(channels: int, channels_last: bool, batch: int, side: int) -> Iterator[Case]:

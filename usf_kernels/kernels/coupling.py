@@ -122,7 +122,7 @@ def coupling_step(
     clamp: float | None,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch: see `usf_kernels.ops.coupling.coupling_step`. Additive where `clamp` is None; the
+    """Launch: see `usf_kernels.ops.step.coupling_step`. Additive where `clamp` is None; the
     log-determinant is then empty."""
     affine = clamp is not None
     index, scale, bias = contiguous(index, scale, bias)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usf_kernels.kernels.accounting import Work, product_cases
+from usf_kernels.kernels.cases import product_cases
 from usf_kernels.kernels.configs import Config, pick
 from usf_kernels.kernels.launch import aligned, bound, cdiv, launch, product_precision, runtime, walk
 from usf_kernels.kernels.layout import View, contiguous
@@ -88,12 +88,6 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
     candidates = tiles(torch.promote_types(x.dtype, matrix.dtype), matrix, whole, sums=True)
     key = (x.dtype, matrix.dtype)
     return pick("linear_squared_norm", key, candidates, run, x.device)
-
-
-def linear_squared_norm_work(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Work:
-    """Of `linear_squared_norm` with these arguments."""
-    u = torch.empty((x.shape[0], *x.shape[2:]), device="meta", dtype=torch.float32)
-    return Work.of(2 * x.numel() * len(matrix) + 2 * u.numel() * len(matrix), x, matrix, bias, u)
 
 
 COMPILE_CASES = [

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usf_kernels.kernels.accounting import Work
 from usf_kernels.kernels.launch import Case, cdiv, launch, narrow
-from usf_kernels.kernels.products import linear_work, power_of_2
+from usf_kernels.kernels.products import power_of_2
 from usf_kernels.kernels.replay import replayed
 
 DIAGONAL = 32  # rows of the diagonal blocks that are inverted by substitution
@@ -167,28 +166,6 @@ def _inverses(lower: Tensor, upper: Tensor) -> Tensor:
             )  # fmt: skip
         size *= 2
     return inverse
-
-
-def lu_matrix_work(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -> Work:
-    """Of `lu_matrix` with these arguments: triangles of one size are read, products skip the zeros."""
-    channels = len(lower)
-    matrix = torch.empty((channels, channels), device="meta", dtype=dtype)
-    read = (
-        channels * (channels - 1) // 2 * lower.element_size()
-        + channels * (channels + 1) // 2 * upper.element_size()
-    )
-    flops = (
-        (4 if inverse else 2) * channels**3 // 3
-    )  # a triangle's inverse and half of a product: C^3 / 3 each
-    return Work(read + matrix.numel() * matrix.element_size(), flops)
-
-
-def lu_conv1x1_work(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Work:
-    """Of `lu_conv1x1` with these arguments: the matrix, formed and applied."""
-    matrix = torch.empty_like(lower, device="meta", dtype=torch.promote_types(x.dtype, lower.dtype))
-    formed = lu_matrix_work(lower, upper, inverse, matrix.dtype)
-    applied = linear_work(x, matrix, bias)
-    return Work(formed.bytes + applied.bytes, formed.flops + applied.flops)
 
 
 def _case(inverse: bool) -> Case:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usf_kernels.kernels.accounting import Work, product_cases
+from usf_kernels.kernels.cases import product_cases
 from usf_kernels.kernels.configs import Config, pick
 from usf_kernels.kernels.launch import (
     aligned,
@@ -138,12 +138,6 @@ def _flat(x: Tensor) -> Tensor:
     if x.ndim > 2 and x.stride(1) != 1:
         return x.movedim(1, 0).flatten(1)
     return x.movedim(1, -1).flatten(0, -2).mT
-
-
-def outer_work(a: Tensor, x: Tensor) -> Work:
-    """Of `outer` with these arguments."""
-    out = torch.empty((a.shape[1], x.shape[1]), device="meta", dtype=torch.float32)
-    return Work.of(2 * a.numel() * x.shape[1], a, x, out)
 
 
 COMPILE_CASES = [

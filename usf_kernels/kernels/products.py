@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usf_kernels.kernels.accounting import Work, product_cases
+from usf_kernels.kernels.cases import product_cases
 from usf_kernels.kernels.configs import MANY_POSITIONS, Config, kind_of, pick
 from usf_kernels.kernels.launch import (
     INTERPRETED,
@@ -254,13 +254,6 @@ def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------- work, compiled offline
-
-
-def linear_work(x: Tensor, matrix: Tensor, bias: Tensor | None, *epilogue: Tensor | None) -> Work:
-    """Of `linear` with these arguments, `epilogue` being the bias map and the residual."""
-    dtype = torch.promote_types(x.dtype, matrix.dtype)
-    y = torch.empty((x.shape[0], len(matrix), *x.shape[2:]), device="meta", dtype=dtype)
-    return Work.of(2 * x.numel() * len(matrix), x, matrix, bias, *epilogue, y)
 
 
 def _linear_cases(channels_last: bool) -> Iterator[Case]:

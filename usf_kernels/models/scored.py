@@ -10,15 +10,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from usf_kernels.calibration import calibrate
+from usf_kernels.calibration import TAIL, TESTS, calibrate
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.border import BorderNorm
 from usf_kernels.models.scoring import Prediction, predict
 from usf_kernels.nn.capture import CapturedCall
 from usf_kernels.nn.modes import in_mode
+from usf_kernels.null import Null
 from usf_kernels.ops import squared_norm
 from usf_kernels.ops.checks import check_int, check_not_fused_to
-from usf_kernels.segmentation import Null
 
 UNCALIBRATED = (
     "predict: the model is not calibrated, so its masks keep no promise on false alarms; scores and maps do "
@@ -82,7 +82,7 @@ class ScoredModel(nn.Module):
         """What `calibrate` found, None before."""
         if self.null_parameters.isnan().any():
             return None
-        return Null.from_list(self.null_parameters.tolist())
+        return Null.from_list(self.null_parameters.tolist(), tail=TAIL, tests=TESTS)
 
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """The same model for inference, faster and without a loss: backbone and flows in inference form.

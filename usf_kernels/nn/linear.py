@@ -15,7 +15,7 @@ from usf_kernels.ops.checks import (
     check_choice,
     check_features,
     check_int,
-    check_number,
+    check_positive,
     check_shape,
     compute_dtype,
     count_positions,
@@ -78,11 +78,7 @@ class LUConv1x1(Fusible, nn.Module):
         check_choice("diagonal", diagonal, ("free", "fixed"))
         check_choice("init", init, ("identity", "orthogonal"))
         if prior_scale is not None:
-            check_number("prior_scale", prior_scale)
-            if not 0 < prior_scale < math.inf:
-                raise ValueError(
-                    f"prior_scale: expected None or a positive finite number, found {prior_scale}"
-                )
+            check_positive("prior_scale", prior_scale)
         self.channels, self.diagonal, self.prior_scale = channels, diagonal, prior_scale
         self.lower = nn.Parameter(torch.zeros(channels, channels))
         self.upper = nn.Parameter(torch.zeros(channels, channels))

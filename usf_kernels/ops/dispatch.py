@@ -51,6 +51,11 @@ def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callab
     return getattr(reference, op)
 
 
+def operations() -> tuple[str, ...]:
+    """Those that have a Triton kernel."""
+    return tuple(_kernels)
+
+
 def runs_triton(op: str, *tensors: Tensor | None) -> bool:
     """Whether `impl=None` takes the Triton kernel of `op` for these tensors."""
     for t in tensors:

@@ -296,7 +296,7 @@ def gather_step(
     split: int,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`usf_kernels.ops.coupling_step`, forward, for what `by_hand` accepts."""
+    """`usf_kernels.ops.step.coupling_step`, forward, for what `by_hand` accepts."""
     return _GatherStep.apply(x, params, index, scale, bias, split, clamp)
 
 

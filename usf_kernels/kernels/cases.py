@@ -1,27 +1,15 @@
-"""What products must do at least, for benchmarks, and the kinds of them that are compiled offline."""
+"""The kinds of products that are compiled offline."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from usf_kernels.kernels.launch import Case
-
-
-class Work(NamedTuple):
-    """What an operation must do at least: bytes over the memory bus, floating-point operations."""
-
-    bytes: int
-    flops: int
-
-    @classmethod
-    def of(cls, flops: int, *tensors: Tensor | None) -> Work:
-        """Each tensor read or written once."""
-        return cls(sum(t.numel() * t.element_size() for t in tensors if t is not None), flops)
 
 
 def product_cases(
