@@ -96,7 +96,7 @@ def test_log_prior_is_the_log_normal_density():
     assert module.log_diagonal.grad.abs().min() > 0
     assert LUConv1x1(6, diagonal="fixed", prior_scale=1.0).log_prior(8) == 0
     assert LUConv1x1(6).log_prior(8) == 0
-    with pytest.raises(ValueError, match="prior_scale: expected None or a positive finite number, found -1"):
+    with pytest.raises(ValueError, match="prior_scale: expected a positive finite number, found -1"):
         LUConv1x1(6, prior_scale=-1)
     for wrong in ("a", True):
         with pytest.raises(TypeError, match=r"prior_scale: expected a number, found (str|bool)"):

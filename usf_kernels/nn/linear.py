@@ -15,6 +15,7 @@ from usf_kernels.ops.checks import (
     check_choice,
     check_features,
     check_int,
+    check_number,
     check_positive,
     check_shape,
     compute_dtype,

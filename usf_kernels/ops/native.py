@@ -88,7 +88,7 @@ def couple(
     clamp: float | None,
     inverse: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """As `usf_kernels.ops.step.coupling_step`, of which only plain couplings are inverted; in the format of x.
+    """As `usf_kernels.ops.step.coupling_step`, of which only plain couplings are inverted; in x's format.
 
     None for what is left to torch: a clamp beyond `LARGEST_CLAMP`, an index that is no permutation.
     """
