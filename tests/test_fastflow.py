@@ -49,6 +49,20 @@ def perturbed(model):
     return model.eval()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
+def test_inverse_undoes_forward(backbone, images, coupling, linear, fused):
+    model = FastFlow(backbone, coupling=coupling, linear=linear, steps=3).double()
+    features = model.features(images.double())
+    model = perturbed(model.initialize(features))
+    model = model.fuse() if fused else model
+    latents, _ = model.latents(features)
+    for found, expected in zip(model.inverse(latents), features, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="latents"):
+        model.inverse([z[:, 1:] for z in latents])
+
+
 @pytest.mark.parametrize(("coupling", "linear"), VARIANTS)
 def test_log_det_is_that_of_the_jacobian(backbone, images, coupling, linear):
     model = FastFlow(backbone, coupling=coupling, linear=linear, steps=3)

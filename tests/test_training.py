@@ -111,7 +111,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path, reference, p
             if (tmp_path / "last.pt").exists() and (tmp_path / "last.pt").stat().st_mtime_ns > before:
                 break
             time.sleep(0.001)
-        child.join(moments.uniform(0, 0.15))
+        child.join(moments.uniform(0, 0.4))
         if not child.is_alive():
             break
         try:

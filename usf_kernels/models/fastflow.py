@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
@@ -79,6 +80,16 @@ class FastFlow(FeatureFlow):
             FlowSequence([entry_map(channels, linear), *glow_steps(channels, **flow)], memory=memory)
             for channels in backbone.channels
         )
+
+    @torch.no_grad()
+    def inverse(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """Latents (B, C_l, H_l, W_l) to the features that have them, on the inference form too.
+
+        Raises:
+            ValueError: latents of other channels than the features.
+        """
+        self._check(latents, "latents")
+        return self._leave([flow.inverse(z)[0] for flow, z in zip(self.flows, latents, strict=True)])
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
         latents, total = [], 0.0

@@ -14,7 +14,14 @@ from usf_kernels.models.mahalanobis import moments
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import ActNorm, FlowStep, LUConv1x1
 from usf_kernels.nn.modes import in_mode, unchanged_on_error
-from usf_kernels.ops.checks import check_clamp, check_int, check_number, check_positive, check_trainable
+from usf_kernels.ops.checks import (
+    check_choice,
+    check_clamp,
+    check_int,
+    check_number,
+    check_positive,
+    check_trainable,
+)
 
 
 class FeatureFlow(ScoredModel):
@@ -129,8 +136,7 @@ class FeatureFlow(ScoredModel):
 
 def check_linear(linear: str) -> None:
     """Raise unless it names a linear map of these models."""
-    if linear not in ("lu", "permutation"):
-        raise ValueError(f"linear: expected 'lu' or 'permutation', found {linear!r}")
+    check_choice("linear", linear, ("lu", "permutation"))
 
 
 def glow_steps(
@@ -149,8 +155,7 @@ def glow_steps(
     Raises:
         ValueError: for a bad argument.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected a whole number, 0 or more, found {steps!r}")
+    check_int("steps", steps, 0)
     check_linear(linear)
     check_positive("hidden_ratio", hidden_ratio)
     clamp = check_clamp(clamp)
