@@ -237,3 +237,12 @@ def test_views_that_are_negated_when_read():
 def test_linear_maps_alone_ignore_a_condition():
     flow, x, cond = FlowSequence([LUConv1x1(4)]).eval(), torch.randn(2, 4, 3, 3), torch.randn(2, 5, 3, 3)
     torch.testing.assert_close(flow.fuse()(x, cond), flow(x, cond))
+
+
+def test_an_inference_form_is_its_own():
+    fused = flow_of([step(6)]).fuse()
+    assert fused.fuse() is fused.fuse(torch.float32) is fused
+    with pytest.raises(
+        TypeError, match=r"dtype: expected None or torch.float32, which it has, found torch.b"
+    ):
+        fused.fuse(torch.bfloat16)

@@ -179,13 +179,18 @@ def heat_map(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.n
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Draw a mask, bool (H, W), into an image, uint8 (H, W, 3): tinted, within its border. A copy."""
     width = max(1, round(min(mask.shape) / 200))
+    whole, colour = image.copy(), np.frombuffer(bytes.fromhex(FOUND[1:]), np.uint8)
+    # Photographs are large, and masks small: only the part that has all of it is looked at.
+    part = tuple(slice(*(np.flatnonzero(mask.any(axis))[[0, -1]] + (0, 1))) for axis in (1, 0) if mask.any())
+    if not part:
+        return whole
+    drawn, mask = whole[part], mask[part]
     outside = functional.pad(torch.from_numpy(~mask).float()[None], (width,) * 4, value=1.0)
     for kernel in ((2 * width + 1, 1), (1, 2 * width + 1)):
         outside = functional.max_pool2d(outside, kernel, stride=1)
-    drawn, colour = image.copy(), np.frombuffer(bytes.fromhex(FOUND[1:]), np.uint8)
     drawn[mask] = (0.75 * drawn[mask] + 0.25 * colour).astype(np.uint8)
     drawn[mask & (outside[0].numpy() > 0)] = colour
-    return drawn
+    return whole
 
 
 def _plane(maps: Tensor, index: int) -> np.ndarray:

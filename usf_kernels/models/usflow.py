@@ -205,9 +205,7 @@ class DensityFlow(nn.Module):
             TypeError: on the inference form, whose maps are folded.
         """
         check_trainable(self, "log_prior")
-        positions = math.prod(self.shape[1:])
-        maps = [m for m in self.flow.modules() if isinstance(m, LUConv1x1)]
-        return torch.stack([m.log_prior(positions) for m in maps]).sum()
+        return self.flow.log_prior(math.prod(self.shape[1:]))
 
     def loss(self, batch: Tensor) -> Tensor:
         """`-(mean log p(x) + prior_weight * log_prior) / D`, in nats per dimension: 0-d.

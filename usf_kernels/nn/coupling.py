@@ -40,8 +40,6 @@ class _Fork(Function):
     gradients into one tensor in one pass; a slice's own would fill a second one with zeros first, and then
     add the two."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, split: int, fresh: bool, copied: bool) -> tuple[Tensor, Tensor]:
         first = x[:, :split]

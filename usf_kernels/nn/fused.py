@@ -59,6 +59,16 @@ class FusedFlow(nn.Module):
         """Stay in evaluation mode: it is a form for inference, whatever it is part of."""
         return super().train(False)
 
+    def fuse(self, dtype: torch.dtype | None = None) -> FusedFlow:
+        """Itself.
+
+        Raises:
+            TypeError: a dtype that is not its own.
+        """
+        if dtype not in (None, self.dtype):
+            raise TypeError(f"dtype: expected None or {self.dtype}, which it has, found {dtype}")
+        return self
+
     @torch.no_grad()
     def forward(self, x: Tensor, cond: Condition = None) -> tuple[Tensor, Tensor]:
         """Apply: (z, log_det)."""

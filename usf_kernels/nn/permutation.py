@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 class _Gather(Function):
     """Channels in a permuted order. The backward gathers too: indexing's own would scatter."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, index: Tensor, inverse_index: Tensor) -> Tensor:
         return x.index_select(1, index)

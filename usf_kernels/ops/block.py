@@ -92,8 +92,6 @@ _residual_mlp_op = define(
 class _ResidualMLP(Function):
     """Keeps its inputs only; the hidden units are made again for the gradients."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, first: Tensor, first_bias: Tensor | None, last: Tensor, last_bias: Tensor | None,
                 bias_map: Tensor | None, activation: str, inverse: bool) -> Tensor:  # fmt: skip

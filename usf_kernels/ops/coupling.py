@@ -150,8 +150,6 @@ _masked_op = define(
 
 
 class _Additive(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
         return _additive_op(x, shift, split, inverse)
@@ -169,8 +167,6 @@ class _Additive(Function):
 
 class _Masked(Function):
     """x + (1 - mask) * shift, or without x the second term alone, which is its own gradient's form."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:

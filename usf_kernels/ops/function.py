@@ -30,6 +30,8 @@ class Function(torch.autograd.Function):
     through the operations of `forward`.
     """
 
+    generate_vmap_rule = True
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
 

@@ -103,8 +103,6 @@ class Linear(Function):
     With `Outer` a family that is closed under differentiation: each is the gradient of the other.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return linear_op(x, matrix, bias)
@@ -128,8 +126,6 @@ def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 class Outer(Function):
     """Sum over the batch and all positions of `a x^T`, (M, N) in float32."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(a: Tensor, x: Tensor) -> Tensor:
         return _outer_op(a, x)
@@ -148,8 +144,6 @@ class Outer(Function):
 
 
 class _LinearSquaredNorm(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return _squared_norm_op(x, matrix, bias)

@@ -94,8 +94,6 @@ matrix_op = define(
 class LUMatrix(Function):
     """`L U`, or `U^-1 L^-1`, (C, C), computed in float32."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
         return matrix_op(lower, upper, inverse, dtype)

@@ -20,8 +20,6 @@ from usf_kernels.ops.matrices import Product, apply_lu, full_precision, lu_inver
 
 
 class _AdditiveCoupling(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
         passive, active = x.split([split, x.shape[1] - split], dim=1)
@@ -51,8 +49,6 @@ def masked_additive_coupling(x: Tensor, shift: Tensor, mask: Tensor, inverse: bo
 
 class _AffineCoupling(Function):
     """Keeps x and params only: what else the gradients need is cheaper to compute again than to keep."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool) -> tuple[Tensor, Tensor]:

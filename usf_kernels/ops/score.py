@@ -115,8 +115,6 @@ _map_op = define(
 
 
 class _SquaredNorm(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(z: Tensor) -> Tensor:
         return _norm_op(z)
@@ -134,8 +132,6 @@ class _SquaredNorm(Function):
 
 
 class _AnomalyMap(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(size: tuple[int, int], latent: bool, *latents: Tensor) -> Tensor:
         return _map_op(latents, size, latent)

@@ -175,8 +175,6 @@ _backward_op = define(
 class _Step(Function):
     """Keeps the input and the parameters only; scales and shifts are computed again."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, params: Tensor, index: Tensor | None, scale: Tensor | None, bias: Tensor | None,
                 split: int, clamp: float | None, inverse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
