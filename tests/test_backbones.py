@@ -306,6 +306,11 @@ def test_files_that_hold_something_else_are_named(tmp_path, monkeypatch):
     for name, file in ((SMALL, "junk.pt"), ("vit_tiny_patch16_224", "resnet18.pt")):
         with pytest.raises(ValueError, match=rf"weights: {file} is not a checkpoint of {name}"):
             create_backbone(name, weights=file)
+    (tmp_path / "picture.png").write_bytes(b"PNG")
+    with pytest.raises(
+        ValueError, match=r"picture.png is not a checkpoint of resnet18 \(no file of weights\)"
+    ):
+        create_backbone("resnet18", weights="picture.png")
     first, second = (create_backbone("resnet18", weights="resnet18.pt") for _ in range(2))
     images = torch.rand(1, 3, 64, 64)
     assert all(map(torch.equal, first(images), second(images)))

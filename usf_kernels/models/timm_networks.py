@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
@@ -175,7 +176,9 @@ def _pyramid(
             raise ValueError(f"final_norm: {name} does not have one for maps of one stride") from error
         if options.get("pretrained_cfg_overlay"):
             path = options["pretrained_cfg_overlay"]["file"]
-            raise ValueError(f"weights: {path} is not a checkpoint of {name} ({error})") from error
+            # timm's own words advise to run whatever code the file holds.
+            reason = "no file of weights" if isinstance(error.__context__, UnpicklingError) else error
+            raise ValueError(f"weights: {path} is not a checkpoint of {name} ({reason})") from error
         if options["pretrained"]:
             raise RuntimeError(
                 f"the weights of {name} could not be downloaded, or are not for this input size ({error}); "
