@@ -112,7 +112,7 @@ def test_a_run_is_resumed_with_its_own_images_only(train_words, folder, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--lr -1", "lr must be positive; got -1"),
+        ("--lr -1", "lr: expected a positive finite number, found -1"),
         ("--weight-decay -1", "weight_decay"),
         ("--held-out 0.9", "6 normal images, 5 of them held out, are too few"),
         pytest.param("--accelerator gpu", "--accelerator gpu: not available here", marks=without_gpu),

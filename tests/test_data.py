@@ -115,11 +115,11 @@ def test_defects_differ_in_how_visible_they_are():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "sand"}, "brick, grass, gravel; got 'sand'"),
-        ({"split": "val"}, "train, validation, test; got 'val'"),
-        ({"count": 0}, "count .* got 0"),
-        ({"crop": 137}, "crop .* got 137"),
-        ({"size": 0}, "size .* got 0"),
+        ({"name": "sand"}, "'brick', 'grass', 'gravel', found 'sand'"),
+        ({"split": "val"}, "'train', 'validation', 'test', found 'val'"),
+        ({"count": 0}, "count.*found 0"),
+        ({"crop": 137}, "crop.*found 137"),
+        ({"size": 0}, "size.*found 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -141,7 +141,7 @@ def test_checkpoint_and_inference_form(shape, tmp_path):
 def test_errors():
     for options, message in (
         ({"objective": "hard"}, "objective.*'hard'"),
-        ({"nu": 1.0}, "nu: expected a number between 0 and 1, found 1.0"),
+        ({"nu": 1.0}, "nu: expected a number in \\(0, 1\\), found 1.0"),
         ({"latent": 0}, "latent.*0"),
         ({"layers": -1}, "layers.*-1"),
     ):

@@ -123,7 +123,7 @@ def test_an_outline_is_inside_its_mask_and_closed_at_the_border():
 
 def test_mismatches_are_named():
     images, targets, prediction, kinds = example()
-    with pytest.raises(ValueError, match=r"equally many; got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"equally many, found \[3, 4\]"):
         plotting.panel(images[:3], targets, prediction, kinds=kinds)
     with pytest.raises(ValueError, match="rows"):
         plotting.panel(images, targets, prediction, kinds=kinds, rows=[])

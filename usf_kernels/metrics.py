@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from usf_kernels.ops.checks import check_between
+
 Array = npt.ArrayLike | Tensor
 
 
@@ -166,8 +168,7 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
     """
     from skimage.measure import label
 
-    if not 0 < fpr_limit <= 1:
-        raise ValueError(f"fpr_limit must lie in (0, 1]; got {fpr_limit}")
+    check_between("fpr_limit", fpr_limit, 0, 1, "(]")
     maps, targets = _images(maps, targets)
     normal = ~targets
     if not targets.any() or not normal.any():
@@ -292,5 +293,5 @@ def _images(maps: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
     if maps.ndim == 4 and maps.shape[1] == 1:
         maps, targets = maps[:, 0], targets[:, 0]
     if maps.ndim != 3:
-        raise ValueError(f"maps must have shape (N, H, W) or (N, 1, H, W); got {maps.shape}")
+        raise ValueError(f"maps: expected shape (N, H, W) or (N, 1, H, W), found {maps.shape}")
     return maps, targets

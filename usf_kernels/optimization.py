@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.ops.checks import check_between, check_choice, check_int, check_positive
+
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # those that leave the weights what checkpoints hold
 
 
@@ -43,25 +45,17 @@ class Settings:
             if isinstance(value, np.generic):  # which checkpoints do not hold
                 object.__setattr__(self, name, value.item())
         for name in ("max_epochs", "batch_size", "patience"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name} must be a whole number; got {value!r}")
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive; got {self.clip_norm}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive; got {self.lr}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must not be negative; got {self.weight_decay}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative; got {self.seed}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must lie in [0, 1); got {self.warmup}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in (0, 1); got {self.ema_decay}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        if self.clip_norm is not None:
+            check_between("clip_norm", self.clip_norm, 0, math.inf, "(]")
+        check_positive("lr", self.lr)
+        check_between("weight_decay", self.weight_decay, 0, math.inf, "[)")
+        check_int("seed", self.seed, 0)
+        check_between("warmup", self.warmup, 0, 1, "[)")
+        if self.ema_decay is not None:
+            check_between("ema_decay", self.ema_decay, 0, 1)
+        check_choice("precision", self.precision, PRECISIONS)
 
     @property
     def steps(self) -> int:

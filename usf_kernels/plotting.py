@@ -93,7 +93,7 @@ def panel(
     """
     counts = {len(images), len(targets), len(kinds), len(prediction.score), len(prediction.anomaly_map)}
     if len(counts) != 1:
-        raise ValueError(f"images, targets, kinds and prediction must be equally many; got {sorted(counts)}")
+        raise ValueError(f"images, targets, kinds, prediction: expected equally many, found {sorted(counts)}")
     rows = choose_rows(kinds, prediction.score) if rows is None else list(rows)
     if not rows:
         raise ValueError("rows must name at least one image")

@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from usf_kernels.ops.checks import check_int
+
 
 @dataclass
 class History:
@@ -48,7 +50,7 @@ class CachedFeatures(Dataset[list[Tensor]]):
     def __init__(self, features: list[Tensor]) -> None:
         if not features or len({len(maps) for maps in features}) != 1:
             shapes = [tuple(maps.shape) for maps in features]
-            raise ValueError(f"features must share their first dimension; got {shapes}")
+            raise ValueError(f"features: expected as many images at each scale, found {shapes}")
         self.features = list(features)
 
     def __len__(self) -> int:
@@ -141,10 +143,9 @@ def fit(
         FloatingPointError: when a loss or its gradient is not finite; `run_dir` keeps the best weights.
         OSError: naming the file, when a checkpoint cannot be written; the one before stays.
     """
-    if devices < 1:
-        raise ValueError(f"devices must be at least 1; got {devices}")
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1; got {checkpoint_every}")
+    check_int("devices", devices, 1)
+    if checkpoint_every is not None:
+        check_int("checkpoint_every", checkpoint_every, 1)
     for name, data in (("train_data", train_data), ("validation_data", validation_data)):
         if data is not None and len(data) == 0:
             raise ValueError(f"{name} is empty")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from usf_kernels.ops.checks import check_choice
+
 Image = np.ndarray
 GREY_LEVEL = 1 / 255
 
@@ -122,12 +124,11 @@ def render_defect(
         ValueError: for an unknown kind, shapes that are too small or differ, or an image in which the defect
             cannot be seen.
     """
-    if kind not in DEFECTS:
-        raise ValueError(f"kind must be one of {', '.join(DEFECTS)}; got {kind!r}")
+    check_choice("kind", kind, tuple(DEFECTS))
     if image.ndim != 2 or min(image.shape) < 64 or other.shape != image.shape:
         raise ValueError(
-            "image and other must have one (H, W) shape of at least 64 x 64; "
-            f"got {tuple(image.shape)} and {tuple(other.shape)}"
+            "image, other: expected one shape (H, W) of at least 64 x 64, "
+            f"found {tuple(image.shape)} and {tuple(other.shape)}"
         )
     for _ in range(MOST_DRAWS):  # a blur that falls on a flat brick changes nothing: again, somewhere else
         damaged = np.clip(DEFECTS[kind](image, rng, other), 0, 1)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from usf_kernels.data.sample import Sample
 from usf_kernels.max_tree import component_tree
-from usf_kernels.ops.checks import check_size
+from usf_kernels.ops.checks import check_choice, check_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -183,8 +183,7 @@ class FolderDataset(Dataset[Sample]):
         size: int | tuple[int, int] | None = 256,
         masks: bool = True,
     ) -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
+        check_choice("split", split, ("train", "test"))
         self.root, self.split, self.masks = Path(root), split, masks
         self.size = None if size is None else check_size(size)
         if not self.root.is_dir():

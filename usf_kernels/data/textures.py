@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from usf_kernels.data.defects import DEFECTS, render_defect
 from usf_kernels.data.folder import resize_mask
 from usf_kernels.data.sample import Sample
+from usf_kernels.ops.checks import check_choice, check_int
 
 TEXTURES = ("brick", "grass", "gravel")
 ISOTROPIC = ("grass", "gravel")  # look the same turned by a quarter; the brick wall does not
@@ -31,8 +32,7 @@ def texture(name: str) -> np.ndarray:
         ValueError: for a name that is not one of `TEXTURES`.
         ImportError: without scikit-image.
     """
-    if name not in TEXTURES:
-        raise ValueError(f"name must be one of {', '.join(TEXTURES)}; got {name!r}")
+    check_choice("name", name, TEXTURES)
     try:
         from skimage import data
     except ImportError as error:
@@ -73,15 +73,12 @@ class TextureDataset(Dataset[Sample]):
         augment: bool | None = None,
         seed: int = 0,
     ) -> None:
-        if split not in BANDS:
-            raise ValueError(f"split must be one of {', '.join(BANDS)}; got {split!r}")
-        if count < 1:
-            raise ValueError(f"count must be at least 1; got {count}")
-        if not 64 <= crop <= 136:
-            raise ValueError(f"crop must lie in 64..136, the width of the narrowest band; got {crop}")
+        check_choice("split", split, tuple(BANDS))
+        check_int("count", count, 1)
+        check_int("crop", crop, 64, 136)  # the width of the narrowest band
         self.photograph = texture(name)
-        if size is not None and size < 1:
-            raise ValueError(f"size must be at least 1; got {size}")
+        if size is not None:
+            check_int("size", size, 1)
         self.name, self.split, self.count, self.seed = name, split, count, seed
         self.crop, self.size = crop, crop if size is None else size
         self.augment = split == "train" if augment is None else augment
@@ -91,7 +88,7 @@ class TextureDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.count:
-            raise IndexError(f"index must lie in 0..{self.count - 1}; got {index}")
+            raise IndexError(f"index: expected 0..{self.count - 1}, found {index}")
         stream = [self.seed, TEXTURES.index(self.name), list(BANDS).index(self.split), index]
         rng = np.random.default_rng(stream)
         image = self._augmented_crop(rng) if self.augment else self._cut(self.photograph, rng, self.crop)

@@ -97,9 +97,9 @@ class Backbone(nn.Module):
             ValueError, TypeError: for another rank, number of channels, dtype or size than it takes.
         """
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have shape (B, 3, H, W); got {tuple(images.shape)}")
+            raise ValueError(f"images: expected shape (B, 3, H, W), found {tuple(images.shape)}")
         if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1]; got {images.dtype}")
+            raise TypeError(f"images: expected floating point in [0, 1], found {images.dtype}")
         exporting = torch.compiler.is_exporting()  # for any size, so that nothing may depend on it
         if self.input_size is not None and (exporting or images.shape[2:] != self.input_size):
             images = interpolate(images, self.input_size, mode="bicubic", align_corners=True)

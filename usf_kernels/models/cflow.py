@@ -15,7 +15,7 @@ from usf_kernels.models.backbones import Backbone
 from usf_kernels.models.encoding import Encodings, check_encoding_channels
 from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
 from usf_kernels.nn import FlowSequence
-from usf_kernels.ops.checks import check_int, check_number
+from usf_kernels.ops.checks import check_between, check_int
 
 Condition = Tensor | Sequence[Tensor]  # (1, D, H, W), or what `FusedFlow.project` made of it
 
@@ -68,9 +68,7 @@ class CFlow(FeatureFlow):
         memory_budget: int = 256 << 20,
     ) -> None:
         check_encoding_channels(encoding_channels)
-        check_number("position_share", position_share)
-        if not 0 < position_share <= 1:
-            raise ValueError(f"position_share: expected a number in (0, 1], found {position_share!r}")
+        check_between("position_share", position_share, 0, 1, "(]")
         memory_budget = check_int("memory_budget", memory_budget, 1)
         flow = {
             "coupling": coupling,

@@ -27,9 +27,9 @@ from usf_kernels.models.usflow import check_sample_shape, check_samples
 from usf_kernels.nn.capture import is_capturing
 from usf_kernels.ops.checks import (
     FLOAT_DTYPES,
+    check_between,
     check_choice,
     check_int,
-    check_number,
     check_trainable,
     compute_dtype,
 )
@@ -110,9 +110,7 @@ class DeepSVDD(nn.Module):
         super().__init__()
         self.shape = check_sample_shape(shape)
         check_choice("objective", objective, ("one_class", "soft_boundary"))
-        check_number("nu", nu)
-        if not 0 < nu < 1:
-            raise ValueError(f"nu: expected a number between 0 and 1, found {nu!r}")
+        check_between("nu", nu, 0, 1)
         latent, hidden = check_int("latent", latent, 1), check_int("hidden", hidden, 1)
         layers = check_int("layers", layers, 0)
         self.options = {

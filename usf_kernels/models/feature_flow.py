@@ -15,10 +15,10 @@ from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import ActNorm, FlowStep, LUConv1x1
 from usf_kernels.nn.modes import in_mode, unchanged_on_error
 from usf_kernels.ops.checks import (
+    check_between,
     check_choice,
     check_clamp,
     check_int,
-    check_number,
     check_positive,
     check_trainable,
 )
@@ -41,9 +41,7 @@ class FeatureFlow(ScoredModel):
 
     def __init__(self, backbone: Backbone, *, options: Mapping[str, Any]) -> None:
         super().__init__(backbone, options=options)
-        check_number("noise", options["noise"])
-        if not 0 <= options["noise"] < math.inf:
-            raise ValueError(f"noise: expected a finite number, 0 or more, found {options['noise']!r}")
+        check_between("noise", options["noise"], 0, math.inf, "[)")
 
     def _entries(self) -> Sequence[LUConv1x1 | ActNorm]:
         """The map in front of each scale's flow, from `entry_map`: the first step of each of `flows`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.null import Null
 from usf_kernels.ops import anomaly_map
-from usf_kernels.ops.checks import check_number
+from usf_kernels.ops.checks import check_between
 from usf_kernels.segmentation import Region, log_nfa, regions
 
 
@@ -54,9 +54,7 @@ def image_score(maps: Tensor, share: float = 0.05) -> Tensor:
     Raises:
         TypeError, ValueError: another share.
     """
-    check_number("share", share)
-    if not 0 < share <= 1:
-        raise ValueError(f"share: expected a number in (0, 1], found {share}")
+    check_between("share", share, 0, 1, "(]")
     pixels = maps.flatten(1)
     return pixels.topk(max(1, round(share * pixels.shape[1])), dim=1).values.mean(1)
 

@@ -102,7 +102,9 @@ def import_timm() -> ModuleType:
 def check_name(name: str) -> None:
     """Raise ValueError unless timm has a model of this name."""
     if not import_timm().is_model(name):
-        raise ValueError(f"name must be a timm model; got {name!r} (timm.list_models('*resnet*') lists some)")
+        raise ValueError(
+            f"name: expected a timm model, found {name!r} (timm.list_models('*resnet*') lists some)"
+        )
 
 
 def own_size(name: str) -> int:

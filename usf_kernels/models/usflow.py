@@ -31,6 +31,7 @@ from usf_kernels.nn import (
 from usf_kernels.nn.coupling import Subnet
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import (
+    check_between,
     check_choice,
     check_clamp,
     check_float,
@@ -105,8 +106,7 @@ class DensityFlow(nn.Module):
             raise ValueError(f"kernel: expected an odd size, found {kernel}")
         if mask == "checkerboard" and dims == 0:
             raise ValueError(f"mask: a checkerboard needs spatial dimensions, found shape {self.shape}")
-        if not 0 <= prior_weight < math.inf:
-            raise ValueError(f"prior_weight: expected a finite number, 0 or more, found {prior_weight!r}")
+        check_between("prior_weight", prior_weight, 0, math.inf, "[)")
         self.options = {
             "shape": list(self.shape),
             "blocks": blocks,

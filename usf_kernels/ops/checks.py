@@ -87,6 +87,16 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a positive finite number, found {value}")
 
 
+def check_between(name: str, value: object, low: float, high: float, brackets: str = "()") -> None:
+    """Raise unless `value` is a number from `low` to `high`, which "[" and "]" allow, "(" and ")" do not."""
+    check_number(name, value)
+    above = low <= value if brackets[0] == "[" else low < value
+    below = value <= high if brackets[1] == "]" else value < high
+    if not (above and below):
+        span = f"{brackets[0]}{low:g}, {high:g}{brackets[1]}"
+        raise ValueError(f"{name}: expected a number in {span}, found {value!r}")
+
+
 def check_clamp(clamp: object) -> float:
     """Return `clamp` as Python's float; raise unless it is a positive finite number."""
     check_positive("clamp", clamp)
