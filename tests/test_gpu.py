@@ -3,6 +3,8 @@
 The files test_kernels_*.py run their own checks of every kernel on the device as well, where there is one.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import assert_within_budget, conv_subnet, max_error, randomise_
@@ -338,6 +340,48 @@ def test_fit_captures_its_steps(linear, precision):
     tolerance = 1e-3 if precision == "32-true" else 3e-2
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
     assert losses[1][-1] < losses[1][0]
+
+
+DENSITIES = {
+    "soft boundary": (usf.models.DeepSVDD, 6, {"objective": "soft_boundary"}),
+    "checkerboard": (usf.models.USFlow, (2, 4, 4), {"mask": "checkerboard", "base": "student_t"}),
+}
+
+
+@pytest.mark.parametrize("name", list(DENSITIES))
+def test_density_models_train_by_graphs(name):
+    model_class, shape, options = DENSITIES[name]
+    model = model_class(shape, **options).to(DEVICE).train()
+    gradients = usf.nn.CapturedGradients(model)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(9, *([shape] if isinstance(shape, int) else shape), generator=generator).to(DEVICE)
+        found = gradients(x)
+        torch.testing.assert_close(found, model.loss(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_class", [usf.models.FastFlow, usf.models.UFlow, usf.models.CFlow])
+def test_what_is_computed_between_replays_does_not_reach_them(model_class):
+    """A graph knows addresses: of tables that are kept, and made again when buffers were written to."""
+    network = torch.nn.Identity()  # never called: there are features
+    network.feature_info = SimpleNamespace(channels=lambda: (4, 6), reduction=lambda: (1, 2))
+    backbone = usf.models.Backbone(network, {"name": "none"}, mean=(0.5,) * 3, std=(0.5,) * 3)
+    maps = [torch.randn(9, 4, 8, 8, device=DEVICE), torch.randn(9, 6, 4, 4, device=DEVICE)]
+    for part in maps:
+        part[..., 0, :] *= 3  # so that borders differ from what is inside
+    model = model_class(backbone, noise=0.0).to(DEVICE).initialize(maps).train()
+    gradients = usf.nn.CapturedGradients(model)
+    for start in (0, 3, 6, 0):
+        batch = [part[start : start + 3] for part in maps]
+        found = gradients(batch)
+        torch.testing.assert_close(found, model.loss(batch).detach(), rtol=1e-3, atol=1e-3)
+        model.eval()
+        model.load_state_dict(model.state_dict())
+        for size in range(4, 14, 2):
+            sizes = ((1, 4, size, size), (1, 6, size // 2, size // 2))
+            model.loss([torch.randn(shape, device=DEVICE) for shape in sizes])
+        torch.cuda.empty_cache()
+        model.train()
 
 
 def test_mixed_precision_trains():
