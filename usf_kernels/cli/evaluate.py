@@ -49,7 +49,6 @@ def add_parser(commands: Any) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Print the metrics of a model on a folder; returns the exit code."""
-    import torch
     from torch.utils.data import DataLoader
 
     from usf_kernels import metrics
@@ -89,8 +88,7 @@ def evaluate(options: argparse.Namespace) -> int:
     print_table("by kind", ("kind", "images", "called anomalous", "mean score"), _by_kind(images))
     _comment(options.folder, masks, found)
     if options.output is not None:
-        labels = [kind for batch in samples for kind in batch.kind]
-        _write(options, found, images, labels, torch.cat([b.image for b in samples]), samples, predictions)
+        _write(options, found, images, samples, predictions)
         print(f"results.json, images.csv and panel.png in {options.output}")
     return 0
 
@@ -123,8 +121,6 @@ def _write(
     options: argparse.Namespace,
     found: dict[str, float],
     images: Sequence[Image],
-    kinds: Sequence[str],
-    pictures: Any,
     samples: Sequence[Any],
     predictions: Sequence[Any],
 ) -> None:
@@ -136,10 +132,10 @@ def _write(
     write_json(options.output / "results.json", found)
     write_csv(options.output / "images.csv", images)
     figure = panel(
-        pictures,
+        torch.cat([batch.image for batch in samples]),
         torch.cat([batch.mask for batch in samples]),
         Shown.of(predictions),
-        kinds=kinds,
+        kinds=[image["kind"] for image in images],
         title=options.folder.name,
         subtitle=f"image AUROC {found['image_auroc']:.3f}, pixel AUROC {found['pixel_auroc']:.3f}, "
         f"automatic mIoU {found['miou_automatic']:.3f}",
