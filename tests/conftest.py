@@ -80,6 +80,6 @@ def graphs(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: contextlib.nullcontext())
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
-    for module in ("capture", "captured_gradients"):
-        monkeypatch.setattr(f"usf_kernels.nn.{module}.check_capturable", lambda name, devices: None)
+    for module in ("nn.capture", "nn.captured_gradients", "training"):
+        monkeypatch.setattr(f"usf_kernels.{module}.check_capturable", lambda name, devices: None)
     return made

@@ -79,6 +79,11 @@ def test_predict_refuses_to_read_what_it_writes(checkpoint, folder, capsys):
     assert "holds the images" in fails(capsys, "predict", checkpoint, images, "--output", images)
     error = fails(capsys, "predict", checkpoint, folder / "test")
     assert "test: holds no image; there are some in" in error
+    words = ["predict", str(checkpoint), str(folder / "test"), "--recursive", "--output"]
+    assert "holds the images" in fails(capsys, *words, folder / "test")
+    assert main([*words, str(folder / "out")]) == 0
+    found = json.loads((folder / "out" / "predictions.json").read_text())
+    assert {Path(facts["image"]) for facts in found} == set((folder / "test").rglob("*.png"))
 
 
 def test_predict_warns_of_another_size_than_the_training_s(checkpoint, folder, tmp_path, capsys):

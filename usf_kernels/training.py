@@ -9,32 +9,18 @@ the same bits as the uninterrupted one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from usf_kernels.nn.capture import check_capturable
 from usf_kernels.ops.checks import check_int
+from usf_kernels.optimization import Settings
+from usf_kernels.training_run import History, Run
 
-
-@dataclass
-class History:
-    """What happened in a run.
-
-    Attributes:
-        rows: one per epoch, in order: epoch, step, train_loss, validation_loss, lr, seconds. Losses are what
-            `model.loss` returns; `validation_loss` is NaN without held-out data.
-        best_epoch: the epoch whose weights the model has now.
-        best_loss: its held-out loss, None without held-out data.
-        stopped_early: whether the held-out loss had stopped improving before `max_epochs`.
-    """
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_loss: float | None = None
-    stopped_early: bool = False
+__all__ = ["CachedFeatures", "History", "fit"]
 
 
 class CachedFeatures(Dataset[list[Tensor]]):
@@ -154,9 +140,6 @@ def fit(
         from lightning.pytorch.utilities.seed import isolate_rng
     except ImportError as error:
         raise ImportError("training needs lightning: pip install 'usf-kernels[train]'") from error
-    from usf_kernels.nn.capture import check_capturable
-    from usf_kernels.optimization import Settings
-    from usf_kernels.training_run import Run
 
     settings = Settings(
         max_epochs=max_epochs,

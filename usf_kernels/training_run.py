@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,26 @@ from usf_kernels.sampling import epoch_order, loader, seed_generators
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from usf_kernels.training import History
-
 LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
 INTERVAL = 60.0  # seconds between two checkpoints within an epoch, unless the caller counts steps
+
+
+@dataclass
+class History:
+    """What happened in a run.
+
+    Attributes:
+        rows: one per epoch, in order: epoch, step, train_loss, validation_loss, lr, seconds. Losses are what
+            `model.loss` returns; `validation_loss` is NaN without held-out data.
+        best_epoch: the epoch whose weights the model has now.
+        best_loss: its held-out loss, None without held-out data.
+        stopped_early: whether the held-out loss had stopped improving before `max_epochs`.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_loss: float | None = None
+    stopped_early: bool = False
 
 
 class Run:

@@ -47,6 +47,7 @@ def add_parser(commands: Any) -> None:
     )
     add_checkpoint(parser)
     parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument("--recursive", action="store_true", help="take the folders inside of folders too")
     parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="default: %(default)s")
     parser.add_argument("--image-size", type=image_size, help="size to predict at; default: the training's")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
@@ -64,7 +65,7 @@ def predict(options: argparse.Namespace) -> int:
     from usf_kernels.data import open_image
     from usf_kernels.files import make_folder, write_json
 
-    files = _expand(options.images, options.output)
+    files = _expand(options.images, options.output, options.recursive)
     for path in files:
         open_image(path, decode=False)
     model, device = load_for_inference(options)
@@ -130,22 +131,22 @@ def _predictions(
             }
 
 
-def _expand(paths: list[Path], output: Path) -> list[Path]:
+def _expand(paths: list[Path], output: Path, recursive: bool) -> list[Path]:
     """All image files, once each."""
     from usf_kernels.data.folder import images_in
 
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = images_in(path.iterdir())
+            inside = images_in(path.rglob("*") if recursive else path.iterdir())
             if not inside:
                 below = next((file.parent for file in images_in(path.rglob("*"))), None)
-                hint = "" if below is None else f"; there are some in {below}"
+                hint = "" if below is None else f"; there are some in {below}, which --recursive takes"
                 raise ValueError(f"{path}: holds no image{hint}")
             files += inside
         else:
             files.append(path)
-    if any(file.parent.resolve() == output.resolve() for file in files):
+    if any(output.resolve() in file.resolve().parents for file in files):
         raise ValueError(f"--output {output}: holds the images; what is written there would be among them")
     return list(dict.fromkeys(files))
 

@@ -26,6 +26,7 @@ from usf_kernels.kernels.launch import (
     warp_size,
 )
 from usf_kernels.kernels.layout import View, contiguous, empty_output
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.kernels.products import (
     activate,
     dot,
@@ -36,7 +37,6 @@ from usf_kernels.kernels.products import (
 )
 from usf_kernels.kernels.replay import replayed
 from usf_kernels.kernels.vendor import has_many_positions, vendor_channels, vendor_linear
-from usf_kernels.ops.matrices import full_precision
 
 UNSPECIALIZED = [*runtime(*"xay"), "v_n", "v_k", "w_n", "w_k", "N"]
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
 
 from usf_kernels.kernels import compiled
-from usf_kernels.ops.matrices import rounds_to_tf32
+from usf_kernels.kernels.plain import rounds_to_tf32
 
 # The interpreter runs kernels on CPU tensors; Triton read the same variable when it was imported.
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)

@@ -20,9 +20,9 @@ from usf_kernels.kernels.launch import (
     walk,
 )
 from usf_kernels.kernels.layout import View
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.kernels.products import dot, power_of_2
 from usf_kernels.kernels.replay import replayed
-from usf_kernels.ops.matrices import full_precision
 
 UNSPECIALIZED = [*runtime(*"ax"), "M", "N", "blocks", "run"]
 

@@ -16,7 +16,7 @@ from usf_kernels.kernels.configs import (
 from usf_kernels.kernels.finish import finish
 from usf_kernels.kernels.launch import is_recording
 from usf_kernels.kernels.layout import empty_output
-from usf_kernels.ops.matrices import apply_matrix, full_precision
+from usf_kernels.kernels.plain import full_precision, has_rows, plain_product
 
 
 def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,9 +25,9 @@ def vendor_linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     matrix, bias = (None if v is None else v.to(dtype) for v in (matrix, bias))
     x = x if x.dtype == dtype else empty_output(x, dtype).copy_(x)  # in its layout, also where it is expanded
     with full_precision(x):
-        if bias is None or x.ndim == 2 or x.stride(1) == 1:  # of rows, the library adds the bias
-            return apply_matrix(matrix, x, bias)
-        y = apply_matrix(matrix, x, None)
+        if bias is None or has_rows(x):  # of rows, the library adds the bias
+            return plain_product(matrix, x, bias)
+        y = plain_product(matrix, x, None)
     return finish(y, bias, None, False, 1, y)
 
 

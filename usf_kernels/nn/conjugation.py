@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.nn.coupling import Conditioned, Subnet
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.usf_block import checkerboard
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import check_choice, check_clamp, check_features, check_int, compute_dtype
 from usf_kernels.ops.linear import linear
-from usf_kernels.ops.matrices import full_precision
 
 
 class Householder(Fusible, nn.Module):

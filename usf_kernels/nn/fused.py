@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.nn.capture import CapturedCall
 from usf_kernels.nn.coupling import check_condition
 from usf_kernels.nn.fused_blocks import add_log_dets
@@ -17,7 +18,6 @@ from usf_kernels.nn.rows import rows_of
 from usf_kernels.nn.stage_run import StageRun, blocks_of
 from usf_kernels.ops import native
 from usf_kernels.ops.checks import check_features, compute_dtype, count_positions
-from usf_kernels.ops.matrices import full_precision
 
 Condition = Tensor | Sequence[Tensor] | None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops import lu_conv1x1
@@ -26,13 +27,7 @@ from usf_kernels.ops.conjugation import conjugation
 from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.linear import linear
 from usf_kernels.ops.lu_map import apply_factors, lu_map
-from usf_kernels.ops.matrices import (
-    accurate_inverse,
-    apply_matrix,
-    factors_pay,
-    full_precision,
-    matrix_gradient,
-)
+from usf_kernels.ops.matrices import accurate_inverse, apply_matrix, factors_pay, matrix_gradient
 from usf_kernels.ops.triangles import diagonal_of
 
 if TYPE_CHECKING:

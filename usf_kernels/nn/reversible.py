@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
+from usf_kernels.kernels.plain import rounds_to_tf32
 from usf_kernels.nn.tape import Slot, State, Tape, add, swapped
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.matrices import forming_products, rounds_to_tf32
+from usf_kernels.ops.matrices import forming_products
 from usf_kernels.ops.native import batched
 
 CHECKED_SAMPLES = 8

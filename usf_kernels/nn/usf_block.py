@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.nn.capture import is_capturing
 from usf_kernels.nn.conditioner_layers import overwrites
 from usf_kernels.nn.coupling import AdditiveCoupling, Conditioned, Subnet
@@ -15,12 +16,7 @@ from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.ops import eager, masked_additive_coupling
 from usf_kernels.ops.checks import check_choice, check_features, check_int, compute_dtype, promoted_dtype
 from usf_kernels.ops.linear import linear
-from usf_kernels.ops.matrices import (
-    accurate_inverse,
-    full_precision,
-    lu_inverse,
-    matrix_gradient,
-)
+from usf_kernels.ops.matrices import accurate_inverse, lu_inverse, matrix_gradient
 
 if TYPE_CHECKING:
     from usf_kernels.nn.tape import Tape

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
-from usf_kernels.ops.matrices import full_precision, triangular_inverse
+from usf_kernels.ops.matrices import triangular_inverse
 from usf_kernels.ops.native import batched, somebody_looks
 from usf_kernels.ops.triangles import diagonal_of, outer, strict_, times, unit_lower, upper_with
 

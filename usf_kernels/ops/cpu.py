@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops import native, products, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, on_cpu
 from usf_kernels.ops.function import additive_gradients
-from usf_kernels.ops.matrices import apply_matrix, full_precision
+from usf_kernels.ops.matrices import apply_matrix
 
 
 class _AdditiveCoupling(torch.autograd.Function):

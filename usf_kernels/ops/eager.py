@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops import native, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
-from usf_kernels.ops.matrices import apply_matrix, full_precision, matrix_gradient
+from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
 
 LOG2_E = 1.4426950408889634
 

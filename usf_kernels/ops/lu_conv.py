@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops import reference
 from usf_kernels.ops.checks import check_features, check_float, check_int, check_shape, promoted_dtype
 from usf_kernels.ops.dispatch import define, implementation, kernel
 from usf_kernels.ops.function import Function
 from usf_kernels.ops.linear import Linear, linear_op
-from usf_kernels.ops.matrices import full_precision
 
 
 def lu_conv1x1(

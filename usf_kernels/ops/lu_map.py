@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops import native_lu_map
 from usf_kernels.ops.dispatch import define, differentiates_again, gradients_through, runs_triton
 from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import LUMatrix
-from usf_kernels.ops.matrices import apply_matrix, full_precision, lu_matrix, matrix_gradient
+from usf_kernels.ops.matrices import apply_matrix, lu_matrix, matrix_gradient
 from usf_kernels.ops.native import batched, fits, somebody_looks
 from usf_kernels.ops.triangles import (
     apply_factor,

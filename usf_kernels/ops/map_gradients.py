@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops import reference
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.matrices import full_precision
 
 
 def anomaly_map_gradients(

@@ -11,26 +11,13 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from usf_kernels.kernels.plain import full_precision, has_rows, plain_product
 from usf_kernels.ops import native, products
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of `matrix, x, bias`, as `plain_product`
 _forms_products: ContextVar[bool] = ContextVar("forms_products", default=False)
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast would round the matrix to half precision, and the inverse would no longer be one."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
-def rounds_to_tf32() -> bool:
-    """Whether products of float32 may be rounded on a GPU: as torch's own setting says."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: int = 0) -> Tensor:
@@ -39,25 +26,9 @@ def apply_matrix(matrix: Tensor, x: Tensor, bias: Tensor | None, *, triangle: in
     if _extension_multiplies(len(matrix), x, matrix, bias):
         if x.ndim > 2 and products.walks_maps(x):
             return products.map_product(matrix, x, bias=bias, triangle=triangle)
-        if _has_rows(x) and products.row_stride(x) is not None:
+        if has_rows(x) and products.row_stride(x) is not None:
             return products.row_product(matrix, x, bias=bias)
     return plain_product(matrix, x, bias)
-
-
-def plain_product(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`apply_matrix` by PyTorch."""
-    # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
-    # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
-    if _has_rows(x):
-        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
-    matrices = matrix.expand(x.shape[0], *matrix.shape)
-    flat = x.flatten(2)
-    y = torch.bmm(matrices, flat) if bias is None else torch.baddbmm(bias[:, None], matrices, flat)
-    return y.reshape(x.shape[0], matrix.shape[0], *x.shape[2:])
-
-
-def _has_rows(x: Tensor) -> bool:
-    return x.ndim == 2 or x.stride(1) == 1
 
 
 def matrix_gradient(grad: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from usf_kernels.kernels.plain import full_precision, plain_product
 from usf_kernels.ops.checks import compute_dtype, promoted_dtype
 from usf_kernels.ops.function import Function, additive_gradients
-from usf_kernels.ops.matrices import Product, apply_lu, full_precision, lu_inverse, plain_product
+from usf_kernels.ops.matrices import Product, apply_lu, lu_inverse
 
 # ---------------------------------------------------------------------------------------------- couplings
 

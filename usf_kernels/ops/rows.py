@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from usf_kernels.kernels.plain import rounds_to_tf32
 from usf_kernels.ops.checks import FLOAT_DTYPES
 from usf_kernels.ops.dispatch import HAS_TRITON, define
-from usf_kernels.ops.matrices import rounds_to_tf32
 
 
 def runs_kernels(rows: Tensor) -> bool:
