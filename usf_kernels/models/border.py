@@ -17,27 +17,31 @@ from usf_kernels.nn.capture import is_capturing
 from usf_kernels.ops.native import somebody_looks
 
 RINGS = 2  # positions from the border that are told from those inside
+SIDE = 2 * RINGS + 1  # as many rows, or columns, are told apart: those near either end, and all inside
 LARGEST_RATIO = 10.0  # of spreads
 
 
 class BorderNorm(nn.Module):
     """Gives every channel near the border the mean and the spread that it has inside.
 
-    `y = x * scale_r + shift_r` for positions r = 0, 1 from the border, and y = x inside: an affine map per
-    channel that depends on the position and not on the input. What it does is fixed by `fit`, not trained;
-    before, it is the identity.
+    `y = x * scale_r + shift_p`, and y = x inside: an affine map per channel that depends on the position and
+    not on the input. Scales are those of the rings r = 0, 1 from the border. Shifts tell the four sides and
+    the corners apart, which see more of the padding, or none where a stride skips it. (A spread for each of
+    these places was measured too: such flows rank pixels less well, and raise more false alarms.) What it
+    does is fixed by `fit`, not trained; before, it is the identity.
 
     Args:
         channels: C.
 
     Attributes:
-        log_scale, shift: (RINGS, C) buffers.
+        log_scale: (RINGS, C) buffer.
+        shift: (SIDE * SIDE, C) buffer, of the places in rows.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("log_scale", torch.zeros(RINGS, channels))
-        self.register_buffer("shift", torch.zeros(RINGS, channels))
+        self.register_buffer("shift", torch.zeros(SIDE * SIDE, channels))
         self._kept: Kept[_Maps] = Kept()
 
     @torch.no_grad()
@@ -46,16 +50,18 @@ class BorderNorm(nn.Module):
 
         Maps without positions inside leave it the identity.
         """
-        distance = ring_of(*features.shape[2:], device=features.device)
-        rings = [features[:, :, distance == ring].double() for ring in range(RINGS + 1)]
-        if rings[-1].numel() == 0:
+        ring, place = (of(*features.shape[2:], device=features.device) for of in (ring_of, place_of))
+        if not (ring == RINGS).any():
             self.log_scale.zero_(), self.shift.zero_()
             return self
-        spreads = torch.stack([ring.std((0, 2), correction=0) for ring in rings])
-        means = torch.stack([ring.mean((0, 2)) for ring in rings])
+        rings = (features[:, :, ring == r].double() for r in range(RINGS + 1))
+        spreads = torch.stack([values.std((0, 2), correction=0) for values in rings])
+        places = (features[:, :, place == p].double() for p in range(SIDE * SIDE))
+        means = torch.stack([values.mean((0, 2)) for values in places])
         scale = (spreads[-1] / spreads[:-1]).nan_to_num(1.0, 1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
         self.log_scale.copy_(scale.log())
-        self.shift.copy_(means[-1] - scale * means[:-1])
+        scales = torch.cat([scale, torch.ones_like(scale[:1])])[ring_of(SIDE, SIDE).flatten()]
+        self.shift.copy_(means[SIDE * SIDE // 2] - scales * means)
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,10 +82,12 @@ class BorderNorm(nn.Module):
         unseen = not somebody_looks() and not is_capturing()  # else values must not be read back
         if unseen and not (self.log_scale.any() or self.shift.any()):
             return _Maps(None, None, self.log_scale.new_zeros(()))
-        ring = ring_of(*x.shape[2:], device=x.device)
-        inside = self.shift.new_zeros(1, self.shift.shape[1])
-        tables = torch.cat([self.log_scale.exp(), inside + 1]), torch.cat([self.shift, inside])
-        maps = (table.to(x.dtype)[ring].permute(2, 0, 1)[None] for table in tables)
+        ring, place = (of(*x.shape[2:], device=x.device) for of in (ring_of, place_of))
+        scales = torch.cat([self.log_scale.exp(), self.log_scale.new_ones(1, self.log_scale.shape[1])])
+        maps = (
+            table.to(x.dtype)[index].permute(2, 0, 1)[None]
+            for table, index in ((scales, ring), (self.shift, place))
+        )
         log_det = sum((ring == r).sum() * self.log_scale[r].sum() for r in range(RINGS))
         return _Maps(*(m.contiguous() if x.is_contiguous() else m for m in maps), log_det)
 
@@ -90,6 +98,19 @@ class _Maps(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     log_det: Tensor
+
+
+def place_of(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """(height, width): the place of each position, of SIDE * SIDE in rows; the middle one is all inside."""
+    y, x = (_from_ends(size, device) for size in (height, width))
+    return y[:, None] * SIDE + x
+
+
+def _from_ends(size: int, device: torch.device | None) -> Tensor:
+    """(size,): 0, 1, ... of the first positions, SIDE - 1, ... of the last ones, and RINGS between."""
+    ahead = torch.arange(size, device=device)
+    behind = size - 1 - ahead
+    return torch.where(ahead <= behind, ahead.clamp(max=RINGS), SIDE - 1 - behind.clamp(max=RINGS))
 
 
 def ring_of(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
