@@ -80,16 +80,18 @@ struct RowCount {
 };
 
 constexpr std::int64_t stretch_elements = 1 << 14;  // far more work than it takes to fetch the next stretch
-constexpr std::int64_t rows_of_a_sum = 256;  // one after the other; more would add up their rounding errors
+// One after the other: more would add up their rounding errors, fewer would leave as many sums as numbers.
+constexpr std::int64_t rows_of_a_sum = 256, least_rows_of_a_sum = 64;
 
 // The indices [0, count) of something with so many elements each, in stretches. What a thread sums over a
 // stretch is the same whichever thread it is.
 struct Stretches {
     std::int64_t total, each, count;
 
-    Stretches(std::int64_t total, std::int64_t elements, std::int64_t most = stretch_elements)
+    Stretches(std::int64_t total, std::int64_t elements, std::int64_t most = stretch_elements,
+              std::int64_t least = 1)
         : total(total),
-          each(std::clamp<std::int64_t>(stretch_elements / std::max<std::int64_t>(elements, 1), 1, most)),
+          each(std::clamp<std::int64_t>(stretch_elements / std::max<std::int64_t>(elements, 1), least, most)),
           count((total + each - 1) / each) {}
     std::int64_t begin(std::int64_t i) const { return i * each; }
     std::int64_t end(std::int64_t i) const { return std::min((i + 1) * each, total); }

@@ -233,7 +233,7 @@ private:
     std::vector<std::int64_t> index_;
     std::vector<std::uint16_t> masks_;
     int channels_;
-    bool wide_ = false;
+    [[maybe_unused]] bool wide_ = false;
 };
 
 }  // namespace usf

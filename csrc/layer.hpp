@@ -82,6 +82,10 @@ struct TileRows {
     std::int64_t first_row(std::int64_t i) const {
         return i / each * maps.positions() + i % each * Winograd::side * maps.width;
     }
+    // The calling thread's scratch, where a single row has many times as many tiles as should be together.
+    void free_if_much(std::int64_t some_tiles) const {
+        if (tiles > 16 * some_tiles) scratch_of_thread() = {};
+    }
     Stretch stretch(const Call& call, std::int64_t begin, std::int64_t end) const {
         const std::int64_t first = first_row(begin);
         return {call, first, static_cast<int>(first_row(end) - first), scratch_of_thread()};
@@ -106,10 +110,11 @@ template <class Body>
 void for_stretches_of(const Winograd& winograd, const Call& call, std::int64_t numbers, Body&& body) {
     const TileRows rows(call.maps);
     numbers = 4 * numbers + Winograd::points * (winograd.inputs() + winograd.outputs());  // to a tile
-    const std::int64_t most = rows.holding(std::max(least_rows, cache_numbers / numbers));
-    const std::int64_t length = stretch_length(rows.count, most, call.threads);
+    const std::int64_t tiles = std::max(least_rows, cache_numbers / numbers);
+    const std::int64_t length = stretch_length(rows.count, rows.holding(tiles), call.threads);
     team_for((rows.count + length - 1) / length, call.threads, [&](std::int64_t i) {
         body(rows.stretch(call, i * length, std::min((i + 1) * length, rows.count)));
+        rows.free_if_much(tiles);
     });
 }
 

@@ -45,6 +45,7 @@ public:
              int threads) const {
         if (maps.rows() == 0) return;
         const std::int64_t images = images_together(maps, threads);
+        const FreesMuch after{!pointwise() && maps.positions() * channels_ > threads * numbers_together};
         std::vector<Condition> theirs = conditions;
         for (std::int64_t first = 0; first < maps.images; first += images) {
             const Maps some{std::min(images, maps.images - first), maps.height, maps.width};
@@ -59,6 +60,21 @@ private:
     struct Step {
         Stage stage;
         int first_condition;
+    };
+    // Of the calling thread, kept from call to call: what layers make for all rows, and the state.
+    struct Workspace {
+        Floats layers[2], passive, state;
+    };
+    static Workspace& workspace() {
+        static thread_local Workspace memory;
+        return memory;
+    }
+    // A single image may need more than is to be kept.
+    struct FreesMuch {
+        bool much;
+        ~FreesMuch() {
+            if (much) workspace() = {};
+        }
     };
 
     bool pointwise() const { return std::ranges::all_of(stages_, is_pointwise, &Step::stage); }
@@ -95,8 +111,7 @@ private:
                 pass_all(stages_.begin(), stages_.end(), on);
                 round_to(on.state, numbers(on), to + on.first * channels_);
             });
-        static thread_local Floats memory;
-        float* const state = memory.at_least(call.maps.rows() * channels_);
+        float* const state = workspace().state.at_least(call.maps.rows() * channels_);
         for_stretches(call, 2 * channels_, [&](const Stretch& on) {
             widen_to(from + on.first * channels_, numbers(on), state + on.first * channels_);
         });
@@ -134,13 +149,13 @@ private:
         look_around(step, call);
     }
     void look_around(const Step& step, const Call& call) const {
-        static thread_local Floats memory[3];
+        Workspace& memory = workspace();
         const Conditioner& conditioner = *conditioner_of(step.stage);
         const std::int64_t rows = call.maps.rows();
         Inputs in{call.state, channels_};
         if (conditioner.passive) {
             const int size = conditioner.passive->size();
-            float* const passive = memory[2].at_least(rows * size);
+            float* const passive = memory.passive.at_least(rows * size);
             for_stretches(call, channels_ + size, [&](const Stretch& on) {
                 take_passive(conditioner, state(on), on.rows, passive + on.first * size);
             });
@@ -154,7 +169,7 @@ private:
         for (std::size_t i = 0; i < whole; ++i) {
             const Layer& layer = conditioner.layers[i];
             const int width = layer.outputs();
-            float* const out = memory[i % 2].at_least(rows * width);
+            float* const out = memory.layers[i % 2].at_least(rows * width);
             apply(layer, in, call, out, condition);
             in = {out, width};
             condition += layer.conditioned;
@@ -184,7 +199,7 @@ private:
 #ifdef USF_AMX
     // The same where all of its layers take words.
     void look_along_line(const Step& step, const Call& call) const {
-        static thread_local Floats memory[2];
+        Floats* const memory = workspace().layers;
         const Conditioner& conditioner = *conditioner_of(step.stage);
         const std::vector<Layer>& layers = conditioner.layers;
         const Line line(call.maps, layers);

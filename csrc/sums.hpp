@@ -46,7 +46,7 @@ inline bool channel_sums(const Input& z, const Extent& extent, float* out, int t
     }
     const RowCount count(extent);
     const RowsOf<const float> from(z, positions);
-    const Stretches stretches(count.rows, channels, rows_of_a_sum);
+    const Stretches stretches(count.rows, channels, rows_of_a_sum, least_rows_of_a_sum);
     const std::int64_t parts = count.images * stretches.count;
     static thread_local std::vector<float> memory;
     memory.resize(std::max(memory.size(), static_cast<std::size_t>(parts * channels)));

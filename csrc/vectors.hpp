@@ -72,7 +72,7 @@ __attribute__((target("avx2,fma"))) void with_avx2(const Body& body) {
 }
 #endif
 template <class Body>
-void with_lanes(int lanes, const Body& body) {
+void with_lanes([[maybe_unused]] int lanes, const Body& body) {
 #if defined(__x86_64__)
     if (lanes == 16) return with_avx512(body);
     if (lanes == 8) return with_avx2(body);

@@ -149,6 +149,7 @@ inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int
             for (int o = first; o < last; ++o)
                 kernels_from_points(sums + std::ptrdiff_t{o - first} * inputs, apart, inputs,
                                     out + std::ptrdiff_t{o} * inputs * 9);
+            rows.free_if_much(together);
         });
         return;
     }
@@ -159,6 +160,7 @@ inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int
         gradient_at_points(x, call, inputs,
                            {rows.count * group / groups, rows.count * (group + 1) / groups, 0, outputs},
                            rows.holding(together), sums + group * size);
+        rows.free_if_much(together);
     });
     team_for(outputs, threads, [&](std::int64_t output) {
         const std::size_t first = static_cast<std::size_t>(output) * inputs;

@@ -14,6 +14,7 @@ from usf_kernels.ops.checks import check_int
 
 # There are about ALPHA * BETA**r / r fixed polyominoes, 4-connected shapes of r pixels.
 ALPHA, BETA = 0.316915, 4.062570
+MOST_KEPT = 1 << 20  # positions of maps for which counts are kept
 
 
 def log_number_of_tests(sizes: Sequence[tuple[int, int]]) -> float:
@@ -59,9 +60,14 @@ class Count(NamedTuple):
     ceiling: float  # log10 NFA of a position where nothing was found
 
 
-@lru_cache(maxsize=8)  # arrays as large as the maps
 def counts(positions: tuple[int, ...], tests: str) -> list[Count]:
     """The count of each scale for tests="total" or "per_size", see `usf_kernels.log_nfa`."""
+    made = _counts if sum(positions) <= MOST_KEPT else _counts.__wrapped__
+    return made(positions, tests)
+
+
+@lru_cache(maxsize=8)  # arrays as large as the maps
+def _counts(positions: tuple[int, ...], tests: str) -> list[Count]:
     if tests == "total":
         total = _log_total(positions)
         return [Count(np.empty(0), total, total)] * len(positions)

@@ -75,7 +75,7 @@ def resize_kernel(
             upper = u0 * tl.load(own + y0 * w + x0) + u1 * tl.load(own + y0 * w + x1)
             lower = u0 * tl.load(own + y1 * w + x0) + u1 * tl.load(own + y1 * w + x1)
             total += v0 * upper + v1 * lower
-    tl.store(out + b * H * W + y * W + x, total / len(heights), mask=(y < H) & (x < W))
+    tl.store(out + (b * H + y) * W + x, total / len(heights), mask=(y < H) & (x < W))
 
 
 # --------------------------------------------------------------------------------------------- launchers

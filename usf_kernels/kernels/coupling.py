@@ -49,7 +49,9 @@ def coupling_kernel(
         value = (value - tl.load(bias + inner, mask=outer < C, other=0.0).to(tl.float32)) / gain
     if AFFINE:
         raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
-        shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
+        shift = 0.1 * tl.load(t_at + walk((C - split).to(outer.dtype), t_c, UNIT), mask=active, other=0.0).to(
+            tl.float32
+        )
         log_scale = clamp * tanh(0.1 * raw)
         if INVERSE:
             log_scale = -log_scale

@@ -68,7 +68,9 @@ def coupling_backward_kernel(
         coupled = value
         if AFFINE:
             raw = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
-            shift = 0.1 * tl.load(t_at + walk(C - split, t_c, UNIT), mask=active, other=0.0).to(tl.float32)
+            shift = 0.1 * tl.load(
+                t_at + walk((C - split).to(outer.dtype), t_c, UNIT), mask=active, other=0.0
+            ).to(tl.float32)
             bounded = tanh(0.1 * raw)
             slope = 0.1 * clamp * (1 - bounded * bounded)
             if PER_POSITION:
@@ -86,7 +88,9 @@ def coupling_backward_kernel(
                 grad_raw = slope * (grad * value * factor + of_log_det)
             grad = grad * factor
             tl.store(gt_at, narrow(grad_raw, gt), mask=active)
-            tl.store(gt_at + walk(C - split, gt_c, UNIT), narrow(grad_shift, gt), mask=active)
+            tl.store(
+                gt_at + walk((C - split).to(outer.dtype), gt_c, UNIT), narrow(grad_shift, gt), mask=active
+            )
         else:
             shift = tl.load(t_at, mask=active, other=0.0).to(tl.float32)
             coupled = value if INVERSE else value + shift

@@ -13,14 +13,17 @@ from usf_kernels.nn.act_norm import ActNorm
 
 @contextmanager
 def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """All of a module in one mode, then every part of it in its own again: some may be frozen."""
-    before = [(part, part.training) for part in module.modules()]
+    """All of a module in one mode, then every part of it in its own again: some may be frozen.
+
+    Of several threads that do so with one module, only that which changed a part changes it back.
+    """
+    changed = [part for part in module.modules() if part.training != training]
     module.train(training)
     try:
         yield
     finally:
-        for part, mode in before:
-            part.training = mode
+        for part in changed:
+            part.training = not training
 
 
 @contextmanager
