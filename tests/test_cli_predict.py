@@ -147,7 +147,7 @@ def test_predict_without_matplotlib_writes_nothing(checkpoint, tmp_path, monkeyp
     write_image(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     error = fails(capsys, "predict", checkpoint, tmp_path / "a.png", "--output", tmp_path / "out")
-    assert "pip install 'usf-kernels[demo]'" in error
+    assert "pip install 'usf-kernels[train]'" in error
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -32,7 +32,8 @@ def test_report_is_complete_and_json():
     if torch.cuda.is_available():
         own = "Triton and " if on_gpu else ""
         assert report["operations"][doctor.INFERENCE] == f"{own}PyTorch on cuda"
-    conditioners = "PyTorch on cuda" if torch.cuda.is_available() else "C++ for float32 on cpu"
+    own = "C++ for float32 on cpu" if products.MULTIPLIES else "PyTorch on cpu"
+    conditioners = "PyTorch on cuda" if torch.cuda.is_available() else own
     assert report["operations"][doctor.CONDITIONERS] == conditioners
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from usf_kernels.extras import needs_extra
 from usf_kernels.ops.checks import check_between
 
 Array = npt.ArrayLike | Tensor
@@ -86,7 +87,8 @@ def auroc(scores: Array, targets: Array) -> float:
     Raises:
         ValueError: for differing shapes, or a score that is NaN.
     """
-    from scipy.stats import rankdata
+    with needs_extra("train", "this metric"):
+        from scipy.stats import rankdata
 
     scores, targets = _pair(scores, targets)
     positives = int(targets.sum())
@@ -166,7 +168,8 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
     Raises:
         ValueError: for differing or other shapes, NaN scores, or a limit out of range.
     """
-    from skimage.measure import label
+    with needs_extra("train", "this metric"):
+        from skimage.measure import label
 
     check_between("fpr_limit", fpr_limit, 0, 1, "(]")
     maps, targets = _images(maps, targets)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from usf_kernels.extras import needs_extra
 from usf_kernels.files import atomic_write
 
 if TYPE_CHECKING:
@@ -97,11 +98,8 @@ def panel(
     rows = choose_rows(kinds, prediction.score) if rows is None else list(rows)
     if not rows:
         raise ValueError("rows must name at least one image")
-    try:
+    with needs_extra("train", "pictures"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'usf-kernels[demo]'") from error
-
     height, width = images.shape[-2:]
     cell = CELL * height / width
     total = (
@@ -168,10 +166,8 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 160) -> None:
 
 def heat_map(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.ndarray:
     """Colour a map: float (H, W) to uint8 (H, W, 3), `low` and below dark, `high` and above bright."""
-    try:
+    with needs_extra("train", "pictures"):
         from matplotlib import colormaps
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'usf-kernels[demo]'") from error
     colours = (colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     return colours[np.clip((values - low) * (256 / (high - low)), 0, 255).astype(np.uint8)]
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from usf_kernels.extras import needs_extra
 from usf_kernels.nn.capture import check_capturable
 from usf_kernels.ops.checks import check_int
 from usf_kernels.optimization import Settings
@@ -135,11 +136,9 @@ def fit(
     for name, data in (("train_data", train_data), ("validation_data", validation_data)):
         if data is not None and len(data) == 0:
             raise ValueError(f"{name} is empty")
-    try:
+    with needs_extra("train", "training"):
         from lightning.fabric import Fabric
         from lightning.pytorch.utilities.seed import isolate_rng
-    except ImportError as error:
-        raise ImportError("training needs lightning: pip install 'usf-kernels[train]'") from error
 
     settings = Settings(
         max_epochs=max_epochs,

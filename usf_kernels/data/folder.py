@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from usf_kernels.data.sample import Sample
+from usf_kernels.extras import needs_extra
 from usf_kernels.max_tree import component_tree
 from usf_kernels.ops.checks import check_choice, check_size
 
@@ -83,10 +84,8 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
     Raises:
         ValueError: naming the file, when it is missing or cannot be read as an image.
     """
-    try:
+    with needs_extra("train", "reading images"):
         from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'usf-kernels[train]'") from error
     try:
         # Given the name, Pillow maps uncompressed TIFFs into memory, and they lose their orientation.
         with open(path, "rb") as file, Image.open(file) as picture:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from usf_kernels.data.defects import DEFECTS, render_defect
 from usf_kernels.data.folder import resize_mask
 from usf_kernels.data.sample import Sample
+from usf_kernels.extras import needs_extra
 from usf_kernels.ops.checks import check_choice, check_int
 
 TEXTURES = ("brick", "grass", "gravel")
@@ -33,12 +34,8 @@ def texture(name: str) -> np.ndarray:
         ImportError: without scikit-image.
     """
     check_choice("name", name, TEXTURES)
-    try:
+    with needs_extra("train", "the embedded textures"):
         from skimage import data
-    except ImportError as error:
-        raise ImportError(
-            "the embedded textures need scikit-image: pip install 'usf-kernels[train]'"
-        ) from error
     image = getattr(data, name)().astype(np.float32) / 255
     image.flags.writeable = False
     return image

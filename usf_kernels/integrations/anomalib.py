@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from anomalib.models.components.flow import AllInOneBlock
-
+from usf_kernels.extras import needs_extra
 from usf_kernels.integrations.accelerate import accelerate
 from usf_kernels.integrations.all_in_one import AllInOneMixin
-from usf_kernels.integrations.anomalib_usf import UsfCflow, UsfFastflow, UsfUflow
+
+with needs_extra("anomalib", "anomalib's models"):
+    from anomalib.models.components.flow import AllInOneBlock
+
+    from usf_kernels.integrations.anomalib_usf import UsfCflow, UsfFastflow, UsfUflow
 
 __all__ = ["CLASSES", "FastAllInOneBlock", "UsfCflow", "UsfFastflow", "UsfUflow", "accelerate"]
 

@@ -7,12 +7,15 @@ and state_dict keys. They have names of their own, so they pickle.
 
 from __future__ import annotations
 
-from FrEIA.framework import SequenceINN
-from FrEIA.modules import AllInOneBlock, GLOWCouplingBlock, NICECouplingBlock, RNVPCouplingBlock
-
+from usf_kernels.extras import needs_extra
 from usf_kernels.integrations.all_in_one import AllInOneMixin, SequenceMixin
 from usf_kernels.integrations.couplings import GLOWMixin, NICEMixin, RNVPMixin
-from usf_kernels.integrations.flow_modules import FlowModule, FlowStep, LUConv1x1, USFBlock
+
+with needs_extra("anomalib", "FrEIA's modules"):
+    from FrEIA.framework import SequenceINN
+    from FrEIA.modules import AllInOneBlock, GLOWCouplingBlock, NICECouplingBlock, RNVPCouplingBlock
+
+    from usf_kernels.integrations.flow_modules import FlowModule, FlowStep, LUConv1x1, USFBlock
 
 __all__ = [
     "CLASSES",

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from usf_kernels.models.batch_norms import fold_batch_norms
 from usf_kernels.models.native_layers import use_extension_
 from usf_kernels.models.timm_networks import EMBEDDED, integer_padding, make_network, own_size
-from usf_kernels.ops.checks import check_int
+from usf_kernels.ops.checks import check_dtype, check_int
 
 # Of U-Flow (arXiv:2211.12353): CaiT-M48 after block 40 and CaiT-S24 after block 20, counted from 0.
 MS_CAIT = {"name": ["cait_m48_448", "cait_s24_224"], "out_indices": [40, 20], "final_norm": True}
@@ -72,7 +72,11 @@ class Backbone(nn.Module):
 
         Args:
             dtype: of the weights and of the maps; None for their own.
+
+        Raises:
+            TypeError: a dtype that is not floating.
         """
+        check_dtype(dtype)
         fused = deepcopy(self).to(memory_format=torch.channels_last)
         size = (
             self.input_size

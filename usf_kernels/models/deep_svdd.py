@@ -26,10 +26,11 @@ from usf_kernels.models.conditioners import CONVOLUTIONS
 from usf_kernels.models.usflow import check_sample_shape, check_samples
 from usf_kernels.nn.capture import is_capturing
 from usf_kernels.ops.checks import (
-    FLOAT_DTYPES,
     check_between,
     check_choice,
+    check_dtype,
     check_int,
+    check_not_fused_to,
     check_trainable,
     compute_dtype,
 )
@@ -239,10 +240,10 @@ class DeepSVDD(nn.Module):
         is given; centre and radius keep theirs. This model stays as it is.
 
         Raises:
-            TypeError: a dtype that is not floating.
+            TypeError: a dtype that is not floating, or any for an inference form, which keeps its own.
         """
-        if dtype is not None and dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+        check_dtype(dtype)
+        check_not_fused_to(self, dtype)
         fused = deepcopy(self).eval().requires_grad_(False)
         fused.network.to(dtype=dtype)
         fused.fused = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
-from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
+from usf_kernels.models.feature_flow import FeatureFlow, add_noise, check_kernels, entry_map, glow_steps
 from usf_kernels.nn import FlowSequence
 
 
@@ -72,7 +72,7 @@ class FastFlow(FeatureFlow):
             "linear": linear,
             "steps": steps,
             "hidden_ratio": hidden_ratio,
-            "kernels": list(kernels),
+            "kernels": check_kernels(kernels),
             "clamp": clamp,
         }
         super().__init__(backbone, options={**flow, "noise": noise, "memory": memory})

@@ -64,10 +64,6 @@ class FeatureFlow(ScoredModel):
         latents, log_det = self._transform(entered, 0.0)
         return latents, log_det + border_log_det
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Images to latents and log-determinant."""
-        return self.latents(self.features(images))
-
     def loss(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
         """Negative log-likelihood per dimension, without its constant: 0-d.
 
@@ -89,7 +85,7 @@ class FeatureFlow(ScoredModel):
         return of_flow - border_log_det / sum(maps[0].numel() for maps in features)
 
     @torch.no_grad()
-    def initialize(self, features: Sequence[Tensor], *, shrinkage: float = 0.01) -> Self:
+    def initialize(self, features: Tensor | Sequence[Tensor], *, shrinkage: float = 0.01) -> Self:
         """Set the maps in front of the flows from features (N, C_l, H_l, W_l) of normal images.
 
         First, channels get the mean and spread near the border of a map that they have inside (`BorderNorm`).
@@ -97,7 +93,7 @@ class FeatureFlow(ScoredModel):
         distance does. Where there are ActNorms, every one scales what reaches it to unit variance.
 
         Args:
-            features: of normal training images.
+            features: of normal training images, or these images (N, 3, H, W).
             shrinkage: ridge on the covariance, in units of the mean variance.
 
         Returns:
@@ -109,6 +105,7 @@ class FeatureFlow(ScoredModel):
                 changed then.
         """
         check_trainable(self, "initialize")
+        features = self._features_of(features)
         self._check(features)
         norms = [module for module in self.modules() if isinstance(module, ActNorm)]
         with unchanged_on_error(self.borders, *self._entries(), *norms):
@@ -137,6 +134,16 @@ def check_linear(linear: str) -> None:
     check_choice("linear", linear, ("lu", "permutation"))
 
 
+def check_kernels(kernels: Sequence[int]) -> list[int]:
+    """Return the sizes of kernels; raise unless there is one at least and all are odd."""
+    if isinstance(kernels, str) or not isinstance(kernels, Sequence):
+        raise TypeError(f"kernels: expected a sequence of sizes, found {type(kernels).__name__}")
+    sizes = [check_int("kernels", size, 1) for size in kernels]
+    if not sizes or any(size % 2 == 0 for size in sizes):
+        raise ValueError(f"kernels: expected odd sizes, at least one, found {kernels!r}")
+    return sizes
+
+
 def glow_steps(
     channels: int,
     *,
@@ -148,21 +155,17 @@ def glow_steps(
     clamp: float,
     cond_channels: int = 0,
 ) -> list[FlowStep]:
-    """Steps with convolutional conditioners, whose kernels repeat: what these models are made of.
+    """Steps with convolutional conditioners, whose kernels (checked already) repeat: what these models are
+    made of.
 
     Raises:
         ValueError: for a bad argument.
     """
     check_int("steps", steps, 0)
+    check_choice("coupling", coupling, ("additive", "affine"))
     check_linear(linear)
     check_positive("hidden_ratio", hidden_ratio)
     clamp = check_clamp(clamp)
-    if not isinstance(kernels, Sequence):
-        raise TypeError(f"kernels: expected a sequence of sizes, found {type(kernels).__name__}")
-    for size in kernels:
-        check_int("kernels", size, 1)
-    if not kernels or any(size % 2 == 0 for size in kernels):
-        raise ValueError(f"kernels: expected odd sizes, at least one, found {kernels!r}")
     return [
         FlowStep(
             channels,

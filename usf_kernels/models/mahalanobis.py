@@ -39,13 +39,13 @@ class Mahalanobis(ScoredModel):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def fit(self, features: Sequence[Tensor], *, shrinkage: float = 0.01) -> Self:
+    def fit(self, features: Tensor | Sequence[Tensor], *, shrinkage: float = 0.01) -> Self:
         """Estimate mean and covariance from features (N, C_l, H_l, W_l) of normal images.
 
         First, channels get the mean and spread near the border of a map that they have inside (`BorderNorm`).
 
         Args:
-            features: of the training images.
+            features: of the training images, or these images (N, 3, H, W).
             shrinkage: ridge on the covariance, in units of the mean variance.
 
         Returns:
@@ -57,6 +57,7 @@ class Mahalanobis(ScoredModel):
                 changed then.
         """
         check_trainable(self, "fit")
+        features = self._features_of(features)
         self._check(features)
         with unchanged_on_error(self.borders, self.whitening):
             for linear, border, maps in zip(self.whitening, self.borders, features, strict=True):

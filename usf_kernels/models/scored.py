@@ -109,14 +109,18 @@ class ScoredModel(nn.Module):
         """What is modelled: the backbone's maps of images (B, 3, H, W) in [0, 1]."""
         return self.backbone(images)
 
+    def forward(self, images: Tensor) -> Any:
+        """Images to what `latents` returns of their features."""
+        return self.latents(self.features(images))
+
     @torch.no_grad()
     def calibrate(
-        self, features: Sequence[Tensor], *, false_alarms: float = 0.1, batch_size: int = 32
+        self, features: Tensor | Sequence[Tensor], *, false_alarms: float = 0.1, batch_size: int = 32
     ) -> Null:
         """Fit the null model of the automatic threshold, and keep it in the state_dict.
 
         Args:
-            features: of held-out normal images.
+            features: of held-out normal images, or these images (N, 3, H, W).
             false_alarms: regions that each of them may show on average; see `usf_kernels.calibrate`.
             batch_size: images at a time.
 
@@ -128,8 +132,9 @@ class ScoredModel(nn.Module):
         return null
 
     @torch.no_grad()
-    def mean_square(self, features: Sequence[Tensor], *, batch_size: int = 32) -> list[float]:
-        """Mean of z^2 per scale: near 1 on held-out normal images if the flow generalises."""
+    def mean_square(self, features: Tensor | Sequence[Tensor], *, batch_size: int = 32) -> list[float]:
+        """Mean of z^2 per scale: near 1 on held-out normal images if the flow generalises; arguments as of
+        `calibrate`."""
         norms = self._squared_norms(features, batch_size)
         return [u.mean().item() / channels for u, channels in zip(norms, self.latent_channels, strict=True)]
 
@@ -182,9 +187,17 @@ class ScoredModel(nn.Module):
         """The options, for print."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-    def _squared_norms(self, features: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-        self._check(features)
+    def _features_of(self, data: Tensor | Sequence[Tensor], batch_size: int = 32) -> Sequence[Tensor]:
+        """Features, where images are given those of so many at a time."""
+        if not isinstance(data, Tensor):
+            return data
+        parts = [self.features(images) for images in data.split(batch_size)]
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+    def _squared_norms(self, data: Tensor | Sequence[Tensor], batch_size: int) -> list[Tensor]:
         check_int("batch_size", batch_size, 1)
+        features = self._features_of(data, batch_size)
+        self._check(features)
         if len(features[0]) == 0:
             raise ValueError("features: expected those of at least one image, found none")
         parts = []

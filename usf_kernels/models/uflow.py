@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
-from usf_kernels.models.feature_flow import FeatureFlow, add_noise, entry_map, glow_steps
+from usf_kernels.models.feature_flow import FeatureFlow, add_noise, check_kernels, entry_map, glow_steps
 from usf_kernels.nn import ActNorm, FlowSequence, LUConv1x1
 from usf_kernels.nn.folding import LinearMap, parts
 from usf_kernels.nn.fusing import fuse_parts
@@ -77,7 +77,7 @@ class UFlow(FeatureFlow):
             "linear": linear,
             "steps": steps,
             "hidden_ratio": hidden_ratio,
-            "kernels": list(kernels),
+            "kernels": check_kernels(kernels),
             "clamp": clamp,
         }
         super().__init__(backbone, options={**flow, "noise": noise, "memory": memory})

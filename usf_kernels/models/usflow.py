@@ -37,7 +37,6 @@ from usf_kernels.ops.checks import (
     check_float,
     check_int,
     check_not_fused_to,
-    check_number,
     check_trainable,
 )
 
@@ -101,11 +100,15 @@ class DensityFlow(nn.Module):
         check_choice("linear", linear, ("lu", "householder", "permutation"))
         layers, kernel = check_int("layers", layers, 0), check_int("kernel", kernel, 1)
         reflections, clamp = check_int("reflections", reflections, 1), check_clamp(clamp)
-        check_number("prior_weight", prior_weight)
         if kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd size, found {kernel}")
         if mask == "checkerboard" and dims == 0:
             raise ValueError(f"mask: a checkerboard needs spatial dimensions, found shape {self.shape}")
+        if mask != "checkerboard" and blocks and self.shape[0] == 1:
+            hint = "" if dims == 0 else "; mask='checkerboard' takes one"
+            raise ValueError(
+                f"shape: expected at least 2 channels for mask={mask!r}, found {self.shape}{hint}"
+            )
         check_between("prior_weight", prior_weight, 0, math.inf, "[)")
         self.options = {
             "shape": list(self.shape),

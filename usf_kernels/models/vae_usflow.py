@@ -185,7 +185,8 @@ class VAEUSFlow(nn.Module):
         return self.decode(self.prior.sample(n))
 
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
-        """The same model for inference: its flow in its inference form, see `DensityFlow.fuse`.
+        """The same model for inference: its flow and a frozen backbone in their inference forms, see
+        `DensityFlow.fuse`.
 
         Args:
             dtype: of the flow's weights; None for its own.
@@ -194,6 +195,8 @@ class VAEUSFlow(nn.Module):
             A copy in evaluation mode, without a loss; this model stays as it is.
         """
         fused = deepcopy(self).eval().requires_grad_(False)
+        if not fused.fused and not self.options["trainable"]:
+            fused.backbone = fused.backbone.fuse()
         fused.prior, fused.fused = fused.prior.fuse(dtype), True
         return fused
 

@@ -19,6 +19,7 @@ from usf_kernels.nn.reversible import ReconstructionCheck, run_reversibly
 from usf_kernels.nn.tape import Tape
 from usf_kernels.ops.checks import (
     check_choice,
+    check_clamp,
     check_features,
     check_int,
     compute_dtype,
@@ -74,6 +75,7 @@ class FlowStep(Fusible, nn.Module):
         super().__init__()
         check_choice("coupling", coupling, ("additive", "affine"))
         check_choice("linear", linear, ("lu", "permutation", "none"))
+        check_clamp(clamp)
         options = {"subnet": subnet, "cond_channels": cond_channels, "zero_init": zero_init}
         self.coupling: nn.Module
         if coupling == "additive":
@@ -183,6 +185,11 @@ class FlowSequence(Fusible, nn.ModuleList):
         check_int("check_every", check_every, 0)
         self.memory, self._check = memory, ReconstructionCheck(check_every)
 
+    @property
+    def check_every(self) -> int:
+        """Reversible passes between two comparisons; 0 for none."""
+        return self._check.every
+
     def __getitem__(self, index: int | slice) -> nn.Module:
         """One step, or a sequence of some that counts its passes together with this one."""
         found = super().__getitem__(index)
@@ -234,7 +241,7 @@ class FlowSequence(Fusible, nn.ModuleList):
 
     def extra_repr(self) -> str:
         """The options, for print."""
-        return f"memory={self.memory!r}, check_every={self._check.every}"
+        return f"memory={self.memory!r}, check_every={self.check_every}"
 
 
 def _flatten(sequence: FlowSequence) -> list[nn.Module]:

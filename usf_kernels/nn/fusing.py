@@ -23,7 +23,7 @@ from usf_kernels.nn.fused_blocks import (
 from usf_kernels.nn.fused_maps import Exchange, Product, Reorder, Shift
 from usf_kernels.nn.stage_run import StageRun, blocks_of, joins
 from usf_kernels.nn.usf_block import CheckerboardCoupling
-from usf_kernels.ops.checks import FLOAT_DTYPES
+from usf_kernels.ops.checks import check_dtype
 
 WORST_CONDITION = 1e4  # of a map that residual blocks undo; beyond it, rounding would show
 
@@ -50,8 +50,7 @@ def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     tensors = (*flow.parameters(), *flow.buffers())
     if dtype is None:
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+    check_dtype(dtype)
     return fuse_parts(list(parts(flow)), dtype, next((t.device for t in tensors), None))
 
 

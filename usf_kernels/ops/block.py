@@ -141,5 +141,6 @@ def _residual_mlp(
     inverse: bool,
 ) -> Tensor:
     dtype = promoted_dtype(x, first, first_bias, last, last_bias, bias_map)
-    run = _ResidualMLP.apply if torch.is_grad_enabled() else _residual_mlp_op
-    return run(x, first.to(dtype), first_bias, last.to(dtype), last_bias, bias_map, activation, inverse)
+    return _ResidualMLP.run(
+        x, first.to(dtype), first_bias, last.to(dtype), last_bias, bias_map, activation, inverse
+    )

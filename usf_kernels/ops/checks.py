@@ -47,6 +47,12 @@ def check_float(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, found {value.dtype}")
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise TypeError unless `dtype` is None or one of the four supported dtypes."""
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype}")
+
+
 def check_features(name: str, x: object, channels: int | None = None) -> None:
     """Raise unless `x` is a floating (B, C, *spatial) tensor, with C = `channels` where that is given."""
     check_float(name, x)

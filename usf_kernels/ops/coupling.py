@@ -186,21 +186,11 @@ class _Masked(Function):
         if shift is not None:
             grad_mask = (grad if ctx.inverse else -grad) * shift
             grad_mask = grad_mask.sum_to_size(mask.shape).to(mask.dtype)
-        return grad_x, _masked(None, grad, mask, ctx.inverse).to(ctx.shift_dtype), grad_mask, None
+        return grad_x, _Masked.run(None, grad, mask, ctx.inverse).to(ctx.shift_dtype), grad_mask, None
 
 
-@kernel("additive_coupling")
-def _additive(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
-    run = _Additive.apply if torch.is_grad_enabled() else _additive_op
-    return run(x, shift, split, inverse)
-
-
-def _masked(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
-    run = _Masked.apply if torch.is_grad_enabled() else _masked_op
-    return run(x, shift, mask, inverse)
-
-
-kernel("masked_additive_coupling")(_masked)
+kernel("additive_coupling")(_Additive.run)
+kernel("masked_additive_coupling")(_Masked.run)
 
 
 @kernel("affine_coupling")

@@ -18,8 +18,6 @@ from usf_kernels.ops import native, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
 
-LOG2_E = 1.4426950408889634
-
 
 def by_hand(*tensors: Tensor | None) -> bool:
     """Whether the functions here may run: tensors on the CPU, all of one dtype, nobody looking inside."""
@@ -45,50 +43,21 @@ def couple(
         found = native.couple(x, params, None, exit_scale, exit_bias, split, clamp, inverse=False)
         if found is not None:
             return found
-    y, active_channels = torch.empty_like(x), x.shape[1] - split
-    passive, active = y.split([split, active_channels], dim=1)
-    if clamp is None:
-        torch.add(x[:, split:], params, out=active)
-        log_det = x.new_empty(0)
-    else:
-        raw_scale, shift = params.split([active_channels, active_channels], dim=1)
-        torch.mul(raw_scale, 0.1, out=active).tanh_().mul_(clamp)
-        log_det = active.sum(dim=tuple(range(1, x.ndim)))
-        active.exp_().mul_(x[:, split:]).add_(shift, alpha=0.1)
-    if exit_scale is None:
-        passive.copy_(x[:, :split])
-    else:
-        exit_scale, exit_bias = per_channel(exit_scale, x), per_channel(exit_bias, x)
-        torch.mul(x[:, :split], exit_scale[:split], out=passive)
-        active.mul_(exit_scale[split:])
-        y.add_(exit_bias)
-    return y, log_det
+    return reference.coupling_step(x, params, None, exit_scale, exit_bias, split, clamp, False)
 
 
-def uncouple_gradient_(
+def uncoupled_gradients(
     grad: Tensor, grad_log_det: Tensor, x: Tensor, params: Tensor, split: int, clamp: float | None
-) -> Tensor:
-    """Turn `grad`, of the coupled x, into that of x, and return that of params."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and params, given that of the coupled x, which may be written into."""
     if native.fits(grad, grad_log_det, x, params):
         grad_params = native.uncouple_gradient_(grad, grad_log_det, x, params, split, clamp)
         if grad_params is not None:
-            return grad_params
-    active = grad[:, split:]
+            return grad, grad_params
     if clamp is None:
-        return active.clone()
-    result, active_channels = torch.empty_like(params), x.shape[1] - split
-    grad_scale, grad_shift = result.split([active_channels, active_channels], dim=1)
-    torch.mul(active, 0.1, out=grad_shift)
-    # tanh(u) = 2 s - 1 with s = sigmoid(2 u), which is six times faster and good to an absolute rounding;
-    # 4 s (1 - s) is its slope.
-    sigmoid = torch.mul(params[:, :active_channels], 0.2).sigmoid_()
-    scale = torch.mul(sigmoid, 2 * clamp * LOG2_E, out=grad_scale).sub_(clamp * LOG2_E).exp2_()
-    active.mul_(scale)
-    torch.mul(active, x[:, split:], out=grad_scale)
-    grad_scale.add_(grad_log_det.view(-1, *[1] * (x.ndim - 1)))
-    slope = sigmoid.addcmul_(sigmoid, sigmoid, value=-1)
-    grad_scale.mul_(slope).mul_(0.4 * clamp)
-    return result
+        return grad, grad[:, split:].clone()
+    grad_log_det = grad_log_det.expand(len(x))
+    return reference.affine_coupling_gradients(x, params, split, clamp, False, grad, grad_log_det)
 
 
 def uncouple(
@@ -119,30 +88,9 @@ def uncouple(
         y.sub_(per_channel(bias, y)).div_(per_channel(scale, y))
         grad_scale, grad_bias = channel_sums(y * grad), channel_sums(grad)
         grad.mul_(per_channel(scale, y))
-    return y, grad, _uncouple_active_(y, grad, grad_log_det, params, split, clamp), grad_scale, grad_bias
-
-
-def _uncouple_active_(
-    y: Tensor, grad: Tensor, grad_log_det: Tensor, params: Tensor, split: int, clamp: float | None
-) -> Tensor:
-    active, grad_active = y[:, split:], grad[:, split:]
-    if clamp is None:
-        active.sub_(params)
-        return grad_active.clone()  # `grad` is written into before a parameter's gradient is done with
-    active_channels = y.shape[1] - split
-    raw_scale, shift = params.split([active_channels, active_channels], dim=1)
-    result = torch.empty_like(params)
-    grad_scale, grad_shift = result.split([active_channels, active_channels], dim=1)
-    tanh = torch.mul(raw_scale, 0.1).tanh_()
-    scale = torch.mul(tanh, clamp).exp_()
-    active.sub_(shift, alpha=0.1)  # now x2 * scale, which the scale's gradient is made of
-    torch.mul(active, grad_active, out=grad_scale)
-    grad_scale.add_(grad_log_det.view(-1, *[1] * (y.ndim - 1)))
-    grad_scale.mul_(tanh.square_().neg_().add_(1)).mul_(0.1 * clamp)
-    torch.mul(grad_active, 0.1, out=grad_shift)
-    active.div_(scale)
-    grad_active.mul_(scale)
-    return result
+    x, _ = reference.coupling_step(y, params, None, None, None, split, clamp, True)
+    grad_x, grad_params = uncoupled_gradients(grad, grad_log_det, x, params, split, clamp)
+    return x, grad_x, grad_params, grad_scale, grad_bias
 
 
 def inverse_permutation(index: Tensor) -> Tensor:
@@ -172,39 +120,25 @@ class _GatherStep(torch.autograd.Function):
         if found is None:
             y, log_det = couple(x, params, split, clamp, scale, bias)
             found = y if index is None else y.index_select(1, index), log_det
-        ctx.save_for_backward(x, params, index, scale, bias, None if ctx.native else found[0])
+        ctx.save_for_backward(x, params, index, scale, bias)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
-        x, params, index, scale, bias, y = ctx.saved_tensors
-        again, fits = differentiates_again(), ctx.native and native.fits(grad, grad_log_det)
-        if fits and not again:
+        x, params, index, scale, bias = ctx.saved_tensors
+        if ctx.native and native.fits(grad, grad_log_det) and not differentiates_again():
             grads = native.couple_gradient(
                 grad, grad_log_det, x, params, index, scale, *ctx.options, inverse=False
             )
             return *grads[:2], None, *grads[2:], None, None
-        if again or ctx.native or not by_hand(grad, grad_log_det):
 
-            def plain(
-                x: Tensor, params: Tensor, scale: Tensor | None, bias: Tensor | None
-            ) -> tuple[Tensor, Tensor]:
-                return reference.coupling_step(x, params, index, scale, bias, *ctx.options, inverse=False)
+        def plain(
+            x: Tensor, params: Tensor, scale: Tensor | None, bias: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            return reference.coupling_step(x, params, index, scale, bias, *ctx.options, inverse=False)
 
-            grads = gradients_through(plain, (x, params, scale, bias), (grad, grad_log_det))
-            return *grads[:2], None, *grads[2:], None, None
-        if index is None:
-            grad_x = grad.clone()
-        else:
-            back = inverse_permutation(index)
-            grad_x, y = grad.index_select(1, back), None if scale is None else y.index_select(1, back)
-        grad_scale = grad_bias = None
-        if scale is not None:
-            grad_bias = channel_sums(grad_x)
-            grad_scale = channel_sums((y - per_channel(bias, x)).mul_(grad_x)) / scale
-            grad_x.mul_(per_channel(scale, x))
-        grad_params = uncouple_gradient_(grad_x, grad_log_det, x, params, *ctx.options)
-        return grad_x, grad_params, None, grad_scale, grad_bias, None, None
+        grads = gradients_through(plain, (x, params, scale, bias), (grad, grad_log_det))
+        return *grads[:2], None, *grads[2:], None, None
 
 
 class _MatrixStep(torch.autograd.Function):
@@ -243,7 +177,7 @@ class _MatrixStep(torch.autograd.Function):
             grad_matrix = matrix_gradient(grad, y)
             grad_x = apply_matrix(matrix.mT, grad, None)
         grad_bias = None if bias is None else channel_sums(grad)
-        grad_params = uncouple_gradient_(grad_x, grad_log_det, x, params, *ctx.options)
+        grad_x, grad_params = uncoupled_gradients(grad_x, grad_log_det, x, params, *ctx.options)
         return grad_x, grad_params, grad_matrix, grad_bias, None, None
 
 

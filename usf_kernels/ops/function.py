@@ -44,6 +44,11 @@ class Function(torch.autograd.Function):
         cls._plain = type(cls.__name__, (torch.autograd.Function,), both)
 
     @classmethod
+    def run(cls, *arguments: Any) -> Any:
+        """The results: `apply` where gradients are recorded, `forward` alone where they are not."""
+        return (cls.apply if torch.is_grad_enabled() else cls.forward)(*arguments)
+
+    @classmethod
     def apply(cls, *arguments: Any) -> Any:
         """The results, with a node in autograd's graph."""
         if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():

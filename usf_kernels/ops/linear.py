@@ -89,10 +89,9 @@ def _linear_gradients(
     needed: tuple[bool, ...], x: Tensor, matrix: Tensor, bias_dtype: torch.dtype | None, grad: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, matrix and bias, given that of `matrix @ x + bias`."""
-    linear, outer = (Linear.apply, Outer.apply) if torch.is_grad_enabled() else (linear_op, _outer_op)
     return (
-        linear(grad, matrix.mT, None).to(x.dtype) if needed[0] else None,
-        outer(grad, x).to(matrix.dtype) if needed[1] else None,
+        Linear.run(grad, matrix.mT, None).to(x.dtype) if needed[0] else None,
+        Outer.run(grad, x).to(matrix.dtype) if needed[1] else None,
         position_sum(grad).to(bias_dtype) if needed[2] else None,
     )
 
@@ -118,9 +117,7 @@ class Linear(Function):
         return _linear_gradients(ctx.needs_input_grad, *ctx.saved_tensors, ctx.bias_dtype, grad)
 
 
-@kernel("linear")
-def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return (Linear.apply if torch.is_grad_enabled() else linear_op)(x, matrix, bias)
+kernel("linear")(Linear.run)
 
 
 class Outer(Function):
@@ -160,7 +157,4 @@ class _LinearSquaredNorm(Function):
         return _linear_gradients(ctx.needs_input_grad, x, matrix, None if bias is None else bias.dtype, grad)
 
 
-@kernel("linear_squared_norm")
-def _linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    run = _LinearSquaredNorm.apply if torch.is_grad_enabled() else _squared_norm_op
-    return run(x, matrix, bias)
+kernel("linear_squared_norm")(_LinearSquaredNorm.run)

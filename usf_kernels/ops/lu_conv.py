@@ -12,7 +12,7 @@ from usf_kernels.ops import reference
 from usf_kernels.ops.checks import check_features, check_float, check_int, check_shape, promoted_dtype
 from usf_kernels.ops.dispatch import define, implementation, kernel
 from usf_kernels.ops.function import Function
-from usf_kernels.ops.linear import Linear, linear_op
+from usf_kernels.ops.linear import Linear
 
 
 def lu_conv1x1(
@@ -120,9 +120,8 @@ class LUMatrix(Function):
 @kernel("lu_conv1x1")
 def _lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
     dtype = promoted_dtype(x, lower, upper, bias)
-    grad = torch.is_grad_enabled()
-    matrix = (LUMatrix.apply if grad else matrix_op)(lower, upper, inverse, dtype)
+    matrix = LUMatrix.run(lower, upper, inverse, dtype)
     if inverse and bias is not None:
         # No matrix product: autocast would round its gradient's, whatever surrounds this one.
         bias = -(matrix.float() * bias.float()).sum(1)
-    return (Linear.apply if grad else linear_op)(x, matrix, bias)
+    return Linear.run(x, matrix, bias)

@@ -39,8 +39,7 @@ class _AdditiveCoupling(Function):
 
 
 def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Tensor:
-    run = _AdditiveCoupling.apply if torch.is_grad_enabled() else _AdditiveCoupling.forward
-    return run(x, shift, split, inverse)
+    return _AdditiveCoupling.run(x, shift, split, inverse)
 
 
 def masked_additive_coupling(x: Tensor, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:
@@ -109,8 +108,7 @@ def affine_coupling_gradients(
 def affine_coupling(
     x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    run = _AffineCoupling.apply if torch.is_grad_enabled() else _AffineCoupling.forward
-    return run(x, params, split, clamp, inverse)
+    return _AffineCoupling.run(x, params, split, clamp, inverse)
 
 
 def coupling_step(

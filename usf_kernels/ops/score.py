@@ -146,9 +146,7 @@ class _AnomalyMap(Function):
         return None, None, *anomaly_map_gradients(grad, ctx.saved_tensors, *ctx.options)
 
 
-@kernel("squared_norm")
-def _squared_norm(z: Tensor) -> Tensor:
-    return _SquaredNorm.apply(z) if torch.is_grad_enabled() else _norm_op(z)
+kernel("squared_norm")(_SquaredNorm.run)
 
 
 @kernel("anomaly_map")

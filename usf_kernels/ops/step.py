@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels.kernels.layout import empty_output
-from usf_kernels.ops import eager, reference
+from usf_kernels.ops import eager, native, reference
 from usf_kernels.ops.checks import (
     check_clamp,
     check_features,
@@ -85,7 +85,7 @@ def coupling_step(
     if scale is not None:
         check_shape("scale", scale, (channels,), "(C,)")
         check_shape("bias", bias, (channels,), "(C,)")
-    if impl is None and not inverse and eager.by_hand(x, params, scale, bias):
+    if impl is None and not inverse and native.fits(x, params, scale, bias):
         return eager.gather_step(x, params, index, scale, bias, split, clamp)
     run = implementation("coupling_step", impl, x, params, scale, bias)
     return run(x, params, index, scale, bias, split, clamp, inverse)
@@ -214,5 +214,4 @@ def fused_step(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`coupling_step` with Triton, unchecked."""
-    run = _Step.apply if torch.is_grad_enabled() else _op
-    return run(x, params, index, scale, bias, split, clamp, inverse)
+    return _Step.run(x, params, index, scale, bias, split, clamp, inverse)

@@ -1,0 +1,20 @@
+"""Packages that not every user needs: imported where they are used, and named where they are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needs_extra(name: str, purpose: str) -> Iterator[None]:
+    """Imports inside that fail raise an ImportError that says which extra installs the packages.
+
+    Args:
+        name: of the extra in pyproject.toml.
+        purpose: what needs them, for the message.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{purpose}: {error}: pip install 'usf-kernels[{name}]'") from error
