@@ -1,9 +1,9 @@
-"""A coupling and the channel map behind it, with the gradients by hand, for the CPU.
+"""A coupling and the channel map behind it, with hand-written gradients, for the CPU.
 
-There the time goes into fresh memory and passes over it, and tanh costs as much as ten copies. In float32 a
-step is one pass in the extension, and its gradient another (`native`). Otherwise it writes one tensor where
-autograd would write five, and works in place on what it has made itself. Second derivatives, function
-transforms and compilers get the operations as they are written in `reference`.
+Fresh memory and passes over it take most of the time there, and tanh costs as much as ten copies. In float32
+a step is one pass in the extension, and its gradient another (`native`). Otherwise a step writes one tensor
+where autograd would write five, and works in place on tensors that it has made itself. Second derivatives,
+function transforms and compilers use the operations of `reference`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOG2_E = 1.4426950408889634
 
 
 def by_hand(*tensors: Tensor | None) -> bool:
-    """Whether the functions here may run: tensors on the CPU, all of one dtype, nobody looking inside."""
+    """Whether the functions here may run: CPU tensors, all float32 or all float64, and nobody looks."""
     given = [t for t in tensors if t is not None]
     return (
         all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
@@ -40,7 +40,7 @@ def couple(
     exit_scale: Tensor | None,
     exit_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The coupled x, scaled and shifted per channel where that is given, and the log-determinant."""
+    """Return the coupled x, scaled and shifted per channel if an exit is given, and the log-determinant."""
     if native.fits(x, params, exit_scale, exit_bias):
         found = native.couple(x, params, None, exit_scale, exit_bias, split, clamp, inverse=False)
         if found is not None:
@@ -68,7 +68,7 @@ def couple(
 def uncouple_gradient_(
     grad: Tensor, grad_log_det: Tensor, x: Tensor, params: Tensor, split: int, clamp: float | None
 ) -> Tensor:
-    """Turn `grad`, of the coupled x, into that of x, and return that of params."""
+    """Turn `grad`, the gradient of the coupled x, into that of x in place; return the gradient of params."""
     if native.fits(grad, grad_log_det, x, params):
         grad_params = native.uncouple_gradient_(grad, grad_log_det, x, params, split, clamp)
         if grad_params is not None:
@@ -79,8 +79,8 @@ def uncouple_gradient_(
     result, active_channels = torch.empty_like(params), x.shape[1] - split
     grad_scale, grad_shift = result.split([active_channels, active_channels], dim=1)
     torch.mul(active, 0.1, out=grad_shift)
-    # tanh(u) = 2 s - 1 with s = sigmoid(2 u), which is six times faster and good to an absolute rounding;
-    # 4 s (1 - s) is its slope.
+    # tanh(u) = 2 s - 1 with s = sigmoid(2 u), which is six times faster and accurate to a rounding error in
+    # absolute terms; the slope is 4 s (1 - s).
     sigmoid = torch.mul(params[:, :active_channels], 0.2).sigmoid_()
     scale = torch.mul(sigmoid, 2 * clamp * LOG2_E, out=grad_scale).sub_(clamp * LOG2_E).exp2_()
     active.mul_(scale)
@@ -102,11 +102,11 @@ def uncouple(
     split: int,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """From y, which a coupling step made, the x that it made it of, and as for `gather_step` the gradients of
-    x, params, scale and bias, the last two where a scale is given.
+    """Invert a coupling step: return the x that `gather_step` turned into y, and the gradients of x, params,
+    scale and bias (None for the last two without a scale).
 
-    On any device, all of one dtype; may write into y and `grad`. Undoing what `couple` did takes what it did
-    it with: a tanh, no sigmoid.
+    Tensors may be on any device, but of one dtype; y and `grad` may be overwritten. This uses tanh, as
+    `couple` does, and not a sigmoid, so that it undoes the same numbers.
     """
     if native.fits(y, grad, grad_log_det, params, scale, bias):
         found = native.uncouple(y, grad, grad_log_det, params, index, scale, bias, split, clamp)
@@ -128,14 +128,14 @@ def _uncouple_active_(
     active, grad_active = y[:, split:], grad[:, split:]
     if clamp is None:
         active.sub_(params)
-        return grad_active.clone()  # `grad` is written into before a parameter's gradient is done with
+        return grad_active.clone()  # `grad` is overwritten while this is still in use
     active_channels = y.shape[1] - split
     raw_scale, shift = params.split([active_channels, active_channels], dim=1)
     result = torch.empty_like(params)
     grad_scale, grad_shift = result.split([active_channels, active_channels], dim=1)
     tanh = torch.mul(raw_scale, 0.1).tanh_()
     scale = torch.mul(tanh, clamp).exp_()
-    active.sub_(shift, alpha=0.1)  # now x2 * scale, which the scale's gradient is made of
+    active.sub_(shift, alpha=0.1)  # now x2 * scale, which the scale's gradient needs
     torch.mul(active, grad_active, out=grad_scale)
     grad_scale.add_(grad_log_det.view(-1, *[1] * (y.ndim - 1)))
     grad_scale.mul_(tanh.square_().neg_().add_(1)).mul_(0.1 * clamp)
@@ -146,13 +146,13 @@ def _uncouple_active_(
 
 
 def inverse_permutation(index: Tensor) -> Tensor:
-    """(C,) int64, of another one."""
+    """Return the inverse of a permutation `index`, (C,) int64."""
     return torch.empty_like(index).index_copy_(0, index, torch.arange(len(index), device=index.device))
 
 
 class _GatherStep(torch.autograd.Function):
-    """The coupling, then a scale, a shift and a permutation. Keeps its input and params, and its output where
-    it is not the extension that finds it again."""
+    """The coupling, then a scale, a shift and a permutation. Saves its input and params, and its output
+    unless the extension recomputes it in the backward pass."""
 
     @staticmethod
     def forward(
@@ -208,7 +208,7 @@ class _GatherStep(torch.autograd.Function):
 
 
 class _MatrixStep(torch.autograd.Function):
-    """The coupling, then `matrix @ y + bias` at every position. Keeps x, params and what it multiplies."""
+    """The coupling, then `matrix @ y + bias` at every position. Saves x, params and the coupled x."""
 
     @staticmethod
     def forward(
@@ -248,12 +248,12 @@ class _MatrixStep(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """`apply_matrix`, whose gradient would write a matrix for every image before it sums them."""
+    """`apply_matrix` with its own gradient: autograd's would write a matrix per image before summing them."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(matrix, x, bias)
-        return apply_matrix(matrix, x, bias).detach()  # no view, which autograd would not let be written to
+        return apply_matrix(matrix, x, bias).detach()  # not a view: autograd forbids writing to those
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -269,7 +269,7 @@ class _Product(torch.autograd.Function):
 
 
 def channel_sums(value: Tensor) -> Tensor:
-    """(C,): the sums of (B, C, *spatial) over all but the channels."""
+    """Sum of (B, C, *spatial) over all dimensions but the channels: (C,)."""
     if not torch.is_grad_enabled() and native.fits(value):
         sums = native.channel_sums(value)
         if sums is not None:
@@ -278,7 +278,7 @@ def channel_sums(value: Tensor) -> Tensor:
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) as it is broadcast over x (B, C, *spatial)."""
+    """Return a view of `values` (C,) that broadcasts over x (B, C, *spatial)."""
     return values.view(-1, *[1] * (x.ndim - 2))
 
 
@@ -297,12 +297,12 @@ def gather_step(
     split: int,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`usf_kernels.ops.step.coupling_step`, forward, for what `by_hand` accepts."""
+    """Forward direction of `usf_kernels.ops.step.coupling_step`, for what `by_hand` accepts."""
     return _GatherStep.apply(x, params, index, scale, bias, split, clamp)
 
 
 def matrix_step(
     x: Tensor, params: Tensor, matrix: Tensor, bias: Tensor | None, split: int, clamp: float | None
 ) -> tuple[Tensor, Tensor]:
-    """A coupling and a matrix (C, C) behind it, for what `by_hand` accepts; results as of `gather_step`."""
+    """A coupling, then a matrix (C, C), for what `by_hand` accepts; returns the same as `gather_step`."""
     return _MatrixStep.apply(x, params, matrix, bias, split, clamp)
