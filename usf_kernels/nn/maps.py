@@ -1,4 +1,4 @@
-"""Maps as rows and back, and convolutions of them, for inference forms."""
+"""Conversion of maps to rows and back, and convolutions of maps, for inference forms."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def to_rows(maps: Tensor) -> Tensor:
 
 
 def convolved_rows(layers: nn.Module, maps: Tensor) -> Tensor:
-    """What layers make of maps in channels-last memory, as rows.
+    """Apply layers to maps in channels-last memory; return the result as rows.
 
     Raises:
-        ValueError: where it has not the size of the maps.
+        ValueError: a result of another size than the maps.
     """
     result = convolve(layers, maps)
-    if not torch.compiler.is_compiling():  # a graph for any size compares none
+    if not torch.compiler.is_compiling():  # a graph for any size must not compare sizes
         expected = (maps.shape[0], result.shape[1], *maps.shape[2:])
         check_shape("output of subnet", result, expected, "(B, c_out, *spatial)")
     return to_rows(result)
 
 
 def convolve(layers: nn.Module, maps: Tensor) -> Tensor:
-    """What layers make of maps in channels-last memory.
+    """Apply layers to maps in channels-last memory.
 
-    cuDNN's convolutions of float32 that is not rounded to TF32 are two to three times as fast in contiguous
-    memory, that of their weights included: the maps are copied there.
+    In float32 without rounding to TF32, cuDNN's convolutions are two to three times as fast if maps and
+    weights are contiguous: the maps are then copied.
     """
     if (
-        torch.compiler.is_compiling()  # which chooses memory formats itself
+        torch.compiler.is_compiling()  # the compiler chooses memory formats itself
         or not (maps.is_cuda and maps.dtype == torch.float32)
         or torch.backends.cudnn.conv.fp32_precision == "tf32"
     ):

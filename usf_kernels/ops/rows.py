@@ -30,9 +30,8 @@ def multiplies_in_kernels(rows: Tensor) -> bool:
     if not runs_kernels(rows):
         return False
     half = rows.dtype in (torch.bfloat16, torch.float16)
-    return half or (
-        not torch.compiler.is_compiling() and rounds_to_tf32()
-    )  # a graph must not depend on this setting
+    # Compiled graphs must not depend on the setting for TF32.
+    return half or (not torch.compiler.is_compiling() and rounds_to_tf32())
 
 
 def select_rows(rows: Tensor, index: Tensor) -> Tensor:
