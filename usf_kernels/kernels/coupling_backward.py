@@ -20,7 +20,7 @@ from usf_kernels.kernels.replay import replayed
 @triton.jit(do_not_specialize=[*runtime("x", "t", "g", "gt", "gx"), "split", "clamp"])
 def coupling_backward_kernel(
     x, x_b, x_c, x_p,  # (b, C, P), what the coupling was given
-    t, t_b, t_c, t_p,  # its parameters
+    t, t_b, t_c, t_p,  # the coupling's parameters
     g, g_b, g_c, g_p,  # (b, C, P), gradient of its result
     gt, gt_b, gt_c, gt_p,  # gradient of its parameters, out
     gx, gx_b, gx_c, gx_p,  # (b, C, P) out

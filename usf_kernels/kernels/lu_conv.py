@@ -91,7 +91,7 @@ def join_kernel(
     lower, l_i, l_k,  # (C, C)
     upper, u_k, u_j,  # (C, C)
     inverse, products,  # (2, C, C), contiguous
-    C, size,  # of the diagonal blocks inverted so far, joined in pairs
+    C, size,  # size of the diagonal blocks inverted so far, joined in pairs
     SECOND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Join inverted blocks X1 and X2 of a triangle T: X21 = -X2 (T21 X1), with one product per launch."""

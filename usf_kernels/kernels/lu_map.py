@@ -206,7 +206,7 @@ def lu_map_gradients(
     grad_log_det: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch: gradients of lower, upper, log_diagonal, log_scale and offset, given those of the results of
-    `lu_map`. That of a None has shape (0,). `grad_shift` is read only if there is a log_scale."""
+    `lu_map`. Those of None have shape (0,). `grad_shift` is read only with a log_scale."""
     channels, device = len(lower), lower.device
     signs, log_diagonal, log_scale, offset = contiguous(signs, log_diagonal, log_scale, offset)
     grad_shift = None if log_scale is None else grad_shift.contiguous()

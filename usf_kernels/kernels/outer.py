@@ -134,7 +134,7 @@ def vendor_outer(a: Tensor, x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(C, B * positions), without a copy where x is channels-last."""
+    """Reshape x to (C, B * positions), without a copy if it is channels-last."""
     if x.ndim > 2 and x.stride(1) != 1:
         return x.movedim(1, 0).flatten(1)
     return x.movedim(1, -1).flatten(0, -2).mT

@@ -107,7 +107,7 @@ def _pass(
     *batch: Any,
 ) -> Tensor:
     for parameter in parameters:
-        parameter.grad = None  # so that backward makes a tensor, instead of adding to one
+        parameter.grad = None  # backward then makes a new tensor instead of adding to one
     value = loss(*batch)
     backward(value)
     return value.detach()

@@ -40,7 +40,7 @@ def flat(module: nn.Module) -> Iterator[nn.Module]:
     else:
         if type(module) in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish) and not hooked(module):
             module = copy(module)  # the same module may be used elsewhere too
-            module.inplace = True  # its input is a layer's output, which nothing else reads
+            module.inplace = True  # nothing else reads the input: a layer's output
         yield module
 
 

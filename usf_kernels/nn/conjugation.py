@@ -17,7 +17,7 @@ from usf_kernels.ops.linear import linear
 class Householder(Fusible, nn.Module):
     """A product of reflections along channels, `y = H_1 ... H_k x` with `H = I - 2 v v^T / |v|^2`; log-det 0.
 
-    Its inverse is its transpose. J. Tomczak and M. Welling, arXiv:1611.09630, section 3.
+    The inverse is the transpose. J. Tomczak and M. Welling, arXiv:1611.09630, section 3.
 
     Args:
         channels: C.

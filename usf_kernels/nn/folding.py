@@ -79,7 +79,7 @@ class LinearMap:
 
     @cached_property
     def selection(self) -> tuple[Tensor, Tensor] | None:
-        """(index, scale) where every output is one scaled input, `scale * x[index] + bias`; else None."""
+        """(index, scale) if every output is one scaled input, `scale * x[index] + bias`; else None."""
         if not bool(((self.matrix != 0).sum(1) == 1).all()):
             return None
         index = self.matrix.abs().argmax(1)

@@ -41,7 +41,7 @@ class FusedFlow(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.channels, self.cond_channels = channels, cond_channels
-        # The linear maps' own; a Python float keeps its digits whatever the dtype.
+        # Log-det of the linear maps; a Python float keeps its digits whatever the dtype.
         self.log_det_per_position = log_det
         self.register_buffer("_like", torch.zeros((), device="cpu"), persistent=False)
         self._ranks = {

@@ -84,7 +84,7 @@ class CheckerboardBlock(nn.Module):
             leave,
             cond_channels=coupling.cond_channels,
         )
-        self.conditioner.pointwise = False  # what happens to a row depends on where it is
+        self.conditioner.pointwise = False  # the result for a row depends on its position
         self.offset, self.odd = leave.bias, coupling.odd
         self.register_buffer("weight", before.matrix)
         self.register_buffer("bias", before.bias)
@@ -113,7 +113,7 @@ class AffineCheckerboardBlock(nn.Module):
             leave,
             cond_channels=coupling.cond_channels,
         )
-        self.conditioner.pointwise = False  # what happens to a row depends on where it is
+        self.conditioner.pointwise = False  # the result for a row depends on its position
         self.odd, self.clamp = coupling.odd, coupling.clamp
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:

@@ -57,7 +57,7 @@ class _Shift(nn.Module):
         return rows.add_(self.bias)
 
 
-TOLD_SIZES = (_OnMaps, _Conditioned)  # their `forward` takes sizes and condition, too
+TOLD_SIZES = (_OnMaps, _Conditioned)  # layers whose `forward` takes sizes and a condition, too
 
 
 class FusedConditioner(nn.Module):

@@ -25,7 +25,7 @@ from usf_kernels.nn.stage_run import StageRun, blocks_of, joins
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import FLOAT_DTYPES
 
-WORST_CONDITION = 1e4  # of a map that residual blocks undo; beyond it, rounding would show
+WORST_CONDITION = 1e4  # largest for maps that blocks undo: rounding would show beyond it
 
 
 @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
@@ -107,7 +107,7 @@ def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Modul
         return None
     blocks: list[nn.Module] = []
     after = maps[-1]  # from the coupling to the end of the flow
-    offset = torch.zeros_like(after.bias)  # what has to be added to the state behind a block
+    offset = torch.zeros_like(after.bias)  # still to be added to the state behind a block
     for linear_map, coupling in zip(reversed(maps[:-1]), reversed(couplings), strict=True):
         before = after.inverse()
         if _condition(before, after) > WORST_CONDITION:

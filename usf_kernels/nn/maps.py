@@ -10,12 +10,12 @@ from usf_kernels.ops.checks import check_shape
 
 
 def to_maps(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """(N, C) as (B, C, *spatial) in channels-last memory, without a copy; `sizes` are (B, *spatial)."""
+    """View rows (N, C) as maps (B, C, *spatial) in channels-last memory; `sizes` are (B, *spatial)."""
     return rows.view(*sizes, rows.shape[1]).movedim(-1, 1)
 
 
 def to_rows(maps: Tensor) -> Tensor:
-    """(B, C, *spatial) as (N, C): no copy where the memory is channels-last."""
+    """Reshape maps (B, C, *spatial) to rows (N, C), without a copy if they are channels-last."""
     return maps.movedim(1, -1).reshape(-1, maps.shape[1])
 
 

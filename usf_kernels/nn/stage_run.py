@@ -15,7 +15,7 @@ from usf_kernels.nn.fused_maps import Maps, Result, Sizes
 from usf_kernels.nn.stage_extension import StageExtension
 from usf_kernels.ops import native
 
-CHUNK_BYTES = 4 << 20  # of one stretch of rows: a part of the last-level cache
+CHUNK_BYTES = 4 << 20  # size of a stretch of rows: a part of the last-level cache
 Step = tuple[nn.Module, Tensor | None]  # a stage, and its projected condition
 
 

@@ -111,7 +111,7 @@ class _Halves(torch.autograd.Function):
         with full_precision(upper):
             of_product = solve_triangular(top[:, first].mT, of_columns[first], upper=False).neg_()
             of_corner = times(top[:, second].mT, of_product).add_(of_columns[second])
-            inverted = times(corner.mT, outer(of_corner, corner)).neg_()  # of L22 U22
+            inverted = times(corner.mT, outer(of_corner, corner)).neg_()  # gradient of L22 U22
             of_upper[first] = times(lower1.mT, of_rows, triangle=1).add_(outer(of_product, columns))
             of_upper[second, second] = times(lower2.mT, inverted, triangle=1)
             of_lower[first, first] = outer(of_rows, top, triangle=-1)

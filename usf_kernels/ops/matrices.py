@@ -16,7 +16,7 @@ from torch import Tensor
 from usf_kernels.kernels.plain import full_precision, has_rows, plain_product
 from usf_kernels.ops import native, products
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of (matrix, x, bias), like `plain_product`
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (matrix, x, bias) to y, like `plain_product`
 _forms_products: ContextVar[bool] = ContextVar("forms_products", default=False)
 
 

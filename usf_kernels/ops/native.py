@@ -220,7 +220,7 @@ def _takes(index: Tensor | None, clamp: float | None) -> bool:
 
 
 def _of(t: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Address and strides, as which the extension takes a tensor."""
+    """Address and strides of a tensor, in the form that the extension takes."""
     return t.data_ptr(), t.stride()
 
 
