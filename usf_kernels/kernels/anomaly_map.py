@@ -1,7 +1,8 @@
-"""Anomaly maps of several scales, in two launches however many there are.
+"""Anomaly maps of several scales, in two launches whatever the number of scales.
 
-The first reads every latent once and leaves small maps of inner products, the second resizes and averages
-them. In one launch each tile of the result would have to reduce the latents under it and around it again.
+The first launch reads every latent once and writes small maps of inner products; the second resizes and
+averages these. In a single launch, each tile of the result would have to reduce the latents under and around
+it again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from usf_kernels.kernels.score import reduce
 
 @triton.jit
 def source(out, scale, n):
-    """Where the pixels `out` of a resized axis come from, align_corners=False: two indices, their weights."""
+    """Two source indices and their weights for pixels `out` of a resized axis, with align_corners=False."""
     position = (out.to(tl.float32) + 0.5) * scale - 0.5
     position = tl.minimum(tl.maximum(position, 0.0), (n - 1).to(tl.float32))
     first = position.to(tl.int32)
@@ -33,8 +34,8 @@ def source(out, scale, n):
 
 @triton.jit
 def blend(pairs, neighbours, row0, row1, v0, v1):
-    """Squared norms of v0 * z[i] + v1 * z[j] from those of z[i], at row0, and z[j], at row1, and from their
-    product, at row0 of `neighbours`."""
+    """Squared norms of v0 * z[i] + v1 * z[j], given those of z[i] and z[j] at row0 and row1 of `pairs`, and
+    the product of z[i] and z[j] at row0 of `neighbours`."""
     ends = v0 * v0 * tl.load(pairs + row0) + v1 * v1 * tl.load(pairs + row1)
     return ends + 2 * v0 * v1 * tl.load(neighbours + row0)
 
@@ -47,8 +48,8 @@ def resize_kernel(
     out, batch, H, W,  # (batch, H, W)
     LATENT: tl.constexpr, UNIT: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """Mean over the scales of their resized maps; with LATENT, of 1 - exp(-u / 2C) with u the squared norm of
-    the resized latents, a quadratic form in the maps of products."""
+    """Average the resized maps of all scales. With LATENT, average 1 - exp(-u / 2C), where u is the squared
+    norm of the resized latents, a quadratic form in the maps of products."""
     program = tl.program_id(0)
     W = aligned(W, UNIT)
     tiles_x, tiles_y = tl.cdiv(W, BLOCK_X), tl.cdiv(H, BLOCK_Y)
@@ -69,7 +70,7 @@ def resize_kernel(
             crossed = u0 * u0 * tl.load(down + y0 * w + x0) + u1 * u1 * tl.load(down + y0 * w + x1)
             crossed += u0 * u1 * tl.load(diagonals + y0 * w + x0)
             norm = v0 * v0 * upper + v1 * v1 * lower + 2 * v0 * v1 * crossed
-            norm = tl.where(norm < 0, 0.0, norm)  # rounding, where the corners cancel
+            norm = tl.where(norm < 0, 0.0, norm)  # rounding errors, where the corners cancel
             total += one_minus_exp(norm / (2.0 * channels[i]))
         else:
             upper = u0 * tl.load(own + y0 * w + x0) + u1 * tl.load(own + y0 * w + x1)

@@ -1,4 +1,4 @@
-"""Float32 functions that keep their digits near zero, in terms of `exp`, so that they compile for every
+"""Float32 functions that stay accurate near zero, written in terms of `exp`, so that they compile for every
 target and run in the interpreter."""
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def residual_mlp_kernel(
     UNIT: tl.constexpr, FIRST_UNIT: tl.constexpr, LAST_UNIT: tl.constexpr, WIDE: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Runs of BLOCK_N hidden units are made, activated and consumed without leaving the chip."""
+    """Compute, activate and consume BLOCK_N hidden units at a time, without writing them to memory."""
     b, p, c = place(C, P, WIDE, BLOCK_P, BLOCK_C)
     inside = (p < bound(P, y_p, UNIT))[:, None] & (c < bound(C, y_c, UNIT))[None, :]
     x_at = x + b * aligned(x_b, UNIT) + walk(p, x_p, UNIT)[:, None] + walk(c, x_c, UNIT)[None, :]
@@ -85,7 +85,7 @@ def residual_mlp_kernel(
             mask = (p < bound(P, a_p, UNIT))[:, None] & (n < bound(N, a_c, UNIT))[None, :]
             hidden += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         hidden = activate(hidden, ACTIVATION)
-        if RAGGED:  # an infinite x has made NaN of the units past the last
+        if RAGGED:  # units past the last are NaN if x is infinite
             hidden = tl.where((n < N)[None, :], hidden, 0.0)
         weight = tl.load(
             last_at + walk(n, w_k, LAST_UNIT)[:, None],
@@ -95,7 +95,7 @@ def residual_mlp_kernel(
         acc = dot(narrow(hidden, last), weight, acc, PRECISION)
     if last_bias is not None:
         acc += tl.load(last_bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    # Read again, from the cache: kept, x would take half of the registers throughout.
+    # x is read again, from the cache: keeping it would take half of the registers throughout.
     acc = tl.load(x_at, mask=inside, other=0.0).to(tl.float32) + SIGN * acc
     y_at = y + b * aligned(y_b, UNIT) + walk(p, y_p, UNIT)[:, None] + walk(c, y_c, UNIT)[None, :]
     tl.store(y_at, narrow(acc, y), mask=inside)
@@ -112,7 +112,7 @@ def residual_mlp(
     activation: str,
     inverse: bool,
 ) -> Tensor:
-    """See `usf_kernels.ops.residual_mlp`. Products are of the dtype of `first` and `last`, which is one."""
+    """Launch: see `usf_kernels.ops.residual_mlp`. `first` and `last` share a dtype, that of the products."""
     if bias_map is not None:
         bias_map = bias_map.expand(x.shape[0], *bias_map.shape[1:])
     first_bias, last_bias = contiguous(first_bias, last_bias)
@@ -155,7 +155,7 @@ def two_products(
     activation: str,
     inverse: bool,
 ) -> Tensor:
-    """`residual_mlp` by the vendor's products."""
+    """`residual_mlp` with the products of the vendor's library."""
     hidden, sign, relu = vendor_linear(x, first, None), -1 if inverse else 1, activation == "relu"
     if relu or first_bias is not None or bias_map is not None:
         finish(hidden, first_bias, bias_map, relu, 1, hidden)
@@ -163,7 +163,7 @@ def two_products(
         update = vendor_linear(hidden, last, last_bias)
         y = empty_output(x, torch.promote_types(x.dtype, update.dtype))
         return torch.add(x, update, alpha=sign, out=y)
-    # The product is added to what is there already: x, with the bias.
+    # The product is added to y, which holds x and the bias already.
     y = finish(x, last_bias, None, False, sign, empty_output(x, x.dtype))
     with full_precision(x):
         if y.stride(1) == 1:
@@ -175,23 +175,23 @@ def two_products(
 
 
 def fused_channels(dtype: torch.dtype, *, many: bool = False) -> int:
-    """Largest C whose tiles stay in registers and shared memory: what the fused kernel takes. Of `many`
-    positions two products with larger tiles are faster before that."""
+    """Largest C that the fused kernel takes: its tiles stay in registers and shared memory. For `many`
+    positions the limit is lower, since two products with larger tiles are faster."""
     if dtype == torch.float32 and product_precision() == "ieee":
         return 64
     return 128 if many else 256
 
 
 def tiles(first: Tensor, view: View) -> list[Config]:
-    """Candidates (positions, hidden units, warps, stages) by number of channels: as large as spills no
-    register."""
+    """Candidate tiles (positions, hidden units, warps, stages) by number of channels, as large as possible
+    without spilling registers."""
     hidden, channels = first.shape
     block_c, many = power_of_2(channels, 16, 256), view.batch * view.positions >= MANY_POSITIONS
-    hopper = capability(first.device) == 90  # where they were measured; others have fewer registers for them
+    hopper = capability(first.device) == 90  # measured there; other devices run out of registers
     if first.dtype != torch.float32 and block_c <= 128:
         shapes = ((64, 64, 4, 2) if hopper and not many else (64, 32, 4, 2), (64, 32, 8, 2))
     elif first.dtype != torch.float32:
-        other = (64, 32, 8, 2) if warp_size() == 32 else (32, 32, 4, 2)  # wide warps leave fewer to a thread
+        other = (64, 32, 8, 2) if warp_size() == 32 else (32, 32, 4, 2)  # wide: fewer registers per thread
         shapes = ((32, 32, 4, 3) if hopper else other, (16, 32, 4, 2))
     elif product_precision() == "tf32" and block_c <= 128:
         shapes = ((64, 16, 4, 3) if hopper else (32, 32, 4, 2), (16, 32, 4, 2))

@@ -15,9 +15,9 @@ from usf_kernels.kernels.launch import Case
 def product_cases(
     name: str, kernel: str, call: Callable[[Callable[..., Tensor]], Any], channels_last: bool
 ) -> Iterator[Case]:
-    """`call` once for each kind of product, with a function that makes meta tensors of its dtype from sizes.
+    """Yield a case for each kind of product: `call` gets a function that makes meta tensors of given sizes.
 
-    `kernel` needs tensor cores, except for float32 products, which must not be rounded.
+    `kernel` must use tensor cores, except for float32 products, which must not be rounded.
     """
     kinds = {
         "bfloat16": (torch.bfloat16, False),

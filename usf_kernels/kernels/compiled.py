@@ -1,4 +1,4 @@
-"""Launches of compiled kernels, past what Triton does at each of them."""
+"""Launches of compiled kernels without the work that Triton repeats at each launch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-# Elsewhere than on CUDA devices, machine code depends on more than `inspected` knows.
+# On devices other than CUDA's, machine code depends on more than `inspected` knows.
 BY_TRITON = bool(triton.knobs.runtime.interpret or torch.version.hip)
 Relaunch = Callable[[Sequence[torch.Tensor]], None]
 
 
 class _Compiled(NamedTuple):
-    """A compiled kernel, and what each of its launches needs apart from its arguments."""
+    """A compiled kernel, and what each launch needs besides the kernel's arguments."""
 
     kernel: Any
     run: Callable[..., None]
@@ -23,7 +23,7 @@ class _Compiled(NamedTuple):
     constants: list[Any]
 
     def launch(self, programs: int, values: list[Any], device: torch.device) -> None:
-        """Past Triton's own way to here, which looks up the device, and asks hooks."""
+        """Launch directly: Triton's own call would look up the device and ask hooks first."""
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         nobody = None, None, None
         self.run(programs, 1, 1, stream, self.function, self.metadata, *nobody, *values, *self.constants)
@@ -39,8 +39,8 @@ def launch(
     options: dict[str, Any],
     device: torch.device,
 ) -> None:
-    """As `kernel[(programs,)](...)` on the current device, which binds and inspects all arguments each time:
-    what it found is kept, and asked for by as little as it depends on."""
+    """Launch `kernel[(programs,)](...)` on the current device. Triton binds and inspects all arguments each
+    time; here its findings are kept, under a key of no more than what they depend on."""
     if BY_TRITON:
         kernel[(programs,)](*arguments, **options)
         return
@@ -50,7 +50,7 @@ def launch(
         constants = [options[parameter.name] for parameter in kernel.params[len(arguments) :]]
         attributes = compiled.run, compiled.function, compiled.packed_metadata
         _compiled[key] = _Compiled(compiled, *attributes, constants)
-    elif hooked():  # by a profiler, which wants to know what is launched
+    elif hooked():  # a profiler has to see the launch
         found.kernel[(programs, 1, 1)](*arguments, *found.constants)
     else:
         found.launch(programs, values, device)
@@ -59,7 +59,7 @@ def launch(
 def _found(
     kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
 ) -> tuple[_Compiled | None, list[Any], tuple[Any, ...]]:
-    """The kernel compiled for such arguments, if it is; the arguments with addresses; and its key."""
+    """Return the kernel compiled for such arguments, or None; the arguments with addresses; and its key."""
     kinds: list[Any] = [id(kernel), device, *options.values()]
     values = inspected(arguments, kinds)
     key = tuple(kinds)
@@ -67,18 +67,17 @@ def _found(
 
 
 def hooked() -> bool:
-    """Whether a profiler wants to hear of every launch."""
+    """Whether a profiler has to see every launch."""
     hook = triton.knobs.runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
 
 
 def inspected(arguments: tuple[Any, ...], kinds: list[Any]) -> list[Any]:
-    """The arguments with addresses for tensors, which Triton would look up. What the machine code depends on
-    goes to `kinds`.
+    """Return the arguments with addresses in place of tensors, which Triton would look up; append to `kinds`
+    what the machine code depends on.
 
-    Kernels declare that they take any size, stride or factor (`do_not_specialize`): of a number it is the
-    width alone. In tuples Triton does not heed that: it is a constant where it is 1, and known to be a
-    multiple of 16 where it is one."""
+    Kernels declare that they take any size, stride or factor (`do_not_specialize`): code depends only on a
+    number's width. In tuples Triton ignores that: a 1 is a constant, and a multiple of 16 known to be one."""
     values: list[Any] = []
     for value in arguments:
         kind = type(value)
@@ -103,7 +102,7 @@ def inspected(arguments: tuple[Any, ...], kinds: list[Any]) -> list[Any]:
 def again(
     kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
 ) -> tuple[list[torch.Tensor], Relaunch]:
-    """The tensors among the arguments, and the launch with others in their places."""
+    """Return the tensors among the arguments, and a function that launches with others in their places."""
     tensors: list[torch.Tensor] = []
     holes: list[tuple[int, slice | int]] = []
     values: list[Any] = list(arguments)
@@ -113,7 +112,7 @@ def again(
             start = len(tensors)
             holes.append((i, slice(start, start + len(inner)) if type(value) is tuple else start))
             tensors += inner
-            values[i] = None  # what is to be launched again must not keep them
+            values[i] = None  # the function must not keep the tensors alive
     found = None if BY_TRITON else _found(kernel, arguments, options, device)[0]
 
     def relaunch(others: Sequence[torch.Tensor]) -> None:

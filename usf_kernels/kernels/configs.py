@@ -1,4 +1,4 @@
-"""Which configuration a kernel runs with: pinned per shape band, or the fastest of a few measured here.
+"""Choice of a kernel's configuration: pinned for each range of shapes, or the fastest of a few measured here.
 
 A configuration is a dict of a kernel's block sizes and `num_warps` (and `num_stages` where it loops). Each
 launcher lists its candidates, the pinned one first. With USF_AUTOTUNE=1 the candidates are timed at the first
@@ -23,10 +23,10 @@ from usf_kernels.kernels.launch import cdiv, is_recording, product_precision, wa
 Config = dict[str, int]
 Key = tuple[Hashable, ...]
 Result = TypeVar("Result")
-# Products whose matrix has both sides at least this long are the vendor's: with x contiguous, channels-last.
-# Below, applying a matrix is limited by memory, or nearly so.
+# Products go to the vendor's library if both sides of the matrix are at least this long, for x contiguous and
+# channels-last. Below, memory limits the application of a matrix, or nearly so.
 VENDOR_CHANNELS = {"ieee": (128, 64), "tf32": (512, 1024), "half": (1024, 1024)}
-# The same for inputs of many positions, in the whole batch.
+# The same for inputs with many positions in the whole batch.
 VENDOR_CHANNELS_OF_MANY = {"ieee": (64, 64), "tf32": (512, 1024), "half": (1024, 256)}
 MANY_POSITIONS = 1 << 17
 AUTOTUNE = os.environ.get("USF_AUTOTUNE") == "1"
@@ -36,8 +36,8 @@ _listener: Listener | None = None
 
 @contextlib.contextmanager
 def hearing(listener: Listener) -> Iterator[None]:
-    """Inside, `listener(name, candidates, attempt)` is called before each choice; `attempt(config)` runs the
-    kernel that is being chosen for with any configuration."""
+    """Context in which `listener(name, candidates, attempt)` is called before each choice; `attempt(config)`
+    runs the kernel in question with any configuration."""
     global _listener
     _listener = listener
     try:
@@ -47,12 +47,12 @@ def hearing(listener: Listener) -> Iterator[None]:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """Of products in this dtype: "half", or how float32 is rounded."""
+    """Kind of products in this dtype: "half", or how float32 is rounded ("tf32", "ieee")."""
     return product_precision() if dtype == torch.float32 else "half"
 
 
 def is_observed() -> bool:
-    """Whether someone has to see every choice: a tuner, or who only notes what would be launched."""
+    """Whether every choice has to be seen, by a tuner, a listener or a recording of launches."""
     return AUTOTUNE or _listener is not None or is_recording()
 
 
@@ -63,14 +63,14 @@ def pick(
     run: Callable[[Config], Result],
     device: torch.device,
 ) -> Result:
-    """`run` with the configuration to use: the first candidate, unless tuning was asked for.
+    """Call `run` with the configuration to use: the first candidate, unless tuning was requested.
 
     Args:
-        name: of the kernel.
+        name: name of the kernel.
         key: what the best choice depends on besides the first candidate; keep the number of keys small.
         candidates: configurations, the pinned one first.
         run: allocates, launches and returns the result; called several times when tuning.
-        device: where.
+        device: device of the launch.
     """
     return run(choose(name, key, candidates, run, device))
 
@@ -82,11 +82,11 @@ def choose(
     attempt: Callable[[Config], Any],
     device: torch.device,
 ) -> Config:
-    """The configuration that `pick` takes. Tuning and recordings call `attempt`: a kernel that changes its
-    input is tried on a copy."""
+    """Return the configuration that `pick` uses. Tuning and recordings call `attempt`, which must run kernels
+    that change their input on a copy."""
     if _listener is not None:
         _listener(name, candidates, attempt)
-    if is_recording():  # the others are to be seen too
+    if is_recording():  # a recording includes the other candidates
         for config in candidates[1:]:
             attempt(config)
     if AUTOTUNE and device.type == "cuda" and len(candidates) > 1:
@@ -106,9 +106,10 @@ def elementwise(
 ) -> list[Config]:
     """Tiles of (channels, positions) for kernels that touch each element of so many operands once.
 
-    Some eight loads of 16 bytes per thread in all, fewer where that leaves multiprocessors idle; in the tile
-    that wastes the fewest lanes, then the longest along the contiguous axis. With `whole` all channels of a
-    position are in one tile where they fit: what gathers them reads every cache line once."""
+    Each thread loads 16 bytes about eight times in all, less often if multiprocessors would be idle. Of the
+    tiles that waste the fewest lanes, the longest along the contiguous axis is taken. With `whole`, tiles
+    have all channels of a position if these fit: kernels that gather channels then read each cache line once.
+    """
     return _elementwise(itemsize, operands, batch, channels, positions, channels_last, whole, warp_size())
 
 
@@ -124,7 +125,7 @@ def _elementwise(
     warp: int,
 ) -> list[Config]:
     loads = 2 ** round(math.log2(8 / operands))
-    elements = 16 // itemsize * warp  # of one load by one warp
+    elements = 16 // itemsize * warp  # loaded by one warp at a time
     while loads > 1 and batch * channels * positions < 132 * 4 * loads * elements:
         loads //= 2
     configs = []
@@ -149,26 +150,26 @@ def _different(configs: list[Config]) -> list[Config]:
 
 
 def _power_of_2(n: int) -> int:
-    """The smallest that is at least n."""
+    """The smallest power of 2 that is at least n."""
     return 2 ** max(n - 1, 0).bit_length()
 
 
 def _lanes(length: int, inner: int, width: int, size: int) -> int:
-    """Lanes that tiles of `size`, `inner` long, take to cover length * width."""
+    """Number of lanes with which tiles of `size`, `inner` long, cover length * width."""
     return cdiv(length, inner) * cdiv(width, size // inner) * size
 
 
 def reduction(
     itemsize: int, operands: int, channels: int, positions: int, channels_last: bool
 ) -> list[Config]:
-    """Tiles of (channels, positions) for kernels that walk all channels of some positions (of all images).
+    """Tiles of (channels, positions) for kernels that walk all channels of some positions.
 
-    Few positions and many channels at a time: then there are programs for every multiprocessor, and each
-    has many loads on their way before it waits. Of many positions whole cache lines, where there are enough
-    programs anyway. Channels-last, of four operands or more, whole rows."""
+    Tiles have few positions and many channels: then every multiprocessor has programs, and each starts many
+    loads before it waits. Many positions (counted over all images) give enough programs anyway, and tiles
+    span whole cache lines. In channels-last memory, with four operands or more, tiles span whole rows."""
     if channels_last:
         block_c = min(_power_of_2(channels), 256 if operands < 4 else 1024 // itemsize)
-        size = warp_size() * 16 // itemsize * max(1, 2 // operands)  # of one warp
+        size = warp_size() * 16 // itemsize * max(1, 2 // operands)  # loaded by one warp
         shapes = [(block_c, max(1, warps * size // block_c), warps) for warps in (4, 8)]
     elif operands > 1:
         shapes = [(32, 64, 4), (64, 32, 4)]
@@ -214,7 +215,7 @@ def _path(device: torch.device) -> Path:
 def _known(device: torch.device) -> dict[str, Config]:
     try:
         return json.loads(_path(device).read_text())
-    except (OSError, ValueError):  # absent, or cut off: measured again
+    except (OSError, ValueError):  # absent or incomplete: measure again
         return {}
 
 

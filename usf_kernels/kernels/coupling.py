@@ -1,5 +1,5 @@
-"""Couplings with a split in one pass over their tensors: additive and affine, forward, inverse and backward,
-with the scale, the shift and the permutation that follow them in a flow."""
+"""Couplings with a split in one pass over their tensors: additive and affine, forward and inverse, with the
+scale, the shift and the permutation that follow them in a flow."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def coupling_kernel(
     AFFINE: tl.constexpr, INVERSE: tl.constexpr, PER_POSITION: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Coupled channel `inner`, scaled and shifted, is channel `outer` of the other side, with inner =
-    index[outer]. Forward: x is the inner side and y the outer; the inverse goes the other way."""
+    """The coupled channel `inner`, scaled and shifted, becomes channel `outer`, with inner = index[outer].
+    Forward, x is the inner side and y the outer one; the inverse goes the other way."""
     C = bound(C, y_c, UNIT)
     P = bound(P, y_p, UNIT)
     split = bound(split, y_c, UNIT)
@@ -76,12 +76,12 @@ def coupling_kernel(
 
 
 class Tiles:
-    """The tiles of one launch: the operands as the kernel walks them (the one of C channels last), and what
-    its configuration may depend on."""
+    """The tiles of one launch: its operands as the kernel walks them (the last has all C channels), and what
+    the configuration may depend on."""
 
     def __init__(self, tensors: list[Tensor], split: int, affine: bool, fixed_channels: bool) -> None:
         x = tensors[-1]
-        # Vectors have a log-determinant per row; an image's must not be mixed with its neighbours'.
+        # Vectors have a log-determinant per row, so they may share tiles; those of images must not mix.
         self.per_position = affine and math.prod(x.shape[2:]) == 1
         group = 1 if fixed_channels else math.gcd(split, x.shape[1] - split)
         self.view = View(tensors, group=group, merge_batch=self.per_position or not affine)
@@ -93,14 +93,14 @@ class Tiles:
     def candidates(self, operands: int, permuted: bool = False) -> list[Config]:
         gathers = permuted and self.channels_last
         if gathers:
-            operands = 8  # an address for every value takes registers
+            operands = 8  # counted as many: an address per value takes registers
         return elementwise(
             self.itemsize, operands, self.view.batch, self.channels, self.view.positions, self.channels_last,
             whole=gathers,
         )  # fmt: skip
 
     def counts(self, config: Config) -> tuple[int, int]:
-        """Tiles of channels, tiles of positions."""
+        """Number of tiles along channels, and along positions."""
         return cdiv(self.channels, config["BLOCK_C"]), cdiv(self.view.positions, config["BLOCK_P"])
 
     def key(self, *flags: object) -> tuple:
@@ -156,7 +156,7 @@ def coupling_step(
 def coupling_case_inputs(
     dtype: torch.dtype, channels_last: bool
 ) -> tuple[Tensor, tuple[None, None, None], tuple[Tensor, Tensor, Tensor]]:
-    """x, and what stands behind a coupling: nothing, or a permutation, scale and bias."""
+    """Return x and two exits of a coupling: none, and a permutation, scale and bias."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty((8, 256, 28, 28), dtype=dtype, device="meta").to(memory_format=memory_format)
     vector = torch.empty(256, device="meta")
@@ -166,7 +166,7 @@ def coupling_case_inputs(
 def coupling_cases(
     calls: dict[str, Callable], kernel: str, dtype: torch.dtype, channels_last: bool
 ) -> list[Case]:
-    """One for each call; the kernel has to move whole vectors, unless it permutes channels-last memory."""
+    """Make a case of each call; the kernel has to move whole vectors, except in channels-last steps."""
     layout = "channels last" if channels_last else "contiguous"
 
     def needs(name: str) -> dict[str, str]:

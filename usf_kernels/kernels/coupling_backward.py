@@ -1,4 +1,4 @@
-"""The backward pass of a coupling with a split, in one pass, which computes again what it did not keep."""
+"""The backward pass of a coupling with a split, in one pass that recomputes what was not saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from usf_kernels.kernels.replay import replayed
 @triton.jit(do_not_specialize=[*runtime("x", "t", "g", "gt", "gx"), "split", "clamp"])
 def coupling_backward_kernel(
     x, x_b, x_c, x_p,  # (b, C, P), what the coupling was given
-    t, t_b, t_c, t_p,  # its parameters
+    t, t_b, t_c, t_p,  # the coupling's parameters
     g, g_b, g_c, g_p,  # (b, C, P), gradient of its result
     gt, gt_b, gt_c, gt_p,  # gradient of its parameters, out
     gx, gx_b, gx_c, gx_p,  # (b, C, P) out
@@ -31,7 +31,7 @@ def coupling_backward_kernel(
     AFFINE: tl.constexpr, INVERSE: tl.constexpr, PER_POSITION: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """RUN tiles of positions, one after the other: fewer sums to write, and to add up after it."""
+    """Each program walks RUN tiles of positions, so that fewer sums are written and added up afterwards."""
     C = bound(C, gx_c, UNIT)
     P = bound(P, gx_p, UNIT)
     split = bound(split, gx_c, UNIT)
@@ -39,7 +39,7 @@ def coupling_backward_kernel(
     inner = outer
     if index is not None:
         inner = tl.load(index + outer, mask=outer < C, other=0).to(outer.dtype)
-    x_c_at = outer if INVERSE else inner  # x and its gradient are on one side, the result's on the other
+    x_c_at = outer if INVERSE else inner  # the gradient of the result is on the other side than x
     g_c_at = inner if INVERSE else outer
     x_row = x + b * aligned(x_b, UNIT) + walk(x_c_at, x_c, UNIT)
     g_row = g + b * aligned(g_b, UNIT) + walk(g_c_at, g_c, UNIT)
@@ -99,7 +99,7 @@ def coupling_backward_kernel(
             grad = grad / gain
         tl.store(gx_row + walk(p, gx_p, UNIT), narrow(grad, gx), mask=inside)
         if scale is not None:
-            # y = scale * v + bias going forward; v = (y - bias) / scale, with `value` for v, going back.
+            # Forward: y = scale * v + bias. Inverse: v = (y - bias) / scale, where v is `value`.
             of_scale = -grad * value if INVERSE else grad_result * coupled
             of_bias = -grad if INVERSE else grad_result
             scale_sum += tl.sum(of_scale, 1, keep_dims=True)
@@ -113,12 +113,12 @@ def coupling_backward_kernel(
 
 # --------------------------------------------------------------------------------------------- launchers
 
-PROGRAMS = 1024  # that keep any device busy
+PROGRAMS = 1024  # enough to keep any device busy
 LONGEST_RUN = 32
 
 
 def largest_run(tiles: int) -> int:
-    """Tiles for one program, a power of 2: as many as leave enough programs."""
+    """Largest number of tiles per program, a power of 2, that leaves enough programs."""
     run = 1
     while run < LONGEST_RUN and tiles >= 2 * run * PROGRAMS:
         run *= 2
@@ -138,7 +138,7 @@ def coupling_step_backward(
     clamp: float | None,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, params, scale and bias of `coupling_step`; the last two empty where there were none."""
+    """Gradients of x, params, scale and bias of `coupling_step`; the last two are empty without a scale."""
     affine, scaled = clamp is not None, scale is not None
     grad_log_det, index, scale, bias = contiguous(grad_log_det, index, scale, bias)
     grad_x, grad_params = empty_output(x, x.dtype), empty_output(params, params.dtype)
@@ -180,7 +180,7 @@ def _cases(dtype: torch.dtype, channels_last: bool) -> list[Case]:
     ) -> Callable:
         return lambda: coupling_step_backward(x, log_det, x, params, *exits, 128, clamp, False)
 
-    many = x.repeat(8, 1, 4, 4).to(memory_format=memory_format)  # so that a program runs over many tiles
+    many = x.repeat(8, 1, 4, 4).to(memory_format=memory_format)  # enough for a program to walk many tiles
     calls = {
         "affine backward": backward(x, no_exit, 2.0),
         "affine step backward": backward(x, full_exit, 2.0),

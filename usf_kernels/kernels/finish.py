@@ -1,7 +1,7 @@
-"""What stands around the vendor's products, in one pass: a bias, a map of biases, and an activation.
+"""A bias, a map of biases and an activation in one pass, around products of the vendor's library.
 
-PyTorch adds a bias per channel to maps at less than half of the bandwidth of memory, and activates in another
-pass.
+PyTorch adds a bias per channel to maps at less than half of the memory bandwidth, and applies the activation
+in another pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from usf_kernels.kernels.replay import replayed
 def finish_kernel(
     x, x_b, x_c, x_p,  # (b, C, P) in
     bias_map, a_b, a_c, a_p,  # (b, C, P), or None
-    y, y_b, y_c, y_p,  # (b, C, P) out; x itself may be
+    y, y_b, y_c, y_p,  # (b, C, P) out; may be x itself
     bias,  # (C,), or None
     C, P, factor,
     RELU: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
@@ -48,9 +48,9 @@ def finish_kernel(
 def finish(
     x: Tensor, bias: Tensor | None, bias_map: Tensor | None, relu: bool, factor: int, y: Tensor
 ) -> Tensor:
-    """Write `x + factor * bias + bias_map`, or its relu, to y, of the shape of x, and return it.
+    """Write `x + factor * bias + bias_map`, or its ReLU, to y, which has the shape of x, and return y.
 
-    x (B, C, *spatial); bias (C,); bias_map (B, C, *spatial), any strides. x may be y.
+    x (B, C, *spatial); bias (C,); bias_map (B, C, *spatial), at any strides. y may be x.
     """
     (bias,) = contiguous(bias)
     view = View([x, *(() if bias_map is None else (bias_map,)), y])

@@ -1,4 +1,4 @@
-"""What every kernel shares: the launch, and the helpers that turn a program's number into a tile."""
+"""What all kernels share: the launch, and helpers that turn a program's number into a tile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Launch(NamedTuple):
-    """A launch as it would have been."""
+    """A launch that was recorded instead of made."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -32,9 +32,9 @@ class Case(NamedTuple):
     """Something that `python -m bench.compile_check` compiles for every target.
 
     Attributes:
-        name: what it is.
+        name: description of the case.
         call: runs a launcher on tensors of the meta device.
-        needs: per kernel's name, what its machine code must have: "vectors" (16-byte loads and stores),
+        needs: for each kernel's name, what its machine code must have: "vectors" (16-byte loads and stores),
             "vector loads", "vector stores" or "tensor cores".
     """
 
@@ -54,9 +54,9 @@ _recording: _Recording | None = None
 
 @contextlib.contextmanager
 def record(warp_size: int = 32, capability: int = 90) -> Iterator[list[Launch]]:
-    """Note the launches made inside instead of making them, as on a device with warps of this size and of
-    this compute capability (90 for 9.0; 0 on AMD). With tensors on the meta device this shows what such a
-    device would be asked to compile."""
+    """Context that notes launches instead of making them, as for a device with warps of this size and this
+    compute capability (90 for 9.0; 0 on AMD). With tensors on the meta device, it shows what such a device
+    would have to compile."""
     global _recording
     _recording = _Recording([], warp_size, capability)
     try:
@@ -66,19 +66,19 @@ def record(warp_size: int = 32, capability: int = 90) -> Iterator[list[Launch]]:
 
 
 def is_recording() -> bool:
-    """Whether launches are only being noted."""
+    """Whether launches are recorded instead of made."""
     return _recording is not None
 
 
 def warp_size() -> int:
-    """Threads of a warp."""
+    """Number of threads in a warp."""
     if _recording is not None:
         return _recording.warp_size
     return _properties().warp_size if torch.version.hip else 32
 
 
 def capability(device: torch.device) -> int:
-    """The compute capability of a CUDA device, 90 for 9.0; 0 of any other."""
+    """Compute capability of a CUDA device, 90 for 9.0; 0 for any other device."""
     if _recording is not None:
         return _recording.capability
     return _capability(device.index) if device.type == "cuda" and not torch.version.hip else 0
@@ -91,12 +91,12 @@ def _capability(index: int) -> int:
 
 
 def product_precision() -> str:
-    """How float32 products may be rounded: as torch's own setting for CUDA matrix products says."""
+    """How float32 products are rounded, "tf32" or "ieee", by torch's setting for CUDA matrix products."""
     return "tf32" if rounds_to_tf32() and _multiplies_tf32() else "ieee"
 
 
 def _multiplies_tf32() -> bool:
-    """Of AMD's processors, Triton compiles such products for gfx942 alone."""
+    """Whether Triton compiles TF32 products for this device; of AMD's, only gfx942 has them."""
     if _recording is not None or not torch.version.hip:
         return True
     return _properties().gcnArchName.startswith("gfx942")
@@ -111,8 +111,8 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def hearing(listener: Callable[[Sequence[torch.Tensor], compiled.Relaunch], None]) -> Iterator[None]:
-    """Inside, of this thread, `listener(tensors, relaunch)` is called after each launch: its tensors, and a
-    function that launches the same on others of their forms."""
+    """Context in which `listener(tensors, relaunch)` is called after each launch of this thread, with the
+    tensors and a function that repeats the launch on others of the same forms."""
     _thread.listener = listener
     try:
         yield
@@ -121,21 +121,21 @@ def hearing(listener: Callable[[Sequence[torch.Tensor], compiled.Relaunch], None
 
 
 def is_direct(device: torch.device) -> bool:
-    """Whether a launch on this device is one and nothing more: no other one is current, no profiler hears."""
+    """Whether launching needs nothing else: the device is the current one, and no profiler has to see it."""
     return device.type != "cuda" or (device.index == torch.cuda.current_device() and not compiled.hooked())
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **options: Any) -> None:
-    """Run `programs` programs of `kernel` on `device` and its current stream; none for an empty result."""
+    """Launch `programs` programs of `kernel` on the current stream of `device`; 0 programs launch nothing."""
     if programs == 0:
         return
     if _recording is not None:
         _recording.launches.append(Launch(kernel, arguments, options))
         return
-    # Triton launches on the current device, whatever the tensors' own.
+    # Triton launches on the current device, whatever that of the tensors.
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     listener = getattr(_thread, "listener", None)
-    # The interpreter copies tensors with torch, which is nothing that a listener is to see.
+    # The interpreter copies tensors with torch, which a listener must not see.
     with (
         torch.cuda.device(device) if elsewhere else contextlib.nullcontext(),
         _disable_current_modes() if listener else contextlib.nullcontext(),
@@ -146,24 +146,24 @@ def launch(kernel: Any, programs: int, *arguments: Any, device: torch.device, **
 
 
 def cdiv(n: int, block: int) -> int:
-    """Blocks of `block` that cover n."""
+    """Number of blocks of size `block` that cover n: ceil(n / block)."""
     return -(-n // block)
 
 
 def runtime(*tensors: str) -> list[str]:
-    """Names of the sizes and strides of a kernel: values that compile no new one when they change."""
+    """Names of a kernel's sizes and strides: a change of their values must not compile a new kernel."""
     return ["C", "P", *(f"{name}_{axis}" for name in tensors for axis in "bcp")]
 
 
 @triton.jit
 def aligned(value, UNIT: tl.constexpr):
-    """`value`, which is a multiple of UNIT, in a form from which the compiler can tell."""
+    """`value`, a multiple of UNIT, in a form that lets the compiler know that."""
     return value // UNIT * UNIT
 
 
 @triton.jit
 def walk(index, stride, UNIT: tl.constexpr):
-    """`index * stride`, where None is a stride of 1 and any other is a multiple of UNIT."""
+    """`index * stride`; a stride of None means 1, and any other is a multiple of UNIT."""
     if stride is None:
         return index
     else:
@@ -172,7 +172,7 @@ def walk(index, stride, UNIT: tl.constexpr):
 
 @triton.jit
 def bound(size, stride, UNIT: tl.constexpr):
-    """`size` of an axis, known to be a multiple of UNIT if the axis is contiguous."""
+    """`size` of an axis; the compiler learns that it is a multiple of UNIT if the axis is contiguous."""
     if stride is None:
         return aligned(size, UNIT)
     else:
@@ -183,8 +183,8 @@ def bound(size, stride, UNIT: tl.constexpr):
 def tile(
     C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr, RUN: tl.constexpr = 1
 ):  # fmt: skip
-    """Image b (64 bits), channels (BLOCK_C, 1) and positions (1, BLOCK_P) of this program, of which the first
-    of RUN tiles where it has several."""
+    """Image b (64 bits), channels (BLOCK_C, 1) and positions (1, BLOCK_P) of this program; positions are
+    those of the first of its RUN tiles."""
     program = tl.program_id(0)
     tiles_p = tl.cdiv(P, BLOCK_P * RUN)
     tiles_c = tl.cdiv(C, BLOCK_C)
@@ -201,11 +201,11 @@ def tile(
 
 @triton.jit
 def narrow(value, pointer):
-    """A float32 `value` rounded to what `pointer` points to."""
+    """A float32 `value`, rounded to the dtype that `pointer` points to."""
     dtype: tl.constexpr = pointer.dtype.element_ty
     if INTERPRETED and dtype == tl.bfloat16:
-        # The interpreter cuts the low half off: round to nearest, ties to even, before it does. Not NaN: its
-        # bits would carry into the sign.
+        # The interpreter cuts off the low half, so round to nearest, ties to even, before. NaN is left alone:
+        # its bits would carry into the sign.
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         value = tl.where(value == value, nearest, value)

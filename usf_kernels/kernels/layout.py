@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Strides(NamedTuple):
-    """Elements between neighbours along each axis; 0 along one of length 1, which nobody walks."""
+    """Elements between neighbours along each axis; 0 for axes of length 1, which are never walked."""
 
     batch: int
     channel: int
@@ -20,8 +20,8 @@ class Strides(NamedTuple):
 
 
 def empty_output(x: Tensor, dtype: torch.dtype, channels: int | None = None) -> Tensor:
-    """Fresh memory for a result of the shape of x (or with another number of channels): channels-last where x
-    has its channels next to each other, contiguous otherwise. Fakes and launchers share it."""
+    """Empty tensor of the shape of x (or with another number of channels): channels-last if the channels of x
+    are next to each other, contiguous otherwise. Fakes and launchers share this function."""
     channels = x.shape[1] if channels is None else channels
     if x.ndim > 2 and x.stride(1) == 1:
         return x.new_empty((x.shape[0], *x.shape[2:], channels), dtype=dtype).movedim(-1, 1)
@@ -29,12 +29,12 @@ def empty_output(x: Tensor, dtype: torch.dtype, channels: int | None = None) -> 
 
 
 def contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Vectors that a kernel reads with a stride of 1; the gradient of a sum, for one, has a stride of 0."""
+    """Return vectors with a stride of 1, as kernels need; the gradient of a sum, say, has a stride of 0."""
     return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
 def flat_strides(x: Tensor) -> Strides | None:
-    """Strides of x with its spatial dimensions flattened; None where one stride cannot walk them."""
+    """Strides of x with its spatial dimensions flattened; None if no single stride walks these."""
     return _flat(x.shape, x.stride())
 
 
@@ -46,7 +46,7 @@ def _flat(sizes: torch.Size, strides: tuple[int, ...]) -> Strides | None:
         if position is None:
             position = stride
         elif stride != expected:
-            # Of an empty tensor nothing is walked.
+            # An empty tensor is not walked at all.
             return Strides(0, 0, 0) if 0 in sizes else None
         expected = stride * size
     return Strides(strides[0] if sizes[0] > 1 else 0, strides[1] if sizes[1] > 1 else 0, position or 0)
@@ -56,19 +56,21 @@ class View:
     """Tensors of the same batch and positions, as a kernel walks them.
 
     A tensor whose spatial dimensions have no common stride (a crop, every other row) is copied into the
-    memory format of the last one, the output; slices of channels or the batch and expanded batches are not.
+    memory format of the last tensor, the output; slices of channels or the batch and expanded batches are not
+    copied.
 
     Args:
         tensors: the operands, the output last.
-        group: merge runs of this many channels into one where all tensors are contiguous within an image. An
-            odd number of positions, 7 x 7 say, would otherwise leave no row aligned.
-        merge_batch: take the batch as one image of batch * positions positions where all tensors allow it
+        group: merge runs of this many channels into one if all tensors are contiguous within an image. An odd
+            number of positions, such as 7 x 7, would otherwise leave no row aligned.
+        merge_batch: treat the batch as one image of batch * positions positions if all tensors allow it
             (vectors, channels-last): small images then fill large tiles.
 
     Attributes:
-        batch, positions: after merging. group: the factor by which channel counts are to be divided.
-        tensors, strides: of each operand.
-        walk: all but the tensors; one object for equal shapes and strides, made once.
+        batch, positions: sizes after merging.
+        group: the factor by which channel counts are to be divided.
+        tensors, strides: those of each operand.
+        walk: everything but the tensors; made once for equal shapes and strides, and shared.
     """
 
     __slots__ = ("batch", "group", "positions", "strides", "tensors", "walk")
@@ -87,7 +89,7 @@ class View:
         self.strides = walk.strides
 
     def arguments(self) -> list[Any]:
-        """For each operand itself and its strides; None for a channel or position stride of 1, so that
+        """List each operand and its strides, with None for a channel or position stride of 1, so that
         contiguity is known when the kernel is compiled."""
         arguments = []
         for tensor, steps in zip(self.tensors, self.walk.steps, strict=True):
@@ -95,9 +97,9 @@ class View:
         return arguments
 
     def unit(self, *channels: int, first: int = 0, last: int | None = None) -> int:
-        """Largest of 8, 4, 2 and 1 that divides every stride but the contiguous one, and the lengths along
-        that (`channels`: all channel counts and offsets): what a kernel must know of its offsets to load 16
-        bytes at a time. Only the operands from `first` to before `last` are looked at."""
+        """Largest of 8, 4, 2 and 1 that divides all strides other than 1, and all lengths along contiguous
+        axes: kernels need it to load 16 bytes at a time. `channels` are all channel counts and offsets. Only
+        operands from `first` up to, but not including, `last` count."""
         return self.walk.unit(channels, first, last)
 
     def is_wide(self) -> bool:
@@ -106,7 +108,7 @@ class View:
 
 
 class Walk:
-    """What `View` says of its operands, from their shapes and strides alone."""
+    """The part of a `View` that depends only on the shapes and strides of its operands."""
 
     def __init__(
         self, sizes: Sequence[torch.Size], strides: Sequence[Strides], group: int, merge_batch: bool
@@ -128,11 +130,11 @@ class Walk:
         self._units: dict[tuple[Any, ...], int] = {}
 
     @staticmethod
-    @functools.lru_cache(4096)  # what it takes to look at the strides is longer than a kernel on a small map
+    @functools.lru_cache(4096)  # looking at the strides takes longer than a kernel on a small map
     def over(
         forms: tuple[tuple[torch.Size, tuple[int, ...]], ...], group: int, merge_batch: bool
     ) -> Walk | None:
-        """For operands of these shapes and strides; None where one of them cannot be walked."""
+        """Walk over operands of these shapes and strides; None if one of them cannot be walked."""
         strides = [_flat(*form) for form in forms]
         return None if None in strides else Walk([size for size, _ in forms], strides, group, merge_batch)
 
@@ -154,7 +156,7 @@ class Walk:
             self.group, self.positions = group, self.positions * group
 
     def unit(self, channels: tuple[int, ...], first: int, last: int | None) -> int:
-        """As `View.unit`."""
+        """See `View.unit`."""
         key = channels, first, last
         if key not in self._units:
             unit = 8

@@ -1,4 +1,4 @@
-"""Squared norms of linear maps, without writing what the map gives."""
+"""Squared norms of the outputs of linear maps, without writing the outputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def squared_norm_kernel(
         )  # fmt: skip
         if bias is not None:
             z += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if RAGGED:  # an infinite x has made NaN of the outputs past the last
+        if RAGGED:  # outputs past the last are NaN if x is infinite
             z = tl.where((n < N)[None, :], z, 0.0)
         total += tl.sum(z * z, axis=1)
     at = u + b * aligned(u_b, UNIT) + walk(p, u_p, UNIT)[:, None] + walk(s, u_c, UNIT)[None, :]
@@ -68,7 +68,7 @@ def linear_squared_norm(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tenso
     whole = View([x, x.new_empty((sizes[0], 1, *sizes[1]), dtype=torch.float32)])
 
     def run(config: Config) -> Tensor:
-        # One run over all outputs where the positions occupy the GPU; several, summed afterwards, where not.
+        # One run over all outputs if the positions occupy the GPU; else several, summed afterwards.
         tiles_n = cdiv(outputs, config["BLOCK_N"])
         tiles_p = whole.batch * cdiv(whole.positions, config["BLOCK_P"])
         length = cdiv(tiles_n, min(tiles_n, cdiv(128, max(1, tiles_p)))) * config["BLOCK_N"]

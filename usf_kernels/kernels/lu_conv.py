@@ -1,7 +1,7 @@
 """The matrix of an LU-parameterised map and its inverse, formed from the triangles alone.
 
-Products here are of full float32 precision whatever torch's TF32 setting: a rounded inverse no longer is one.
-They cost C^3 operations, once per call, where applying the matrix costs C^2 for each position.
+Products here have full float32 precision whatever torch's TF32 setting: a rounded inverse would not undo the
+map. They cost C^3 operations, once per call, where applying the matrix costs C^2 for each position.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def triangular_product_kernel(
     C,
     INVERSE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Unit lower times upper triangle; for the inverse, upper times lower."""
+    """Unit lower times upper triangle; upper times lower for the inverse."""
     tiles = tl.cdiv(C, BLOCK)
     i0 = tl.program_id(0) // tiles * BLOCK
     j0 = tl.program_id(0) % tiles * BLOCK
     i = (i0 + tl.arange(0, BLOCK))[:, None]
     j = (j0 + tl.arange(0, BLOCK))[None, :]
-    low = tl.maximum(i0, j0) if INVERSE else 0  # the other k meet a zero
+    low = tl.maximum(i0, j0) if INVERSE else 0  # all other k meet a zero
     high = C if INVERSE else tl.minimum(tl.minimum(i0, j0) + BLOCK, C)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(low, high, BLOCK_K):
@@ -53,7 +53,7 @@ def triangular_product_kernel(
 
 @triton.jit
 def triangle(lower, l_i, l_k, upper, u_k, u_j, of_upper, i, k, mask):
-    """Elements (i, k) of L, or of U transposed: two lower triangles, inverted side by side."""
+    """Elements (i, k) of L, or of U transposed: both are lower triangles, inverted side by side."""
     of_lower = tl.load(lower + i * l_i + k * l_k, mask=mask & (of_upper == 0), other=0.0).to(tl.float32)
     return of_lower + tl.load(upper + k * u_k + i * u_j, mask=mask & (of_upper == 1), other=0.0).to(
         tl.float32
@@ -64,11 +64,11 @@ def triangle(lower, l_i, l_k, upper, u_k, u_j, of_upper, i, k, mask):
 def invert_diagonal_kernel(
     lower, l_i, l_k,  # (C, C)
     upper, u_k, u_j,  # (C, C)
-    inverse,  # (2, C, C), contiguous: of L, and of U transposed; what is above the diagonal is never read
+    inverse,  # (2, C, C), contiguous: of L and of U transposed; never read above the diagonal
     C,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Forward substitution against the identity in one block on the diagonal."""
+    """Invert one block on the diagonal by forward substitution against the identity."""
     of_upper = tl.program_id(0) % 2
     first = tl.program_id(0) // 2 * BLOCK
     column = tl.arange(0, BLOCK)
@@ -91,10 +91,10 @@ def join_kernel(
     lower, l_i, l_k,  # (C, C)
     upper, u_k, u_j,  # (C, C)
     inverse, products,  # (2, C, C), contiguous
-    C, size,  # of the diagonal blocks whose inverses are known; each two of them are joined
+    C, size,  # size of the diagonal blocks inverted so far, joined in pairs
     SECOND: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Below two inverted blocks X1 and X2 of a triangle T: X21 = -X2 (T21 X1), one product per launch."""
+    """Join inverted blocks X1 and X2 of a triangle T: X21 = -X2 (T21 X1), with one product per launch."""
     of_upper = tl.program_id(0) % 2
     program = tl.program_id(0) // 2
     tiles = size // BLOCK
@@ -146,8 +146,8 @@ def lu_matrix(lower: Tensor, upper: Tensor, inverse: bool, dtype: torch.dtype) -
 def _inverses(lower: Tensor, upper: Tensor) -> Tensor:
     """(2, C, C): the inverses of L and of U transposed in their lower triangles.
 
-    Diagonal blocks by substitution, then blocks of twice the size from two products each: a dozen launches at
-    C = 2048, where substitution alone would be a chain of C steps.
+    Substitution inverts diagonal blocks, then two products each give blocks of twice the size: a dozen
+    launches at C = 2048, where substitution alone would be a chain of C steps.
     """
     channels, device = lower.shape[0], lower.device
     operands = lower, *lower.stride(), upper, *upper.stride()

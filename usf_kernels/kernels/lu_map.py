@@ -1,6 +1,6 @@
-"""An LU map from its parameters, and its gradients: two launches and one, where torch takes some forty.
+"""An LU map from its parameters in two launches, and its gradients in one, where torch takes some forty.
 
-As in `lu_conv`, products are of full float32 precision whatever torch's TF32 setting.
+Products have full float32 precision whatever torch's TF32 setting, as in `lu_conv`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from usf_kernels.kernels.products import power_of_2
 from usf_kernels.kernels.replay import replayed
 
 FACTORS = ["C", "l_i", "l_k", "u_k", "u_j"]
-ROWS = 32  # of a step of the sums over columns
+ROWS = 32  # summed in one step of a column's sum
 
 
 @triton.jit
 def vector(values, at, C, DEFAULT: tl.constexpr):
-    """Those of (C,) that are in it at these places, or of None, and DEFAULT elsewhere."""
+    """Values of a vector (C,) at these places, with DEFAULT outside, or everywhere if it is None."""
     if values is None:
         return tl.full(at.shape, DEFAULT, tl.float32)
     else:
@@ -39,7 +39,7 @@ def lower_factor(lower, l_i, l_k, i, k, C):
 
 @triton.jit
 def upper_factor(upper, u_k, u_j, k, j, diagonal, C):
-    """Elements (k, j) of U, whose `diagonal` is given for the k or the j."""
+    """Elements (k, j) of U, given its `diagonal` at the k or at the j."""
     above = tl.load(upper + k * u_k + j * u_j, mask=(k < j) & (j < C), other=0.0)
     return tl.where(k == j, diagonal, above)
 
@@ -49,7 +49,7 @@ def lu_map_kernel(
     lower, l_i, l_k, upper, u_k, u_j,  # (C, C) each
     signs, log_diagonal, log_scale, offset,  # (C,) each; all but the first may be None
     matrix,  # (C, C) out, contiguous
-    moved,  # (tiles of columns, C) out: what each of them adds to the map of `offset`; or None
+    moved,  # (tiles of columns, C) out: each tile's part of L U @ offset; or None
     C,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,7 @@ def lu_map_sums_kernel(
     C, tiles,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of what the tiles moved, and in the first program the log-determinant."""
+    """Sum the tiles' parts of the shift, and in the first program the log-determinant."""
     if moved is not None:
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         acc = vector(bias, i, C, 0.0)
@@ -99,7 +99,7 @@ def lu_map_sums_kernel(
 
 @triton.jit
 def of_product(grad, g_i, g_j, grad_shift, log_scale, offset, i, j, C):
-    """Elements (i, j) of the gradient of L U: the matrix's, scaled, and what moves the offset."""
+    """Elements (i, j) of the gradient of L U, made of that of the scaled matrix and that of the shift."""
     g = tl.load(grad + i * g_i + j * g_j, mask=(i < C) & (j < C), other=0.0)
     if log_scale is not None:
         g *= tl.exp(vector(log_scale, j, C, 0.0))
@@ -118,7 +118,7 @@ def lu_map_gradients_kernel(
     C,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Some programs multiply for L, as many for U, and the others sum over rows."""
+    """`tiles`^2 programs multiply for L, as many for U, and the remaining ones sum over rows."""
     tiles = tl.cdiv(C, BLOCK)
     part = tl.program_id(0) // (tiles * tiles)
     i0 = tl.program_id(0) // tiles % tiles * BLOCK
@@ -157,7 +157,7 @@ def lu_map_gradients_kernel(
             scaled += tl.sum(a * g, axis=0)
             moved += tl.sum(a * vector(grad_shift, row, C, 0.0), axis=0)
         scaled += tl.load(grad_log_det)
-        moved *= tl.exp(-vector(log_scale, column, C, 0.0))  # the matrix has the scale in it
+        moved *= tl.exp(-vector(log_scale, column, C, 0.0))  # the matrix includes the scale
         tl.store(of_log_scale + column, scaled, mask=column < C)
         tl.store(of_offset + column, moved, mask=column < C)
 
@@ -172,7 +172,7 @@ def lu_map(
     log_scale: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch: see `usf_kernels.ops.lu_map.lu_map`; float32. Of shape (0,) is a bias that does not move."""
+    """Launch: see `usf_kernels.ops.lu_map.lu_map`; float32. Without log_scale, the bias has shape (0,)."""
     channels, device = len(lower), lower.device
     signs, log_diagonal, bias, log_scale, offset = contiguous(signs, log_diagonal, bias, log_scale, offset)
     block = power_of_2(channels, 16, 32)
@@ -205,8 +205,8 @@ def lu_map_gradients(
     grad_shift: Tensor | None,
     grad_log_det: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch: gradients of lower, upper, log_diagonal, log_scale and offset from those of what `lu_map` made;
-    of shape (0,) is that of a None. `grad_shift` is read where there is a log_scale."""
+    """Launch: gradients of lower, upper, log_diagonal, log_scale and offset, given those of the results of
+    `lu_map`. Those of None have shape (0,). `grad_shift` is read only with a log_scale."""
     channels, device = len(lower), lower.device
     signs, log_diagonal, log_scale, offset = contiguous(signs, log_diagonal, log_scale, offset)
     grad_shift = None if log_scale is None else grad_shift.contiguous()

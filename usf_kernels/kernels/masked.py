@@ -15,7 +15,7 @@ from usf_kernels.kernels.replay import replayed
 
 @triton.jit(do_not_specialize=runtime("m", "x", "t", "y"))
 def masked_kernel(
-    m, m_b, m_c, m_p,  # (b, C, P), the mask, strides of 0 where it is broadcast
+    m, m_b, m_c, m_p,  # (b, C, P), the mask, with strides of 0 where it is broadcast
     x, x_b, x_c, x_p,  # (b, C, P), or None for zeros
     t, t_b, t_c, t_p,  # (b, C, P), what is added where the mask is 0
     y, y_b, y_c, y_p,  # (b, C, P) out

@@ -32,7 +32,7 @@ def outer_kernel(
     a, a_b, a_c, a_p,  # (b, M, P) in
     x, x_b, x_c, x_p,  # (b, N, P) in
     out,  # (S, M, N), contiguous: the sums over each of S runs of blocks of positions
-    M, N, P, blocks, run,  # blocks of positions in all, and per run
+    M, N, P, blocks, run,  # blocks of positions: in total, and per run
     PRECISION: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -78,10 +78,10 @@ def outer_kernel(
 def outer(a: Tensor, x: Tensor) -> Tensor:
     """Sum over the batch and all positions of `a x^T`: (M, N) in float32.
 
-    a (B, M, *spatial), x (B, N, *spatial), multiplied in their dtype where it is one, else in float32.
+    a (B, M, *spatial) and x (B, N, *spatial) are multiplied in their common dtype, or in float32.
 
-    In two stages, so that the same input gives the same bits: sums over runs of positions, then their sum.
-    Long float32 ones are the vendor's, of which cuBLAS promises the same.
+    Positions are summed in runs, then the runs' sums are summed, so that the same input gives the same bits.
+    Large float32 products go to the vendor's library; cuBLAS promises the same.
     """
     rows, columns = a.shape[1], x.shape[1]
     if rows * columns == 0:
@@ -128,13 +128,13 @@ def _vendor_is_faster(a: Tensor, x: Tensor) -> bool:
 
 
 def vendor_outer(a: Tensor, x: Tensor) -> Tensor:
-    """`outer` by the vendor's product, of one dtype."""
+    """`outer` by the vendor's library; a and x share one dtype."""
     with full_precision(x):
         return _flat(a) @ _flat(x).mT
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(C, B * positions), without a copy where x is channels-last."""
+    """Reshape x to (C, B * positions), without a copy if it is channels-last."""
     if x.ndim > 2 and x.stride(1) != 1:
         return x.movedim(1, 0).flatten(1)
     return x.movedim(1, -1).flatten(0, -2).mT

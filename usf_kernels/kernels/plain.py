@@ -1,4 +1,4 @@
-"""Products by PyTorch, and how these may be rounded. Kernels and operations share them. No Triton."""
+"""Products by PyTorch, and how they may be rounded; shared by kernels and operations. No Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast would round the matrix to half precision, and the inverse would no longer be one."""
+    """Context without autocast, which would round matrices to half precision, and so break inverses."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -18,12 +18,12 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def rounds_to_tf32() -> bool:
-    """Whether products of float32 may be rounded on a GPU: as torch's own setting says."""
+    """Whether torch's own setting allows float32 products on a GPU to be rounded to TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def plain_product(matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`matrix @ x + bias` at every position, in x's memory format. All of one dtype."""
+    """`matrix @ x + bias` at every position, in x's memory format. All share one dtype."""
     # A product rather than a 1x1 convolution: oneDNN's is up to seven times slower for NCHW where C is no
     # multiple of 16, and cuDNN's rounds float32 to TF32 by default.
     if has_rows(x):

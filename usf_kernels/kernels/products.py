@@ -1,4 +1,4 @@
-"""Matrix products over the channels of (B, C, *spatial) tensors, with what follows them in the same kernel.
+"""Matrix products over the channels of (B, C, *spatial) tensors, and what follows them, in one kernel.
 
 A tile holds positions along its rows and output channels along its columns, whatever the memory format:
 tensor cores want at least 64 rows, which maps have, while channels may be as few as 1.
@@ -38,16 +38,16 @@ from usf_kernels.kernels.vendor import vendor_is_faster, vendor_linear
 
 
 def power_of_2(n: int, low: int, high: int) -> int:
-    """The smallest power of 2 at least n, within [low, high]."""
+    """The smallest power of 2 that is at least n, limited to [low, high]."""
     return min(max(triton.next_power_of_2(n), low), high)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, summed in float32; multiplied in the dtype of a and b, in float32 where they differ."""
+    """acc + a @ b, summed in float32; multiplied in the dtype of a and b, or in float32 if these differ."""
     if a.dtype != b.dtype or (
         INTERPRETED and a.dtype == tl.bfloat16
-    ):  # it multiplies their bits, as integers
+    ):  # the interpreter would multiply bits as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -55,7 +55,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def activate(value, ACTIVATION: tl.constexpr):
-    """relu, or none. NaN stays NaN."""
+    """ReLU, or no activation. NaN stays NaN."""
     if ACTIVATION == "relu":
         value = tl.where(value < 0, 0.0, value)
     return value
@@ -63,8 +63,8 @@ def activate(value, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def place(N, P, WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Image (64 bits), positions (BLOCK_P,) and outputs (BLOCK_N,) of this program. Programs that differ in
-    their outputs only are neighbours: all but the first find x in the cache."""
+    """Image (64 bits), positions (BLOCK_P,) and outputs (BLOCK_N,) of this program. Programs that differ only
+    in their outputs are neighbours: all but the first find x in the cache."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_p = tl.cdiv(P, BLOCK_P)
     program = tl.program_id(0)
@@ -84,7 +84,7 @@ def contract(
     PRECISION: tl.constexpr, UNIT: tl.constexpr, MATRIX_UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_P, BLOCK_N): x at the positions of `x_at` times the rows `n` of the (N, K) matrix."""
+    """Product (BLOCK_P, BLOCK_N) of x at the positions `x_at` with the rows `n` of the (N, K) matrix."""
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     x_inputs = bound(K, x_c, UNIT)
     matrix_inputs = bound(K, m_k, MATRIX_UNIT)
@@ -145,7 +145,7 @@ def linear_kernel(
 
 
 def matrix_arguments(matrix: Tensor) -> tuple[list[Any], int]:
-    """The matrix and its strides as `View.arguments` gives them, and its unit as `View.unit` does."""
+    """Return the matrix and its strides in the form of `View.arguments`, and its unit like `View.unit`."""
     strides = matrix.stride()
     numbers = [s for s in strides if s != 1]
     numbers += [n for n, s in zip(matrix.shape, strides, strict=True) if s == 1]
@@ -153,9 +153,9 @@ def matrix_arguments(matrix: Tensor) -> tuple[list[Any], int]:
 
 
 def tiles(dtype: torch.dtype, matrix: Tensor, view: View, *, sums: bool = False) -> list[Config]:
-    """Candidates for a product of this dtype with a (N, K) matrix at the positions of a view, `sums` where
-    the kernel has sums of its own in registers. As many outputs in a tile as hold x to few reads, and
-    positions halved until the tiles occupy a large GPU."""
+    """Candidates for a product of this dtype with an (N, K) matrix at the positions of a view; set `sums` if
+    the kernel keeps sums of its own in registers. Tiles have enough outputs for x to be read few times, and
+    their positions are halved until the tiles occupy a large GPU."""
     last, hopper = view.strides[0].channel == 1, capability(matrix.device) == 90
     sizes = *matrix.shape, view.batch, view.positions
     return _tiles(kind_of(dtype), *sizes, last, sums, hopper, warp_size())
@@ -173,9 +173,9 @@ def _tiles(
     hopper: bool,
     warp: int,
 ) -> list[Config]:
-    if kind == "ieee":  # no tensor cores: operands come to registers
+    if kind == "ieee":  # no tensor cores: operands are in registers
         small = (64, 64, 16, 8, 3)
-        if hopper:  # others run out of registers with these
+        if hopper:  # other devices run out of registers with these
             large = (64, 64, 32, 4, 3) if sums and channels_last else (128, 64, 32, 4, 2 if sums else 3)
         else:
             large = small if sums else (128, 64, 16, 8, 3)
@@ -198,7 +198,7 @@ def _tiles(
         while block_p > 16 and batch * cdiv(positions, block_p) * cdiv(outputs, block_n) < 128:
             block_p //= 2
         config = {"BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": power_of_2(inputs, 16, most_k)}
-        # Fewer where the tile is small, so that each thread still loads 16 bytes at a time.
+        # Small tiles get fewer warps, so that each thread still loads 16 bytes at a time.
         warps = max(1, min(warps, block_p * block_n // (16 * warp)))
         configs.append({**config, "num_warps": warps, "num_stages": stages})
     return configs
@@ -216,8 +216,8 @@ def linear(
 ) -> Tensor:
     """`residual + sign * activation(matrix @ x + bias + bias_map)` at every position.
 
-    x (B, K, *spatial), matrix (N, K), bias (N,), bias_map and residual (B, N, *spatial), of any dtypes but
-    float64. The product is of the promoted dtype of x and matrix, accumulated in float32. Returns
+    x (B, K, *spatial), matrix (N, K), bias (N,), bias_map and residual (B, N, *spatial) have any dtypes but
+    float64. Products are in the promoted dtype of x and matrix, and accumulated in float32. Returns
     (B, N, *spatial) in the promoted dtype of x, matrix and residual.
     """
     dtype = torch.promote_types(x.dtype, matrix.dtype)
@@ -249,7 +249,7 @@ def linear(
 
 
 def matrix_product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """`matrix @ x + bias` by whichever is faster at this size: `linear` or `vendor_linear`."""
+    """`matrix @ x + bias` by `linear` or `vendor_linear`, whichever is faster at this size."""
     return (vendor_linear if vendor_is_faster(x, matrix) else linear)(x, matrix, bias)
 
 
@@ -273,7 +273,7 @@ def _linear_cases(channels_last: bool) -> Iterator[Case]:
     yield from product_cases("linear", "linear_kernel", whole, channels_last)
     yield from product_cases("linear, many positions", "linear_kernel", many, channels_last)
     yield from product_cases("linear with epilogue", "linear_kernel", with_epilogue, channels_last)
-    if not channels_last:  # there no row of 19 channels is aligned
+    if not channels_last:  # in channels-last memory, no row of 19 channels is aligned
         yield from product_cases("linear, 19 channels", "linear_kernel", odd, channels_last)
 
 

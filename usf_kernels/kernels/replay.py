@@ -1,8 +1,8 @@
-"""What a launcher does, noted once and done again for other tensors of the same shapes, strides and dtypes.
+"""Replay of launchers: what they do is noted once, and repeated for tensors of the same forms.
 
-From the forms of its arguments a launcher decides on grids, tiles and strides and makes room for results. On
-a small map that takes the processor longer than the kernel takes the GPU. The second time there are only the
-same allocations, launches and sums to make, with other addresses.
+A launcher decides on grids, tiles and strides by the forms of its arguments (shapes, strides, dtypes), and
+allocates results. On a small map that takes the CPU longer than the kernel takes the GPU. A replay makes only
+the same allocations, launches and sums, with other addresses.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from usf_kernels.kernels import configs, launch
 
 F = TypeVar("F", bound=Callable)
-Slots = list[Tensor]  # the arguments' tensors, then those that the steps make
-MOST = 1 << 14  # notes; when there are more, all are forgotten
+Slots = list[Tensor]  # the arguments' tensors, then those that steps append
+MOST = 1 << 14  # largest number of notes; beyond it, all are forgotten
 
 aten = torch.ops.aten
 _ROOM = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default}
-# What else of torch may be repeated. With anything else in it, a copy say or a product, a launcher is not.
+# Other torch operations that may be repeated. A launcher with any more, such as a copy, is not replayed.
 _OPERATIONS = {
     aten.sum.dim_IntList,
     aten._to_copy.default,
@@ -35,8 +35,8 @@ _thread = threading.local()
 
 
 def replayed(function: F) -> F:
-    """Decorator of a launcher: of tensors, sequences of them, numbers and words to a tensor, several or none,
-    whatever the tensors' values."""
+    """Decorator that lets a launcher be replayed. The launcher takes tensors, sequences of these, numbers and
+    strings, returns a tensor, several or None, and must not depend on the tensors' values."""
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
@@ -58,7 +58,7 @@ def replayed(function: F) -> F:
 
 
 def _forms(arguments: Sequence[Any], tensors: Slots) -> list[Any]:
-    """All that a launcher looks at; the tensors go to `tensors`."""
+    """Return everything that a launcher looks at; append the tensors to `tensors`."""
     forms: list[Any] = []
     for value in arguments:
         if isinstance(value, Tensor):
@@ -73,15 +73,15 @@ def _forms(arguments: Sequence[Any], tensors: Slots) -> list[Any]:
 
 
 def _repeated(tensors: Slots) -> Sequence[int]:
-    """Where each tensor stands first, if one stands in several places: steps read one of them for all."""
+    """First place of each tensor, if any has several: steps read only the first. Otherwise empty."""
     names = [id(tensor) for tensor in tensors]
     return () if len(set(names)) == len(names) else [names.index(name) for name in names]
 
 
 def _noted(function: Callable, arguments: Sequence[Any], tensors: Slots) -> tuple[Any, _Notes | None]:
-    """The result, and the notes if it can be repeated."""
+    """Return the result, and the notes, or None if the call cannot be repeated."""
     notes = _Recorder(tensors)
-    _thread.noting = True  # launchers call each other: the outermost is noted
+    _thread.noting = True  # launchers call each other: only the outermost is noted
     try:
         with notes, launch.hearing(notes.launched):
             result = function(*arguments)
@@ -91,13 +91,13 @@ def _noted(function: Callable, arguments: Sequence[Any], tensors: Slots) -> tupl
 
 
 class _Notes(NamedTuple):
-    """Steps that read slots, and may append one; and where the result is: a slot, several, or nowhere."""
+    """Steps that read slots and may append one, and the place of the result: a slot, several, or None."""
 
     steps: list[Callable[[Slots], None]]
     result: int | tuple[int, ...] | None
 
     def again(self, tensors: Slots) -> Any:
-        """The result for other tensors of the same forms."""
+        """Repeat the steps for other tensors of the same forms, and return the result."""
         for step in self.steps:
             step(tensors)
         place = self.result
@@ -111,12 +111,12 @@ _known: dict[tuple[Any, ...], _Notes | None] = {}
 
 
 def forget() -> None:
-    """Start afresh, after a change of what launchers decide by."""
+    """Forget all notes, after a change of what launchers decide by."""
     _known.clear()
 
 
 class _Entry(NamedTuple):
-    """A step before it is known which slots are needed: of them it is given the new places."""
+    """A step while it is unknown which slots are needed; `make` builds it from the slots' final places."""
 
     reads: list[int]
     writes: int | None
@@ -124,11 +124,11 @@ class _Entry(NamedTuple):
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees what a launcher does with torch, and its launches."""
+    """Records a launcher's torch operations and its launches."""
 
     def __init__(self, tensors: Slots) -> None:
         super().__init__()
-        self._slots = list(tensors)  # alive, so that each has a number of its own
+        self._slots = list(tensors)  # kept alive, so that ids stay unique
         self._places = {id(tensor): i for i, tensor in enumerate(tensors)}
         self._inputs = len(tensors)
         self._entries: list[_Entry] = []
@@ -152,7 +152,7 @@ class _Recorder(TorchDispatchMode):
         self._slots.append(out)
 
     def launched(self, tensors: Sequence[Tensor], relaunch: Callable[[Sequence[Tensor]], None]) -> None:
-        """Note a launch: of these tensors, by a function of others like them."""
+        """Note a launch on these tensors, and the function that repeats it on others."""
         reads = [self._places.get(id(tensor)) for tensor in tensors]
         if None in reads:
             self._possible = False
@@ -160,7 +160,7 @@ class _Recorder(TorchDispatchMode):
             self._entries.append(_Entry(reads, None, functools.partial(_launch, relaunch)))
 
     def finished(self, result: Any) -> _Notes | None:
-        """What is needed for the result and for every launch; None if that is not all that was done."""
+        """Return notes of the steps that the result and the launches need; None if others were seen."""
         results = [result] if isinstance(result, Tensor) else list(result or ())
         if not self._possible or any(id(tensor) not in self._places for tensor in results):
             return None

@@ -1,4 +1,4 @@
-"""Chosen columns of rows (N, C): read, added to, and through an affine coupling, in one pass each."""
+"""Operations on chosen columns of rows (N, C), in one pass each: select, add, affine coupling."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from usf_kernels.kernels.configs import Config, choose, elementwise, pick, reduc
 from usf_kernels.kernels.launch import Case, cdiv, launch, narrow, walk
 from usf_kernels.kernels.replay import replayed
 
-# Sizes, strides and factors: values that compile no new kernel when they change.
+# Sizes, strides and factors: a change of their values must not compile a new kernel.
 UNSPECIALIZED = ["N", "M", "rows_n", "rows_c", "values_n", "values_c", "factor", "clamp"]
 
 
 @triton.jit
 def columns_at(rows, rows_n, rows_c, n, column):
-    """Where the elements of these rows and columns are. No compiler knows the order of the columns, and none
-    is to know what divides the strides of the other operands: it would give vectors of them to each thread,
-    and the threads of a warp would then gather from many rows at once."""
+    """Pointers to the elements in these rows and columns. The compiler does not know the order of columns,
+    and must not know what divides the strides of the other operands: it would give each thread vectors of
+    these, and the threads of a warp would then gather from many rows at once."""
     return rows + n * rows_n + walk(column, rows_c, 1)
 
 
 @triton.jit
 def rows_tile(M, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Rows (BLOCK_P, 1), 64 bits, and places among the chosen columns (1, BLOCK_C) of this program."""
+    """Rows (BLOCK_P, 1), in 64 bits, and places (1, BLOCK_C) in the index of columns, of this program."""
     tiles = tl.cdiv(M, BLOCK_C)
     first = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_P
     m = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -77,7 +77,7 @@ def affine_rows_kernel(
     N, M, clamp,
     INVERSE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program owns whole rows: their log-determinants need no other pass, and no atomics."""
+    """Each program owns whole rows, so that log-determinants need neither another pass nor atomics."""
     n = (tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
     m = tl.arange(0, BLOCK_C)[None, :]
     values_at = values + n * values_n
@@ -167,7 +167,7 @@ def _launch_in_place(
     launch_on: Callable[[Tensor, Config], None],
     rows: Tensor,
 ) -> None:
-    """`launch_on(rows, config)`, once, with the configuration to use; tuning works on a copy of the rows."""
+    """Call `launch_on(rows, config)` once, with the configuration to use; tuning works on a copy of rows."""
     copies: list[Tensor] = []
 
     def attempt(config: Config) -> None:
@@ -179,7 +179,7 @@ def _launch_in_place(
 
 
 def _elementwise(rows: Tensor, chosen: int) -> list[Config]:
-    # As if of many operands: an address for every value takes registers.
+    # Counted as 8 operands: an address for every value takes registers.
     return elementwise(rows.element_size(), 8, 1, chosen, rows.shape[0], channels_last=True)
 
 
@@ -188,8 +188,8 @@ def _programs(count: int, chosen: int, config: Config) -> int:
 
 
 def _walked(rows: Tensor) -> tuple[Tensor, int, int | None]:
-    """A tensor (N, C) and its strides; None for one of 1 between columns, so that it is known when the kernel
-    is compiled."""
+    """Return a tensor (N, C) and its strides, with None for a column stride of 1, so that it is known when
+    the kernel is compiled."""
     return rows, rows.stride(0), None if rows.stride(1) == 1 else rows.stride(1)
 
 

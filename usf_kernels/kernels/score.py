@@ -1,4 +1,4 @@
-"""Squared norms of latents over channels, by themselves or with the products that an anomaly map needs."""
+"""Squared norms of latents over channels, alone or with the products that an anomaly map needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LATENTS = ("z_b", "z_c", "z_p", "channels", "positions", "widths", "offsets", "s
 
 @triton.jit
 def load_channels(z, c, p, z_c, z_p, C, P, UNIT: tl.constexpr):
-    """Values at channels c and positions p, 0 outside, as float32."""
+    """Values at channels c and positions p as float32, 0 outside."""
     at = z + walk(c, z_c, UNIT) + walk(p, z_p, UNIT)
     return tl.load(at, mask=(c < C) & (p < P), other=0.0).to(tl.float32)
 
@@ -43,8 +43,9 @@ def reduce_channels(
     UNIT: tl.constexpr, ROW_UNIT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Store for each position the squared norm over channels, or 1 - exp(-norm / 2C); with NEIGHBOURS also
-    the products with the right and lower neighbour and of both diagonals. maps: (1 or 4, batch, P)."""
+    """Store the squared norm over channels at each position, or 1 - exp(-norm / 2C). With NEIGHBOURS, also
+    store the inner products with the right and with the lower neighbour, and the sum of those along both
+    diagonals. maps: (1 or 4, batch, P)."""
     channels = C
     C = bound(C, z_c, UNIT)
     tiles = tl.cdiv(P, BLOCK_P)
@@ -82,7 +83,7 @@ def reduce_channels(
     tl.store(row, norm, mask=inside)
     if NEIGHBOURS:
         size = batch.to(tl.int64) * P
-        # Past the end of a row the neighbour is the next row's first position, and no neighbour.
+        # At the end of a row, p + 1 is the first position of the next row, which is no neighbour.
         tl.store(row + size, tl.where(in_row, tl.sum(right, 0, keep_dims=True), 0.0), mask=inside)
         tl.store(row + 2 * size, tl.sum(down, 0, keep_dims=True), mask=inside)
         tl.store(row + 3 * size, tl.where(in_row, tl.sum(diagonals, 0, keep_dims=True), 0.0), mask=inside)
@@ -160,7 +161,7 @@ def squared_norm_backward(grad: Tensor, z: Tensor) -> Tensor:
 def reduce(
     views: list[View], maps: Tensor, offsets: list[int], *, neighbours: bool, likelihood: bool
 ) -> Tensor:
-    """One launch for the channel reductions of all views, into `maps` from `offsets` on."""
+    """Reduce the channels of all views in one launch, and write to `maps` at `offsets`."""
     latents = [view.tensors[0] for view in views]
     strides = list(zip(*(view.arguments()[1:4] for view in views), strict=True))
     channels, positions = tuple(z.shape[1] for z in latents), [view.positions for view in views]

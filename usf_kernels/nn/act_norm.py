@@ -47,9 +47,9 @@ class ActNorm(Fusible, nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        # 0 or 1. A number: averages of models cannot subtract what is true, and round means of integers down.
+        # 0 or 1, as a float: averages of models cannot subtract booleans, and round means of integers down.
         self.register_buffer("initialized", torch.zeros(()))
-        # Whether the buffer is known to be True, without reading it back from the device at every step.
+        # Whether the buffer is known to be 1, so that it is not read back from the device at every step.
         self._initialized = False
 
     def _load_from_state_dict(self, *args: object) -> None:
@@ -58,7 +58,7 @@ class ActNorm(Fusible, nn.Module):
 
     @torch.no_grad()
     def initialize_(self, make: Callable[[], Tensor]) -> None:
-        """Set scale and bias from the x that `make` returns, unless that has been done."""
+        """Set scale and bias from the x that `make` returns, unless they have been initialised."""
         if self._initialized:
             return
         x = make()
@@ -69,20 +69,20 @@ class ActNorm(Fusible, nn.Module):
         count = _sum_over_processes(x.new_tensor(float(x.shape[0] * count_positions(x))))
         mean = _sum_over_processes(x.sum(dims)) / count
         variance = _sum_over_processes((x - mean.view(shape)).square().sum(dims)) / count
-        # "Constant" is relative to what the channel and its neighbours hold, and above rounding errors.
+        # "Constant" is relative to the values of this and the other channels, and allows for rounding errors.
         floor = 1e-6 * (mean.abs() + (variance + mean.square()).mean().sqrt())
         varies = variance.sqrt() > floor
         log_scale = torch.where(varies, -0.5 * variance.log(), torch.zeros_like(variance))
-        # The buffer decides: its value may have come by another way than a state_dict.
+        # The buffer decides: it may have been set in another way than by a state_dict.
         for kept, value in ((self.log_scale, log_scale), (self.bias, -mean * log_scale.exp())):
             kept.copy_(torch.where(self.initialized > 0, kept, value))
         self.initialized.fill_(1)
-        # Unless a functional call has put other tensors in the place of its own, which are still to be set.
+        # In a functional call with other tensors in their place, the module's own are still to be set.
         own = self._parameters.get("log_scale")
         self._initialized = own is None or isinstance(own, nn.Parameter)
 
     def forget_(self) -> None:
-        """Take scale and bias from the next batch in training mode."""
+        """Forget the statistics: the next batch in training mode initialises scale and bias again."""
         self.initialized.zero_()
         self._initialized = False
 
@@ -105,7 +105,7 @@ class ActNorm(Fusible, nn.Module):
         return scale * (z - bias), -self.log_det(count_positions(z))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        """Return (x, its gradient) given those of z = forward(x); see `usf_kernels.nn.reversible`."""
         wide, dims = compute_dtype(z), [d for d in range(z.ndim) if d != 1]
         scale, offset = self._per_channel(z, self.log_scale.exp())
         z.sub_(offset)
@@ -114,9 +114,9 @@ class ActNorm(Fusible, nn.Module):
         return z.div_(scale), grad_z.mul_(scale)
 
     def pull(self, tape: Tape, grad_log_scale: Tensor, grad_bias: Tensor, positions: int) -> None:
-        """Hand the tape these gradients, (C,) each, and what the log-determinant adds to them."""
+        """Pass these gradients, (C,) each, to the tape, and add what the log-determinant contributes."""
         grad_log_scale = grad_log_scale + positions * tape.grad_log_det.sum()
-        with torch.enable_grad():  # parameters may be made of others
+        with torch.enable_grad():  # a parameter may be computed from others
             tape.pull((self.log_scale, self.bias), (grad_log_scale, grad_bias))
 
     def _per_channel(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

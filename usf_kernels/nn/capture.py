@@ -1,4 +1,4 @@
-"""A call as a CUDA graph: no launch costs, which are most of the time of a flow on one small image."""
+"""Calls as CUDA graphs, without launch costs, which take most of the time of a flow on one small image."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ WARM_UP = 3  # calls before the capture: libraries allocate what they keep
 
 
 def check_capturable(name: str, devices: Iterable[torch.device]) -> None:
-    """Raise unless all of it is on one CUDA device."""
+    """Raise ValueError unless `devices` are one CUDA device."""
     found = {str(device) for device in devices}
     if len(found) != 1 or not next(iter(found)).startswith("cuda"):
         raise ValueError(f"{name}: expected tensors on one CUDA device, found {sorted(found)}")
 
 
 def is_capturing() -> bool:
-    """Whether operations go into a CUDA graph: it holds no more than addresses, so that what it reads must
-    be computed in it, or stay."""
+    """Whether operations are being recorded in a CUDA graph. A graph holds addresses only, so tensors that it
+    reads must be computed in it, or stay in memory."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class CapturedCall:
     """`call(*inputs)` recorded once, and replayed for other inputs of the same shapes and dtypes. Weights are
-    read where they were: they may change there, but not move to another device or dtype.
+    read where they were: they may change in place, but not move to another device or dtype.
 
     Args:
-        call: of tensors to a tensor or a tuple of tensors, on one CUDA device, without reading values back.
+        call: takes tensors and returns a tensor or a tuple of tensors, on one CUDA device, without reading
+            values back.
         inputs: examples; their values do not matter.
 
     Raises:
-        ValueError: inputs that are not all on one CUDA device; when called, ones of another shape or dtype.
+        ValueError: inputs that are not all on one CUDA device; when called, inputs of another shape or dtype.
     """
 
     def __init__(self, call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
         check_capturable("inputs", {x.device for x in inputs})
-        self._call = call  # and so the weights: a graph knows no more than their addresses
-        with torch.inference_mode(False):  # tensors that anyone may write to
+        self._call = call  # keeps the weights alive: a graph knows only their addresses
+        with torch.inference_mode(False):  # inference tensors could not be written to in other modes
             self._inputs = [x.detach().clone() for x in inputs]
         with torch.cuda.device(inputs[0].device):
             side = torch.cuda.Stream()
@@ -48,17 +49,17 @@ class CapturedCall:
                     call(*self._inputs)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            # Casts that an autocast around this call has kept would be read, not recorded; those made here
-            # lie in the graph's memory.
+            # The cache of an autocast around this call would let the graph read casts without recording them;
+            # casts made here lie in the graph's memory, and must not be used outside.
             torch.clear_autocast_cache()
-            # The stream of the warm-up: by default it is one of the device that was captured on first. What
-            # other threads do meanwhile, such as pinning the next batch, is allowed.
+            # The stream is that of the warm-up, since the default one belongs to the device of the first
+            # capture. Other threads may go on meanwhile, such as to pin the next batch.
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._outputs = call(*self._inputs)
             torch.clear_autocast_cache()
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The result for these inputs, in memory of its own."""
+        """Return the result for these inputs, in memory of its own."""
         for kept, x in zip(self._inputs, inputs, strict=True):
             if x.shape != kept.shape or x.dtype != kept.dtype:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""The gradients of a training step as a CUDA graph: on small maps a flow waits for its launches."""
+"""The gradients of a training step as a CUDA graph: on small maps a flow spends its time on launches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from usf_kernels.nn.flow import FlowSequence
 class CapturedGradients:
     """A loss and its gradients, recorded in the second call and replayed from then on.
 
-    The first call is the plain one, since modules set themselves up in it: an ActNorm takes its statistics,
+    The first call runs as usual, because modules set themselves up in it: an ActNorm takes its statistics,
     kernels are compiled. Sequences whose memory is "auto" keep what autograd keeps, since a reversible pass
     reads values back, which a graph cannot.
 
@@ -28,12 +28,12 @@ class CapturedGradients:
     ...     optimizer.step()
 
     Args:
-        module: whose parameters get their gradients, on one CUDA device. An optimiser may change them where
-            they are, but they may not move, nor start or stop to require a gradient.
-        loss: of what a call is given, to a 0-d tensor, without reading values back; None is `module.loss`.
-            Nobody may hold one, undetached, of an earlier call of their own: its backward pass would be a
-            part of what is recorded.
-        backward: what is called with the loss; None is its own `backward`.
+        module: the module whose parameters get gradients, on one CUDA device. An optimiser may change them
+            in place, but they must not move, nor start or stop requiring a gradient.
+        loss: returns a 0-d tensor for the arguments of a call, without reading values back; None is
+            `module.loss`. No loss that you computed yourself may still be held, unless detached: its
+            backward pass would become part of the recording.
+        backward: called with the loss; None is `Tensor.backward`.
 
     Raises:
         ValueError: a module on another device, or one that holds a sequence with memory="reversible".
@@ -56,7 +56,7 @@ class CapturedGradients:
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         loss = module.loss if loss is None else loss
         backward = Tensor.backward if backward is None else backward
-        # No method: in a cycle the graph and its memory would outlive this.
+        # Not a bound method: a reference cycle would keep the graph and its memory alive after this object.
         self._pass = partial(_pass, loss, backward, self._parameters)
         self._called = False
         self._graph: CapturedCall | None = None
@@ -64,15 +64,15 @@ class CapturedGradients:
         self._gradients: list[Tensor | None] = []
 
     def __call__(self, *batch: Any) -> Tensor:
-        """The loss, detached: 0-d. Every parameter's `grad` is that of this call, not added to one before, in
-        memory that the next call writes over.
+        """Return the loss, detached: 0-d. Every parameter's `grad` is then that of this call alone, in memory
+        that the next call overwrites.
 
         Args:
             batch: tensors, or lists, tuples and dictionaries of them, of the same structure and shapes in
                 every call.
 
         Raises:
-            ValueError: one of another structure, other shapes or dtypes than before.
+            ValueError: a batch of another structure, other shapes or dtypes than before.
         """
         inputs, structure = _pytree.tree_flatten(batch)
         if self._graph is None:
@@ -93,7 +93,7 @@ class CapturedGradients:
             with _values_restored(self._module):
                 self._graph = CapturedCall(partial(_unflattened, self._pass, structure), *inputs)
         except BaseException:
-            for parameter in self._parameters:  # gradients of nothing that was asked for
+            for parameter in self._parameters:  # gradients of a batch that was not run
                 parameter.grad = None
             raise
         self._structure = structure
@@ -107,7 +107,7 @@ def _pass(
     *batch: Any,
 ) -> Tensor:
     for parameter in parameters:
-        parameter.grad = None  # so that backward makes a tensor, instead of adding to one
+        parameter.grad = None  # backward then makes a new tensor instead of adding to one
     value = loss(*batch)
     backward(value)
     return value.detach()
@@ -123,7 +123,7 @@ def _sequences(module: nn.Module) -> list[FlowSequence]:
 
 @contextmanager
 def _keeping_activations(module: nn.Module) -> Iterator[None]:
-    """No pass is reversible meanwhile."""
+    """Context in which sequences whose memory is "auto" run no reversible passes."""
     automatic = [sequence for sequence in _sequences(module) if sequence.memory == "auto"]
     for sequence in automatic:
         sequence.memory = "standard"
@@ -136,12 +136,12 @@ def _keeping_activations(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _values_restored(module: nn.Module) -> Iterator[None]:
-    """Calls without a trace in buffers and random generators, as those that warm up for a recording."""
+    """Context that restores buffers and random generators at its end, so that a warm-up leaves no trace."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         with torch.random.fork_rng([p.device for p in module.parameters() if p.is_cuda][:1]):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:  # all: batch norms write without counting it in versions
+            for buffer, value in before:  # all: versions do not count a batch norm's writes
                 buffer.copy_(value)

@@ -29,7 +29,7 @@ NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  #
 
 
 def flat(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of nested nn.Sequentials, pointwise convolutions as nn.Linear, without what does nothing."""
+    """Layers of nested nn.Sequentials, with pointwise convolutions as nn.Linear and without idle layers."""
     if type(module) is nn.Sequential and not hooked(module):
         for child in module:
             yield from flat(child)
@@ -39,14 +39,14 @@ def flat(module: nn.Module) -> Iterator[nn.Module]:
         yield linear(module.weight.flatten(1), module.bias)
     else:
         if type(module) in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.Hardswish) and not hooked(module):
-            module = copy(module)  # it may be in other places too
-            module.inplace = True  # its input is a layer's output, which nobody else sees
+            module = copy(module)  # the same module may be used elsewhere too
+            module.inplace = True  # nothing else reads the input: a layer's output
         yield module
 
 
 def hooked(module: nn.Module) -> bool:
-    """Weight normalisation and its like: what the weights are is decided when the module is called. Or a
-    module with a `forward` of its own."""
+    """Whether a module has hooks around its forward pass, which may set its weights as weight normalisation
+    does, or a `forward` set on the instance."""
     return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
 
 
@@ -54,9 +54,10 @@ def evaluate(conditioner: nn.Module, x: Tensor, cond: Tensor | None = None) -> T
     """`conditioner([x, cond])`, in the extension where that is faster and nobody could see the difference.
 
     Args:
-        conditioner: of the channels of both.
+        conditioner: takes the channels of x, then those of cond.
         x: (B, C, *spatial).
-        cond: (B or 1, K, *spatial), or None. What all samples share passes a first 1x1 convolution once.
+        cond: (B or 1, K, *spatial), or None. If all samples share it, a first 1x1 convolution is applied to
+            it only once.
     """
     if cond is not None and cond.shape[0] == 1 and _starts_pointwise(conditioner):
         return _with_shared(conditioner, x, cond)
@@ -69,14 +70,14 @@ def evaluate(conditioner: nn.Module, x: Tensor, cond: Tensor | None = None) -> T
 
 
 def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
-    """The same where the first layer takes each position alone, so that its sum can be taken apart."""
+    """`evaluate` for a shared cond and a first layer that is pointwise, so that its sum can be split."""
     first = conditioner[0]
     own, shared = first.weight.split([x.shape[1], cond.shape[1]], dim=1)
     layers = _convolutional_layers(conditioner) if native.fits(x) else None
     if layers:
         layers[0] = layers[0]._replace(weight=own, bias=None)
         if pays(x, layers):
-            # As x lies, so that the share does too.
+            # In x's memory format, so that the share has it too.
             cond = cond.contiguous(memory_format=LAST if is_rows(x) else torch.contiguous_format)
             return convolutions(x, layers, product(cond, shared.flatten(1), first.bias))
     share = F.linear(cond.movedim(1, -1), shared.flatten(1), first.bias).movedim(-1, 1)
@@ -87,7 +88,7 @@ def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
 
 
 def _starts_pointwise(conditioner: nn.Module) -> bool:
-    """Whether it is a plain nn.Sequential that begins with a plain 1x1 convolution."""
+    """Whether a conditioner is a plain nn.Sequential that begins with a plain 1x1 convolution."""
     if type(conditioner) is not nn.Sequential or len(conditioner) == 0 or watched(conditioner):
         return False
     first = conditioner[0]
@@ -95,7 +96,7 @@ def _starts_pointwise(conditioner: nn.Module) -> bool:
 
 
 def _convolutional_layers(conditioner: nn.Module) -> list[Layer] | None:
-    """Of a plain nn.Sequential of convolutions that keep the size of maps, and ReLUs; None of others."""
+    """Layers of a plain nn.Sequential of size-keeping convolutions and ReLUs; None for other conditioners."""
     if type(conditioner) is not nn.Sequential or watched(conditioner):
         return None
     layers: list[Layer] = []
@@ -116,7 +117,7 @@ def _follows(module: nn.Conv2d, layers: list[Layer]) -> bool:
 
 
 def overwrites(conditioner: nn.Module) -> bool:
-    """Whether it may work in place on what it is given: all but PyTorch's layers may."""
+    """Whether a conditioner may overwrite its input: PyTorch's layers do not unless told to, others may."""
     first = conditioner
     while type(first) is nn.Sequential and len(first) > 0 and not hooked(first):
         first = first[0]
@@ -125,12 +126,12 @@ def overwrites(conditioner: nn.Module) -> bool:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether anybody has to see the module called, or its gradients."""
+    """Whether a module has hooks of any kind, or a `forward` set on the instance."""
     return hooked(module) or bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is nn.Linear or a convolution that is linear, but for its bias, in what it is given."""
+    """Whether a module is nn.Linear, or a convolution that is linear in its input apart from a bias."""
     if type(module) is nn.Linear:
         return not hooked(module)
     return (
@@ -142,13 +143,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_pointwise(conv: nn.Module) -> bool:
-    """Whether a convolution looks at one position at a time, and at every one."""
+    """Whether a convolution maps every position, and each one alone."""
     once = all(size == 1 for size in (*conv.kernel_size, *conv.stride))
     return once and (isinstance(conv.padding, str) or not any(conv.padding))
 
 
 def keeps_size(module: nn.Module) -> bool:
-    """Whether it is a convolution of one or two dimensions that gives maps of the same size."""
+    """Whether a module is a one- or two-dimensional convolution that returns maps of the same size."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d) or not is_linear(module):
         return False
     odd = all(size % 2 == 1 for size in module.kernel_size)
@@ -158,8 +159,8 @@ def keeps_size(module: nn.Module) -> bool:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """nn.Linear with these; zeros for no bias."""
-    layer = nn.Linear(1, 1, device="meta")  # nothing is drawn for weights that are not its own
+    """Return an nn.Linear with this weight and bias; zeros if the bias is None."""
+    layer = nn.Linear(1, 1, device="meta")  # draws no random weights, which would be replaced
     layer.weight = nn.Parameter(weight.detach())
     layer.bias = nn.Parameter(weight.new_zeros(len(weight)) if bias is None else bias.detach())
     layer.out_features, layer.in_features = weight.shape

@@ -1,4 +1,4 @@
-"""Layers of a conditioner that may change the size of maps: `fuse()` leaves what is among them as it is."""
+"""Layers of a conditioner that may change the size of maps: `fuse()` leaves these, and all between, as is."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from usf_kernels.nn.conditioner_layers import CONVOLUTIONS, ELEMENTWISE, hooked
 
 
 def joined(layers: list[nn.Module]) -> list[nn.Module]:
-    """The layers, with all between the first and the last that may change the size of maps as one. Every
-    nn.Linear among them is of channels."""
+    """Return the layers, with all from the first to the last that may change the size of maps as one module.
+    An nn.Linear among these applies to channels."""
     changing = [i for i, layer in enumerate(layers) if not _leaves_size(layer)]
-    if len(changing) < 2:  # one alone cannot change it, since the conditioner as a whole does not
+    if len(changing) < 2:  # a single one cannot change it: the conditioner as a whole does not
         return layers
     first, end = changing[0], changing[-1] + 1
     among = [PointwiseOnMaps(layer) if type(layer) is nn.Linear else layer for layer in layers[first:end]]
@@ -19,7 +19,7 @@ def joined(layers: list[nn.Module]) -> list[nn.Module]:
 
 
 def _leaves_size(layer: nn.Module) -> bool:
-    """Whether it is known to give maps of the size of those that it is given."""
+    """Whether a layer is known to return maps of the size of its input."""
     if type(layer) not in CONVOLUTIONS or hooked(layer):
         return is_elementwise(layer) or (type(layer) is nn.Linear and not hooked(layer))
     if isinstance(layer.padding, str):
@@ -31,12 +31,12 @@ def _leaves_size(layer: nn.Module) -> bool:
 
 
 def is_elementwise(layer: nn.Module) -> bool:
-    """Whether it treats every number alone: a subclass, or a hook, need not."""
+    """Whether a layer treats every number alone; a subclass or a layer with hooks need not."""
     return type(layer) in ELEMENTWISE and not hooked(layer)
 
 
 class PointwiseOnMaps(nn.Module):
-    """nn.Linear on the channels of (B, C, *spatial)."""
+    """An nn.Linear applied to the channels of maps (B, C, *spatial)."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Conjugated blocks with any coupling and linear map; reflections and affine checkerboards for them."""
+"""Conjugated blocks with any coupling and linear map, and reflections and affine checkerboards for them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from usf_kernels.ops.linear import linear
 class Householder(Fusible, nn.Module):
     """A product of reflections along channels, `y = H_1 ... H_k x` with `H = I - 2 v v^T / |v|^2`; log-det 0.
 
-    Its inverse is its transpose. J. Tomczak and M. Welling, arXiv:1611.09630, section 3.
+    The inverse is the transpose. J. Tomczak and M. Welling, arXiv:1611.09630, section 3.
 
     Args:
         channels: C.
-        reflections: k; C of them reach every orthogonal matrix of determinant (-1)^C.
+        reflections: k; k = C reaches every orthogonal matrix of determinant (-1)^C.
 
     The parameter `vectors` (k, C) is drawn from torch's global generator. `forward(x, cond=None) -> (y, 0)`
     and `inverse(y, cond=None) -> (x, 0)` take (B, C, *spatial); `cond` is ignored.
@@ -38,7 +38,7 @@ class Householder(Fusible, nn.Module):
         self.vectors = nn.Parameter(torch.randn(reflections, channels))
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The product, (C, C)."""
+        """The product of the reflections, (C, C)."""
         vectors = self.vectors if dtype is None else self.vectors.to(dtype)
         product = torch.eye(self.channels, dtype=vectors.dtype, device=vectors.device)
         for v in vectors:
@@ -122,11 +122,11 @@ class AffineCheckerboard(Conditioned):
 class Conjugated(Fusible, nn.Module):
     """A coupling between a linear map and its inverse, `B = A^-1 . C . A`; its log-det is the coupling's.
 
-    `USFBlock` is the faster form of it for an additive coupling and an LU map.
+    For an additive coupling and an LU map, `USFBlock` is faster.
 
     Args:
         linear: A, a flow module whose log-det depends on no data: `LUConv1x1`, `Householder`, `Permutation`,
-            or a `FlowSequence` of such.
+            or a `FlowSequence` of these.
         coupling: C, a flow module.
 
     `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x, log_det)` take (B, C, *spatial);

@@ -25,8 +25,8 @@ Subnet = Callable[[int, int], nn.Module]
 
 
 def zero_last_layer(subnet: nn.Module) -> bool:
-    """Zero the weight and bias of the last module registered in `subnet`, where that is a convolution or
-    linear layer; True if it was. Anything else (an activation, a reparameterised layer) is left alone."""
+    """Zero the weight and bias of the last module registered in `subnet` if that is a convolution or linear
+    layer, and return whether it is. Others (an activation, a reparameterised layer) are left alone."""
     last = list(subnet.modules())[-1]
     zeroed = isinstance(last, (_ConvNd, nn.Linear)) and last._parameters.get("weight") is not None
     if zeroed:
@@ -36,9 +36,9 @@ def zero_last_layer(subnet: nn.Module) -> bool:
 
 
 class _Fork(Function):
-    """(the first channels, all channels) of x: views of it, or a copy of the first. The backward writes their
-    gradients into one tensor in one pass; a slice's own would fill a second one with zeros first, and then
-    add the two."""
+    """Return (the first channels, all channels) of x, as views or with a copy of the first. The backward pass
+    writes both gradients into one tensor in one pass; that of a slice would fill a second tensor with zeros
+    first, and then add the two."""
 
     @staticmethod
     def forward(x: Tensor, split: int, fresh: bool, copied: bool) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class _Fork(Function):
 
 
 def check_condition(x: Tensor, cond: Tensor | None, channels: int) -> None:
-    """Raise unless `cond` is a condition of so many channels for the input `x`; None where there are none."""
+    """Raise unless `cond` is a condition of so many channels for the input `x`, or None for 0 channels."""
     if channels == 0:
         if cond is not None:
             raise ValueError("cond: expected None because cond_channels is 0, found a condition")
@@ -76,7 +76,7 @@ def check_condition(x: Tensor, cond: Tensor | None, channels: int) -> None:
 
 
 class Conditioned(Fusible, nn.Module):
-    """A module with a conditioner: a subnet of `inputs` channels, and the condition's, to `outputs`."""
+    """Base of modules with a conditioner from `inputs` channels and those of the condition to `outputs`."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Conditioned(Fusible, nn.Module):
             zero_last_layer(self.subnet)
 
     def condition(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        """The conditioner's output for its input x."""
+        """The conditioner's output for its input x and the condition."""
         check_condition(x, cond, self.cond_channels)
         output = evaluate(self.subnet, x, None if cond is None else cond.to(x.dtype))
         expected = (x.shape[0], self.outputs, *x.shape[2:])
@@ -114,7 +114,7 @@ class Conditioned(Fusible, nn.Module):
 
 
 class _Coupling(Conditioned):
-    """What both couplings share: the split, and the order of things."""
+    """Base of both couplings: the split, and the order of operations."""
 
     outputs_per_channel: int
     clamp: float | None = None
@@ -130,7 +130,7 @@ class _Coupling(Conditioned):
         self.split = split
 
     def couple(self, x: Tensor, params: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """The operation, given the conditioner's output: (y, log_det)."""
+        """Couple x, given the conditioner's output: (y, log_det)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -148,15 +148,15 @@ class _Coupling(Conditioned):
     def conditioned(
         self, x: Tensor, cond: Tensor | None, name: str = "x", *, fresh: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """(x, the conditioner's output for its passive half); what follows has to use this x. `fresh` where
-        its gradient there is a tensor that nobody else has: it is then written into."""
+        """Return (x, the conditioner's output for its passive half); use this x afterwards. Set `fresh` if
+        the gradient of that x is a tensor that nobody else holds: it is then overwritten."""
         check_features(name, x, self.channels)
         copied = somebody_looks() or overwrites(self.subnet)
         passive, x = _Fork.apply(x, self.split, fresh, copied)
         return x, self.condition(passive, cond)
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        """Return (x, its gradient) given those of z = forward(x); see `usf_kernels.nn.reversible`."""
         return self.pull_back_through(z, grad_z, tape)[:2]
 
     def pull_back_through(
@@ -169,10 +169,10 @@ class _Coupling(Conditioned):
         scale: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The same where z is what `coupling_step` made with this exit: x and the gradients of x, scale and
-        bias, the last two (C,), or None without a scale."""
+        """`pull_back` for a z that `coupling_step` returned with this exit: x and the gradients of x, scale
+        and bias; the last two are (C,), or None without a scale."""
         out, passive = z.dtype, self._passive(z, index, scale, bias)
-        passive.requires_grad_()  # the same in x: one evaluation serves both
+        passive.requires_grad_()  # z and x share it: one evaluation serves both
         with tape.replay():
             params = self.condition(passive.clone() if overwrites(self.subnet) else passive, tape.cond)
         wide = compute_dtype(z, params)
@@ -185,7 +185,7 @@ class _Coupling(Conditioned):
         return x.to(out), grad_x.to(out), *of_exit
 
     def _passive(self, z: Tensor, index: Tensor | None, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The half of the coupling's input that it passes on, from behind its exit."""
+        """The passive half of the coupling's input, recovered from its result z behind the exit."""
         if index is None:
             passive = z[:, : self.split].clone(memory_format=memory_format(z))
         else:
@@ -199,15 +199,15 @@ class _Coupling(Conditioned):
 class AdditiveCoupling(_Coupling):
     """Additive coupling `y = [x1, x2 + subnet(x1)]`, log-det 0. NICE (arXiv:1410.8516), section 3.2.
 
-    The passive half x1 is the first C - C//2 channels, as in FrEIA. A condition is concatenated to it in
-    front of the subnet.
+    The passive half x1 is the first C - C//2 channels, as in FrEIA. The subnet gets it with the condition's
+    channels appended.
 
     Args:
         channels: C, at least 2.
         subnet: called once as `subnet(C - C//2 + cond_channels, C//2)`; returns the conditioner, a module
             that keeps the batch and spatial sizes.
         cond_channels: channels of the condition; 0 for none.
-        zero_init: zero the weight and bias of the subnet's last module where that is a convolution or linear
+        zero_init: zero the weight and bias of the subnet's last module if that is a convolution or linear
             layer, so that the untrained coupling is the identity.
 
     `forward(x, cond=None) -> (y, log_det)` and `inverse(y, cond=None) -> (x, log_det)` take (B, C, *spatial)
@@ -227,7 +227,7 @@ class AdditiveCoupling(_Coupling):
 class AffineCoupling(_Coupling):
     """Affine coupling `y = [x1, x2 * exp(s) + t]` with s, t from `subnet(x1)`, in the convention of FrEIA's
     and anomalib's `AllInOneBlock`: see `usf_kernels.ops.affine_coupling`. RealNVP (arXiv:1605.08803),
-    equations 4 and 5. Not uniformly scaling: the log-det depends on the input.
+    equations 4 and 5. It is not uniformly scaling: the log-det depends on the input.
 
     Args:
         channels: C, at least 2.
@@ -235,8 +235,8 @@ class AffineCoupling(_Coupling):
         clamp: bound on |s|, positive.
         cond_channels, zero_init: see `AdditiveCoupling`.
 
-    `forward(x, cond=None) -> (y, log_det)` and `inverse(y, cond=None) -> (x, log_det)`; log_det is (B,), that
-    of the direction computed.
+    `forward(x, cond=None) -> (y, log_det)` and `inverse(y, cond=None) -> (x, log_det)`; log_det is (B,), for
+    the direction computed.
 
     Raises:
         TypeError, ValueError: a bad argument, an x or cond of the wrong shape or dtype.

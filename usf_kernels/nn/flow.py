@@ -43,18 +43,18 @@ class FlowStep(Fusible, nn.Module):
         subnet: makes the conditioner: `subnet(c_in, c_out) -> nn.Module` with c_in = C - C//2 +
             cond_channels, and c_out = C//2 (additive) or 2 * (C//2) (affine).
         coupling: "additive" or "affine".
-        linear: "lu" (an `LUConv1x1` that starts as a random rotation; it and the ActNorm run as one map),
+        linear: "lu" (an `LUConv1x1` that starts as a random rotation and runs as one map with the ActNorm),
             "permutation" (fixed, random) or "none".
         clamp: bound on the affine coupling's log scales.
-        act_norm: have an ActNorm; the first batch in training mode initialises it.
+        act_norm: include an ActNorm; the first batch in training mode initialises it.
         cond_channels: channels of the condition, concatenated to the passive half.
-        zero_init: start the coupling as the identity (see `AdditiveCoupling`); the untrained step is then its
-            linear map.
+        zero_init: start the coupling as the identity (see `AdditiveCoupling`), so that the untrained step is
+            its ActNorm and linear map.
 
     `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x, log_det)` take (B, C, *spatial);
-    log_det is that of the direction computed, 0-d for additive coupling and (B,) for affine. Coupling,
-    ActNorm and linear map run as one operation: hooks on them are not called, those on the step and the
-    subnet are.
+    log_det is for the direction computed, 0-d for additive coupling and (B,) for affine. Coupling, ActNorm
+    and linear map run as one operation: hooks on them are not called, but hooks on the step and the subnet
+    are.
 
     Raises:
         TypeError, ValueError: a bad argument, an x or cond of the wrong shape or dtype.
@@ -91,7 +91,7 @@ class FlowStep(Fusible, nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Apply: (z, log_det)."""
-        # With something behind the coupling the gradient in front of it is written anew.
+        # If something follows the coupling, its backward pass writes a new gradient of the coupling's result.
         fresh = self.linear is not None or self.act_norm is not None
         x, params = self.coupling.conditioned(x, cond, fresh=fresh)
         if self.training and self.act_norm is not None:
@@ -103,7 +103,7 @@ class FlowStep(Fusible, nn.Module):
         return z, sum(log_dets[1:], log_dets[0])
 
     def _exit(self, x: Tensor, params: Tensor, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
-        """(z, log-dets to add up) of the coupling and what follows it, given the conditioner's output."""
+        """Run the coupling and what follows it, given the conditioner's output: (z, log-dets to add up)."""
         positions = count_positions(x)
         if isinstance(self.linear, LUConv1x1) and not factors_pay(x, self.linear.channels):
             matrix, bias, of_map = self.linear.map(compute_dtype(x, params, self.linear.upper), self.act_norm)
@@ -120,7 +120,7 @@ class FlowStep(Fusible, nn.Module):
         return z, constant if self.coupling.clamp is None else [of_coupling, *constant]
 
     def _channels_in_order(self) -> dict[str, Tensor | None]:
-        """The ActNorm, then the permutation, as `coupling_step` takes them."""
+        """ActNorm and permutation as keyword arguments of `coupling_step`."""
         index = None if self.linear is None else self.linear.order()[0]
         if self.act_norm is None:
             return {"index": index}
@@ -140,7 +140,7 @@ class FlowStep(Fusible, nn.Module):
         return x, log_det + coupling_log_det
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        """Return (x, its gradient) given those of z = forward(x); see `usf_kernels.nn.reversible`."""
         if isinstance(self.linear, LUConv1x1):
             z, grad_z = self.linear.pull_back(z, grad_z, tape, act_norm=self.act_norm)
             return self.coupling.pull_back(z, grad_z, tape)
@@ -157,21 +157,21 @@ class FlowSequence(Fusible, nn.ModuleList):
 
     Args:
         steps: modules with `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x,
-            log_det)`; every one gets the same cond. Their parameters must be registered.
+            log_det)`; all get the same cond. Their parameters must be registered.
         memory: "reversible" keeps only the output for the backward pass, which rebuilds everything else by
             inversion (`usf_kernels.nn.reversible`): memory does not grow with the number of steps, and a pass
-            takes about 1.4 times as long. It has no second derivatives, and its backward pass is not for
-            modules that other threads use meanwhile. "standard" keeps what autograd keeps, and so does a
-            sequence with hooks on its steps.
+            takes 1.2 to 1.5 times as long on a CPU, nearly twice as long on a GPU. There are no second
+            derivatives, and other threads must not use the modules during the backward pass. "standard" keeps
+            what autograd keeps, and so does any sequence with hooks on its steps.
             "auto" is reversible from four steps on, except under torch.compile, torch.export and torch.func,
-            and where a batch has fewer positions than channels: what it keeps is then less than the
-            parameters take.
+            and where a batch has fewer positions than channels: activations then take less memory than the
+            parameters.
         check_every: compare a sample of the rebuilt inputs with the true ones in every so many reversible
-            passes, and raise RuntimeError where an inverse has lost half of the digits; 0 for never.
+            passes, and raise RuntimeError if an inverse has lost half of the digits; 0 for never.
 
-    `forward` and `inverse` are such methods too; the log-dets are summed, 0-d while every step's is and (B,)
-    once one step is affine. Only `forward` is ever reversible. Otherwise it is an nn.ModuleList: indexing,
-    slicing (slices keep the options), len, append.
+    `forward` and `inverse` have the same form as those of the steps. Log-dets are summed: the sum is 0-d if
+    all of them are, and (B,) if one step is affine. Only `forward` is ever reversible. Otherwise this is an
+    nn.ModuleList: indexing, slicing (slices keep the options), len, append.
 
     Raises:
         TypeError, ValueError: a bad argument, an x or cond of the wrong shape or dtype.
@@ -191,7 +191,7 @@ class FlowSequence(Fusible, nn.ModuleList):
         return self._check.every
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        """One step, or a sequence of some that counts its passes together with this one."""
+        """Return one step, or a slice as a sequence that shares its count of passes with this one."""
         found = super().__getitem__(index)
         if isinstance(index, slice):
             found.memory, found._check = self.memory, self._check
@@ -211,11 +211,11 @@ class FlowSequence(Fusible, nn.ModuleList):
     def _reverses(self, x: Tensor, cond: Tensor | None) -> bool:
         if self.memory == "standard" or not torch.is_grad_enabled() or len(self) == 0:
             return False
-        if getattr(self, "_is_replica", False):  # of nn.DataParallel: its parameters are not registered
+        if getattr(self, "_is_replica", False):  # made by nn.DataParallel, with unregistered parameters
             return False
         if self.memory == "auto" and (
             len(self) < AUTO_STEPS
-            or torch.compiler.is_compiling()  # before sizes, on which a graph would come to depend
+            or torch.compiler.is_compiling()  # tested before sizes, on which a graph must not depend
             or torch._C._are_functorch_transforms_active()
             or x.numel() < x.shape[1] ** 2
         ):
@@ -223,7 +223,7 @@ class FlowSequence(Fusible, nn.ModuleList):
         given = itertools.chain((x, cond), self.parameters())
         if not any(t is not None and t.requires_grad for t in given):
             return False
-        return not any(watched(step) for step in _flatten(self))  # whose hooks expect passes of their own
+        return not any(watched(step) for step in _flatten(self))  # hooks expect ordinary passes
 
     def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Undo all steps, last to first: (x, log_det)."""
@@ -235,7 +235,7 @@ class FlowSequence(Fusible, nn.ModuleList):
         return z, log_det
 
     def log_prior(self, positions: int) -> Tensor:
-        """Sum of the `log_prior` of every LUConv1x1 in here, for inputs of this many positions: 0-d."""
+        """Sum of `log_prior` over all LUConv1x1 modules inside, for inputs of this many positions: 0-d."""
         priors = (m.log_prior(positions) for m in self.modules() if isinstance(m, LUConv1x1))
         return sum(priors, torch.zeros(()))
 
@@ -245,7 +245,7 @@ class FlowSequence(Fusible, nn.ModuleList):
 
 
 def _flatten(sequence: FlowSequence) -> list[nn.Module]:
-    """The steps of a sequence, and those of the sequences in it."""
+    """Steps of a sequence, with those of nested sequences in their place."""
     nested = (
         _flatten(step) if type(step) is FlowSequence and not watched(step) else [step] for step in sequence
     )

@@ -1,4 +1,4 @@
-"""What `fuse()` computes once, in float64: the linear maps between two conditioners as one.
+"""What `fuse()` computes once, in float64: one linear map out of all those between two conditioners.
 
 A flow is read as a list of parts: linear maps, and couplings. Consecutive linear maps are multiplied, so what
 remains is `map, coupling, map, coupling, ..., map`.
@@ -46,19 +46,19 @@ class LinearMap:
         return cls(torch.eye(channels, **ON_CPU), torch.zeros(channels, **ON_CPU))
 
     def after(self, first: LinearMap) -> LinearMap:
-        """`first`, then this one."""
+        """The composition of `first`, then this map."""
         matrix = first.in_front_of(self.matrix) if self.selection is None else self.behind(first.matrix)
         return LinearMap(matrix, self.matrix @ first.bias + self.bias)
 
     def behind(self, matrix: Tensor) -> Tensor:
-        """`self.matrix @ matrix`, which for a selection is no product."""
+        """Return `self.matrix @ matrix`; a selection needs no product for it."""
         if self.selection is None:
             return self.matrix @ matrix
         index, scale = self.selection
         return scale[:, None] * matrix[index]
 
     def in_front_of(self, matrix: Tensor) -> Tensor:
-        """`matrix @ self.matrix`, which for a selection is no product."""
+        """Return `matrix @ self.matrix`; a selection needs no product for it."""
         if self.selection is None:
             return matrix @ self.matrix
         index, scale = self.selection
@@ -79,7 +79,7 @@ class LinearMap:
 
     @cached_property
     def selection(self) -> tuple[Tensor, Tensor] | None:
-        """(index, scale) where every output is one scaled input, `scale * x[index] + bias`; else None."""
+        """(index, scale) if every output is one scaled input, `scale * x[index] + bias`; else None."""
         if not bool(((self.matrix != 0).sum(1) == 1).all()):
             return None
         index = self.matrix.abs().argmax(1)
@@ -87,12 +87,12 @@ class LinearMap:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing; not the first channels of more, where the matrix looks alike."""
+        """Whether the map changes nothing; one that selects the first of more channels is no identity."""
         return self.matrix.shape[0] == self.matrix.shape[1] and self.error_of_identity == 0
 
     @property
     def error_of_identity(self) -> float:
-        """How far it is from changing nothing: the largest difference of matrix and bias."""
+        """Distance from the identity: the largest difference in any entry of matrix and bias."""
         eye = torch.eye(*self.matrix.shape, **ON_CPU)
         return max((self.matrix - eye).abs().max().item(), self.bias.abs().max().item())
 
@@ -122,8 +122,8 @@ def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
     """The maps and couplings of a flow module, first to last.
 
     Raises:
-        TypeError: a module that is not one of this package's flow modules, a subclass of one with a `forward`
-            or `inverse` of its own, a coupling within the `linear` of a `Conjugated`.
+        TypeError: a module that is not one of this package's flow modules, a subclass of one that overrides
+            `forward` or `inverse`, a coupling within the `linear` of a `Conjugated`.
     """
     if not any(_does_as(type(flow), kind) for kind in KNOWN):
         raise TypeError(
@@ -165,7 +165,7 @@ def parts(flow: nn.Module) -> Iterator[LinearMap | Coupling]:
 
 
 def _does_as(kind: type, known: type) -> bool:
-    """Whether it is this class, or a subclass that adds nothing to what it computes."""
+    """Whether `kind` is `known` or a subclass of it with the same `forward` and `inverse`."""
     return issubclass(kind, known) and all(
         getattr(kind, name) is getattr(known, name) for name in ("forward", "inverse")
     )
@@ -182,10 +182,10 @@ def _lu_map(layer: LUConv1x1) -> LinearMap:
 
 
 def alternate(flow: Sequence[LinearMap | Coupling]) -> tuple[list[LinearMap], list[Coupling]]:
-    """(maps, couplings) with one map more than couplings: in front of each, and after the last.
+    """Return (maps, couplings) with one map in front of each coupling, and one after the last.
 
     Raises:
-        ValueError: a flow of nothing.
+        ValueError: an empty flow.
     """
     if not flow:
         raise ValueError("flow: expected at least one step to fuse, found none")

@@ -25,11 +25,11 @@ Condition = Tensor | Sequence[Tensor] | None
 class FusedFlow(nn.Module):
     """A flow for inference: the same results up to rounding, in fewer passes over memory.
 
-    `fuse()` of a flow module makes it. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) ->
-    (x, log_det)` are the flow's own; x is (B, C, *spatial) in any memory format and floating dtype, and what
-    comes out is in channels-last memory and in the dtype of the fused weights. `squared_norm(x, cond=None) ->
-    (B, *spatial)` is the score without z. A cond may also be what `project` made of it. No gradients are
-    recorded.
+    `fuse()` of a flow module returns one. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None)
+    -> (x, log_det)` do the same as the flow's; x is (B, C, *spatial) in any memory format and floating dtype,
+    and results are in channels-last memory and in the dtype of the fused weights. `squared_norm(x, cond=None)
+    -> (B, *spatial)` returns the score without z. All of them also take what `project` returns for a cond in
+    its place. No gradients are recorded.
 
     Raises:
         TypeError, ValueError: an x or cond of the wrong shape or dtype.
@@ -41,7 +41,7 @@ class FusedFlow(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.channels, self.cond_channels = channels, cond_channels
-        # Of the linear maps; a Python float keeps its digits in any dtype.
+        # Log-det of the linear maps; a Python float keeps its digits whatever the dtype.
         self.log_det_per_position = log_det
         self.register_buffer("_like", torch.zeros((), device="cpu"), persistent=False)
         self._ranks = {
@@ -52,18 +52,18 @@ class FusedFlow(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and of what comes out."""
+        """The dtype of the weights and results."""
         return self._like.dtype
 
     def train(self, mode: bool = True) -> FusedFlow:
-        """Stay in evaluation mode: it is a form for inference, whatever it is part of."""
+        """Stay in evaluation mode, whatever this is part of: it is for inference only."""
         return super().train(False)
 
     def fuse(self, dtype: torch.dtype | None = None) -> FusedFlow:
-        """Itself.
+        """Return self, which is an inference form already.
 
         Raises:
-            TypeError: a dtype that is not its own.
+            TypeError: a dtype other than its own.
         """
         if dtype not in (None, self.dtype):
             raise TypeError(f"dtype: expected None or {self.dtype}, which it has, found {dtype}")
@@ -87,7 +87,7 @@ class FusedFlow(nn.Module):
 
     @torch.no_grad()
     def squared_norm_and_log_det(self, x: Tensor, cond: Condition = None) -> tuple[Tensor, Tensor]:
-        """`squared_norm`, and what every position contributes to the log-determinant; both (B, *spatial)."""
+        """`squared_norm`, and what each position contributes to the log-determinant; both (B, *spatial)."""
         check_features("x", x, self.channels)
         last = self.stages[-1] if len(self.stages) else None
         if isinstance(last, Reorder):
@@ -103,13 +103,13 @@ class FusedFlow(nn.Module):
         return norm.view(sizes), log_det.view(sizes)
 
     def capture(self, x: Tensor, cond: Tensor | None = None) -> CapturedCall:
-        """`forward` as a CUDA graph, for inputs of the shape and dtype of these: see `CapturedCall`."""
+        """Record `forward` as a CUDA graph for inputs of these shapes and dtypes: see `CapturedCall`."""
         inputs = (x,) if cond is None else (x, cond)
         return CapturedCall(self.forward, *inputs)
 
     @torch.no_grad()
     def project(self, cond: Tensor) -> tuple[Tensor, ...]:
-        """What the blocks take of a condition (B or 1, cond_channels, *spatial), to be given in its place.
+        """Compute what blocks need of a condition (B or 1, cond_channels, *spatial); pass it in its place.
 
         Returns:
             One tensor per block, (B or 1, positions, D).
@@ -134,23 +134,23 @@ class FusedFlow(nn.Module):
     def _run(
         self, x: Tensor, cond: Condition, stages: Sequence[nn.Module], *, inverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The rows that the stages, given first to last, make of x (or x of them), and their log-dets."""
+        """Run the stages, given first to last, or their inverses: (rows, log-det of each row or None)."""
         self._check_rank(x)
-        with full_precision(x):  # the fused weights have a dtype of their own, which autocast leaves alone
+        with full_precision(x):  # autocast must not change the dtype of the fused weights
             return self._run_stages(x, cond, stages, inverse=inverse)
 
     def take_positions(self) -> FusedFlow:
-        """Let conditioners of nn.Linear, which are for vectors, take every position of maps as one."""
+        """Let conditioners of nn.Linear, which take vectors, take each position of maps as a vector."""
         self._ranks.discard(0)
         return self
 
     def _run_stages(
         self, x: Tensor, cond: Condition, stages: Sequence[nn.Module], *, inverse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        steps = list(zip(stages, self._shares(x, cond), strict=False))  # `stages` are the first ones, or all
+        steps = list(zip(stages, self._shares(x, cond), strict=False))  # `stages` may leave out the last
         steps = steps[::-1] if inverse else steps
         sizes = (x.shape[0], *x.shape[2:])
-        # x belongs to the caller. A run copies a stretch at a time, when it comes into the cache anyway.
+        # x belongs to the caller: what works in place gets a copy. A run copies x by stretches, in the cache.
         first = steps[0][0] if steps else None
         runs = isinstance(first, StageRun)
         rows, total = rows_of(x, self.dtype, copy=not runs and (first is None or first.in_place)), None
@@ -168,7 +168,7 @@ class FusedFlow(nn.Module):
             )
 
     def _shares(self, x: Tensor, cond: Condition) -> Iterator[Tensor | Sequence[Tensor] | None]:
-        """What each stage takes of the condition."""
+        """Yield what each stage needs of the condition."""
         if isinstance(cond, Tensor) and not any(blocks_of(stage) for stage in self.stages):
             cond = ()  # linear maps alone ignore it
         elif cond is None or isinstance(cond, Tensor):
@@ -196,11 +196,11 @@ class FusedFlow(nn.Module):
             )
 
     def get_extra_state(self) -> Tensor:
-        """What the state_dict has besides buffers: the log-determinant of the linear maps, 0-d float64."""
+        """Entry of the state_dict besides buffers: the log-determinant of the linear maps, 0-d float64."""
         return torch.tensor(self.log_det_per_position, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take it from a state_dict."""
+        """Set the log-determinant of the linear maps from a state_dict."""
         self.log_det_per_position = state.item()
 
     def extra_repr(self) -> str:
@@ -209,13 +209,13 @@ class FusedFlow(nn.Module):
 
 
 def _take_dtype(flow: FusedFlow, _: object) -> None:
-    """Of weights that a state_dict has put in the place of others."""
+    """Adopt the dtype of loaded weights, which `load_state_dict(assign=True)` may have changed."""
     weights = (t for t in flow.stages.state_dict().values() if t.is_floating_point())
     flow._like = flow._like.to(next(weights, flow._like))
 
 
 def _shares_memory(rows: Tensor, x: Tensor) -> bool:
-    """Yes where it cannot be known, in traced graphs and their like."""
+    """Whether rows are views of x; true if that is unknown, as in traced graphs."""
     if native.somebody_looks():
         return True
     return rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

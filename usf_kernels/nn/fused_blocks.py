@@ -24,16 +24,16 @@ from usf_kernels.ops.rows import multiplies_in_kernels
 class ProjectedBlock(nn.Module):
     """An additive coupling behind any linear map, as the residual block `rows + R f(Q rows)`.
 
-    Where the conditioner begins or ends with a pointwise layer, Q or R is inside it. The inverse is the same
+    If the conditioner begins or ends with a pointwise layer, Q or R is part of that. The inverse is the same
     with a minus, since Q R = 0.
 
     Args:
-        coupling: whose subnet is f.
+        coupling: the coupling whose subnet is f.
         before: the map from the state to the coupling's input; Q is its rows that feed the subnet.
-        after: its inverse; R is its columns for the other half.
+        after: the inverse of `before`; R is its columns for the active half.
 
     Attributes:
-        offset: (C,) float64, a constant that `forward` leaves out of what it adds to the state.
+        offset: (C,) float64, a constant that belongs to the residual, but that `forward` does not add.
     """
 
     in_place = True
@@ -69,8 +69,8 @@ class ProjectedBlock(nn.Module):
 class CheckerboardBlock(nn.Module):
     """A `CheckerboardCoupling` behind any linear map: `rows + (1 - m) * R f(m * (Q rows + b))`.
 
-    The mask m treats the channels of a position alike, so it may come behind R. Arguments and offset as in
-    `ProjectedBlock`, but nothing is left out.
+    The mask m treats the channels of a position alike, so it may come behind R. Arguments and offset are
+    those of `ProjectedBlock`, except that the offset is zero.
     """
 
     in_place = True
@@ -84,7 +84,7 @@ class CheckerboardBlock(nn.Module):
             leave,
             cond_channels=coupling.cond_channels,
         )
-        self.conditioner.pointwise = False  # what happens to a row depends on where it is
+        self.conditioner.pointwise = False  # the result for a row depends on its position
         self.offset, self.odd = leave.bias, coupling.odd
         self.register_buffer("weight", before.matrix)
         self.register_buffer("bias", before.bias)
@@ -113,7 +113,7 @@ class AffineCheckerboardBlock(nn.Module):
             leave,
             cond_channels=coupling.cond_channels,
         )
-        self.conditioner.pointwise = False  # what happens to a row depends on where it is
+        self.conditioner.pointwise = False  # the result for a row depends on its position
         self.odd, self.clamp = coupling.odd, coupling.clamp
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
@@ -135,11 +135,11 @@ class Halves:
     """The halves of a coupling as channels of the state; float64, on the CPU.
 
     Attributes:
-        passive: which the conditioner sees, ascending.
-        enter: from these to what it sees.
-        active: which change, ascending.
-        leave: (active, active), from a shift of the coupling's active half to that of the state's.
-        shift: of the active channels: in the units of the state, the coupling sees y + shift.
+        passive: channels that the conditioner sees, ascending.
+        enter: map from these to the conditioner's input.
+        active: channels that are changed, ascending.
+        leave: (active, active), from a shift of the coupling's active half to one of the state's channels.
+        shift: (active,): in the units of the state, the coupling sees y + shift.
     """
 
     passive: Tensor
@@ -150,7 +150,7 @@ class Halves:
 
     @classmethod
     def behind(cls, before: LinearMap, split: int) -> Halves:
-        """Of a coupling behind a map that only reorders, scales and shifts."""
+        """Halves of a coupling behind a map that only reorders, scales and shifts."""
         index, scale = before.selection
         passive, order = index[:split].sort()
         enter = LinearMap(torch.diag(scale[:split])[:, order], before.bias[:split])
@@ -161,8 +161,8 @@ class Halves:
 
 
 class _IndexedBlock(nn.Module):
-    """A coupling whose halves are channels of the state. What is left of the maps is inside the conditioner's
-    layers."""
+    """A coupling whose halves are channels of the state. The conditioner's layers contain the rest of the
+    maps."""
 
     in_place = True
 
@@ -177,7 +177,7 @@ class _IndexedBlock(nn.Module):
         self.register_buffer("shift", halves.shift)
 
     def _leave(self, leave: Tensor, shift: Tensor) -> LinearMap:
-        """From the conditioner's outputs to what `_update` takes; `leave` orders and scales the shifts."""
+        """Map from the conditioner's outputs to those of `_update`; `leave` orders and scales the shifts."""
         raise NotImplementedError
 
     def _update(self, rows: Tensor, outputs: Tensor, inverse: bool) -> Tensor | None:
@@ -200,7 +200,7 @@ class AdditiveBlock(_IndexedBlock):
 
 
 class AffineBlock(_IndexedBlock):
-    """`y[active] = (y[active] + shift) * exp(s) + t`, with s and t from f(y[passive]); t holds -shift too."""
+    """`y[active] = (y[active] + shift) * exp(s) + t`, with s and t from f(y[passive]); t includes -shift."""
 
     def __init__(self, coupling: Coupling, halves: Halves) -> None:
         super().__init__(coupling, halves)
@@ -215,7 +215,7 @@ class AffineBlock(_IndexedBlock):
 
 
 def add_log_dets(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Their sum, where None is 0."""
+    """Add two optional log-determinants, treating None as zero."""
     if total is None or more is None:
         return more if total is None else total
     return total + more

@@ -17,7 +17,7 @@ from usf_kernels.nn.maps import convolved_rows, to_maps
 
 
 class _OnMaps(nn.Module):
-    """Layers that look at neighbours, or that we do not know: they get (B, C, *spatial)."""
+    """Layers that look at neighbours, or that `fuse()` does not know: they take maps (B, C, *spatial)."""
 
     pointwise = False
 
@@ -34,7 +34,7 @@ class _OnMaps(nn.Module):
 
 
 class _Conditioned(nn.Module):
-    """A linear layer of [x, cond] as two: cond's part is computed once per condition, not once per image."""
+    """A linear layer of [x, cond] split in two: cond's part is computed once per condition, not per image."""
 
     def __init__(self, layer: nn.Module, condition: nn.Module) -> None:
         super().__init__()
@@ -57,25 +57,25 @@ class _Shift(nn.Module):
         return rows.add_(self.bias)
 
 
-TOLD_SIZES = (_OnMaps, _Conditioned)  # these get more than rows
+TOLD_SIZES = (_OnMaps, _Conditioned)  # layers whose `forward` takes sizes and a condition, too
 
 
 class FusedConditioner(nn.Module):
-    """`leave(subnet(enter(rows)))` on rows, with as much of both maps inside its layers as fits there.
+    """`leave(subnet(enter(rows)))` on rows, with as much of both maps folded into its layers as fits there.
 
     Args:
         subnet: the conditioner. Convolutions, nn.Linear and activations inside nn.Sequential are understood;
-            whatever else it holds runs as it is, on maps.
-        enter: the map in front of it. Rows may be written to.
+            anything else in it runs as it is, on maps.
+        enter: the map in front of it. `forward` may overwrite its rows.
         leave: the map behind it.
         cond_channels: channels of the condition, which comes last among the subnet's inputs; 0 for none.
         give_last: make the last layer a matrix and a bias, which the caller takes out with `take_last`.
 
     Attributes:
-        of_vectors: whether it takes no maps: nn.Linear would not treat their channels.
+        of_vectors: whether it takes vectors only: its nn.Linear would not act on the channels of maps.
         pointwise: whether every row is treated alone, so that rows may come a few at a time.
         conditioned: whether it takes a condition, as `project` returns it.
-        projected: numbers to a position that `project` makes of a condition; None for as many as it has.
+        projected: width D of what `project` returns; None if that is the condition's own channels.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class FusedConditioner(nn.Module):
     ) -> None:
         super().__init__()
         subnet = _with_plain_weights(copy_of(subnet).to("cpu", WIDE).eval())
-        own = set(subnet.modules())  # others among the layers are 1x1 convolutions that have become nn.Linear
+        own = set(subnet.modules())  # an nn.Linear not in here was a 1x1 convolution
         convolves = any(isinstance(module, CONVOLUTIONS) for module in own)
         layers = list(flat(subnet))
-        # Inside of a module that we do not know it may well treat the channels of maps.
+        # One inside a module that `fuse()` does not know may well act on the channels of maps.
         self.of_vectors = not convolves and any(type(layer) is nn.Linear and layer in own for layer in layers)
-        if convolves:  # maps pass an nn.Linear of its own by their last dimension
+        if convolves:  # an nn.Linear of its own acts on the last dimension of maps
             layers = [nn.Sequential(v) if type(v) is nn.Linear and v in own else v for v in layers]
         layers = joined(layers)
         condition, size = None, len(layers)
@@ -102,14 +102,14 @@ class FusedConditioner(nn.Module):
             layers[0], condition = _split_condition(layers[0], cond_channels)
         elif cond_channels > 0:
             layers = [_OnMaps(layers[0] if layers else nn.Identity(), concatenates=True), *layers[1:]]
-        alone = give_last and size == 1  # something has to remain when the last layer is taken
+        alone = give_last and size == 1  # a layer has to remain when the last one is taken
         layers = [_matrix_layer(enter), *layers] if alone else _prepend(enter, layers)
         self.projected: int | None = None
         if condition is None:
             layers = _append(layers, leave, as_matrix=give_last)
         else:
             first = len(layers) - size
-            # What came into the first layer from behind would have to go into the condition's as well.
+            # A map folded into the first layer from behind would have to be folded into the condition's, too.
             layers = _append([*layers, nn.Identity()] if size == 1 else layers, leave, as_matrix=give_last)
             self.projected = len(layers[first].weight)
             layers[first] = _Conditioned(layers[first], condition)
@@ -118,13 +118,13 @@ class FusedConditioner(nn.Module):
         self.pointwise = all(layer.pointwise for layer in self.layers if isinstance(layer, TOLD_SIZES))
         self.conditioned = cond_channels > 0
         self.requires_grad_(False)
-        for parameter in self.parameters():  # convolutions on maps with channels last reorder other weights
+        for parameter in self.parameters():  # channels-last convolutions would reorder these at each call
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def linear_layers(self) -> list[tuple[nn.Module, bool, nn.Module | None]] | None:
-        """(layer, whether a condition is added to it, the activation behind it) of each linear layer, and of
-        each convolution that keeps the size of its maps; None where there is more than these and `shift`."""
+        """List (layer, whether a condition is added to it, the activation behind it) for each linear layer
+        and size-keeping convolution; None if there are other layers besides these and `shift`."""
         found: list[tuple[nn.Module, bool, nn.Module | None]] = []
         for layer in list(self._simple_layers())[0 if self.shift is None else 1 :]:
             conditioned = isinstance(layer, _Conditioned)
@@ -138,7 +138,7 @@ class FusedConditioner(nn.Module):
         return found
 
     def ranks(self) -> Iterator[int]:
-        """Numbers of spatial dimensions, of its convolutions; 0 where it is made of nn.Linear."""
+        """Yield the number of spatial dimensions that each convolution takes; 0 if `of_vectors`."""
         if self.of_vectors:
             yield 0
         for layer in self._simple_layers():
@@ -147,7 +147,7 @@ class FusedConditioner(nn.Module):
                 yield len(layer.kernel_size)
 
     def first_of_two(self) -> tuple[nn.Linear, bool] | None:
-        """(layer, whether a condition is added to it) where this is one nn.Linear and a ReLU, or None."""
+        """(layer, whether a condition is added to it) if this is one nn.Linear and a ReLU, else None."""
         found = self.linear_layers() if self.shift is None else None
         if found is None or len(found) != 1:
             return None
@@ -157,7 +157,7 @@ class FusedConditioner(nn.Module):
 
     @property
     def shift(self) -> Tensor | None:
-        """What is added to the rows in front of the layers."""
+        """Constant added to the rows in front of the layers, or None."""
         first = self.layers[0] if len(self.layers) else None
         return first.bias if isinstance(first, _Shift) else None
 
@@ -169,22 +169,22 @@ class FusedConditioner(nn.Module):
                 yield layer
 
     def take_last(self) -> LinearMap:
-        """What remains to be done after `forward`, in float64; the conditioner forgets it."""
+        """Take out the last layer as a float64 map, which the caller must apply after `forward`."""
         last, self._last = self._last, None
         return LinearMap(last.weight.detach(), last.bias.detach())
 
     def project(self, cond: Tensor) -> Tensor:
-        """What `forward` takes of a condition (B or 1, channels, *spatial): (B or 1, positions, D).
+        """Compute what `forward` needs of a condition (B or 1, channels, *spatial): (B or 1, positions, D).
 
-        That is the condition's share of the first layer's output where that layer is linear.
+        If the first layer is linear, that is the condition's share of its output.
         """
         first = next((layer for layer in self.layers if isinstance(layer, _Conditioned)), None)
         maps = cond if first is None else first.condition(cond)
         return (maps if maps.ndim > 2 else maps[..., None]).flatten(2).mT.contiguous()
 
     def forward(self, rows: Tensor, sizes: tuple[int, ...], projected: Tensor | None = None) -> Tensor:
-        """(N, C_in) to (N, C_out); `sizes` are (B, *spatial), with product N; `projected` is what
-        `project` made of the condition."""
+        """Map rows (N, C_in) to (N, C_out); `sizes` are (B, *spatial), with product N; `projected` is the
+        result of `project` for the condition."""
         for layer in self.layers:
             rows = layer(rows, sizes, projected) if isinstance(layer, TOLD_SIZES) else layer(rows)
         return rows
@@ -195,7 +195,7 @@ def _matrix_layer(linear_map: LinearMap) -> nn.Linear:
 
 
 def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
-    """`enter` in front, inside the first layer where that costs nothing."""
+    """Add `enter` in front, folded into the first layer where that costs nothing."""
     if enter.is_identity:
         return layers
     if not layers or not is_linear(layers[0]):
@@ -205,10 +205,10 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
         bias = first.weight @ enter.bias
         bias = bias if first.bias is None else bias + first.bias
         return [linear(enter.in_front_of(first.weight.detach()), bias), *rest]
-    part = enter.matrix.shape[0] < enter.matrix.shape[1]  # of the state, which is not to be shifted
+    part = enter.matrix.shape[0] < enter.matrix.shape[1]  # rows are the state: it must not be shifted
     if isinstance(first, nn.Linear) or enter.selection is None or (part and enter.bias.any()):
         return [_matrix_layer(enter), *layers]
-    # A convolution pads with zeros what is behind the map, so a bias stays in front of it.
+    # A convolution pads the map's outputs with zeros, so the map's bias has to stay in front of it.
     weight = torch.einsum("oj...,ji->oi...", first.weight, enter.matrix)
     layers = [_with(first, weight, first.bias), *rest]
     if not enter.bias.any():
@@ -217,7 +217,7 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
 
 
 def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> list[nn.Module]:
-    """`leave` behind, inside the last layer where that costs nothing, but as nn.Linear if `as_matrix`."""
+    """Add `leave` behind, folded into the last layer where that is free; as nn.Linear if `as_matrix`."""
     last = layers[-1] if layers and is_linear(layers[-1]) else None
     bias = leave.bias if last is None or last.bias is None else leave.matrix @ last.bias + leave.bias
     if isinstance(last, nn.Linear) and _pays(leave.matrix, last.weight):
@@ -232,12 +232,12 @@ def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> li
 
 
 def _pays(second: Tensor, first: Tensor) -> bool:
-    """Whether the product of two matrices takes no more multiplications than one after the other."""
+    """Whether applying the product of two matrices takes no more multiplications than applying both."""
     return len(second) * first.shape[1] <= second.numel() + first.numel()
 
 
 def _split_condition(first: nn.Module, cond_channels: int) -> tuple[nn.Module, nn.Module]:
-    """The first layer without the condition's columns, and these: a layer on maps without a bias."""
+    """Split the first layer: one without the condition's columns, and one of these, on maps, without bias."""
     own = first.weight.shape[1] - cond_channels
     weight, of_condition = first.weight.split([own, cond_channels], dim=1)
     condition = _with(first, of_condition, None)
@@ -246,7 +246,7 @@ def _split_condition(first: nn.Module, cond_channels: int) -> tuple[nn.Module, n
 
 
 def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A copy of a linear layer with these: the same layer may be in other places too."""
+    """Copy a linear layer, with this weight and bias: the layer itself may be used elsewhere too."""
     layer = deepcopy(layer)
     layer.weight = nn.Parameter(weight.detach())
     layer.bias = None if bias is None else nn.Parameter(bias.detach())
@@ -256,16 +256,16 @@ def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """Its copy, where it holds results of autograd too, as torch.nn.utils.weight_norm leaves them: PyTorch
-    does not copy these. They are made again when the module is called."""
+    """Deep copy of a module that may hold results of autograd, as torch.nn.utils.weight_norm leaves them.
+    PyTorch refuses to copy these, so they are detached; calling the module computes them again."""
     results = (value for child in module.modules() for value in vars(child).values())
     memo = {id(v): v.detach() for v in results if isinstance(v, Tensor) and not v.is_leaf}
     return deepcopy(module, memo)
 
 
 def _with_plain_weights(module: nn.Module) -> nn.Module:
-    """With the weights that torch.nn.utils.weight_norm and spectral_norm would make, in place: what these
-    have left at the last call may be of other parameters."""
+    """Replace torch.nn.utils.weight_norm and spectral_norm by the weights that they would compute, in place:
+    the weights left by the last call may belong to other values of the parameters."""
     for part in module.modules():
         for hook in list(part._forward_pre_hooks.values()):
             if isinstance(hook, WeightNorm):
@@ -276,7 +276,7 @@ def _with_plain_weights(module: nn.Module) -> nn.Module:
 
 
 def _grouped(layers: list[nn.Module]) -> Iterator[nn.Module]:
-    """The layers, those that need maps wrapped together with the activations among them."""
+    """Yield the layers, with neighbours that need maps, and activations among them, wrapped as one."""
     on_maps: list[nn.Module] = []
     for layer in layers:
         on_rows = is_linear(layer) and isinstance(layer, nn.Linear)

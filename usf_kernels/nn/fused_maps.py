@@ -1,9 +1,9 @@
 """The stages of a fused flow that are linear maps.
 
 The state is rows (N, C), N = B * positions. A stage is called with (rows, sizes, cond, inverse=...), where
-`sizes` are (B, *spatial), and returns the new rows with their log-dets (N,), None where those are constant.
-`cond` is what its conditioner's `project` made of the condition: of a run of blocks, one for each.
-Those with `in_place` write to the rows that they are given.
+`sizes` are (B, *spatial), and returns the new rows with their log-dets (N,), None if these are constant.
+`cond` is the result of its conditioner's `project` for the condition; a run takes one for each block.
+Stages with `in_place` write to the rows that they are given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Sizes = tuple[int, ...]
 
 
 class Product(nn.Module):
-    """All channels times a matrix, plus a bias."""
+    """A matrix applied to all channels, plus a bias."""
 
     in_place = False
 
@@ -41,11 +41,12 @@ class Product(nn.Module):
 
 
 class Exchange(nn.Module):
-    """A linear map of all channels in place of some of them: `rows[:, index] = weight rows + bias`.
+    """Replace some channels by a linear map of all of them: `rows[:, index] = weight rows + bias`.
 
     Args:
-        index: of the channels that go, (n,), ascending.
-        linear_map: (C,) to the (n,) that come. Together with the channels that stay they say all.
+        index: (n,), the channels that are replaced, ascending.
+        linear_map: from all C channels to the n new ones. Together with the channels that stay, these must
+            determine the old state.
     """
 
     in_place = True
@@ -61,7 +62,7 @@ class Exchange(nn.Module):
 
     @staticmethod
     def of_state(index: Tensor, linear_map: LinearMap) -> LinearMap:
-        """What it does to all channels."""
+        """The exchange as a map of all channels."""
         whole = LinearMap.identity(linear_map.matrix.shape[1])
         return LinearMap(
             whole.matrix.index_copy(0, index, linear_map.matrix),
@@ -117,7 +118,7 @@ class Reorder(nn.Module):
         return order, 1 / self.scale[order], -(self.bias / self.scale)[order]
 
     def squared_norm(self, rows: Tensor) -> Tensor:
-        """Of every row of the result, (N,), without reordering it."""
+        """Squared norm of every row of the result, (N,), without reordering channels."""
         if not self.scales:
             return squared_norm(rows)
         order = self.inverse_index
@@ -125,13 +126,13 @@ class Reorder(nn.Module):
 
 
 def _look_at_scales(reorder: Reorder, _: object) -> None:
-    """Whether anything has to be scaled or shifted."""
+    """Set `scales`: whether anything has to be scaled or shifted."""
     reorder.scales = bool((reorder.scale != 1).any() or reorder.bias.any())
 
 
-Maps = Product | Reorder | Exchange  # those that the extension knows
+Maps = Product | Reorder | Exchange  # the maps that the extension knows
 
 
 def squared_norm(rows: Tensor) -> Tensor:
-    """(N, C) to (N,), accumulated in float32 at least."""
+    """Squared norm of each row: (N, C) to (N,), accumulated in float32 at least."""
     return torch.linalg.vector_norm(rows, dim=1, dtype=compute_dtype(rows)).square_()

@@ -1,4 +1,4 @@
-"""How an inference form is put together: which maps become one, which couplings become residual blocks."""
+"""How an inference form is built: which maps become one, and which couplings become residual blocks."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ from usf_kernels.nn.stage_run import StageRun, blocks_of, joins
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import check_dtype
 
-WORST_CONDITION = 1e4  # of a map that residual blocks undo; beyond it, rounding would show
+WORST_CONDITION = 1e4  # largest for maps that blocks undo: rounding would show beyond it
 
 
-@torch.inference_mode(False)  # what inference mode makes has no versions, by which changes are seen
+@torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
 @torch.no_grad()
 def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     """The inference form of a flow module of this package: see `FusedFlow`.
 
-    All linear maps between two conditioners (LU, ActNorm, permutations) become one matrix, or one index where
-    they only reorder and scale. Where it takes fewer multiplications, additive couplings between matrices
-    become residual blocks, so that only one product is left of all the maps; or, in full precision on the
-    CPU, only the half that the next conditioner sees is computed, and the other half of the state stays what
-    it is.
+    All linear maps between two conditioners (LU, ActNorm, permutations) become one matrix, or one index if
+    they only reorder and scale. Where that takes fewer multiplications, additive couplings between matrices
+    become residual blocks, which leave only one product of all the maps; or, in full precision on the CPU,
+    only the half that the next conditioner sees is computed, and the other half of the state stays as it is.
 
     Args:
-        flow: left as it is; later changes to it do not reach the fused one.
-        dtype: of the weights and the computation, None for the flow's own.
+        flow: not changed; later changes to it do not reach the inference form.
+        dtype: dtype of the weights and the computation; None for the flow's own.
 
     Raises:
         TypeError: a dtype that is not floating, a module that is not one of `usf_kernels.nn`.
@@ -54,16 +53,16 @@ def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     return fuse_parts(list(parts(flow)), dtype, next((t.device for t in tensors), None))
 
 
-@torch.inference_mode(False)  # what inference mode makes has no versions, by which changes are seen
+@torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
 @torch.no_grad()
 def fuse_parts(
     flow: Sequence[LinearMap | Coupling], dtype: torch.dtype, device: torch.device | None
 ) -> FusedFlow:
-    """The same for a flow that is given as its maps and couplings, first to last."""
+    """`fuse_flow` for a flow that is given as its maps and couplings, first to last."""
     maps, couplings = alternate(flow)
     forms = [_residual(maps, couplings), _moving(maps, couplings)]
-    # On GPUs it would take more kernels. In half precision, every map that the state passes through costs
-    # digits; residual blocks leave it where it is.
+    # Exchanges take more kernels on GPUs. In half precision, every map that the state passes through costs
+    # digits; residual blocks only add to the state.
     if (device is None or device.type == "cpu") and dtype in (torch.float32, torch.float64):
         forms.append(_exchanging(maps, couplings))
     stages = min((form for form in forms if form is not None), key=_multiplications)
@@ -76,9 +75,9 @@ def fuse_parts(
 
 
 def _moving(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module]:
-    """Stages whose state is every coupling's input, up to order and scale; each matrix is a product."""
+    """Stages whose state is every coupling's input, up to order and scale. Each matrix takes a product."""
     stages: list[nn.Module] = []
-    behind = LinearMap.identity(len(maps[0].bias))  # from the state to the place in the flow that is reached
+    behind = LinearMap.identity(len(maps[0].bias))  # from the state to this point of the flow
     for linear_map, coupling in zip(maps, [*couplings, None], strict=True):
         behind = linear_map.after(behind)
         if behind.selection is None:
@@ -98,21 +97,21 @@ def _moving(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module]
 
 
 def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module] | None:
-    """Stages whose state is where the maps alone would take the input: one product, then residual blocks.
+    """One product of all maps, then residual blocks: the state is in the coordinates of the flow's output.
 
-    None where a coupling is affine, where there is no matrix to save, or where a map is too ill-conditioned
-    to be undone.
+    Returns None if a coupling is affine, if no matrix can be saved, or if a map is too ill-conditioned to be
+    undone.
     """
     if not _can_save(maps, couplings):
         return None
     blocks: list[nn.Module] = []
-    after = maps[-1]  # from the input of a coupling to the end
-    offset = torch.zeros_like(after.bias)  # from the state to what it stands for, behind a block
+    after = maps[-1]  # from the coupling to the end of the flow
+    offset = torch.zeros_like(after.bias)  # still to be added to the state behind a block
     for linear_map, coupling in zip(reversed(maps[:-1]), reversed(couplings), strict=True):
         before = after.inverse()
         if _condition(before, after) > WORST_CONDITION:
             return None
-        # The conditioner sees the same with the offset in front of the block, which differs along R only.
+        # Offsets in front of the block and behind it differ along R only, which the conditioner does not see.
         shifted = LinearMap(before.matrix, before.bias + before.matrix @ offset)
         if isinstance(coupling, CheckerboardCoupling):
             blocks.append(CheckerboardBlock(coupling, shifted, after))
@@ -123,25 +122,25 @@ def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Modul
             offset = offset - blocks[-1].offset
         after = after.after(linear_map)
     entry = LinearMap(after.matrix, after.bias - offset)
-    # Conjugated blocks undo their maps: what is left of them is the identity, up to rounding.
+    # Conjugated blocks undo their maps, so that only the identity is left, up to rounding.
     is_shift = LinearMap(entry.matrix, torch.zeros_like(offset)).error_of_identity < 1e-12 * len(offset)
     return [Shift(entry.bias) if is_shift else Product(entry), *reversed(blocks)]
 
 
 def _exchanging(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module] | None:
-    """Stages whose state has what each conditioner sees among its channels, for which other channels went; or
-    residual blocks, where those cost no more. Behind the last one, a product.
+    """Stages that exchange channels of the state for those that the next conditioner sees, or residual blocks
+    where these cost no more; a product behind the last one.
 
-    What a coupling adds is seen by the channels that stayed alone: those that came depend on its passive half
-    only. So it is of half the size as well, and inside the conditioner's last layer.
+    The update of a coupling changes only the channels that stayed: the new ones depend on its passive half
+    alone. So the map of the update has half the size too, and is folded into the conditioner's last layer.
 
-    None as for `_residual`.
+    Returns None where `_residual` does.
     """
     mixed = any(isinstance(coupling, CheckerboardCoupling) for coupling in couplings)
     if mixed or not _can_save(maps, couplings):
         return None
     stages: list[nn.Module] = []
-    behind = LinearMap.identity(len(maps[0].bias))  # from the state to the place in the flow that is reached
+    behind = LinearMap.identity(len(maps[0].bias))  # from the state to this point of the flow
     for linear_map, coupling in zip(maps, couplings, strict=False):
         behind = linear_map.after(behind)
         if behind.selection is not None:
@@ -167,11 +166,11 @@ def _exchanging(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Mod
 def _exchanged(
     coupling: AdditiveCoupling, behind: LinearMap, ahead: LinearMap
 ) -> tuple[Exchange, AdditiveBlock, LinearMap]:
-    """A coupling behind a map, whose inverse is `ahead`: (the exchange in front of it, the coupling, the map
-    from the state to the coupling's output)."""
+    """Split a coupling behind the map `behind`, with inverse `ahead`, into (the exchange in front of it, the
+    coupling, the map from the state to the coupling's output)."""
     channels, split = len(behind.bias), coupling.split
     seen = behind.rows(torch.arange(split, device="cpu"))
-    # What goes is what the half that comes says best: elimination with pivoting finds such columns.
+    # The channels to replace are those that the new half determines best: pivoting finds them.
     pivots = torch.linalg.lu(seen.matrix.mT)[0].argmax(0)
     goes, stays = pivots[:split].sort().values, pivots[split:].sort().values
     exchange = Exchange(goes, seen)
@@ -187,25 +186,25 @@ def _exchanged(
 
 
 def _can_save(maps: list[LinearMap], couplings: list[Coupling]) -> bool:
-    """Whether there are products that can be saved: matrices, around couplings that add."""
+    """Whether products can be saved: some map is a matrix, and all couplings are additive."""
     additive = not any(isinstance(coupling, AffineCoupling | AffineCheckerboard) for coupling in couplings)
     return additive and any(linear_map.selection is None for linear_map in maps)
 
 
 def _condition(linear_map: LinearMap, inverse: LinearMap) -> float:
-    """Frobenius norms over C: the condition number, but for an average direction."""
+    """Condition number for an average direction: the product of Frobenius norms over C."""
     return (linear_map.matrix.norm() * inverse.matrix.norm()).item() / len(linear_map.bias)
 
 
 def _multiplications(stages: list[nn.Module]) -> int:
-    """Per position."""
+    """Number of multiplications per position."""
     tensors = (t for stage in stages for t in (*stage.parameters(), *stage.buffers()) if t.ndim > 1)
     inverses = sum(stage.weight.numel() for stage in stages if isinstance(stage, Product | Exchange))
     return sum(t.numel() for t in tensors) - inverses
 
 
 def _runs(stages: list[nn.Module]) -> list[nn.Module]:
-    """The stages, with a StageRun in place of neighbours that can be one, where a block is among them."""
+    """Return the stages, with neighbours that can run together as a StageRun if they include a block."""
     grouped: list[nn.Module] = []
     for joined, neighbours in groupby(stages, joins):
         group = list(neighbours)

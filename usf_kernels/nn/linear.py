@@ -39,17 +39,17 @@ class LUConv1x1(Fusible, nn.Module):
     scaling flows of arXiv:2510.09452.
 
     L is unit lower triangular, U upper triangular with the diagonal `signs * exp(log_diagonal)`. Only the
-    strict lower triangle of the parameter `lower` and the strict upper triangle of `upper` are read, so the
-    others get no gradient.
+    strict lower triangle of the parameter `lower` and the strict upper triangle of `upper` are read; all
+    other entries get no gradient.
 
     Args:
         channels: C.
         bias: add a bias b.
         diagonal: "free" trains `log_diagonal`; "fixed" keeps |u_ii| = 1, so the log-det is 0.
         init: "identity", or "orthogonal". The second draws a random rotation from torch's global generator,
-            factorises it with pivoting, and drops the permutation: the rows of a rotation in another order
-            are still a rotation, and pivoting keeps the triangles well conditioned. With a fixed diagonal no
-            rotation is within reach, and with a prior none is likely; there the triangles are drawn from
+            factorises it with pivoting, and drops the permutation: reordering its rows keeps a matrix
+            orthogonal, and pivoting keeps the triangles well conditioned. With a fixed diagonal no rotation
+            can be reached, and with a prior none is likely; then the triangles are drawn from
             N(0, 1 / (4 C)), which gives the product a condition number of about 4 at any C.
         prior_scale: s of the log-normal prior on |u_ii|, see `log_prior`; None for no prior.
 
@@ -92,7 +92,7 @@ class LUConv1x1(Fusible, nn.Module):
             self.lower.normal_(std=0.5 / math.sqrt(self.channels)).tril_(-1)
             self.upper.normal_(std=0.5 / math.sqrt(self.channels)).triu_(1)
             return
-        # On the CPU: not every device has float64, and the draw is then the same on all of them.
+        # On the CPU, because not every device has float64, and so that the draw is the same for all devices.
         gaussian = torch.randn(self.channels, self.channels, dtype=torch.float64, device="cpu")
         rotation, _ = torch.linalg.qr(gaussian)
         _, lower, upper = torch.linalg.lu(rotation)
@@ -107,9 +107,9 @@ class LUConv1x1(Fusible, nn.Module):
 
     @torch.no_grad()
     def whiten_(self, mean: Tensor, covariance: Tensor, *, eps: float = 1e-6) -> LUConv1x1:
-        """Set the map so that data with this mean and covariance come out with mean 0 and covariance I.
+        """Set the map so that it takes data with this mean and covariance to mean 0 and covariance I.
 
-        L becomes I and U the Cholesky factor of the precision (U^T U = covariance^-1), found in float64
+        L becomes I and U the Cholesky factor of the precision (U^T U = covariance^-1), computed in float64
         without inverting the covariance.
 
         Args:
@@ -154,10 +154,10 @@ class LUConv1x1(Fusible, nn.Module):
         return self
 
     def factors(self, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(lower, upper, bias) as `lu_conv1x1` takes them.
+        """Return (lower, upper, bias) as `lu_conv1x1` takes them.
 
-        With `act_norm`, those of the ActNorm followed by this map: scaling the inputs scales U's columns,
-        which leaves it upper triangular, so both together cost one map.
+        With `act_norm`, they are those of the ActNorm followed by this map: scaling the inputs scales U's
+        columns, which leaves it upper triangular, so both together cost one map.
         """
         diagonal = diagonal_of(self.signs, self.log_diagonal)
         upper, bias = torch.triu(self.upper, 1) + torch.diag(diagonal), self.bias
@@ -178,8 +178,8 @@ class LUConv1x1(Fusible, nn.Module):
     def log_prior(self, positions: int) -> Tensor:
         """Log density of the log-normal prior on the diagonal: 0-d, in nats.
 
-        Independently `ln|u_ii| ~ N(0, s0^2)` with `s0 = prior_scale / (C * positions)`, as a density of
-        |u_ii|. 0 where there is no prior (`prior_scale=None`) or nothing to have one on (a fixed diagonal).
+        It is the density of |u_ii| for independent `ln|u_ii| ~ N(0, s0^2)`, with `s0 = prior_scale / (C *
+        positions)`. It is 0 without a prior (`prior_scale=None`) and for a fixed diagonal.
 
         Args:
             positions: number of positions P = H * W of the inputs, at least 1.
@@ -200,8 +200,8 @@ class LUConv1x1(Fusible, nn.Module):
         return self.run(z, inverse=True)
 
     def map(self, wide: torch.dtype, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(matrix, bias, log-det per position), in float32 or float64, of this map or of `act_norm` followed
-        by it: see `usf_kernels.ops.lu_map`."""
+        """Return (matrix, bias, log-det per position) of this map, or of `act_norm` followed by it, in
+        float32 or float64: see `usf_kernels.ops.lu_map`."""
         return lu_map(*(None if v is None else v.to(wide) for v in self._given(act_norm)))
 
     def _given(self, act_norm: ActNorm | None) -> tuple[Tensor | None, ...]:
@@ -209,13 +209,13 @@ class LUConv1x1(Fusible, nn.Module):
         return self.lower, self.upper, self.signs, self.log_diagonal, self.bias, *exit_values
 
     def conjugation(self, wide: torch.dtype, split: int) -> tuple[Tensor, Tensor]:
-        """The first `split` rows of this map's matrix and the other columns of its inverse, in float32 or
-        float64: see `usf_kernels.ops.conjugation`."""
+        """Return the first `split` rows of this map's matrix and the last C - `split` columns of its inverse,
+        in float32 or float64: see `usf_kernels.ops.conjugation`."""
         given = (self.lower, self.upper, self.signs, self.log_diagonal)
         return conjugation(*(None if v is None else v.to(wide) for v in given), split)
 
     def run(self, x: Tensor, *, inverse: bool, act_norm: ActNorm | None = None) -> tuple[Tensor, Tensor]:
-        """Either direction, of this map or of `act_norm` followed by it."""
+        """Run this map, or `act_norm` followed by it, in either direction."""
         check_features("z" if inverse else "x", x, self.channels)
         if not inverse and not factors_pay(x, self.channels):
             matrix, bias, log_det = self.map(compute_dtype(x, self.upper), act_norm)
@@ -234,7 +234,7 @@ class LUConv1x1(Fusible, nn.Module):
     def pull_back(
         self, z: Tensor, grad_z: Tensor, tape: Tape, *, act_norm: ActNorm | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(x, its gradient) from those of z = run(x, inverse=False, act_norm=act_norm); see
+        """Return (x, its gradient) given those of z = run(x, inverse=False, act_norm=act_norm); see
         `usf_kernels.nn.reversible`."""
         out, wide = z.dtype, compute_dtype(z, self.upper)
         z, grad_z = z.to(wide), grad_z.to(wide)

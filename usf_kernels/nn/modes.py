@@ -1,4 +1,4 @@
-"""A module changed for a while: its mode, and its values until something has succeeded."""
+"""Contexts that change a module for a while: its mode, or its values in case of an error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from usf_kernels.nn.act_norm import ActNorm
 
 @contextmanager
 def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """All of a module in one mode, then every part of it in its own again: some may be frozen.
+    """Context with all parts of a module in one mode; each gets its own back, since some may be frozen.
 
-    Of several threads that do so with one module, only that which changed a part changes it back.
+    Where several threads do so with one module, only the one that changed a part changes it back.
     """
     changed = [part for part in module.modules() if part.training != training]
     module.train(training)
@@ -28,7 +28,7 @@ def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def unchanged_on_error(*modules: nn.Module) -> Iterator[None]:
-    """What is written to parameters and buffers inside is taken back where it ends in an exception."""
+    """Context that restores parameters and buffers of these modules if it ends in an exception."""
     parts = [part for module in modules for part in module.modules()]
     values = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
     before = [(t, t.detach().clone()) for t in values if t is not None]

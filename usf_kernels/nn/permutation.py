@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Gather(Function):
-    """Channels in a permuted order. The backward gathers too: indexing's own would scatter."""
+    """Permute channels. The backward pass gathers too, where that of indexing would scatter."""
 
     @staticmethod
     def forward(x: Tensor, index: Tensor, inverse_index: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ class Permutation(Fusible, nn.Module):
         channels: C.
         seed: for the permutation; None draws from torch's global generator of the CPU.
 
-    The permutation and its inverse are buffers and travel with the state_dict: `y[:, i] = x[:, index[i]]`.
-    Averages of models with their buffers (`AveragedModel(use_buffers=True)`) round means of integers down;
-    in evaluation mode, and when it is saved, it is again what it was before.
+    The permutation `y[:, i] = x[:, index[i]]` and its inverse are buffers, and part of the state_dict.
+    Averaging models with their buffers (`AveragedModel(use_buffers=True)`) rounds means of the index down,
+    which spoils it; in evaluation mode, and before it is saved, the index is restored.
     `forward(x, cond=None) -> (y, 0)` and `inverse(y, cond=None) -> (x, 0)` take (B, C, *spatial); `cond` is
     ignored.
 
@@ -56,7 +56,7 @@ class Permutation(Fusible, nn.Module):
         self.channels = channels
         generator = None
         if seed is not None:
-            check_int("seed", seed, -(2**63), 2**64 - 1)  # as torch takes them
+            check_int("seed", seed, -(2**63), 2**64 - 1)  # the seeds that torch takes
             generator = torch.Generator("cpu").manual_seed(int(seed))
         index = torch.randperm(channels, generator=generator, device="cpu").to(torch.get_default_device())
         self.register_buffer("index", index)
@@ -65,7 +65,7 @@ class Permutation(Fusible, nn.Module):
 
     @classmethod
     def of(cls, index: Tensor) -> Permutation:
-        """The permutation `y[:, i] = x[:, index[i]]`, of index (C,) int64.
+        """Make the permutation `y[:, i] = x[:, index[i]]` from an index (C,) int64.
 
         Raises:
             ValueError: an index that is no permutation.
@@ -81,12 +81,12 @@ class Permutation(Fusible, nn.Module):
     def order(self) -> tuple[Tensor, Tensor]:
         """The index and its inverse, (C,) int64 each."""
         if not somebody_looks():
-            # In training DistributedDataParallel writes it at every step, and to look at it would be to wait.
+            # DistributedDataParallel writes it at every training step; reading it would wait for a GPU.
             self._restore(look=not self.training)
         return self.index, self.inverse_index
 
     def _remember(self) -> None:
-        """The index as it is now, which nobody averages."""
+        """Keep a copy of the index that averaging cannot change."""
         self._remembered = self.index.detach().clone()
         self._version = None if self.index.is_inference() else self.index._version
 
@@ -120,7 +120,7 @@ class Permutation(Fusible, nn.Module):
         return _Gather.apply(z, *self.order()[::-1]), z.new_zeros((), dtype=compute_dtype(z))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        """Return (x, its gradient) given those of z = forward(x); see `usf_kernels.nn.reversible`."""
         _, back = self.order()
         return z.index_select(1, back), grad_z.index_select(1, back)
 

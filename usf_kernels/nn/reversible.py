@@ -1,9 +1,9 @@
 """A backward pass that rebuilds its inputs by inversion, so that memory does not grow with depth.
 
-The reversible residual network (arXiv:1707.04585) for flows, which are invertible anyway: only the output
-of a sequence is kept. The backward pass walks the steps from last to first. Each step rebuilds its input
-from its output, and gives that input's gradient; the conditioner of a coupling is evaluated once for both,
-because the half that it reads passes through unchanged.
+This is the reversible residual network (arXiv:1707.04585) for flows, which are invertible anyway: only the
+output of a sequence is kept. The backward pass walks the steps from last to first. Each step rebuilds its
+input from its output, and returns that input's gradient; the conditioner of a coupling is evaluated once for
+both, because the half that it reads passes through unchanged.
 
 A module takes part through `pull_back(z, grad_z, tape) -> (x, grad_x)`. It may overwrite z and grad_z, and
 hands the gradients of its parameters to the tape. A module that has only `forward` and `inverse` costs a
@@ -31,20 +31,20 @@ CHECKED_SAMPLES = 8
 class ReconstructionCheck:
     """Compares rebuilt inputs with samples of the true ones, in every `every`-th backward pass.
 
-    A sample is one position of a few images, another one each time, so it costs next to nothing. The
-    tolerance is the root of the machine epsilon: an inverse may lose half of the digits.
+    A sample is one position of a few images, another position each time, so it costs next to nothing. The
+    tolerance is the square root of the machine epsilon: an inverse may lose half of the digits.
     """
 
     def __init__(self, every: int) -> None:
         self.every, self.count = every, 0
 
     def due(self) -> bool:
-        """Whether the forward pass that starts now is to be checked."""
+        """Count a forward pass, and return whether it is to be checked."""
         self.count += 1
         return self.every > 0 and (self.count - 1) % self.every == 0
 
     def sample(self, x: Tensor, turn: int) -> Tensor:
-        """(at most CHECKED_SAMPLES, C) values of x, in the `turn`-th place."""
+        """Return (at most CHECKED_SAMPLES, C) values of x, at a position that depends on `turn`."""
         if x.numel() == 0:
             return x.new_zeros(0)
         position, rest = [], turn * 7919
@@ -55,17 +55,17 @@ class ReconstructionCheck:
 
     @staticmethod
     def compare(norms: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype, device: torch.device) -> None:
-        """Raise RuntimeError for the last step (where the backward pass starts) that is off.
+        """Raise RuntimeError for the last step that is off: the backward pass starts with the last step.
 
         Args:
-            norms: per step, last to first: its index, the norm of its input's error, and of its input.
-            dtype: the narrowest that was computed in.
-            device: where.
+            norms: for each step, last to first: its index, the norm of its input's error, that of its input.
+            dtype: the narrowest dtype of the computation.
+            device: the device of the computation.
         """
         tolerance = math.sqrt(_epsilon(dtype, device))
         steps = [step for step, *_ in norms]
         values = torch.stack([torch.stack(pair) for _, *pair in norms]).tolist() if norms else []
-        # What is nothing but the rounding errors of larger values need not be rebuilt.
+        # Values as small as rounding errors of larger ones need not be rebuilt.
         largest = max((norm for _, norm in values), default=0.0)
         for step, (error, norm) in zip(steps, values, strict=True):
             error = error / max(norm + tolerance * largest, 1e-300)
@@ -79,7 +79,7 @@ class ReconstructionCheck:
 
 
 class _Reversible(torch.autograd.Function):
-    """Steps as one node: parameters are inputs, so that their hooks (DDP, accumulation) run as always."""
+    """All steps as one node. Parameters are inputs, so that their hooks (DDP, accumulation) run as usual."""
 
     @staticmethod
     @forming_products()
@@ -101,7 +101,7 @@ class _Reversible(torch.autograd.Function):
             ctx.states.append(state)
             log_det = log_det + step_log_det
         ctx.autocast_dtype = ctx.states[0].autocast_dtype
-        z = z.detach()  # it may be a view of a step's result, which nobody may write to
+        z = z.detach()  # a view of a step's result could not be written to
         ctx.save_for_backward(z, cond, *parameters)
         return z, log_det
 
@@ -127,13 +127,13 @@ class _Reversible(torch.autograd.Function):
         grad_cond, norms = None, []
         for i in reversed(range(len(ctx.steps))):
             dtype, kept = ctx.kinds[i]
-            # The format in which layers have laid out what they made of the step's input: random numbers are
-            # drawn in the order of memory.
+            # Layers have to see the memory format of the forward pass: random numbers are drawn in the order
+            # of memory.
             z, grad_z = z.contiguous(memory_format=kept), grad_z.contiguous(memory_format=kept)
             indices = {index for _, _, index in ctx.places[i]}
             tape = Tape(cond, grad_log_det, ctx.states[i], [leaves[index] for index in indices])
             own = [(place, name, leaves[index]) for place, name, index in ctx.places[i]]
-            # Buffers, too, as they were; after a functional call the modules have their own again.
+            # Buffers are put back as they were, too: after a functional call, modules hold their own again.
             own += [slot for slot in ctx.buffers[i] if slot[0].get(slot[1]) is not slot[2]]
             own += ctx.states[i].buffers
             with swapped(own):
@@ -159,13 +159,13 @@ def _narrowest(kinds: Sequence[tuple[torch.dtype, torch.memory_format]]) -> torc
 
 
 def _epsilon(dtype: torch.dtype, device: torch.device) -> float:
-    """Of what is computed in `dtype`: products of float32 may be rounded as TF32."""
+    """Machine epsilon of computations in `dtype`: float32 products may be rounded to TF32."""
     rounded = dtype == torch.float32 and device.type == "cuda" and rounds_to_tf32()
     return 2.0**-10 if rounded else torch.finfo(dtype).eps
 
 
 def _has_own_pull_back(kind: type) -> bool:
-    """Not one that it inherits beside another `forward` or `inverse`."""
+    """Whether a class has a `pull_back` that is at least as derived as its `forward` and `inverse`."""
     first = {
         name: next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), None)
         for name in ("pull_back", "forward", "inverse")
@@ -190,7 +190,7 @@ def run_reversibly(
     steps: Sequence[nn.Module], x: Tensor, cond: Tensor | None, check: ReconstructionCheck
 ) -> tuple[Tensor, Tensor]:
     """Apply the steps first to last and keep only the output: (z, log_det). Never compiled."""
-    # As a decorator, `disable` would import the compiler with this package, which takes longer than all else.
+    # Called here, not as a decorator: that would import the compiler with this package, which takes long.
     return torch.compiler.disable(_run)(steps, x, cond, check)
 
 

@@ -1,9 +1,9 @@
-"""Rows (N, C), and couplings on some of their channels: kernels, the extension, else torch operations.
+"""Rows (N, C), and couplings on some of their channels: by kernels, the extension, or torch operations.
 
 Torch's own index operations on channels-last memory cost as much as the products around them, and its affine
-coupling is many passes over memory. Triton kernels are for GPUs, in compiled graphs too; the extension is for
-CPUs, but not where a compiler, a tracer, a transform or a mode has to see what is done: these get the torch
-operations, as graphs for export do.
+coupling takes many passes over memory. GPUs run Triton kernels, in compiled graphs too. CPUs run the
+extension, except where a compiler, a tracer, a transform or a mode has to see the operations: then, and in
+graphs for export, torch operations run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from usf_kernels.ops.rows import add_rows, affine_rows, runs_kernels, select_row
 
 
 def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
-    """(B, C, *spatial) as contiguous rows (B * positions, C) of this dtype; in their own memory if `copy`."""
+    """Convert x (B, C, *spatial) to contiguous rows (B * positions, C) of `dtype`; always copy if `copy`."""
     channels = x.shape[1]
     scattered = x.is_contiguous() and not x.movedim(1, -1).is_contiguous()
     if scattered and _in_extension(x) and (x.dtype == dtype or dtype == torch.bfloat16):
@@ -64,7 +64,7 @@ def affine_(
     (N,), float32 at least.
 
     Raises:
-        ValueError: as `add_`.
+        ValueError: see `add_`.
     """
     if runs_kernels(rows):
         return affine_rows(rows, index, outputs, shift, clamp, inverse)
@@ -96,13 +96,13 @@ def _in_extension(rows: Tensor) -> bool:
 
 
 def _contiguous(rows: Tensor) -> Tensor:
-    """Rows to write to: into a copy of others, the results would be lost."""
+    """Return rows to write to; raise unless contiguous, since results written to a copy would be lost."""
     if not rows.is_contiguous():
         raise ValueError(f"rows: expected contiguous rows to write to, found strides {rows.stride()}")
     return rows
 
 
 def _bits(rows: Tensor) -> Tensor:
-    """NumPy's protocols know no bfloat16: its bits."""
+    """Contiguous rows, with bfloat16 as int16 of the same bits: NumPy's protocols have no bfloat16."""
     rows = rows.contiguous()
     return rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows

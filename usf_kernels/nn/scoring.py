@@ -11,7 +11,7 @@ from usf_kernels.ops.checks import check_choice, check_size
 
 
 class SquaredNorm(nn.Module):
-    """(B, C, *spatial) latents to (B, *spatial) squared norms: see `usf_kernels.ops.squared_norm`."""
+    """Squared norms (B, *spatial) of latents (B, C, *spatial): see `usf_kernels.ops.squared_norm`."""
 
     def forward(self, z: Tensor) -> Tensor:
         """Sum of squares over channels."""
@@ -19,10 +19,10 @@ class SquaredNorm(nn.Module):
 
 
 class AnomalyMap(nn.Module):
-    """Latents of one or several scales to an anomaly map in [0, 1]: see `usf_kernels.ops.anomaly_map`.
+    """Anomaly map in [0, 1] of latents at one or several scales: see `usf_kernels.ops.anomaly_map`.
 
     Args:
-        size: (H, W) of the map, or one int for a square; None where every call names it.
+        size: (H, W) of the map, or one int for a square; None if every call passes it.
         interpolate: "likelihood" or "latent".
     """
 
@@ -35,7 +35,7 @@ class AnomalyMap(nn.Module):
     def forward(
         self, latents: Tensor | Sequence[Tensor], size: int | tuple[int, int] | None = None
     ) -> Tensor:
-        """(B, 1, H, W); `size` here overrides the one given at construction."""
+        """Return (B, 1, H, W); `size` overrides the one given at construction."""
         size = self.size if size is None else size
         return anomaly_map(latents, size, interpolate=self.interpolate)
 

@@ -18,15 +18,16 @@ from usf_kernels.ops.checks import compute_dtype
 
 
 class StageExtension:
-    """Stages with their weights as the extension wants them, as they are when it is made.
+    """Stages for the extension, with their weights as they were when this was made.
 
-    It knows couplings and residual blocks whose conditioners are linear layers and convolutions that keep the
-    size of one- and two-dimensional maps, with nothing or ReLU behind them. Of bfloat16 rows and weights only
-    products are in bfloat16: the state between stages, the sums and the log-determinants are float32.
+    The extension knows couplings and residual blocks whose conditioners are linear layers and size-keeping
+    convolutions of one- and two-dimensional maps, each with a ReLU or nothing behind it. With bfloat16 rows
+    and weights, only products are in bfloat16: the state between stages, sums and log-determinants are
+    float32.
 
     Attributes:
-        complete: whether it knows all of the stages, whose weights are of one dtype.
-        weights: of the stages.
+        complete: whether the extension knows all stages, and their weights share one dtype.
+        weights: the weights of the stages.
     """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
@@ -38,13 +39,13 @@ class StageExtension:
         )
         self._layers = [_layers(stage) if self.complete else [] for stage in stages]
         self._affine = any(isinstance(stage, AffineBlock) for stage in stages)
-        # Per row, about.
+        # An estimate, per row.
         self._multiplications = sum(t.numel() for t in self.weights.tensors if t.ndim >= 2)
         self._runs: dict[bool, Any] = {}
 
     @staticmethod
     def takes(rows: Tensor) -> bool:
-        """Whether it runs on rows like these."""
+        """Whether the extension runs on rows like these."""
         return (
             products.MULTIPLIES
             and rows.device.type == "cpu"
@@ -55,7 +56,7 @@ class StageExtension:
 
     @staticmethod
     def knows_layers_of(stage: nn.Module) -> bool:
-        """Whether it can run this block."""
+        """Whether the extension can run this block."""
         return (
             isinstance(stage, ProjectedBlock | AdditiveBlock | AffineBlock)
             and bool(layers := stage.conditioner.linear_layers())
@@ -65,14 +66,14 @@ class StageExtension:
         )
 
     def run(self, rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], *, inverse: bool, keep: bool) -> Result:
-        """All stages, or their inverses from the last to the first.
+        """Run all stages or, for `inverse`, their inverses from the last to the first.
 
         Args:
             rows: (N, C), contiguous.
             sizes: (B, *spatial).
-            cond: what each conditioner's `project` made of the condition, if there is one.
-            inverse: the direction.
-            keep: whether the result has memory of its own, so that `rows` stay as they are.
+            cond: the result of each conditioner's `project` for the condition, if there is one.
+            inverse: undo instead of apply.
+            keep: do not overwrite `rows`: the result gets memory of its own.
         """
         if inverse not in self._runs:
             self._runs[inverse] = self._compiled(rows.shape[1], inverse)
@@ -80,7 +81,7 @@ class StageExtension:
         shares = [share.to(rows.dtype).contiguous() for share in (reversed(cond) if inverse else cond)]
         threads = products.threads_for(len(rows) * self._multiplications)
         state = torch.empty_like(rows) if keep else rows
-        # Where there are convolutions there are one or two spatial dimensions.
+        # Convolutions imply one or two spatial dimensions.
         height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))
         arrays = [(share.data_ptr(), share.shape[0], share.shape[2]) for share in shares]
         run, bfloat16 = self._runs[inverse], rows.dtype == torch.bfloat16
@@ -112,7 +113,7 @@ class StageExtension:
 
 
 def _layers(stage: nn.Module) -> list[Any]:
-    """Of its conditioner, for the extension."""
+    """Layers of a stage's conditioner, for the extension."""
     if not hasattr(stage, "conditioner"):
         return []
     return [
@@ -122,13 +123,13 @@ def _layers(stage: nn.Module) -> list[Any]:
 
 
 def _seen_by(stage: AdditiveBlock | AffineBlock) -> tuple[Tensor, Tensor | None]:
-    """The channels that its conditioner sees, and what is added to them."""
+    """Channels that a stage's conditioner sees, and the constant added to them, or None."""
     shift = stage.conditioner.shift
     return stage.passive, None if shift is None else shift.detach().float()
 
 
 def layer_of(weight: Tensor, bias: Tensor | None, *, relu: bool = False, conditioned: bool = False) -> Any:
-    """The extension's, of a weight (outputs, inputs, *kernel) in float32, or in bfloat16 `_in_pairs`."""
+    """The extension's layer with this weight (outputs, inputs, *kernel), float32 or bfloat16 `_in_pairs`."""
     pairs, weight, kernel = _in_pairs(weight), weight.detach().float(), (1, 1, *weight.shape[2:])[-2:]
     bias = weight.new_zeros(len(weight)) if bias is None else bias.detach().float()
     matrix = weight.movedim(1, -1).flatten(1).contiguous()
@@ -136,5 +137,5 @@ def layer_of(weight: Tensor, bias: Tensor | None, *, relu: bool = False, conditi
 
 
 def _in_pairs(x: Tensor) -> bool:
-    """Whether the extension multiplies in bfloat16 what these are."""
+    """Whether a tensor is bfloat16, and the extension multiplies such numbers, in pairs."""
     return products.MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Neighbouring stages of a fused flow as one: in the extension, or a stretch of positions at a time."""
+"""Runs of neighbouring stages of a fused flow: in the extension, or for a stretch of positions at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from usf_kernels.nn.fused_maps import Maps, Result, Sizes
 from usf_kernels.nn.stage_extension import StageExtension
 from usf_kernels.ops import native
 
-CHUNK_BYTES = 4 << 20  # of rows that pass together in torch operations: a share of the last-level cache
-Step = tuple[nn.Module, Tensor | None]  # a stage, and what its conditioner takes of the condition
+CHUNK_BYTES = 4 << 20  # size of a stretch of rows: a part of the last-level cache
+Step = tuple[nn.Module, Tensor | None]  # a stage, and its projected condition
 
 
 class StageRun(nn.Module):
-    """Stages one after the other.
+    """Stages that run one after the other.
 
-    In float32 on the CPU, and in bfloat16 where it multiplies such numbers, the extension runs them, where it
-    knows all of their layers: products and all else in the cache. Elsewhere, stages that treat every row
-    alone get a stretch of rows at a time, so that the state passes through memory once and not once per
-    stage.
+    On the CPU, the extension runs them if it knows all of their layers, in float32, and in bfloat16 if it
+    multiplies such numbers: products and everything else stay in the cache. Otherwise, stages that treat
+    every row alone get a stretch of rows at a time, so that the state passes through memory once and not once
+    per stage.
     """
 
     in_place = True
@@ -49,7 +49,7 @@ class StageRun(nn.Module):
         inverse: bool,
         keep: bool = False,
     ) -> Result:
-        """Apply, or undo; `keep` for leaving the rows as they are."""
+        """Apply, or undo; with `keep`, do not overwrite the rows."""
         if StageExtension.takes(rows):
             if self._extension is None or self._extension.weights.outdated:
                 self._extension = StageExtension(self.stages)
@@ -61,7 +61,8 @@ class StageRun(nn.Module):
             (stage, next(shares, None) if hasattr(stage, "conditioner") else None) for stage in self.stages
         ]
         steps = steps[::-1] if inverse else steps
-        # Graphs get no loop over a length that they must not depend on; bfloat16 products prefer many rows.
+        # No stretches while tracing, since a graph must not depend on the number of rows, nor for
+        # bfloat16, whose products prefer many rows.
         if native.somebody_looks() or rows.is_cuda or rows.element_size() < 4:
             return _one_by_one(steps, rows, sizes, inverse)
         for pointwise, group in groupby(steps, _is_pointwise):
@@ -71,7 +72,7 @@ class StageRun(nn.Module):
         return rows, total
 
     def _apply(self, *arguments: Any, **options: Any) -> StageRun:
-        self._extension = None  # to(), cuda() and their like give the stages other tensors
+        self._extension = None  # to(), cuda() and the like replace the stages' tensors
         return super()._apply(*arguments, **options)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,14 +80,14 @@ class StageRun(nn.Module):
 
 
 def blocks_of(stage: nn.Module) -> Sequence[nn.Module]:
-    """Those of a stage or a run that have a conditioner."""
+    """Stages with a conditioner: those of a run, or a single stage itself if it has one."""
     if isinstance(stage, StageRun):
         return stage.blocks
     return [stage] if hasattr(stage, "conditioner") else []
 
 
 def joins(stage: nn.Module) -> bool:
-    """Whether a stage may be part of a run: what the extension knows, and what treats every row alone."""
+    """Whether a stage may be part of a run: the extension knows it, or it treats every row alone."""
     if isinstance(stage, Maps):
         return True
     if not hasattr(stage, "conditioner"):
@@ -126,8 +127,8 @@ def _in_stretches(steps: Sequence[Step], rows: Tensor, sizes: Sizes, inverse: bo
 def _stretches(
     rows: Tensor, sizes: Sizes, cond: Sequence[Tensor], length: int
 ) -> Iterator[tuple[Tensor, Sizes, Sequence[Tensor]]]:
-    """(rows, their sizes, their conditions), at most `length` rows each: whole images where those fit, so
-    that each condition is read once."""
+    """Yield (rows, their sizes, their conditions) for stretches of at most `length` rows: whole images if
+    those fit, so that each condition is read once."""
     if not cond:
         yield from ((part, (len(part),), cond) for part in rows.split(length))
         return

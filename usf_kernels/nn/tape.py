@@ -1,4 +1,4 @@
-"""What the backward pass of a reversible step works with: the state that it replays, and its gradients."""
+"""What a reversible step's backward pass uses: the state that it replays, and the gradients it collects."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.nn.permutation import Permutation
 
 Slot = tuple[dict[str, Tensor | None], str, Tensor]  # a module's parameters or buffers, a name, a value
-Generators = tuple[Tensor, list[int], list[Tensor]]  # the CPU's state, devices, theirs
+Generators = tuple[Tensor, list[int], list[Tensor]]  # the CPU's state, devices, their states
 _swapped: set[int] = set()
 SETTLED = (ActNorm, LUConv1x1, Permutation)
 
 
 class Tape:
-    """What one step's pull-back reads and leaves: the condition, the context to evaluate in, gradients.
+    """Inputs and results of one step's `pull_back`: the condition, the context to evaluate in, gradients.
 
     Attributes:
         cond: the condition, a leaf of its own where it needs a gradient; or None.
-        grad_log_det: of the sequence's log-determinant, 0-d or (B,).
+        grad_log_det: gradient of the sequence's log-determinant, 0-d or (B,).
         grad_cond: sum of the condition's gradients so far, or None.
     """
 
@@ -39,7 +39,7 @@ class Tape:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """Evaluate as the forward pass did (autocast, random numbers, buffers), with a graph."""
+        """Context to evaluate as the forward pass did (autocast, random numbers, buffers), with a graph."""
         self._state.rewind()
         with torch.enable_grad(), self._state.restored():
             yield
@@ -47,9 +47,9 @@ class Tape:
     def pull(
         self, outputs: Sequence[Tensor], grads: Sequence[Tensor], x: Tensor | None = None
     ) -> Tensor | None:
-        """Gradient with respect to `x` of outputs of the step; its parameters' and cond's are kept here.
+        """Return the gradient of `x` given those of outputs of the step; keep those of parameters and cond.
 
-        Outputs that depend on nothing are left out. A grad may have a batch dimension that its output lacks.
+        Outputs that need no gradient are left out. A grad may have a batch dimension that its output lacks.
         """
         pairs = []
         for output, grad in zip(outputs, grads, strict=True):
@@ -84,33 +84,33 @@ class Tape:
         self._gradients[parameter] = add(self._gradients.get(parameter), grad)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """What was pulled back to a parameter, None for nothing."""
+        """Gradient that was pulled back to a parameter; None if there was none."""
         return self._gradients.get(parameter)
 
 
 def add(total: Tensor | None, value: Tensor) -> Tensor:
-    """Their sum, where None is nothing yet."""
+    """Add `value` to an optional tensor, treating None as zero."""
     return value if total is None else total + value
 
 
 def generators(x: Tensor) -> Generators:
-    """The states of the CPU's random generator and of that of the device of x."""
+    """States of the CPU's random generator, and of that of x's device."""
     if x.is_cpu:
         return torch.get_rng_state(), [], []
     return (torch.get_rng_state(), *get_device_states(x))
 
 
 class State:
-    """Autocast and random numbers as they were before a step, and buffers that the step has changed since."""
+    """Autocast and random numbers as they were before a step, and the buffers that the step has changed."""
 
     def __init__(self, modules: Sequence[nn.Module], x: Tensor, rng: Generators | None = None) -> None:
-        """Of a step's modules, in front of it; `rng` where that is known, from the step before."""
+        """Take the state of a step's modules before it runs; pass `rng` if the previous step returned it."""
         self.device = x.device.type
         self.autocast = torch.is_autocast_enabled(self.device)
         self.autocast_dtype = torch.get_autocast_dtype(self.device) if self.autocast else None
         self.rng: Generators | None = generators(x) if rng is None else rng
-        # The buffers of flow modules are set for good; others (running averages, power iterations) have to be
-        # what they were, and their second update goes nowhere.
+        # The buffers of flow modules are final; others (running averages, power iterations) have to be what
+        # they were, and their second update is discarded.
         self._before = [
             [
                 (module._buffers, name, b, b._version, b.clone(), module.training)
@@ -124,34 +124,34 @@ class State:
         self._training = [(module, module.training) for module in modules]
 
     def settle(self, x: Tensor) -> Generators:
-        """After the step: keep what it changed, so that an ordinary conditioner costs no memory. Returns the
-        generators as they are now."""
+        """Keep only what the step changed, so that an ordinary conditioner costs no memory. Call this after
+        the step; it returns the generators' new states."""
         before, after = self.rng, generators(x)
         unchanged = torch.equal(before[0], after[0]) and all(map(torch.equal, before[2], after[2]))
         self.rng = None if unchanged else before
-        for buffers in self._before:  # of a module all or none
+        for buffers in self._before:  # all of a module or none
             if any(_changed(*buffer) for buffer in buffers):
                 self.buffers.extend((place, name, old) for place, name, _, _, old, _ in buffers)
         self._before = []
         return after
 
     def rewind(self) -> None:
-        """Put copies of the buffers as they were where the step finds them."""
+        """Give the step's modules copies of the buffers that it changed, as they were before."""
         for place, name, old in self.buffers:
             place[name] = old.clone()
 
     def autocasting(self) -> contextlib.AbstractContextManager:
-        """Autocast as it was."""
+        """Context with autocast as it was."""
         if not self.autocast and not torch.is_autocast_enabled(self.device):
             return contextlib.nullcontext()
-        # Without the cache: weights rounded where no graph is recorded must not serve where one is.
+        # No cache: weights that were rounded without a graph must not be used where one is recorded.
         return torch.autocast(
             self.device, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False
         )
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Autocast and random numbers as they were."""
+        """Context with autocast, training modes and random numbers as they were."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autocasting())
             for module, training in self._training:
@@ -172,16 +172,17 @@ class State:
 def _changed(
     place: dict[str, Tensor | None], name: str, b: Tensor, version: int, old: Tensor, training: bool
 ) -> bool:
-    """Whether a step has changed its buffer b; batch_norm's updates leave its version alone."""
+    """Whether a step has changed its buffer b; a batch norm's updates do not count in its version."""
     return place[name] is not b or b._version != version or (training and not torch.equal(b, old))
 
 
 @contextlib.contextmanager
 def swapped(slots: Sequence[Slot]) -> Iterator[None]:
-    """What `functional_call` does, without its search by name: in 2 microseconds for a step, not in 50.
+    """Context with other values in these slots. `functional_call` does the same, but looks up names: it takes
+    50 microseconds for a step, this takes 2.
 
     Raises:
-        RuntimeError: where another thread has swapped these; both would lose what stands there.
+        RuntimeError: another thread has swapped these slots: both would lose the original values.
     """
     places = {id(place) for place, _, _ in slots}
     if not _swapped.isdisjoint(places):

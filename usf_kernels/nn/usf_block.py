@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class CheckerboardCoupling(Conditioned):
-    """Additive coupling `y = x + (1 - m) * subnet(m * x)`, m being 1 where the sum of the spatial indices is
-    even, or odd; log-det 0. RealNVP (arXiv:1605.08803), section 3.4.
+    """Additive coupling `y = x + (1 - m) * subnet(m * x)`, where m is 1 if the sum of the spatial indices is
+    even (or odd); log-det 0. RealNVP (arXiv:1605.08803), section 3.4.
 
     Args:
         channels: C, at least 1.
@@ -71,7 +71,7 @@ class CheckerboardCoupling(Conditioned):
 
 
 def checkerboard(x: Tensor, *, odd: bool = False) -> Tensor:
-    """bool (*spatial), True where the sum of the indices is even, or odd.
+    """Return bool (*spatial), True where the sum of the indices is even, or odd if `odd`.
 
     Raises:
         ValueError: an x without spatial dimensions.
@@ -91,23 +91,23 @@ class USFBlock(Fusible, nn.Module):
     """A coupling between a linear map and its inverse, `B = A^-1 . C . A`: log-det 0. The block of the
     uniformly scaling flows of arXiv:2510.09452.
 
-    It is evaluated as what it is, a residual block: with Q the rows of A that feed the conditioner f (and b
-    their bias) and R the columns of A^-1 that its output reaches, `B(x) = x + R f(Q x + b)`. Because Q R = 0,
-    Q reads the same from B(x), so the inverse is `y - R f(Q y + b)` and costs the same. No half is ever split
-    off or written back, and the two products have the size of one C x C product, for a mask of channels.
+    It is evaluated as a residual block: with Q the rows of A that feed the conditioner f, b their bias, and R
+    the columns of A^-1 that its output reaches, `B(x) = x + R f(Q x + b)`. Because Q R = 0, Q reads the same
+    from B(x), so the inverse is `y - R f(Q y + b)` and costs the same. No half is ever split off or written
+    back, and for a mask of channels both products together have the size of one C x C product.
 
     Args:
-        channels: C, at least 2; for a checkerboard 1.
+        channels: C, at least 2; at least 1 for a checkerboard.
         subnet: makes the conditioner: `subnet(c_in, c_out) -> nn.Module` with c_in = C - C//2 +
-            cond_channels and c_out = C//2; for a checkerboard C + cond_channels and C.
+            cond_channels and c_out = C//2; C + cond_channels and C for a checkerboard.
         mask: which values of A x condition the others: "half" the first C - C//2 channels, "channel" the
             even ones, "checkerboard" the positions whose indices have an even sum.
-        odd: of a checkerboard: the positions whose indices have an odd sum instead.
+        odd: for a checkerboard, condition on the positions whose indices have an odd sum instead.
         cond_channels: channels of the condition, concatenated to the conditioner's input.
         zero_init: start as the identity (see `AdditiveCoupling`).
-        prior_scale: of the prior on A (see `LUConv1x1`).
+        prior_scale: scale of the prior on A (see `LUConv1x1`).
 
-    A is the `LUConv1x1` named `linear`, C the module `coupling`, to which "channel" gives the even channels,
+    A is the `LUConv1x1` named `linear`, C the module `coupling`; with "channel", that gets the even channels,
     then the odd ones. `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x, log_det)`
     take (B, C, *spatial); log_det is a 0-d zero.
 
@@ -168,7 +168,7 @@ class USFBlock(Fusible, nn.Module):
             return rows, self.linear.bias[: self.coupling.split].to(wide), columns
         with full_precision(x):
             matrix, bias, _ = self.linear.map(wide)
-            if torch.compiler.is_exporting() or is_capturing():  # neither has a general inverse
+            if torch.compiler.is_exporting() or is_capturing():  # neither supports a general inverse
                 inverse = lu_inverse(*(t.double() for t in self.linear.factors()[:2])).to(wide)
             else:
                 inverse = accurate_inverse(matrix)
@@ -177,24 +177,24 @@ class USFBlock(Fusible, nn.Module):
         return matrix[::2], bias[::2], inverse[:, 1::2]
 
     def _masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """1 where A x conditions, 1 where it is shifted; None for what the maps have selected already."""
+        """Masks of the positions of A x that condition, and that are shifted; None if the maps select."""
         if self.mask != "checkerboard":
             return None, None
         mask = checkerboard(x, odd=self.coupling.odd)
         return mask, ~mask
 
     def _product(self, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`matrix @ x + bias` in full precision; the conditioner's input comes in the module's dtype."""
+        """`matrix @ x + bias` in full precision; given a bias, in the dtype of the conditioner's input."""
         y = linear(x.to(matrix.dtype), matrix, bias)
         return y if bias is None else y.to(promoted_dtype(x, self.linear.upper))
 
     def pull_back(self, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
-        """(x, its gradient) from those of z = forward(x); see `usf_kernels.nn.reversible`."""
+        """Return (x, its gradient) given those of z = forward(x); see `usf_kernels.nn.reversible`."""
         with torch.enable_grad():
             maps = self._maps(z)
         enter, bias, leave = (t.detach() for t in maps)
         passive, active = self._masks(z)
-        inputs = self._product(enter, z, bias)  # the same for x: one evaluation serves both
+        inputs = self._product(enter, z, bias)  # z and x share it: one evaluation serves both
         inputs = (inputs if passive is None else inputs * passive).requires_grad_()
         with tape.replay():
             given = inputs.clone() if overwrites(self.coupling.subnet) else inputs

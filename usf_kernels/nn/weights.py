@@ -1,4 +1,4 @@
-"""Weights as they were when something was made of them."""
+"""Detection of changes to weights since something was computed from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _unseen_steps = 0
 
 
 def _count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Optimisers with `fused=True` write to parameters without counting it in their versions."""
+    """Count steps of optimisers with `fused=True`, which do not raise the versions of parameters."""
     global _unseen_steps
     if not torch.compiler.is_compiling() and any(group.get("fused") for group in optimizer.param_groups):
         _unseen_steps += 1
@@ -23,26 +23,28 @@ register_optimizer_step_post_hook(_count)
 
 
 def state_of(tensors: Iterable[Tensor]) -> Hashable:
-    """Equal to what it was for as long as these tensors are where and what they were, as far as that can be
-    seen: what is written through `.data` leaves no trace. Never equal where one is of inference mode, to
-    which writes leave none either."""
+    """Value that stays equal while these tensors keep their memory and dtype and are not written to.
+
+    Writes through `.data` leave no trace. Neither do writes to inference tensors, so that with one of these
+    no two values are equal.
+    """
     states = ((t.data_ptr(), t.dtype, object() if t.is_inference() else t._version) for t in tensors)
     return _unseen_steps, *states
 
 
 class _Weight(NamedTuple):
-    """A parameter or buffer as it was, and where to look for what it is now."""
+    """A parameter or buffer as it was, and where its present value is found."""
 
     owner: dict[str, Tensor | None]
     name: str
     tensor: Tensor
-    memory: Tensor  # a view: it cannot be freed, and its address not be given to other weights
+    memory: Tensor  # a view: keeps the memory, whose address could otherwise be reused
     address: int
-    version: int | None  # None for one of inference mode, which has none
+    version: int | None  # None for an inference tensor, which has none
 
 
 class Weights:
-    """Parameters and buffers of modules, not of their children, as they are when this is made.
+    """Snapshot of the parameters and buffers of modules, without those of their children.
 
     Attributes:
         tensors: all of them.
@@ -68,12 +70,11 @@ class Weights:
 
     @property
     def outdated(self) -> bool:
-        """Whether any has been written to or replaced, as far as that can be seen: what is written through
-        `.data` leaves no trace, and nor do writes to tensors of inference mode, so that these count as
-        written to."""
+        """Whether any weight has been written to or replaced. Writes through `.data` leave no trace; nor do
+        writes to inference tensors, which therefore always count as written to."""
         if self._unseen_steps != _unseen_steps:
             return True
-        for owner, name, tensor, _, address, version in self._weights:  # at every call, so unpacked
+        for owner, name, tensor, _, address, version in self._weights:  # unpacked: it runs at every call
             if owner.get(name) is not tensor or version is None:
                 return True
             if tensor._version != version or tensor.data_ptr() != address:

@@ -1,6 +1,6 @@
 """Operations: plain functions on tensors, each with its checks and a choice of implementation."""
 
-import usf_kernels.ops.cpu  # noqa: F401 (it registers what runs on the CPU)
+import usf_kernels.ops.cpu  # noqa: F401 (it registers the CPU implementations)
 from usf_kernels.ops.block import residual_mlp
 from usf_kernels.ops.coupling import additive_coupling, affine_coupling, masked_additive_coupling
 from usf_kernels.ops.linear import linear_squared_norm

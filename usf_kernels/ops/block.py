@@ -37,19 +37,19 @@ def residual_mlp(
 
     Args:
         x: (B, C, *spatial), any strides; the memory format is kept.
-        first: (N, C), of the layer with N hidden units.
+        first: (N, C), weight of the layer with N hidden units.
         first_bias: (N,), or None.
-        last: (C, N).
+        last: (C, N), weight of the output layer.
         last_bias: (C,), or None.
         bias_map: (B, N, *spatial) or (1, N, *spatial), or None: what a condition, such as CFlow's encoding of
             positions, adds to the hidden units; the same for every image if the first size is 1.
         activation: "relu" or "none".
-        inverse: minus instead of plus.
+        inverse: subtract the residual instead of adding it.
         impl: None picks by device; "reference" or "triton" force one.
 
     Returns:
-        (B, C, *spatial) in the promoted dtype of all arguments, which the products are of, too; sums are of
-        float32 at least. Autocast changes nothing.
+        (B, C, *spatial) in the promoted dtype of all arguments. Factors of products are in that dtype too,
+        sums in float32 at least. Autocast changes nothing.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
@@ -90,12 +90,12 @@ _residual_mlp_op = define(
 
 
 class _ResidualMLP(Function):
-    """Keeps its inputs only; the hidden units are made again for the gradients."""
+    """Saves its inputs only; the backward pass computes the hidden units again."""
 
     @staticmethod
     def forward(x: Tensor, first: Tensor, first_bias: Tensor | None, last: Tensor, last_bias: Tensor | None,
                 bias_map: Tensor | None, activation: str, inverse: bool) -> Tensor:  # fmt: skip
-        # Named one by one: Dynamo counts them to see whether there is a context among them.
+        # Arguments are named one by one: Dynamo counts them to tell whether a context is among them.
         return _residual_mlp_op(x, first, first_bias, last, last_bias, bias_map, activation, inverse)
 
     @staticmethod

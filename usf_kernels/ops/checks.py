@@ -17,13 +17,13 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def promoted_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that PyTorch's promotion gives the tensors together: what a result is returned in."""
+    """Dtype in which results are returned: PyTorch's promotion of the dtypes of all tensors."""
     dtypes = {t.dtype for t in tensors if t is not None}
     return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype sums are accumulated in: the promoted one, but at least float32."""
+    """Dtype in which sums are accumulated: the promoted one, but at least float32."""
     dtype = promoted_dtype(*tensors)
     return dtype if dtype == torch.float64 else torch.float32
 
@@ -70,8 +70,8 @@ def check_shape(name: str, value: object, expected: tuple[int, ...], meaning: st
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return `value` as Python's int (a symbolic one as it is); raise unless it is an integer in [low, high]
-    (no upper end where `high` is None)."""
+    """Return `value` as a Python int, or unchanged if it is symbolic; raise unless it is an integer in
+    [low, high]. There is no upper end if `high` is None."""
     if not _is_int(value):
         raise TypeError(f"{name}: expected an int, found {type(value).__name__}")
     if value < low or (high is not None and value > high):
@@ -81,7 +81,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a real number, of Python or of NumPy."""
+    """Raise TypeError unless `value` is a real number of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
 
@@ -94,7 +94,7 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_between(name: str, value: object, low: float, high: float, brackets: str = "()") -> None:
-    """Raise unless `value` is a number from `low` to `high`, which "[" and "]" allow, "(" and ")" do not."""
+    """Raise unless `value` is a number between `low` and `high`; `brackets` say whether these count."""
     check_number(name, value)
     above = low <= value if brackets[0] == "[" else low < value
     below = value <= high if brackets[1] == "]" else value < high
@@ -104,7 +104,7 @@ def check_between(name: str, value: object, low: float, high: float, brackets: s
 
 
 def check_clamp(clamp: object) -> float:
-    """Return `clamp` as Python's float; raise unless it is a positive finite number."""
+    """Return `clamp` as a Python float; raise unless it is a positive finite number."""
     check_positive("clamp", clamp)
     return float(clamp)
 
@@ -124,12 +124,12 @@ def check_size(size: object) -> tuple[int, int]:
 
 
 def check_trainable(model: object, method: str) -> None:
-    """Raise TypeError for an inference form, which lacks this method."""
+    """Raise TypeError if `model` is an inference form: `method` is for training only."""
     if model.fused:
         raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
 
 
 def check_not_fused_to(model: object, dtype: torch.dtype | None) -> None:
-    """Raise TypeError where a dtype is asked for of a model that is an inference form already."""
+    """Raise TypeError if `model` is an inference form already and a dtype is requested."""
     if model.fused and dtype is not None:
         raise TypeError(f"dtype: expected None, since an inference form keeps its own, found {dtype}")

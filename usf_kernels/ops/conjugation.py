@@ -1,11 +1,11 @@
 """The two halves of a map and of its inverse that a conjugated block needs, from the map's triangles.
 
-A coupling between A = L U and its inverse reads the first rows Q of A, and writes by the last columns R of
-its inverse. In blocks (1 for the rows that condition, 2 for those that are shifted)
+A coupling between A = L U and its inverse reads through the first rows Q of A and writes through the last
+columns R of its inverse. In blocks (1 for the rows that condition, 2 for those that are shifted)
 
-    Q = L11 [U11 U12],    R = [-U11^-1 U12 S; S],    S = U22^-1 L22^-1,
+    Q = L11 [U11 U12],    R = [-U11^-1 U12 S; S],    S = U22^-1 L22^-1.
 
-of which no block is larger than half of A; L21 is in neither. Q R = 0.
+No block is larger than half of A, and L21 appears in neither. Q R = 0.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from usf_kernels.ops.triangles import diagonal_of, outer, strict_, times, unit_l
 def conjugation(
     lower: Tensor, upper: Tensor, signs: Tensor, log_diagonal: Tensor | None, split: int
 ) -> tuple[Tensor, Tensor]:
-    """The first `split` rows of L U and the other columns of its inverse.
+    """Return the first `split` rows of L U and the last C - `split` columns of its inverse.
 
-    Found in float64 and rounded once: how far they are from Q R = 0 is how far the block's inverse is from
-    undoing it, and every step of a reversible backward pass adds to that.
+    They are computed in float64 and rounded once: the block's inverse is as inexact as Q R = 0 is, and every
+    step of a reversible backward pass adds to that error.
 
     Args:
         lower, upper, signs, log_diagonal: as for `usf_kernels.ops.lu_map.lu_map`.
@@ -66,8 +66,8 @@ def _plain(
 
 
 class _Halves(torch.autograd.Function):
-    """By hand, in few passes over memory, and the gradient in products of half the size, where autograd would
-    repeat every solve in float64. Solvers read one triangle, so that the other is not cleared for them."""
+    """`_plain` in few passes over memory, with a gradient made of half-size products, where autograd would
+    repeat every solve in float64. Solvers read one triangle only, so the other one is not cleared."""
 
     @staticmethod
     def forward(
@@ -111,7 +111,7 @@ class _Halves(torch.autograd.Function):
         with full_precision(upper):
             of_product = solve_triangular(top[:, first].mT, of_columns[first], upper=False).neg_()
             of_corner = times(top[:, second].mT, of_product).add_(of_columns[second])
-            inverted = times(corner.mT, outer(of_corner, corner)).neg_()  # of L22 U22
+            inverted = times(corner.mT, outer(of_corner, corner)).neg_()  # gradient of L22 U22
             of_upper[first] = times(lower1.mT, of_rows, triangle=1).add_(outer(of_product, columns))
             of_upper[second, second] = times(lower2.mT, inverted, triangle=1)
             of_lower[first, first] = outer(of_rows, top, triangle=-1)

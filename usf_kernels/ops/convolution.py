@@ -1,10 +1,10 @@
-"""Convolutions and ReLUs one after the other as one operation, where the extension is faster than PyTorch.
+"""Sequences of convolutions and ReLUs as one operation, where the extension is faster than PyTorch.
 
 Kernels of 3 x 3 run by Winograd's minimal filtering (arXiv:1509.09308), and so do both of their gradients: 16
 multiplications where a sum over taps takes 36, with rounding errors of the same size, and NaN where sums over
-taps would be infinite. What is between two layers stays in channels-last memory, and a ReLU and its gradient
-are done where a result is written anyway.
-Kernels of 1 x 1 are products: of rows, or where all are, on maps as they lie.
+taps would be infinite. Values between two layers stay in channels-last memory, and a ReLU and its gradient
+are applied as a result is written.
+Kernels of 1 x 1 are products on rows or, if all layers are 1 x 1, on maps in place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAST = torch.channels_last
 
 
 class Layer(NamedTuple):
-    """A convolution that keeps the size of maps, (C_out, C_in, odd, odd) and (C_out,) or None, and a ReLU."""
+    """A size-keeping convolution, (C_out, C_in, odd, odd) and (C_out,) or None; whether a ReLU follows it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -33,13 +33,13 @@ class Layer(NamedTuple):
 
 
 def in_tiles(weight: Tensor) -> bool:
-    """Whether the extension convolves with this weight, of a convolution that keeps the size of maps."""
+    """Whether the extension runs a size-keeping convolution with this weight."""
     outputs, inputs, *kernel = weight.shape
     return products.MULTIPLIES and kernel == [3, 3] and min(outputs, inputs) >= _core.FEWEST_CHANNELS
 
 
 def pays(x: Tensor, layers: list[Layer]) -> bool:
-    """Whether `convolutions` is for these, of the right shapes: float32 on the CPU, nobody looking inside."""
+    """Whether `convolutions` should run these (matching) layers: float32 on the CPU, and nobody looks."""
     return (
         products.MULTIPLIES
         and native.fits(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
@@ -64,15 +64,15 @@ def _on_rows(x: Tensor, layers: list[Layer]) -> bool:
 
 
 def is_rows(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side; those of a larger tensor may lie between."""
+    """Whether the channels of each position lie side by side; rows may be slices of wider ones."""
     return x.is_contiguous(memory_format=LAST) or (x.stride(1) == 1 and products.row_stride(x) is not None)
 
 
 def convolutions(x: Tensor, layers: list[Layer], share: Tensor | None = None) -> Tensor:
-    """(B, C, H, W) through all layers, in the memory format of x. Unchecked, for what `pays`.
+    """Apply all layers to x (B, C, H, W) and return the result in x's memory format.
 
     Args:
-        x, layers: of `pays`.
+        x, layers: arguments for which `pays` is true; they are not checked.
         share: (1, C_out, H, W), added to every sample's output of the first layer, in front of its ReLU.
     """
     relus = tuple(layer.relu for layer in layers)
@@ -80,7 +80,7 @@ def convolutions(x: Tensor, layers: list[Layer], share: Tensor | None = None) ->
 
 
 def _plain(relus: tuple[bool, ...], x: Tensor, share: Tensor | None, *parameters: Tensor | None) -> Tensor:
-    """The same in PyTorch."""
+    """`convolutions` in plain PyTorch."""
     for i, layer in enumerate(_layers(relus, parameters)):
         x = _by_taps(x, layer)
         x = x if i > 0 or share is None else x + share
@@ -89,8 +89,8 @@ def _plain(relus: tuple[bool, ...], x: Tensor, share: Tensor | None, *parameters
 
 
 class _Convolutions(torch.autograd.Function):
-    """Keeps the input of every layer, and the output where a ReLU is behind it; of the first layer x as it
-    came, to which second derivatives lead, and no copy in other memory."""
+    """Saves the input of every layer, and the output if the last layer has a ReLU. The first input is saved
+    as it was given, because second derivatives lead to it, not as a copy in another memory format."""
 
     @staticmethod
     def forward(
@@ -102,14 +102,14 @@ class _Convolutions(torch.autograd.Function):
         for i, layer in enumerate(layers):
             beside = share if i == 0 else None
             rows.append(_convolve(rows[-1], layer, on_maps=ctx.on_maps, share=beside))
-        # The share's values are of no use to the backward pass, but for a second derivative.
+        # The share's values are needed for second derivatives only.
         ctx.save_for_backward(x, *rows[1:-1], rows[-1] if relus[-1] else None, share, *parameters)
         return rows[-1] if ctx.on_maps or is_rows(x) else _first(rows[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         count = len(ctx.relus)
-        saved = ctx.saved_tensors  # once: a checkpoint makes them anew for whoever asks
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at every access
         (x, *rows), (share, *parameters) = saved[: count + 1], saved[count + 1 :]
         if differentiates_again() or not native.fits(grad):
             inputs = x, share, *parameters
@@ -135,8 +135,8 @@ class _Convolutions(torch.autograd.Function):
 
 
 def _sum_of_samples(grad: Tensor) -> Tensor:
-    """(1, C, H, W), in the memory format of grad. By a product with ones, as PyTorch's sum over a few samples
-    takes up to nine times as long."""
+    """Sum over samples, (1, C, H, W), in the memory format of grad. Uses a product with ones, since PyTorch's
+    sum over a few samples takes up to nine times as long."""
     if len(grad) == 1:
         return grad
     rows = is_rows(grad)
@@ -158,30 +158,30 @@ def _padding(weight: Tensor) -> list[int]:
 
 
 def _last(x: Tensor) -> Tensor:
-    """x as rows."""
+    """Return x as rows, copied only if it is not rows already."""
     if is_rows(x):
         return x
     if x.stride(1) == 1:
         return x.contiguous(memory_format=LAST)
     y, maps = torch.empty_like(x, memory_format=LAST), x.detach().flatten(2)
-    lie = maps.stride(2) == 1 and maps.stride(1) == maps.shape[2]  # those of an image behind each other
+    lie = maps.stride(2) == 1 and maps.stride(1) == maps.shape[2]  # channels of an image follow each other
     _transpose(maps if lie else maps.contiguous(), y.movedim(1, -1))
     return y
 
 
 def _first(x: Tensor) -> Tensor:
-    """x, in channels-last memory, in that of maps."""
+    """Copy x from channels-last to contiguous memory."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _transpose(x.movedim(1, -1).flatten(1, 2), y)
     return y
 
 
 def _transpose(x: Tensor, y: Tensor) -> None:
-    """(B, M, N) to (B, N, M), of which y is a view: PyTorch's copy takes up to three times as long."""
+    """Write x (B, M, N) transposed to the memory of y; PyTorch's copy takes up to three times as long."""
     _core.interleave(x, y.view(x.shape[0] * x.shape[2], x.shape[1]), native.threads_over(x))
 
 
-# Below, all maps are rows, but for those of pointwise layers `on_maps`: dense, but what comes from outside.
+# Below, tensors are rows, except with `on_maps`: maps, contiguous unless they were given to the operation.
 
 
 def _convolve(x: Tensor, layer: Layer, *, on_maps: bool, share: Tensor | None) -> Tensor:
@@ -202,7 +202,7 @@ def _convolve(x: Tensor, layer: Layer, *, on_maps: bool, share: Tensor | None) -
 
 
 def _input_gradient(x: Tensor, layer: Layer, grad: Tensor, *, masked: bool, on_maps: bool) -> Tensor:
-    """Of the layer's input x, or of what a ReLU has made it of if `masked`."""
+    """Gradient of the layer's input x or, if `masked`, of the input of the ReLU that returned x."""
     mask = x if masked else None
     if on_maps:
         return products.map_product(layer.weight, grad, transposed=True, mask=mask)
@@ -246,8 +246,8 @@ def _in_tiles(
     relu: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The convolution, or the one that takes gradients of its outputs to those of its inputs; 0 where `mask`
-    is not positive."""
+    """Convolve x, or with `adjoint` map gradients of the outputs to those of the inputs. The result is 0
+    where `mask` is not positive."""
     if weight.stride(2) != 3 * weight.stride(3):
         weight = weight.contiguous()
     outputs, inputs = weight.shape[:2]
@@ -255,7 +255,7 @@ def _in_tiles(
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
     step_output, step_input, _, step_tap = weight.stride()
     of_weight = weight.data_ptr(), (outputs, inputs), (step_output, step_input, step_tap), adjoint
-    bias = None if bias is None else bias.contiguous()  # in a variable: it has to live as long as its address
+    bias = None if bias is None else bias.contiguous()  # a variable keeps it alive while its address is used
     ending = None if bias is None else bias.data_ptr(), relu
     at_mask = None if mask is None else mask.data_ptr()
     threads = _threads(x, weight)

@@ -1,4 +1,4 @@
-"""Coupling layers: half of the channels pass, the other half is transformed by a function of them."""
+"""Coupling layers: half of the channels pass unchanged and determine how the other half is transformed."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class _Additive(Function):
 
 
 class _Masked(Function):
-    """x + (1 - mask) * shift, or without x the second term alone, which is its own gradient's form."""
+    """`x + (1 - mask) * shift`. Without x, the second term alone: the gradient of shift has that form too."""
 
     @staticmethod
     def forward(x: Tensor | None, shift: Tensor, mask: Tensor, inverse: bool) -> Tensor:

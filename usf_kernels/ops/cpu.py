@@ -1,6 +1,6 @@
 """Operations that the extension runs on the CPU, with gradients: see `usf_kernels.ops.native`.
 
-Second derivatives, and whatever the extension may not see, get the operations as they are in `reference`.
+Second derivatives, and tensors that the extension may not read, use the operations of `reference`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def additive_coupling(x: Tensor, shift: Tensor, split: int, inverse: bool) -> Te
 
 
 class _AffineCoupling(torch.autograd.Function):
-    """Keeps x and params only."""
+    """Saves x and params only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, params: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def squared_norm(z: Tensor) -> Tensor:
     return _SquaredNorm.apply(z) if _records(z) else native.squared_norm(z)
 
 
-if products.MULTIPLIES:  # where nothing is recorded
+if products.MULTIPLIES:  # `apply_matrix` uses the extension where nothing is recorded
     for name in ("lu_conv1x1", "linear", "residual_mlp"):
         on_cpu(name)(partial(getattr(reference, name), multiply=apply_matrix))
 

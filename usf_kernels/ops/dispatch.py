@@ -1,4 +1,4 @@
-"""Which code runs an operation that is called by its name; docs/develop.md says who decides for the rest."""
+"""Which code runs an operation called by its name; docs/develop.md says who decides for all others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from usf_kernels.ops import native, reference
 from usf_kernels.ops.checks import check_choice
 
 IMPLS = ("reference", "triton")
-# Read once, at import: under torch.compile a look at the environment would break the graph.
+# Read once, at import: under torch.compile, reading the environment would break the graph.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -27,12 +27,12 @@ F = TypeVar("F", bound=Callable)
 
 
 def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callable:
-    """The function that runs `op` on these tensors.
+    """Return the function that runs `op` on these tensors.
 
     `impl=None` takes the Triton kernel on a CUDA or ROCm device, the extension's loops for float32 on the CPU
-    where there are some and they may run (`native.fits`), and the PyTorch reference elsewhere; naming one
-    forces it, and it never falls back to another. All have the same positional signature. With
-    TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors too, when forced.
+    if `op` has some and they may run (`native.fits`), and the PyTorch reference elsewhere. Naming an
+    implementation forces it, without a fallback. All have the same positional signature. With
+    TRITON_INTERPRET=1 in the environment, forced kernels run on CPU tensors too.
 
     Raises:
         ValueError: an `impl` that does not exist; tensors on several devices.
@@ -52,7 +52,7 @@ def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callab
 
 
 def operations() -> tuple[str, ...]:
-    """Those that have a Triton kernel."""
+    """Names of the operations that have a Triton kernel."""
     return tuple(_kernels)
 
 
@@ -87,7 +87,7 @@ def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
 
 
 def _check_one_device(op: str, tensors: tuple[Tensor | None, ...]) -> None:
-    """A kernel would read the wrong memory where PyTorch's own operations raise."""
+    """Raise unless all tensors are on one device: a kernel would read wrong memory where PyTorch raises."""
     devices = [t.device for t in tensors if t is not None]
     for device in devices:
         if device != devices[0]:
@@ -95,7 +95,7 @@ def _check_one_device(op: str, tensors: tuple[Tensor | None, ...]) -> None:
 
 
 def kernel(op: str) -> Callable[[F], F]:
-    """Decorator: this differentiable function runs `op` with Triton."""
+    """Decorator that registers a differentiable function to run `op` with Triton."""
 
     def register(function: F) -> F:
         _kernels[op] = function
@@ -105,7 +105,7 @@ def kernel(op: str) -> Callable[[F], F]:
 
 
 def on_cpu(op: str) -> Callable[[F], F]:
-    """Decorator: this differentiable function runs `op` where `native.fits`."""
+    """Decorator that registers a differentiable function to run `op` where `native.fits`."""
 
     def register(function: F) -> F:
         _on_cpu[op] = function
@@ -122,7 +122,7 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
 
     Args:
         schema: name, arguments and results, in the language of `torch.library`.
-        fake: the same arguments to empty results of the right shape, dtype and strides.
+        fake: takes the same arguments and returns empty results of the right shape, dtype and strides.
         launcher: "module.function" in `usf_kernels.kernels`, imported at the first call.
     """
     name = schema.partition("(")[0]
@@ -130,7 +130,7 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
     def run(*arguments: Any) -> Any:
-        with torch.no_grad():  # what a launcher does with torch must not be recorded
+        with torch.no_grad():  # torch operations inside a launcher must not be recorded
             return _load(launcher)(*arguments)
 
     for key in ("CPU", "CUDA"):
@@ -139,7 +139,7 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
     op = getattr(torch.ops.usf_kernels, name).default
 
     def call(*arguments: Any) -> Any:
-        if _nobody_looks(arguments):  # PyTorch's way to the launcher takes as long as a kernel
+        if _nobody_looks(arguments):  # PyTorch's dispatcher takes as long as a kernel
             return _load(launcher)(*arguments)
         return op(*arguments)
 
@@ -147,9 +147,9 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
 
 
 def _nobody_looks(arguments: tuple[Any, ...]) -> bool:
-    """Whether an operation may run past PyTorch's dispatcher: CUDA tensors whose values are what lies in
-    memory, none of them of a subclass, and neither gradients nor a compiler, a transform, a mode or a tracer
-    that would have to see it."""
+    """Whether an operation may bypass PyTorch's dispatcher: all tensors are plain CUDA tensors whose values
+    are what lies in memory, no gradients are recorded, and no compiler, transform, mode or tracer has to see
+    the operation."""
     if native.somebody_looks() or torch.is_grad_enabled():
         return False
     for value in arguments:
@@ -163,7 +163,7 @@ def _nobody_looks(arguments: tuple[Any, ...]) -> bool:
 
 
 def differentiates_again() -> bool:
-    """Whether the backward pass that asks is itself recorded (`create_graph=True`), so that it has to be made
+    """Whether the calling backward pass is itself recorded (`create_graph=True`) and must therefore consist
     of differentiable operations. Compiled code has no double backward."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -171,8 +171,8 @@ def differentiates_again() -> bool:
 def gradients_through(
     plain: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of `inputs` by the reference `plain`, given those of its results; differentiable again. None
-    for an input that is None; a result that is None has None for its gradient."""
+    """Gradients of `inputs` through the reference `plain`, given those of its results; differentiable again.
+    An input that is None gets None; a result that is None has None as its gradient."""
     places = [i for i, value in enumerate(inputs) if value is not None]
     result: list[Tensor | None] = [None] * len(inputs)
 

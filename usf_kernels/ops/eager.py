@@ -1,9 +1,9 @@
-"""A coupling and the channel map behind it, with the gradients by hand, for the CPU.
+"""A coupling and the channel map behind it, with hand-written gradients, for the CPU.
 
-There the time goes into fresh memory and passes over it, and tanh costs as much as ten copies. In float32 a
-step is one pass in the extension, and its gradient another (`native`). Otherwise it writes one tensor where
-autograd would write five, and works in place on what it has made itself. Second derivatives, function
-transforms and compilers get the operations as they are written in `reference`.
+Fresh memory and passes over it take most of the time there, and tanh costs as much as ten copies. In float32
+a step is one pass in the extension, and its gradient another (`native`). Otherwise a step writes one tensor
+where autograd would write five, and works in place on tensors that it has made itself. Second derivatives,
+function transforms and compilers use the operations of `reference`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
 
 
 def by_hand(*tensors: Tensor | None) -> bool:
-    """Whether the functions here may run: tensors on the CPU, all of one dtype, nobody looking inside."""
+    """Whether the functions here may run: CPU tensors, all float32 or all float64, and nobody looks."""
     given = [t for t in tensors if t is not None]
     return (
         all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
@@ -38,7 +38,7 @@ def couple(
     exit_scale: Tensor | None,
     exit_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The coupled x, scaled and shifted per channel where that is given, and the log-determinant."""
+    """Return the coupled x, scaled and shifted per channel if an exit is given, and the log-determinant."""
     if native.fits(x, params, exit_scale, exit_bias):
         found = native.couple(x, params, None, exit_scale, exit_bias, split, clamp, inverse=False)
         if found is not None:
@@ -49,7 +49,7 @@ def couple(
 def uncoupled_gradients(
     grad: Tensor, grad_log_det: Tensor, x: Tensor, params: Tensor, split: int, clamp: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and params, given that of the coupled x, which may be written into."""
+    """Gradients of x and params from `grad`, the gradient of the coupled x, which may be overwritten."""
     if native.fits(grad, grad_log_det, x, params):
         grad_params = native.uncouple_gradient_(grad, grad_log_det, x, params, split, clamp)
         if grad_params is not None:
@@ -71,11 +71,11 @@ def uncouple(
     split: int,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """From y, which a coupling step made, the x that it made it of, and as for `gather_step` the gradients of
-    x, params, scale and bias, the last two where a scale is given.
+    """Invert a coupling step: return the x that `gather_step` turned into y, and the gradients of x, params,
+    scale and bias (None for the last two without a scale).
 
-    On any device, all of one dtype; may write into y and `grad`. Undoing what `couple` did takes what it did
-    it with: a tanh, no sigmoid.
+    Tensors may be on any device, but of one dtype; y and `grad` may be overwritten. This uses tanh, as
+    `couple` does, and not a sigmoid, so that it undoes the same numbers.
     """
     if native.fits(y, grad, grad_log_det, params, scale, bias):
         found = native.uncouple(y, grad, grad_log_det, params, index, scale, bias, split, clamp)
@@ -94,13 +94,13 @@ def uncouple(
 
 
 def inverse_permutation(index: Tensor) -> Tensor:
-    """(C,) int64, of another one."""
+    """Return the inverse of a permutation `index`, (C,) int64."""
     return torch.empty_like(index).index_copy_(0, index, torch.arange(len(index), device=index.device))
 
 
 class _GatherStep(torch.autograd.Function):
-    """The coupling, then a scale, a shift and a permutation. Keeps its input and params, and its output where
-    it is not the extension that finds it again."""
+    """The coupling, then a scale, a shift and a permutation. Saves its input and params, and its output
+    unless the extension recomputes it in the backward pass."""
 
     @staticmethod
     def forward(
@@ -142,7 +142,7 @@ class _GatherStep(torch.autograd.Function):
 
 
 class _MatrixStep(torch.autograd.Function):
-    """The coupling, then `matrix @ y + bias` at every position. Keeps x, params and what it multiplies."""
+    """The coupling, then `matrix @ y + bias` at every position. Saves x, params and the coupled x."""
 
     @staticmethod
     def forward(
@@ -182,12 +182,12 @@ class _MatrixStep(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """`apply_matrix`, whose gradient would write a matrix for every image before it sums them."""
+    """`apply_matrix` with its own gradient: autograd's would write a matrix per image before summing them."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(matrix, x, bias)
-        return apply_matrix(matrix, x, bias).detach()  # no view, which autograd would not let be written to
+        return apply_matrix(matrix, x, bias).detach()  # not a view: autograd forbids writing to those
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,7 +203,7 @@ class _Product(torch.autograd.Function):
 
 
 def channel_sums(value: Tensor) -> Tensor:
-    """(C,): the sums of (B, C, *spatial) over all but the channels."""
+    """Sum of (B, C, *spatial) over all dimensions but the channels: (C,)."""
     if not torch.is_grad_enabled() and native.fits(value):
         sums = native.channel_sums(value)
         if sums is not None:
@@ -212,7 +212,7 @@ def channel_sums(value: Tensor) -> Tensor:
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) as it is broadcast over x (B, C, *spatial)."""
+    """Return a view of `values` (C,) that broadcasts over x (B, C, *spatial)."""
     return values.view(-1, *[1] * (x.ndim - 2))
 
 
@@ -231,12 +231,12 @@ def gather_step(
     split: int,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`usf_kernels.ops.step.coupling_step`, forward, for what `by_hand` accepts."""
+    """Forward direction of `usf_kernels.ops.step.coupling_step`, for what `by_hand` accepts."""
     return _GatherStep.apply(x, params, index, scale, bias, split, clamp)
 
 
 def matrix_step(
     x: Tensor, params: Tensor, matrix: Tensor, bias: Tensor | None, split: int, clamp: float | None
 ) -> tuple[Tensor, Tensor]:
-    """A coupling and a matrix (C, C) behind it, for what `by_hand` accepts; results as of `gather_step`."""
+    """A coupling, then a matrix (C, C), for what `by_hand` accepts; returns the same as `gather_step`."""
     return _MatrixStep.apply(x, params, matrix, bias, split, clamp)

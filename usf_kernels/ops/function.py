@@ -1,4 +1,4 @@
-"""Where autograd functions come from."""
+"""`autograd.Function` with a faster call, and the gradients of additive couplings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 
 
 def additive_gradients(grad: Tensor, split: int, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Those of x and of the shift from that of an additive coupling's output: it as it is, and a slice of it.
+    """Gradients of an additive coupling's x and shift: the output's gradient `grad`, and its active slice.
 
-    Nothing is written, unless a sign asks for it, or autograd could keep both as the gradients of leaves: in
-    one memory, into which it adds later ones. It keeps what is dense.
+    Neither is copied, except to change the sign, or where the slice is dense: autograd may keep dense tensors
+    as the gradients of leaves, and would add later gradients into memory that both share.
     """
     grad_shift = grad[:, split:]
     if inverse:
@@ -22,12 +22,13 @@ def additive_gradients(grad: Tensor, split: int, inverse: bool) -> tuple[Tensor,
 
 
 class Function(torch.autograd.Function):
-    """`torch.autograd.Function` for those that have a `setup_context`, and are given all arguments by place.
+    """`torch.autograd.Function` with a cheaper `apply`, for subclasses with a `setup_context` and positional
+    arguments only.
 
     PyTorch inspects the signature of such a `forward` and binds the arguments to it at every call, which
-    takes longer than a kernel on a small map. Where no compiler or transform would see the call, it is made
-    of the same functions in the older form, with one `forward` that has a context. Forward-mode AD goes
-    through the operations of `forward`.
+    takes longer than a kernel on a small map. Where no compiler or transform would see the call, `apply` uses
+    the same functions in the older form, in which `forward` takes the context. Forward-mode AD
+    differentiates the operations of `forward`.
     """
 
     generate_vmap_rule = True
@@ -50,7 +51,7 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
-        """The results, with a node in autograd's graph."""
+        """Run `forward` and add a node to autograd's graph."""
         if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
             return cls.forward(*arguments)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -1,4 +1,4 @@
-"""Matrices applied to the channels of features: the products that other operations are made of."""
+"""Matrices applied to the channels of features: the products of which other operations consist."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def linear_squared_norm(
 ) -> Tensor:
     """`||matrix @ x + bias||^2` at every position: the score of a flow whose last map is linear.
 
-    The kernel never writes the latents. U-Flow's statistic (arXiv:2211.12353), and that of the
-    likelihood under a white normal.
+    The kernel never writes the latents. This is U-Flow's statistic (arXiv:2211.12353), and that of the
+    likelihood under a white normal distribution.
 
     Args:
         x: (B, C, *spatial), any strides.
@@ -47,7 +47,7 @@ def linear_squared_norm(
 def linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`matrix @ x + bias` at every position of x (B, C, *spatial), in the promoted dtype of x and matrix.
 
-    Of full precision under autocast. Unchecked: what the modules are made of.
+    Autocast does not reduce the precision. Arguments are not checked: modules call this.
     """
     if eager.by_hand(x, matrix, bias) and not runs_triton("linear", x, matrix, bias):
         return eager.product(matrix, x, bias)
@@ -99,7 +99,7 @@ def _linear_gradients(
 class Linear(Function):
     """`matrix @ x + bias` at every position, (B, N, *spatial) in the promoted dtype of x and matrix.
 
-    With `Outer` a family that is closed under differentiation: each is the gradient of the other.
+    Together with `Outer` it is closed under differentiation: gradients of each are made of the two.
     """
 
     @staticmethod
@@ -152,7 +152,7 @@ class _LinearSquaredNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, matrix, bias = ctx.saved_tensors
-        z = Linear.apply(x, matrix, bias)  # again, rather than kept: the forward pass has not written it
+        z = Linear.apply(x, matrix, bias)  # recomputed: the forward pass has not written it
         grad = (2 * grad.unsqueeze(1) * z).to(z.dtype)
         return _linear_gradients(ctx.needs_input_grad, x, matrix, None if bias is None else bias.dtype, grad)
 

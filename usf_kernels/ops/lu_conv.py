@@ -38,8 +38,8 @@ def lu_conv1x1(
         impl: None picks by device; "reference" or "triton" force one.
 
     Returns:
-        (B, C, *spatial) in the promoted dtype of all arguments. Computed in float32 at least, except that the
-        Triton kernel multiplies in half precision, with float32 sums, where all arguments are of one such
+        (B, C, *spatial) in the promoted dtype of all arguments. It is computed in float32 at least, except
+        that the Triton kernel multiplies in half precision, with float32 sums, if all arguments share such a
         dtype. The log-determinant is `lu_log_det(upper, positions)`.
 
     Raises:
@@ -122,6 +122,6 @@ def _lu_conv1x1(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor | None, in
     dtype = promoted_dtype(x, lower, upper, bias)
     matrix = LUMatrix.run(lower, upper, inverse, dtype)
     if inverse and bias is not None:
-        # No matrix product: autocast would round its gradient's, whatever surrounds this one.
+        # Not a matrix product: autocast would round the one in its gradient, whatever context this runs in.
         bias = -(matrix.float() * bias.float()).sum(1)
     return Linear.run(x, matrix, bias)

@@ -1,9 +1,9 @@
-"""An LU-parameterised map from its parameters as one operation: its matrix, bias and log-determinant, or, for
+"""An LU-parameterised map as one operation on its parameters: its matrix, bias and log-determinant or, for
 few positions, its factors applied one after the other.
 
-Written out it is a dozen operations on small tensors or on matrices, each with a node in autograd's graph: on
-a GPU, and for small maps, they take longer than applying the matrix. Here they are one node, and its gradient
-is by hand.
+Written out, it takes a dozen operations on small tensors and matrices, each with a node in autograd's graph.
+On a GPU, and for small maps, these take longer than applying the matrix. Here they are one node with a
+hand-written gradient.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def lu_map(
     Args:
         lower, upper: (C, C); only the strict triangles are read. L has ones on its diagonal, U has `signs *
             exp(log_diagonal)`.
-        signs, log_diagonal: (C,); of the second None is zeros.
-        bias, log_scale, offset: (C,) each, or None; the last two both or neither.
+        signs, log_diagonal: (C,); None for the second means zeros.
+        bias, log_scale, offset: (C,) each, or None; log_scale and offset are both None or neither is.
 
-    All of one dtype, float32 or float64.
+    All arguments share one dtype, float32 or float64.
 
     Returns:
-        matrix (C, C); bias (C,), None where there is nothing to shift by; log-determinant per position, 0-d.
+        matrix (C, C); bias (C,), or None if nothing is added; log-determinant per position, 0-d.
     """
     run = _plain if somebody_looks() else _Map.apply
     if log_scale is None:
@@ -74,8 +74,8 @@ def _plain(*given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _product(lower: Tensor, upper: Tensor) -> Tensor:
-    """L U of an upper triangular `upper`."""
-    if runs_triton("lu_conv1x1", lower, upper):  # of full precision whatever the setting for TF32
+    """Return L U, given an upper triangular `upper`."""
+    if runs_triton("lu_conv1x1", lower, upper):  # full precision whatever the setting for TF32
         return LUMatrix.apply(lower, upper, False, lower.dtype)
     return lu_matrix(lower, upper)
 
@@ -147,7 +147,7 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
-        saved = ctx.saved_tensors  # once: a checkpoint makes them anew for whoever asks
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at every access
         given, (matrix, *kept) = saved[:7], saved[7:]
         grads = grad, grad_bias, grad_log_det
         if differentiates_again() or batched(*grads) or (ctx.native and not fits(*grads)):
@@ -175,8 +175,8 @@ class _Map(torch.autograd.Function):
 
 
 def apply_factors(x: Tensor, *given: Tensor | None) -> Tensor:
-    """What `lu_map` of the same arguments does to x (B, C, *spatial), without its matrix: U, then L. For
-    where `factors_pay` and `eager.by_hand`."""
+    """Apply the map of `lu_map(*given)` to x (B, C, *spatial) without forming its matrix: U, then L. Call it
+    where `factors_pay` and `eager.by_hand` are true."""
     return _Factors.apply(x, *given)
 
 
@@ -186,7 +186,7 @@ def _factors_plain(x: Tensor, *given: Tensor | None) -> Tensor:
 
 
 class _Factors(torch.autograd.Function):
-    """What scales and shifts does so to x: it has fewer numbers than the triangles."""
+    """Applies the ActNorm to x rather than to the factors, because x has fewer elements."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Tensor | None) -> Tensor:

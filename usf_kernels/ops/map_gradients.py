@@ -1,6 +1,6 @@
 """Gradients of the anomaly map in closed form: matrix products and a stencil, so reruns give the same bits.
 
-Autograd through the reference would scatter with atomic additions on a GPU. This is plain PyTorch, so it is
+On a GPU, autograd would scatter with atomic additions through the reference. This is plain PyTorch, so it is
 differentiable again.
 """
 
@@ -28,8 +28,8 @@ def anomaly_map_gradients(
 
 
 def _weights(n_in: int, n_out: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One row per output pixel. Linear: w0 at i0, w1 at i1. Of squares: w0^2, w1^2. Of the product of the two
-    neighbours: 2 w0 w1 at i0."""
+    """Matrices (n_out, n_in) with which an output pixel weighs its two sources i0 and i1: linear weights (w0
+    at i0, w1 at i1), those of squares (w0^2, w1^2), and that of the product of the two (2 w0 w1 at i0)."""
     i0, i1, w0, w1 = reference.bilinear_weights(n_in, n_out, like)
     pixels = torch.arange(n_in, device=like.device)
     first, second = ((i[:, None] == pixels).to(like.dtype) for i in (i0, i1))
@@ -54,7 +54,7 @@ def _through_products(grad: Tensor, z: Tensor, size: Sequence[int]) -> Tensor:
     right = (rows.mT @ grad @ next_columns)[:, None]
     down = (next_rows.mT @ grad @ columns)[:, None]
     diagonals = 0.5 * (next_rows.mT @ grad @ next_columns)[:, None]
-    # Every product gives each of its two factors the other one, weighted.
+    # The derivative of a product by each factor is the other factor, weighted.
     total = 2 * own * z
     for weight, dy, dx in ((right, 0, 1), (down, 1, 0), (diagonals, 1, 1), (diagonals, 1, -1)):
         total = total + _shift(weight, 0, min(dx, 0)) * _shift(z, dy, dx)
@@ -63,5 +63,5 @@ def _through_products(grad: Tensor, z: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _shift(v: Tensor, dy: int, dx: int) -> Tensor:
-    """v at (y + dy, x + dx), 0 outside."""
+    """Return v at (y + dy, x + dx), with 0 outside."""
     return F.pad(v, (-dx, dx, -dy, dy))

@@ -1,8 +1,8 @@
 """Loops of the extension over float32 tensors on the CPU, each one pass over memory.
 
-Where torch needs a pass and fresh memory for every operation, these read each value once. Who calls them has
-asked `fits` first. Tensors go to the extension as addresses and strides. It walks maps and channels-last
-memory, slices of channels or of the batch too; what has other strides is copied first.
+Where torch needs a pass and fresh memory for every operation, these read each value once. Callers must ask
+`fits` first. Tensors go to the extension as addresses and strides. It walks contiguous and channels-last
+memory, including slices of channels or of the batch; tensors with other strides are copied first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from usf_kernels import _core
 
 WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
-LARGEST_CLAMP = 80.0  # e^s is then finite, and the loops do not look
+LARGEST_CLAMP = 80.0  # e^s is then finite: the loops do not check
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -32,12 +32,12 @@ def somebody_looks() -> bool:
 
 
 def batched(*tensors: Tensor | None) -> bool:
-    """Whether autograd computes with many gradients at once (`is_grads_batched`), not to be written to."""
+    """Whether autograd runs many gradients at once (`is_grads_batched`); they must not be written to."""
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def fits(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the extension may read these tensors: memory of such values, and nobody looking inside."""
+    """Whether the extension may read these tensors: plain CPU tensors of this dtype, and nobody looks."""
     if somebody_looks():
         return False
     for t in tensors:
@@ -48,13 +48,13 @@ def fits(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
 
 def is_memory(t: Tensor) -> bool:
     """Whether the values of a tensor are what lies at its address."""
-    # Of one tensor, asked often: without a loop.
+    # Takes one tensor and does not call `batched`: it runs often, and a loop would cost.
     batched = torch._C._functorch.is_legacy_batchedtensor(t)
     return t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor() or batched)
 
 
 def squared_norm(z: Tensor) -> Tensor:
-    """(B, *spatial)."""
+    """`usf_kernels.ops.squared_norm`: (B, *spatial)."""
     shape = z.shape
     out = z.new_empty((shape[0], *shape[2:]))
     if not _core.squared_norm(shape, _of(z), out.data_ptr(), threads_over(z)):
@@ -64,7 +64,7 @@ def squared_norm(z: Tensor) -> Tensor:
 
 
 def squared_norm_gradient(grad: Tensor, z: Tensor) -> Tensor:
-    """2 grad z, in the format of z."""
+    """Return `2 * grad * z` in the memory format of z."""
     out, grad = torch.empty_like(z), grad.contiguous()
     if not _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), threads_over(z)):
         z, out = _formatted(z, z), _formatted_empty(z, z)
@@ -73,7 +73,7 @@ def squared_norm_gradient(grad: Tensor, z: Tensor) -> Tensor:
 
 
 def channel_sums(x: Tensor) -> Tensor | None:
-    """(C,), of (B, C, *spatial); None for strides that have no loop. As accurate as sums in float64."""
+    """Sums per channel, (C,), as accurate as in float64; None for strides that have no loop."""
     sums = x.new_empty(x.shape[1])
     return sums if _core.channel_sums(x.shape, _of(x), sums.data_ptr(), threads_over(x)) else None
 
@@ -88,9 +88,9 @@ def couple(
     clamp: float | None,
     inverse: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """As `usf_kernels.ops.step.coupling_step`, of which only plain couplings are inverted; in x's format.
+    """`usf_kernels.ops.step.coupling_step` in x's memory format; inverses must have no index and scale.
 
-    None for what is left to torch: a clamp beyond `LARGEST_CLAMP`, an index that is no permutation.
+    Returns None for what is left to torch: a clamp beyond `LARGEST_CLAMP`, an index that is no permutation.
     """
     if not _takes(index, clamp):
         return None
@@ -107,7 +107,7 @@ def couple(
 
 
 def shift(x: Tensor, values: Tensor, split: int, inverse: bool) -> Tensor:
-    """`usf_kernels.ops.additive_coupling`: a fifth faster than `couple` where tensors are small."""
+    """`usf_kernels.ops.additive_coupling`, a fifth faster than `couple` on small tensors."""
     shape, y, threads = x.shape, _dense(x), threads_over(x)
     options = split, None, inverse, None, None, None
     if not _core.couple(shape, _of(x), _of(values), *options, _of(y), None, threads):
@@ -127,7 +127,7 @@ def couple_gradient(
     clamp: float | None,
     inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
-    """Gradients of x, params, scale and bias, the last two where a scale is given; None as for `couple`."""
+    """Gradients of x, params, scale and bias (None without a scale). Returns None where `couple` does."""
     if not _takes(index, clamp):
         return None
     per_channel = [None if scale is None else torch.empty_like(scale) for _ in range(2)]
@@ -167,7 +167,7 @@ def _write_gradients(
     exits: Sequence[Tensor | None],
     per_channel: Sequence[Tensor | None],
 ) -> bool:
-    """Into `grad_x`, `grad_params` and `per_channel`; False, and none written, for strides without a loop."""
+    """Write `grad_x`, `grad_params` and `per_channel`. For strides without a loop, only return False."""
     grad_log_det = None if clamp is None else grad_log_det.contiguous()
     return _core.couple_gradient(
         x.shape, _of(grad), address(grad_log_det), _of(x), _of(params), split, clamp, inverse,
@@ -186,8 +186,8 @@ def uncouple(
     split: int,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:
-    """`usf_kernels.ops.eager.uncouple`, in place where there are neither index nor scale; None as for
-    `couple`."""
+    """`usf_kernels.ops.eager.uncouple`, in place if there is neither index nor scale. Returns None where
+    `couple` does."""
     if not _takes(index, clamp):
         return None
     grad_log_det = None if clamp is None else grad_log_det.expand(y.shape[0]).contiguous()
@@ -211,7 +211,7 @@ def uncouple(
 
 
 def threads_over(x: Tensor) -> int:
-    """That are worth waking for a pass over x."""
+    """Number of threads for one pass over x."""
     return torch.get_num_threads() if x.numel() >= WORTH_THREADS else 1
 
 
@@ -220,7 +220,7 @@ def _takes(index: Tensor | None, clamp: float | None) -> bool:
 
 
 def _of(t: Tensor) -> tuple[int, tuple[int, ...]]:
-    """A tensor as the extension takes it."""
+    """Address and strides of a tensor, in the form that the extension takes."""
     return t.data_ptr(), t.stride()
 
 
@@ -229,7 +229,7 @@ def address(t: Tensor | None) -> int | None:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Memory for a result of the shape of x, in the format in which torch.cat of its channels would be."""
+    """Empty tensor of the shape of x, in the memory format that torch.cat over channels would return."""
     if x.ndim in (4, 5):
         return torch.empty_like(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
-"""An LU map from its parameters, and its gradients, by the extension: one call each.
+"""An LU map from its parameters, and its gradients, each in one call of the extension.
 
-What `usf_kernels.ops.lu_map` does in a dozen operations takes longer to ask for than to compute. Who calls
-these has asked `fits`.
+The dozen operations of `usf_kernels.ops.lu_map` take longer to dispatch than to compute. Callers must ask
+`fits` first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def fits(given: Given) -> bool:
 
 
 def lu_map(given: Given) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `usf_kernels.ops.lu_map.lu_map`, but that the bias is None where there is no log_scale."""
+    """`usf_kernels.ops.lu_map.lu_map`, except that the bias is None if there is no log_scale."""
     given = _dense(given)
     lower, *_, bias, log_scale, _ = given
     bias = None if log_scale is None else bias
@@ -37,10 +37,10 @@ def lu_map(given: Given) -> tuple[Tensor, Tensor | None, Tensor]:
 def gradients(
     given: Given, matrix: Tensor, grad: Tensor, grad_moved: Tensor | None, grad_log_det: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Of lower, upper, log_diagonal, log_scale and offset, None for what is None.
+    """Gradients of lower, upper, log_diagonal, log_scale and offset; None for those that are None.
 
     Args:
-        given, matrix: what `lu_map` took, and the matrix that it made.
+        given, matrix: the argument of `lu_map`, and the matrix that it returned.
         grad, grad_moved, grad_log_det: gradients of its results.
     """
     given = _dense(given)
@@ -58,12 +58,12 @@ def gradients(
 
 
 def _dense(given: Given) -> Given:
-    """With vectors whose values lie side by side."""
+    """Return `given` with contiguous vectors."""
     return (*given[:2], *(None if v is None else v.contiguous() for v in given[2:]))
 
 
 def _map(given: Given) -> tuple:
-    """As the extension takes it."""
+    """Return the map as the extension takes it: its size, factors and vectors."""
     lower, upper, signs, log_diagonal, _, log_scale, offset = given
     factors = ((matrix.data_ptr(), matrix.stride(0)) for matrix in (lower, upper))
     return (len(lower), *factors, *map(address, (signs, log_diagonal, log_scale, offset)))

@@ -1,7 +1,7 @@
-"""Matrices applied to the channels of float32 features on the CPU by the extension: of maps or rows in place.
+"""Matrices applied by the extension to the channels of float32 maps or rows on the CPU, which are not copied.
 
-Where PyTorch's library for products does not use the widest vectors of a processor, it takes half the time.
-Who calls these has asked `native.fits` first, and `walks_maps` or `row_stride`.
+Where PyTorch's library for products does not use the widest vectors of a processor, the extension takes half
+the time. Callers must ask `native.fits` first, and `walks_maps` or `row_stride`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from usf_kernels import _core
 from usf_kernels.ops.native import address
 
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
-MULTIPLIES = hasattr(_core, "map_product")  # compilers without vector types build none
+MULTIPLIES = hasattr(_core, "map_product")  # False if the compiler had no vector types
 MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False)  # in fused flows
 
 
 def has_amx() -> bool:
-    """Whether that is by AMX, which the system has to let a process use, and not by AVX-512's instruction."""
+    """Whether bfloat16 products use AMX rather than AVX-512: processor and operating system must allow it."""
     return MULTIPLIES_BFLOAT16 and _core.has_amx()
 
 
 def threads_for(multiplications: int) -> int:
-    """That are worth waking for so many."""
+    """Number of threads for this many multiplications."""
     return torch.get_num_threads() if multiplications >= WORTH_THREADS else 1
 
 
@@ -35,8 +35,8 @@ def walks_maps(x: Tensor) -> bool:
 
 
 def row_stride(x: Tensor) -> int | None:
-    """Numbers from one position to the next, over the whole batch, where each one's channels lie side by
-    side; None where they do not."""
+    """Number of elements from one position to the next, over the whole batch, or None if there is no such
+    stride or the channels of a position do not lie side by side."""
     if x.numel() == 0 or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x.shape[1]
     if x.stride(1) != 1 and x.shape[1] != 1:
@@ -49,7 +49,7 @@ def row_stride(x: Tensor) -> int | None:
 
 
 def _position_stride(x: Tensor) -> int | None:
-    """From one position of an image to the next; None where there is no next, 0 where it is not the same."""
+    """Stride between positions of an image; None for a single position, 0 if the stride is not uniform."""
     stride, count = None, 1
     for size, own in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size != 1:
@@ -70,14 +70,14 @@ def map_product(
     mask: Tensor | None = None,
     triangle: int = 0,
 ) -> Tensor:
-    """`matrix @ x + bias` at every position of an x that `walks_maps`, (B, C, *spatial): dense.
+    """`matrix @ x + bias` at every position of x (B, C, *spatial), which `walks_maps`; contiguous.
 
     Args:
-        matrix: (N, C, ...) with nothing behind, or (C, N, ...) if `transposed`.
+        matrix: (N, C), or (C, N) if `transposed`; further dimensions must have size 1.
         bias: (N,), or None.
         relu: put the result through a ReLU.
-        mask: of the result's shape, dense; where it is not positive the result is 0. Without `relu`.
-        triangle: what is multiplied with is lower (-1) or upper (1) triangular; 0 for neither.
+        mask: of the result's shape, contiguous; the result is 0 where it is not positive. Not with `relu`.
+        triangle: -1 or 1 if the matrix that multiplies x is lower or upper triangular; 0 for neither.
     """
     matrix, bias = _lying(matrix), None if bias is None else bias.contiguous()
     outputs, (batch, inputs, *spatial) = matrix.shape[1 if transposed else 0], x.shape
@@ -99,12 +99,12 @@ def row_product(
     mask: Tensor | None = None,
     share: Tensor | None = None,
 ) -> Tensor:
-    """`map_product` of an x with a `row_stride`, (B, C, *spatial): in channels-last memory.
+    """`map_product` for an x (B, C, *spatial) that has a `row_stride`; the result is channels-last.
 
     Args:
-        matrix, bias, relu, transposed: of `map_product`.
-        mask: of `map_product`, in channels-last memory.
-        share: (1, N, *spatial), added to the result of every sample in front of the ReLU. Without a mask.
+        matrix, bias, relu, transposed: see `map_product`.
+        mask: see `map_product`, but in channels-last memory.
+        share: (1, N, *spatial), added to the result of every sample in front of the ReLU. Not with a mask.
     """
     matrix, bias = _lying(matrix), None if bias is None else bias.contiguous()
     share = None if share is None else share.movedim(1, -1).contiguous()
@@ -115,7 +115,7 @@ def row_product(
     ending = address(bias), relu, address(mask), address(share), y.data_ptr()
     of_matrix = _matrix(matrix, transposed)
     _core.row_product(sizes, of_matrix, channels, rows, *ending, threads_for(y.numel() * inputs))
-    return y.movedim(-1, 1).detach()  # no view, which autograd would not let be written to
+    return y.movedim(-1, 1).detach()  # not a view: autograd forbids writing to those
 
 
 def factor_product(
@@ -127,15 +127,18 @@ def factor_product(
     transposed: bool = False,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`triangle @ x + bias` at every position, (B, C, *spatial), dense in the memory format of x, which
-    `walks_maps` or has a `row_stride`.
+    """`triangle @ x + bias` at every position of x, which `walks_maps` or has a `row_stride`.
 
     Args:
-        matrix: (C, C), of which the strict triangle alone is read.
-        diagonal: (C,), the triangle's; None for ones.
-        upper: which triangle of the matrix, lower or upper.
-        transposed: multiply with what is the triangle's transpose.
+        matrix: (C, C); only one strict triangle is read.
+        diagonal: (C,), the triangle's diagonal; None for ones.
+        x: (B, C, *spatial).
+        upper: read the upper triangle of the matrix, not the lower one.
+        transposed: multiply by the transpose of the triangle.
         bias: (C,), or None.
+
+    Returns:
+        (B, C, *spatial), dense, in the memory format of x.
     """
     matrix = _lying(matrix)
     diagonal, bias = (None if v is None else v.contiguous() for v in (diagonal, bias))
@@ -155,7 +158,7 @@ def factor_product(
 def outer_product(a: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
     """Sum over the batch and all positions of `a x^T`, (M, N); each `walks_maps` or has a `row_stride`.
 
-    With a `triangle`, lower (-1) or upper (1), only that part of the result is right.
+    With a `triangle`, lower (-1) or upper (1), only that part of the result is correct.
     """
     (batch, inputs, *spatial), outputs = x.shape, a.shape[1]
     strides = row_stride(a), row_stride(x)
@@ -170,7 +173,7 @@ def outer_product(a: Tensor, x: Tensor, triangle: int = 0) -> Tensor:
 
 
 def _lying(matrix: Tensor) -> Tensor:
-    """(N, C) of (N, C, ...) with nothing behind, one of the dimensions side by side."""
+    """Return a matrix (N, C, 1, ...) as (N, C), copied if neither dimension has a stride of 1."""
     matrix = matrix.flatten(1)
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 

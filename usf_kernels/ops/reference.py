@@ -1,7 +1,7 @@
 """The operations in plain PyTorch: the oracle for every kernel, and the path on a machine without a GPU.
 
-Differentiable to any order, any dtype, any strides; nothing is written in place and nothing is checked
-(the public functions do that). Inputs that were autocast to a narrower dtype are promoted, not refused.
+They are differentiable to any order and take any dtype and strides; nothing is written in place and nothing
+is checked (the public functions do that). Inputs that autocast has narrowed are promoted, not refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def masked_additive_coupling(x: Tensor, shift: Tensor, mask: Tensor, inverse: bo
 
 
 class _AffineCoupling(Function):
-    """Keeps x and params only: what else the gradients need is cheaper to compute again than to keep."""
+    """Saves x and params only: whatever else the gradients need is cheaper to recompute than to keep."""
 
     @staticmethod
     def forward(x: Tensor, params: Tensor, split: int, clamp: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class _AffineCoupling(Function):
 
 
 def _tanh_and_shift(x: Tensor, params: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    """Fresh tensors in the compute dtype."""
+    """Return tanh of the scaled raw scales, and the scaled shift: fresh tensors in the compute dtype."""
     wide, active_channels = compute_dtype(x, params), x.shape[1] - split
     raw_scale, shift = params.to(wide).split([active_channels, active_channels], dim=1)
     return torch.tanh(0.1 * raw_scale), 0.1 * shift
@@ -94,7 +94,7 @@ def affine_coupling_gradients(
     scale = torch.exp(-clamp * tanh if inverse else clamp * tanh)
     grad_passive, grad_active = grad.to(wide).split([split, x.shape[1] - split], dim=1)
     active, grad_out = x[:, split:].to(wide), grad_active * scale
-    # y2 = x2 e^s + t depends on s by x2 e^s, and (x2 - t) e^-s by minus itself; log_det on s by 1 and -1.
+    # d/ds of y2 = x2 e^s + t is x2 e^s, that of (x2 - t) e^-s is minus itself; that of log_det is 1 or -1.
     grad_scale = torch.addcmul(
         grad_log_det.to(wide).view(-1, *[1] * (x.ndim - 1)), grad_out, active - shift if inverse else active
     )
@@ -226,7 +226,7 @@ def anomaly_map(latents: list[Tensor], size: tuple[int, int], interpolate: str) 
 
 
 def bilinear_weights(n_in: int, n_out: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Source indices and weights of `align_corners=False`: value = w0 * v[i0] + w1 * v[i1]."""
+    """(i0, i1, w0, w1) of a resize with `align_corners=False`: value = w0 * v[i0] + w1 * v[i1]."""
     position = torch.arange(n_out, device=like.device, dtype=like.dtype)
     position = ((position + 0.5) * (n_in / n_out) - 0.5).clamp(0, n_in - 1)
     i0 = position.floor().long()

@@ -1,6 +1,6 @@
-"""Chosen columns of rows (N, C), two of three in place: what a fused flow does around its conditioners.
+"""Operations on chosen columns of rows (N, C), which a fused flow needs around its conditioners.
 
-Of kernels only, and not differentiable: `usf_kernels.nn.rows` has the other ways of doing it.
+These run kernels only, and are not differentiable: `usf_kernels.nn.rows` chooses between them and others.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from usf_kernels.ops.dispatch import HAS_TRITON, define
 
 
 def runs_kernels(rows: Tensor) -> bool:
-    """Whether these operations are for rows like these: in any floating dtype but float64 on a CUDA or ROCm
-    device, except in graphs for export, which are to run anywhere."""
+    """Whether these operations take `rows`: any floating dtype but float64, on a CUDA or ROCm device, and not
+    in exported graphs, which must run anywhere."""
     return (
         HAS_TRITON
         and rows.device.type == "cuda"
@@ -25,12 +25,13 @@ def runs_kernels(rows: Tensor) -> bool:
 
 
 def multiplies_in_kernels(rows: Tensor) -> bool:
-    """Whether two layers and what they are added to are best one kernel for rows like these: on tensor cores.
-    Full float32 products are the vendor's."""
+    """Whether two layers and the addition of their result to `rows` are best run as one kernel, on tensor
+    cores. Full float32 products are left to the vendor's library."""
     if not runs_kernels(rows):
         return False
     half = rows.dtype in (torch.bfloat16, torch.float16)
-    return half or (not torch.compiler.is_compiling() and rounds_to_tf32())  # which no graph may ask
+    # Compiled graphs must not depend on the setting for TF32.
+    return half or (not torch.compiler.is_compiling() and rounds_to_tf32())
 
 
 def select_rows(rows: Tensor, index: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
     Args:
         rows: (N, C) in float32, bfloat16 or float16, at any strides; changed.
         index: (M,) int64, in 0..C-1 in any order, none twice. Its values are not read for checking.
-        values: (N, M) in any of these dtypes.
+        values: (N, M), in any of the dtypes of rows.
 
     Raises:
         TypeError, ValueError: as `select_rows`.
@@ -74,8 +75,8 @@ def affine_rows(
 
     Args:
         rows, index: as for `add_rows`.
-        outputs: (N, 2 * M) in any of these dtypes: raw, then t; `s = clamp * tanh(raw)`.
-        shift: (M,) in any of these dtypes.
+        outputs: (N, 2 * M), raw, then t; `s = clamp * tanh(raw)`. In any of the dtypes of rows.
+        shift: (M,), in any of the dtypes of rows.
 
     Returns:
         The log-determinant of each row in the direction computed, (N,) float32.
@@ -113,7 +114,7 @@ def _check_dtype(name: str, value: Tensor) -> None:
 
 
 def _check_device(name: str, value: Tensor, rows: Tensor) -> None:
-    """A kernel would read the wrong memory where PyTorch's own operations raise."""
+    """Raise unless both are on one device: a kernel would read wrong memory where PyTorch raises."""
     if value.device != rows.device:
         raise ValueError(f"{name}: expected a tensor on {rows.device} like rows, found one on {value.device}")
 

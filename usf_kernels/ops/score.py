@@ -152,8 +152,8 @@ kernel("squared_norm")(_SquaredNorm.run)
 @kernel("anomaly_map")
 def _anomaly_map(latents: Sequence[Tensor], size: tuple[int, int], interpolate: str) -> Tensor:
     latent = interpolate == "latent"
-    # Dynamo counts a Function's arguments to see whether it wants a context, and these vary: without a
-    # gradient to follow it must not see one. (Elsewhere requires_grad does not tell: not within vmap.)
+    # Dynamo counts a Function's arguments to tell whether it takes a context, and here their number varies:
+    # without gradients it must not see a Function. (Not compiled, requires_grad says nothing within vmap.)
     compiled_away = torch.compiler.is_compiling() and not any(z.requires_grad for z in latents)
     if compiled_away or not torch.is_grad_enabled():
         return _map_op(latents, size, latent)

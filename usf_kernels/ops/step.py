@@ -1,4 +1,4 @@
-"""A coupling and the channel maps around it as one operation: a flow step without its conditioner."""
+"""A coupling and the channel map behind it as one operation: a flow step without its conditioner."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def coupling_step(
     inverse: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A coupling, then an ActNorm and a permutation of its channels: a Glow step but for its conditioner.
+    """A coupling, then an ActNorm and a permutation of its channels: a Glow step without its conditioner.
 
-    `y[:, i] = scale[j] * v[:, j] + bias[j]` with j = index[i] and v the coupled x: additive with the shift
-    `params` where `clamp` is None, otherwise affine. The inverse, with the same arguments, undoes it.
+    `y[:, i] = scale[j] * v[:, j] + bias[j]`, with j = index[i] and v the coupled x. The coupling is additive,
+    with the shift `params`, if `clamp` is None, else affine. The inverse takes the same arguments.
 
     Args:
-        x: (B, C, *spatial), the input, or for the inverse the output.
+        x: (B, C, *spatial), the step's input, or its output for the inverse.
         params: the conditioner's output for the passive half of the coupling's input, as `additive_coupling`
             or `affine_coupling` takes it.
-        split, clamp: of the coupling.
+        split, clamp: see `affine_coupling`.
         index: (C,) int64, a permutation; None for none. Its values are not read for checking.
-        scale, bias: (C,) each, no scale zero; None, both, for none.
-        inverse, impl: as for the couplings.
+        scale, bias: (C,) each, no scale zero; both None for no ActNorm.
+        inverse, impl: see `affine_coupling`.
 
     Returns:
         y: (B, C, *spatial) in the promoted dtype of x and params.
-        log_det: (B,) that of the coupling alone, in the direction computed; of shape (0,) for an additive
-            one.
+        log_det: (B,), of the coupling alone, in the direction computed; of shape (0,) for an additive
+            coupling.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or value.
@@ -101,12 +101,12 @@ def coupling_matrix(
     clamp: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A coupling, then `matrix @ y + bias` at every position: `coupling_step` with a matrix (C, C) in place
-    of a permutation. Of full precision under autocast; the matrix and bias (C,) are unchecked.
+    of a permutation. Autocast does not reduce the precision; matrix and bias (C,) are not checked.
 
     Args:
         x, params, split, clamp: as for `coupling_step`.
 
-    Returns, raises: as `coupling_step`.
+    Returns and raises the same as `coupling_step`.
     """
     if eager.by_hand(x, params, matrix, bias):
         return eager.matrix_step(x, params, matrix, bias, split, clamp)
@@ -126,13 +126,13 @@ def undo_step(
     clamp: float | None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What a reversible backward pass needs of a step: its input, from its output y, and the gradients.
+    """Recover a step's input from its output y, with the gradients, for a reversible backward pass.
 
-    Unchecked, all of one dtype, and nothing is recorded; y and `grad` may be written into. `grad_log_det` is
-    0-d or (B,), the other arguments are those of `coupling_step`.
+    Nothing is checked or recorded. All tensors share one dtype; y and `grad` may be overwritten.
+    `grad_log_det` is 0-d or (B,), the other arguments are those of `coupling_step`.
 
     Returns:
-        x, and the gradients of x, params, scale and bias; the last two None without a scale.
+        x, and the gradients of x, params, scale and bias; the last two are None without a scale.
     """
     options = index, scale, bias, split, clamp
     if impl == "triton" or (impl is None and runs_triton("coupling_step", y, grad, params)):
@@ -173,12 +173,12 @@ _backward_op = define(
 
 
 class _Step(Function):
-    """Keeps the input and the parameters only; scales and shifts are computed again."""
+    """Saves the input and the parameters only; the backward pass recomputes scales and shifts."""
 
     @staticmethod
     def forward(x: Tensor, params: Tensor, index: Tensor | None, scale: Tensor | None, bias: Tensor | None,
                 split: int, clamp: float | None, inverse: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-        # Named one by one: Dynamo counts them to see whether there is a context among them.
+        # Arguments are named one by one: Dynamo counts them to tell whether a context is among them.
         return _op(x, params, index, scale, bias, split, clamp, inverse)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The triangles of LU maps: with their diagonals, and in products that leave out their zeros.
 
-For gradients by hand and for what nobody sees: nothing is recorded but by `diagonal_of`, nothing is checked.
+These are helpers for hand-written gradients: autograd records only `diagonal_of`, and nothing is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
 
 
 def diagonal_of(signs: Tensor, log_diagonal: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """(C,) `signs * exp(log_diagonal)`, computed in `dtype` where that is given; differentiable."""
+    """`signs * exp(log_diagonal)`, (C,), computed in `dtype` if that is given; differentiable."""
     if dtype is not None:
         signs, log_diagonal = signs.to(dtype), None if log_diagonal is None else log_diagonal.to(dtype)
     return signs if log_diagonal is None else signs * log_diagonal.exp()
@@ -26,18 +26,18 @@ def unit_lower(lower: Tensor) -> Tensor:
 
 
 def upper_with(upper: Tensor, diagonal: Tensor) -> Tensor:
-    """The strict upper triangle, at least as wide as high, with this diagonal."""
+    """The strict upper triangle of a matrix at least as wide as high, with this diagonal."""
     return _triangle(upper, diagonal, upper.new_empty(upper.shape), upper=True)
 
 
 def strict_(matrix: Tensor, *, upper: bool) -> Tensor:
-    """The matrix, of which only a strict triangle is left."""
+    """Clear the matrix in place except for one strict triangle, and return it."""
     return _triangle(matrix, matrix.new_zeros(len(matrix)), matrix, upper=upper)
 
 
 def _triangle(matrix: Tensor, diagonal: Tensor, out: Tensor, *, upper: bool) -> Tensor:
-    """The strict triangle with the diagonal, in `out`, which may be the matrix. By torch it takes three times
-    as long."""
+    """Write the strict triangle and the diagonal to `out`, which may be the matrix itself. Torch alone takes
+    three times as long."""
     dense = matrix.stride(1) == 1 and diagonal.is_contiguous() and out.is_contiguous()
     if dense and native.fits(matrix, diagonal, out):
         of_matrix = matrix.data_ptr(), matrix.stride(0), tuple(matrix.shape)
@@ -59,8 +59,11 @@ def apply_factor(
     upper: bool,
     transposed: bool = False,
 ) -> Tensor:
-    """The strict upper or lower triangle of `matrix` with a diagonal, None for ones, or its transpose, times
-    x (B, C, *spatial) at every position, plus the bias; in x's memory format."""
+    """Multiply x (B, C, *spatial) at every position by a triangle, and add the bias; in x's memory format.
+
+    The triangle is the strict upper or lower one of `matrix` with the given diagonal (None for ones), or its
+    transpose.
+    """
     fits = products.MULTIPLIES and not torch.is_grad_enabled() and native.fits(matrix, diagonal, x, bias)
     if fits and ((x.ndim > 2 and products.walks_maps(x)) or products.row_stride(x) is not None):
         return products.factor_product(matrix, diagonal, x, upper=upper, transposed=transposed, bias=bias)
@@ -72,10 +75,10 @@ def apply_factor(
 
 
 def times(matrix: Tensor, x: Tensor, *, triangle: int = 0) -> Tensor:
-    """`matrix @ x`, of a lower (-1) or upper (1) triangular matrix, or any (0)."""
+    """`matrix @ x` for a lower (-1) or upper (1) triangular matrix, or any matrix (0)."""
     return apply_matrix(matrix, x[None], None, triangle=triangle)[0]
 
 
 def outer(a: Tensor, b: Tensor, *, triangle: int = 0) -> Tensor:
-    """`a @ b^T`, of which a lower (-1) or upper (1) triangle is right, or all (0)."""
+    """`a @ b^T`, of which only the lower (-1) or upper (1) triangle is correct, or all (0)."""
     return matrix_gradient(a[None], b[None], triangle=triangle)
