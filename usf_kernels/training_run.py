@@ -141,7 +141,7 @@ class Run:
             norm = self.fabric.clip_gradients(
                 self.module, self.stepper, max_norm=settings.clip_norm, error_if_nonfinite=False
             )
-            if settings.precision != "16-mixed":  # its gradient scaler skips such a step
+            if settings.precision != "16-mixed":  # the gradient scaler skips such a step
                 self._require_finite("norm of the gradient", norm.item(), now)
         self.stepper.step()
         self.stepper.zero_grad()

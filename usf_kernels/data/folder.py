@@ -98,7 +98,7 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        known = not isinstance(error, UnidentifiedImageError)  # its message has an object's address
+        known = not isinstance(error, UnidentifiedImageError)  # this message has an object's address
         reason = error if known else "no image of a format that Pillow knows"
         raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
 

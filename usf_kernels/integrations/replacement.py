@@ -23,7 +23,7 @@ _TESTED = {"FrEIA": "0.2", "anomalib": "2.7"}
 
 @dataclass(frozen=True)
 class Replacement:
-    """What `replace_blocks` did.
+    """Report of `replace_blocks`.
 
     Attributes:
         replaced: names of the modules that have another class now.

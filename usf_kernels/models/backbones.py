@@ -117,7 +117,7 @@ class Backbone(nn.Module):
     def _normalised(self, images: Tensor) -> Tensor:
         """Return images normalised as the network takes them, in its dtype."""
         images = (images - self.mean) / self.std
-        if isinstance(self.network, _SideBySide):  # its backbones resize and normalise themselves
+        if isinstance(self.network, _SideBySide):  # the backbones in it resize and normalise
             return images
         return images.to(next(self.network.parameters(), images).dtype)
 

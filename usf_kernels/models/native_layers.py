@@ -36,7 +36,7 @@ class _Native:
             return False
         if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and self._fits_pairs()):
             return False
-        return not any(t.is_inference() for t in given[1:])  # their changes go unnoticed
+        return not any(t.is_inference() for t in given[1:])  # changes of these go unnoticed
 
     def _fits_pairs(self) -> bool:
         return MULTIPLIES_BFLOAT16 and not has_amx()
