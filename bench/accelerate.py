@@ -21,7 +21,7 @@ FLIPPED = 1e-3  # share of a mask's pixels that rounding may turn over
 ORIGINAL, REPLACED, ACCELERATED, EXACT = "anomalib", "replace_blocks", "accelerate", "accelerate, exact"
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     ORIGINAL: lambda model: None,
-    REPLACED: partial(replace_blocks, compact=True),  # which changes checkpoints only
+    REPLACED: partial(replace_blocks, compact=True),  # `compact` changes checkpoints only
     ACCELERATED: accelerate,
     EXACT: partial(accelerate, exact=True),
 }
@@ -34,7 +34,7 @@ def _flow(model: Peer, inputs: Inputs) -> list[Tensor]:
 
 @torch.no_grad()
 def _whole(model: Peer, inputs: Inputs) -> list[Tensor]:
-    """Anomaly maps, and masks where the model makes them."""
+    """Return anomaly maps, and masks if the model makes them."""
     found = model.model(*inputs)
     return [found.anomaly_map] if found.pred_mask is None else [found.anomaly_map, found.pred_mask]
 
@@ -50,7 +50,7 @@ def _corrected(model: Peer, inputs: Inputs) -> list[Tensor]:
 
 
 def _right(truth: Callable[[], list[Tensor]], result: list[Tensor]) -> str | None:
-    """Against what it should be in float64, of the first images."""
+    """Check a result against the truth in float64, for the first images."""
     for found, expected in zip(result, truth(), strict=True):
         if expected.dtype == torch.bool:
             share = (found[: len(expected)].cpu() != expected).double().mean().item()
@@ -63,13 +63,13 @@ def _right(truth: Callable[[], list[Tensor]], result: list[Tensor]) -> str | Non
 
 
 def _sharing(model: Peer) -> Peer:
-    """A copy with the same tensors."""
+    """Return a copy that shares its tensors with the model."""
     tensors = chain(model.parameters(), model.buffers())
     return deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 class _Count:
-    """A file of which only the size is kept."""
+    """A file object that only counts the bytes written."""
 
     size = 0
 
@@ -81,7 +81,7 @@ class _Count:
 
 
 def checkpoint_bytes(flow: nn.Module) -> int:
-    """Of the file that `torch.save` makes of the flow's state_dict.
+    """Size in bytes of the file that `torch.save` makes of the flow's state_dict.
 
     Tensors that share memory until the model is moved to a GPU, as anomalib's permutations and their inverses
     do, count in full.

@@ -27,7 +27,7 @@ from bench.machine import dtypes
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 from bench.table import FUSED
 
-# FastFlow on ResNet-18 at 256 x 256, then U-Flow on MS-CaiT: channels, side.
+# (channels, side) of FastFlow on ResNet-18 at 256 x 256, then of U-Flow on MS-CaiT.
 SHAPES = ((64, 64), (128, 32), (256, 16), (384, 14), (816, 28))
 DEPTH = 8
 WIDTH = {"float32": 4, "bfloat16": 2}
@@ -39,7 +39,7 @@ def _no_grad(call: Callable[..., object], *inputs: object, **options: object) ->
 
 
 def _each(calls: Sequence[Callable[[], object]]) -> None:
-    """One after the other, none of the results kept: the next finds warm memory, as inside a flow."""
+    """Make the calls in turn and drop the results, so that each finds warm memory, as inside a flow."""
     for call in calls:
         call()
 
@@ -92,7 +92,7 @@ def _provider(
 def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
     ours = our_flow(SHARED, shape)
     channels_last = x.to(memory_format=torch.channels_last)
-    narrow = channels_last.to(torch.bfloat16)  # as a backbone under autocast hands it over
+    narrow = channels_last.to(torch.bfloat16)  # the output of a backbone under autocast
     for package, version in (("anomalib", ""), ("FrEIA", " 0.2")):
         flow = peer_flow(package, ours, shape)
         if flow is None:
@@ -143,7 +143,7 @@ def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
 
 def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
-    """The conditioners' convolutions and the C x C products by themselves, in their best memory format."""
+    """Yield the bare convolutions of conditioners and C x C products, in their best memory format."""
     for dtype in dtypes(x.device):
         word = str(dtype).removeprefix("torch.")
         for name in ("additive, permutation", SHARED):
@@ -203,14 +203,14 @@ def _case(shape: Shape) -> Case:
 
 
 def cases(depths: Sequence[int] = (1, DEPTH)) -> tuple[Case, ...]:
-    """Every shape, kernel and batch, for each depth."""
+    """Return the cases of every shape, kernel and batch, for each depth."""
     return tuple(
         _case(Shape(channels, side, kernel, batch, depth))
         for depth in depths
         for channels, side in SHAPES
         for kernel in (1, 3)
         for batch in (1, 8, 32)
-        # Half an hour by itself, and in no way unlike a batch of 8.
+        # Left out, as it takes half an hour by itself and behaves like a batch of 8.
         if (channels, kernel, batch, depth) != (816, 3, 32, DEPTH)
     )
 

@@ -14,12 +14,12 @@ from bench import table
 from bench.subject import LIMIT, OURS, PEER
 
 SLOWER = 1.10
-MOVED = 1.25  # of the time that a parallel section takes, see `bench.machine.parallel_section`
+MOVED = 1.25  # change of the time of a parallel section, see `bench.machine.parallel_section`
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row of ours in two files, each time as a multiple of the same peer's."""
+    """A row of ours in two files, both times as multiples of the same peer's."""
 
     row: table.Row
     peer: str
@@ -29,7 +29,7 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """Above 1 where it became slower."""
+        """Ratio of new to old; above 1 if it became slower."""
         return self.new / self.old
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Change:
 
 
 def changes(old: Iterable[table.Row], new: Iterable[table.Row]) -> Iterator[Change]:
-    """Every row of ours that both tables have, against the fastest peer (else limit) that both have."""
+    """Compare every row of ours in both tables with the fastest peer (else limit) that both have."""
     before, after = ({table.identity(row): row for row in rows} for rows in (old, new))
     for key, row in after.items():
         if row["role"] != OURS or key not in before:
@@ -66,7 +66,7 @@ def changes(old: Iterable[table.Row], new: Iterable[table.Row]) -> Iterator[Chan
 
 
 def lost(old: Iterable[table.Row], new: Iterable[table.Row]) -> list[table.Row]:
-    """Rows of ours that only `old` has, of cases that both have: what is wrong now is no longer timed."""
+    """Return rows of ours that are missing in `new` though it has their case: wrong results are not timed."""
     new = list(new)
     measured, runs = {table.identity(row) for row in new}, {table.run_of(row) for row in new}
     return [
@@ -77,7 +77,7 @@ def lost(old: Iterable[table.Row], new: Iterable[table.Row]) -> list[table.Row]:
 
 
 def _excuse(new: table.Row, old: table.Row, *peers: table.Row) -> str:
-    """Why a change may be none of the code's."""
+    """Return a reason other than the code for a change, if there is one."""
     if any(row["noisy"] == "1" for row in (new, old, *peers)):
         return "noisy"
     if new["threads"] != old["threads"]:
@@ -87,13 +87,13 @@ def _excuse(new: table.Row, old: table.Row, *peers: table.Row) -> str:
 
 
 def _beside(row: table.Row, other: table.Row) -> bool:
-    """Whether they were timed in turn, in the same precision and direction."""
+    """Whether two rows were timed in turn, in the same precision and direction."""
     same = all(row[name] == other[name] for name in ("dtype", "direction"))
     return same and table.run_of(row) == table.run_of(other)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what became slower or is no longer timed; 1 if anything did without an excuse."""
+    """Print what became slower or is no longer timed; return 1 unless there is an excuse for all of it."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("old", type=Path, metavar="OLD.csv")
     parser.add_argument("new", type=Path, metavar="NEW.csv")

@@ -1,4 +1,4 @@
-"""torch.compile as in a process that compiles one thing: no case finds what another one left."""
+"""torch.compile as in a process that compiles one thing: no case uses what another one compiled."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 def forget() -> None:
     """Forget what was compiled.
 
-    Cases share functions, and torch compiles a function a few times only: then it runs eagerly, in silence.
+    Cases share functions, and torch compiles a function a few times only: then it silently runs eagerly.
     """
     torch.compiler.reset()
 
 
 @contextmanager
 def first() -> Iterator[None]:
-    """Around the first call of what is compiled: all of it is compiled now, and nothing comes from a disk.
+    """Run the first call of a compiled function in this block: all is compiled now, nothing comes from disk.
 
     Raises:
-        RuntimeError: when nothing was compiled, or a function more often than torch allows.
+        RuntimeError: when nothing was compiled, or a function would be more often than torch allows.
     """
     from torch._dynamo import config, exc, utils
     from torch._inductor.utils import fresh_cache

@@ -39,7 +39,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Code(NamedTuple):
-    """What the machine code of one kernel shows. `spills` counts instructions on NVIDIA, registers on AMD."""
+    """Properties of a kernel's machine code. `spills` counts instructions on NVIDIA, registers on AMD."""
 
     registers: int
     spills: int
@@ -50,7 +50,7 @@ class Code(NamedTuple):
 
 
 def compile_cases(only: Sequence[str] = ("",)) -> Iterator[Case]:
-    """The cases of every file in `usf_kernels.kernels` whose "file: name" contains one of `only`."""
+    """Yield the cases of all files in `usf_kernels.kernels` whose "file: name" contains one of `only`."""
     for module in sorted(pkgutil.iter_modules(kernels.__path__), key=lambda m: m.name):
         loaded = importlib.import_module(f"usf_kernels.kernels.{module.name}")
         for case in getattr(loaded, "COMPILE_CASES", ()):
@@ -60,7 +60,7 @@ def compile_cases(only: Sequence[str] = ("",)) -> Iterator[Case]:
 
 
 def launches_of(case: Case, target: GPUTarget) -> list[Launch]:
-    """What a case would launch there, with every candidate of the tuner."""
+    """Return what a case would launch on a target, with every candidate of the tuner."""
     capability = target.arch if target.backend == "cuda" else 0
     with record(target.warp_size, capability) as launches:
         case.call()
@@ -68,7 +68,7 @@ def launches_of(case: Case, target: GPUTarget) -> list[Launch]:
 
 
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
-    """The kernel as Triton would compile it at this launch on a device of this kind."""
+    """Compile a kernel as Triton would at this launch on a device of this kind."""
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.arguments, **launch.options)
@@ -103,7 +103,7 @@ def _inspect_nvidia(binary: bytes, shared_bytes: int) -> Code:
 
 
 def _widest(instructions: list[str]) -> int:
-    """Bytes of the widest of these; one without a width moves four, U8 and U16 less."""
+    """Return the bytes of the widest instruction; one without a width moves four, U8 and U16 fewer."""
     widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     found = ({widths[part] for part in name.split(".") if part in widths} or {4} for name in instructions)
     return max((max(width) for width in found), default=0)
@@ -133,7 +133,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def complaints(code: Code, need: str | None) -> list[str]:
-    """What is wrong with this code, in words."""
+    """Describe what is wrong with the code, if anything."""
     wrong = []
     if code.spills:
         wrong.append("spills registers")
@@ -147,7 +147,7 @@ def complaints(code: Code, need: str | None) -> list[str]:
 
 
 def check(case: Case, target_name: str) -> Iterator[dict[str, Any]]:
-    """One row for each kernel and configuration of a case; `problem` is empty where all is well."""
+    """Yield a row for each kernel and configuration of a case; `problem` is empty if all is well."""
     target, seen = TARGETS[target_name], set()
     for launch in launches_of(case, target):
         name = launch.kernel.__name__
@@ -165,7 +165,7 @@ def check(case: Case, target_name: str) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print, write; 1 if anything is wrong."""
+    """Compile, print and write the rows; return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.compile_check", description=__doc__.splitlines()[0]
     )

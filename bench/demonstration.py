@@ -16,12 +16,12 @@ PICTURE = "brick.png"
 
 
 def read(path: Path = KEPT) -> dict[str, dict[str, Any]]:
-    """The metrics of each texture."""
+    """Read the metrics of each texture."""
     return json.loads(path.read_text(encoding="utf-8"))["textures"]
 
 
 def section(textures: dict[str, dict[str, Any]]) -> str:
-    """One line per texture, the baseline in brackets."""
+    """Return a table with one line per texture, the baseline in brackets."""
     header = (
         "texture",
         "pixel AUROC",

@@ -1,4 +1,4 @@
-"""What the pictures share: a figure with a headline, names beside curves, strips of ratios."""
+"""Helpers of the pictures: a figure with a headline, names beside curves, strips of ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRIP = 0.4  # inches
 def canvas(
     height: float, panels: Sequence[tuple[float, float]], title: str, subtitle: str
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a headline and panels at (left edge, width), in inches."""
+    """Make a figure with a headline and panels at (left edge, width), in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=150, facecolor="white")
@@ -41,12 +41,12 @@ def canvas(
 
 
 def title_of(axis: Axes, text: str) -> None:
-    """Over a panel."""
+    """Put a title over a panel."""
     axis.set_title(text, fontsize=9.5, color=INK, loc="left", pad=6)
 
 
 def legend(figure: Figure, entries: Mapping[str, str]) -> None:
-    """What colours mean, at the right of the headline."""
+    """Explain the colours, at the right of the headline."""
     width, height = figure.get_size_inches()
     x = 1 - 0.2 / width
     for name, colour in reversed(entries.items()):
@@ -55,7 +55,7 @@ def legend(figure: Figure, entries: Mapping[str, str]) -> None:
 
 
 def round_ticks(axis: Axes, low: float, high: float) -> None:
-    """A logarithmic y axis with ticks at 1, 2 and 5."""
+    """Make the y axis logarithmic, with ticks at 1, 2 and 5 times powers of ten."""
     axis.set_yscale("log")
     axis.set_ylim(low, high)
     ticks = [m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
@@ -64,8 +64,8 @@ def round_ticks(axis: Axes, low: float, high: float) -> None:
 
 
 def names_at_ends(axis: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
-    """Names of curves at the right of the panel, at the height of their last points (y, name, colour, bold),
-    moved apart where they meet."""
+    """Write names of curves at the right of a panel, at the height of their last points (y, name, colour,
+    bold), moved apart where they would overlap."""
     points = 72 / axis.figure.dpi
     placed: list[float] = []
     for y, name, colour, bold in sorted(ends):
@@ -86,7 +86,7 @@ def names_at_ends(axis: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> N
 
 
 def strips(axis: Axes, groups: Sequence[Sequence[tuple[float, str]]], *, base: int = 2) -> None:
-    """One strip per group of (ratio, colour): a dot for each, and a bar for the geometric mean."""
+    """Draw one strip per group of (ratio, colour): a dot for each, and a bar for the geometric mean."""
     for y, group in enumerate(groups):
         if not group:
             continue
@@ -113,14 +113,14 @@ def strips(axis: Axes, groups: Sequence[Sequence[tuple[float, str]]], *, base: i
 
 
 def name_strips(axis: Axes, names: Sequence[str], colours: Sequence[str]) -> None:
-    """At the left of the strips."""
+    """Write names at the left of the strips."""
     axis.set_yticks(range(len(names)), names)
     for label, colour in zip(axis.get_yticklabels(), colours, strict=True):
         label.set(color=colour, fontsize=9)
 
 
 def machine(rows: Sequence[table.Row]) -> str:
-    """Where the rows were measured."""
+    """Describe the machine on which the rows were measured."""
     row = rows[0]
     torch = [v.replace("=", " ") for v in row["versions"].split() if v.startswith("torch=")]
     return ", ".join([row["device"], count(row["threads"], "thread"), *torch])

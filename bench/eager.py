@@ -1,4 +1,4 @@
-"""The operations in eager PyTorch's way, as the authors' code, FrEIA and anomalib write them."""
+"""The operations in eager PyTorch, written as in the authors' code, FrEIA and anomalib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIZE = 256  # of the anomaly maps
+SIZE = 256  # side of the anomaly maps
 
 
 def additive(x: Tensor, shift: Tensor, split: int) -> Tensor:
@@ -16,7 +16,7 @@ def additive(x: Tensor, shift: Tensor, split: int) -> Tensor:
 
 
 def affine(x: Tensor, params: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    """As FrEIA and anomalib write it."""
+    """Affine coupling, written as in FrEIA and anomalib."""
     params = params * 0.1
     channels = x.shape[1] - split
     log_scale = 2.0 * torch.tanh(params[:, :channels])
@@ -31,20 +31,20 @@ def masked(x: Tensor, shift: Tensor, mask: Tensor) -> Tensor:
 def step(
     coupling: Callable[..., object], x: Tensor, params: Tensor, kernel: Tensor, scale: Tensor, bias: Tensor
 ) -> Tensor:
-    """A coupling, scale and bias, a permutation as the dense convolution that FrEIA and anomalib run."""
+    """A coupling, scale and bias, and a permutation as a dense convolution, as in FrEIA and anomalib."""
     y = coupling(x, params)
     y = (y[0] if isinstance(y, tuple) else y) * scale[:, None, None] + bias[:, None, None]
     return F.conv2d(y, kernel)
 
 
 def step_kept(x: Tensor, params: Tensor, index: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    """With the permutation as FrEIA and anomalib keep it."""
+    """Replace the index in the inputs of `step` by the dense kernel that FrEIA and anomalib keep."""
     kernel = torch.eye(len(index), device=x.device, dtype=x.dtype)[index][:, :, None, None]
     return x, params, kernel, *rest
 
 
 def lu(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor, eye: Tensor) -> Tensor:
-    """The matrix as a 1x1 convolution, as Glow's implementations do."""
+    """An LU map as a 1x1 convolution with its matrix, as in Glow's implementations."""
     matrix = (torch.tril(lower, -1) + eye) @ torch.triu(upper)
     return F.conv2d(x, matrix[:, :, None, None], bias)
 
@@ -55,7 +55,7 @@ def lu_inverse(x: Tensor, lower: Tensor, upper: Tensor, bias: Tensor, eye: Tenso
 
 
 def lu_kept(x: Tensor, lower: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-    """With the identity that Glow's implementations keep."""
+    """Append to the inputs of `lu` the identity that Glow's implementations keep."""
     return x, lower, *rest, torch.eye(len(lower), device=x.device, dtype=x.dtype)
 
 
@@ -83,13 +83,13 @@ def squared_norm(z: Tensor) -> Tensor:
 
 
 def likelihood_map(latents: list[Tensor]) -> Tensor:
-    """As the authors' code and anomalib do it."""
+    """Anomaly map from likelihoods per scale, as in the authors' code and anomalib."""
     maps = [torch.exp(-0.5 * z.pow(2).mean(dim=1, keepdim=True)) for z in latents]
     sized = [F.interpolate(m, SIZE, mode="bilinear", align_corners=False) for m in maps]
     return 1 - torch.stack(sized).mean(dim=0)
 
 
 def latent_map(latents: list[Tensor]) -> Tensor:
-    """The printed equation: all channels at the size of the image."""
+    """Anomaly map by the paper's printed equation: all channels are resized to the image."""
     sized = [F.interpolate(z, SIZE, mode="bilinear", align_corners=False) for z in latents]
     return 1 - torch.stack([torch.exp(-0.5 * z.pow(2).mean(dim=1, keepdim=True)) for z in sized]).mean(dim=0)

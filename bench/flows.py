@@ -1,4 +1,4 @@
-"""The flows that are measured: ours in four forms, and the same as FrEIA and anomalib build them."""
+"""The flows that are measured: ours in four forms, and FrEIA's and anomalib's with the same weights."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PEERS = {"anomalib": "pip install 'usf-kernels[anomalib]'", "FrEIA": "pip instal
 
 @dataclass(frozen=True)
 class Shape:
-    """A stack of coupling blocks and the batch that it sees. Conditioners are convolution, ReLU,
-    convolution, and as wide as their input."""
+    """A stack of coupling blocks and its input batch. Conditioners are convolution, ReLU, convolution, and as
+    wide as their input."""
 
     channels: int
     side: int
@@ -32,45 +32,45 @@ class Shape:
 
     @property
     def active(self) -> int:
-        """Channels that a block changes."""
+        """Number of channels that a block changes."""
         return self.channels // 2
 
     @property
     def passive(self) -> int:
-        """Channels that its conditioner sees."""
+        """Number of channels that its conditioner sees."""
         return self.channels - self.active
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """(B, C, H, W)."""
+        """Shape of the input, (B, C, H, W)."""
         return self.batch, self.channels, self.side, self.side
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name of the shape, to be read by people."""
         blocks = "" if self.depth == 1 else f", {self.depth} blocks"
         return f"{self.channels} @ {self.side}^2, k={self.kernel}, batch {self.batch}{blocks}"
 
     @property
     def columns(self) -> dict[str, int]:
-        """For the rows."""
+        """Columns of the shape in a row."""
         return asdict(self)
 
     def gigaflops(self, *, outputs: int, product: bool) -> float:
-        """Of all blocks' convolutions, `outputs` per active channel, and C x C products."""
+        """Work of all blocks' convolutions, with `outputs` per active channel, and of C x C products."""
         positions = self.batch * self.side**2
         weights = self.kernel**2 * self.passive * (self.passive + outputs * self.active)
         return 2e-9 * self.depth * positions * (weights + product * self.channels**2)
 
     def gigabytes(self, *, outputs: int, product: bool, width: int) -> float:
-        """The input, the output and the weights once: what even one kernel for everything has to move."""
+        """Least traffic, even of one kernel for everything: the input, the output and the weights once."""
         weights = self.kernel**2 * self.passive * (self.passive + outputs * self.active)
         return (
             1e-9 * width * (2 * math.prod(self.sizes) + self.depth * (weights + product * self.channels**2))
         )
 
     def input(self, device: torch.device) -> Tensor:
-        """White, float32, contiguous; the first sample is the same in every batch size."""
+        """Make a white input, float32, contiguous; the first sample is the same for every batch size."""
         generator = torch.Generator().manual_seed(1)
         return torch.stack([torch.randn(self.sizes[1:], generator=generator) for _ in range(self.batch)]).to(
             device
@@ -79,7 +79,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Form:
-    """One of ours."""
+    """A form of our coupling blocks."""
 
     name: str
     coupling: str
@@ -88,7 +88,7 @@ class Form:
 
     @property
     def outputs(self) -> int:
-        """Of the conditioner, per active channel."""
+        """Number of outputs of the conditioner per active channel."""
         return 2 if self.coupling == "affine" else 1
 
 
@@ -112,11 +112,11 @@ FORMS = {
         Form("conjugated", "additive", True, _conjugated),
     )
 }
-SHARED = "affine, permutation"  # the form that peers have; they get its weights
+SHARED = "affine, permutation"  # the form that peers have, too; they get its weights
 
 
 def subnet(kernel: int) -> Callable[[int, int], nn.Module]:
-    """Convolution, ReLU, convolution; as wide as the input."""
+    """Return a maker of conditioners: convolution, ReLU, convolution, as wide as the input."""
 
     def make(c_in: int, c_out: int) -> nn.Module:
         return nn.Sequential(
@@ -129,8 +129,8 @@ def subnet(kernel: int) -> Callable[[int, int], nn.Module]:
 
 
 def our_flow(form: str, shape: Shape, **options: object) -> flows.FlowSequence:
-    """Ours, float32 on the CPU, in evaluation mode; the same weights at every call. Options are the
-    sequence's."""
+    """Make our flow, float32 on the CPU, in evaluation mode, with the same weights at every call. Options are
+    passed to the sequence."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         blocks = [FORMS[form].block(shape.channels, subnet(shape.kernel)) for _ in range(shape.depth)]
@@ -141,7 +141,7 @@ def our_flow(form: str, shape: Shape, **options: object) -> flows.FlowSequence:
 
 
 def convolutions(flow: flows.FlowSequence) -> nn.ModuleList:
-    """The convolutions of each block's conditioner, without what is between them."""
+    """Return the convolutions of each block's conditioner, without the layers between them."""
     return nn.ModuleList(
         nn.Sequential(*(layer for layer in block.coupling.subnet if isinstance(layer, nn.Conv2d)))
         for block in flow
@@ -149,13 +149,13 @@ def convolutions(flow: flows.FlowSequence) -> nn.ModuleList:
 
 
 def _scatter(act_norm: flows.ActNorm) -> None:
-    """Scales and offsets as if the data had set them."""
+    """Set random scales and offsets, as if data had set them."""
     state = {name: 0.1 * torch.randn(act_norm.channels) for name in ("log_scale", "bias")}
     act_norm.load_state_dict(state | {"initialized": torch.tensor(True)})
 
 
 def peer_flow(package: str, ours: flows.FlowSequence, shape: Shape) -> nn.Module | None:
-    """FrEIA's SequenceINN of that package's AllInOneBlock with the weights of ours; None without it."""
+    """Make FrEIA's SequenceINN of the package's AllInOneBlocks with our weights; None without the package."""
     if not find_spec("FrEIA") or not find_spec(package):
         return None
     from FrEIA.framework import SequenceINN
@@ -172,7 +172,7 @@ def peer_flow(package: str, ours: flows.FlowSequence, shape: Shape) -> nn.Module
         for theirs, step in zip(flow, ours, strict=True):
             theirs.subnet.load_state_dict(step.coupling.subnet.state_dict())
             per_channel = theirs.global_scale.shape
-            # Their scale is softplus(g) with beta 1/2, over 10.
+            # Peers' scale is softplus(g) with beta 1/2, over 10.
             scale = 2 * torch.log(torch.expm1(5 * step.act_norm.log_scale.exp()))
             theirs.global_scale.copy_(scale.view(per_channel))
             theirs.global_offset.copy_(step.act_norm.bias.view(per_channel))
@@ -183,13 +183,13 @@ def peer_flow(package: str, ours: flows.FlowSequence, shape: Shape) -> nn.Module
 
 
 def best_layout(make: Callable[[str], Callable[[], object]], device: torch.device) -> str:
-    """The memory format in which the call that `make` returns takes the least time."""
+    """Return the memory format in which the call that `make` returns takes the least time."""
     return min(FORMATS, key=lambda layout: least_seconds(make(layout), device))
 
 
 def truth(form: str, shape: Shape, direction: str) -> tuple[Tensor, Tensor]:
-    """What the first sample becomes, and the log-determinant, in float64, by the modules that are the
-    definition of each form."""
+    """Return the transformed first sample and the log-determinant in float64, from the modules that define
+    each form."""
     return _truth(form, replace(shape, batch=1), direction)
 
 

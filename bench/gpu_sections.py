@@ -1,4 +1,4 @@
-"""What the rows of a GPU say, in Markdown: as called from Python and in CUDA graphs."""
+"""Markdown tables of the rows of a GPU: as called from Python and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def section(rows: Sequence[table.Row]) -> Iterator[str]:
-    """Everything that they say."""
+    """Yield all parts of a GPU's section."""
     yield f"## {rows[0]['device']}"
     cases = len({(row["subject"], row["case"]) for row in rows})
     yield prose(
@@ -43,7 +43,7 @@ def section(rows: Sequence[table.Row]) -> Iterator[str]:
 def _compared(
     rows: Sequence[table.Row], unit: str, ending: str, first: str
 ) -> tuple[list[str], list[list[str]]]:
-    """Per case and provider of ours: time in a graph, and both ratios, in each precision."""
+    """Make a table with, per case and provider of ours, time in a graph and both ratios in each precision."""
     scale = 1e3 if unit == "us" else 1.0
     header = [first, "input"]
     for dtype in DTYPES:
@@ -53,7 +53,7 @@ def _compared(
         name = row["provider"]
         if row["role"] != OURS or row["dtype"] != DTYPES[0] or not name.endswith(ending):
             continue
-        if name.endswith(table.CAPTURED):  # beside the one it was captured from
+        if name.endswith(table.CAPTURED):  # shown in the line of the one it was captured from
             continue
         line = [*_words(row, name.removesuffix(ending))]
         for dtype in DTYPES:
@@ -67,7 +67,7 @@ def _compared(
 
 
 def _words(row: table.Row, name: str) -> tuple[str, str]:
-    """What and on which input."""
+    """Return what was measured, and on which input."""
     shown = row["case"].replace("^2", "²")
     if row["subject"] == "models":
         return name, shown.removesuffix(f", {TRAINING}")

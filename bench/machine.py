@@ -1,4 +1,4 @@
-"""The machine: what it is called, what is installed, and how fast it copies and multiplies."""
+"""The machine: its name, what is installed, and how fast it copies and multiplies."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from usf_kernels.ops.products import has_amx
 PACKAGES = ("torch", "triton", "numpy", "anomalib", "FrEIA", "timm", "higra", "scikit-image", "maxtree")
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
-SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
+SIDE = {"cpu": 2048, "cuda": 8192}  # side of the matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The columns that all rows of a run share."""
+    """Return the columns that all rows of a run share."""
     versions = " ".join(f"{name}={_version(name)}" for name in PACKAGES if _version(name))
     try:
         git = subprocess.run(
@@ -50,12 +50,12 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def result_files(pattern: str = "*.csv", folder: Path = RESULTS) -> list[Path]:
-    """In the order in which they are shown: cpu.csv first."""
+    """Return the files of results in the order in which they are shown: cpu.csv first."""
     return sorted(folder.glob(pattern), key=lambda path: (path.name != "cpu.csv", path.name))
 
 
 def device_name(device: torch.device) -> str:
-    """As the maker calls it, a processor with its instructions: the vectors that torch uses, and AMX."""
+    """Return the maker's name of a device; for a processor also the vectors that torch uses, and AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -68,27 +68,27 @@ def device_name(device: torch.device) -> str:
 
 
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """In which to measure: bfloat16 only where there is arithmetic for it; nobody would use it elsewhere."""
+    """Return the dtypes to measure: bfloat16 only with arithmetic for it; nobody would use it without."""
     known = device.type != "cpu" or has_bfloat16()
     return (torch.float32, torch.bfloat16) if known else (torch.float32,)
 
 
 def results_file(device: torch.device) -> Path:
-    """Where the rows of a device are kept."""
+    """Return the file for the rows of a device."""
     name = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
     return RESULTS / f"{name}.csv"
 
 
 def parallel_section(device: torch.device) -> Callable[[], object] | None:
-    """An operation that is little more than waking the other cores and waiting for them, None without any.
+    """Return an operation that does little more than wake the other cores and wait; None without other cores.
 
     Under a hypervisor that moves its guests, two cores share a cache at one moment and not at the next. When
-    they do not, a section takes half as long again, and so does whoever is made of many short ones; a large
-    copy is faster then. Nothing else in the guest shows it.
+    they do not, a section takes half as long again, and so do programs of many short sections, while a large
+    copy is faster. Nothing else in the guest shows it.
     """
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return None
-    return partial(torch.ones(40_000).mul_, 1.0)  # a little more than torch leaves to one thread
+    return partial(torch.ones(40_000).mul_, 1.0)  # a little more than torch does on one thread
 
 
 def _version(package: str) -> str | None:
@@ -99,7 +99,7 @@ def _version(package: str) -> str | None:
 
 
 def _providers(device: torch.device) -> Sequence[Provider]:
-    """A copy that no cache holds, and a matrix product in each precision."""
+    """Return a copy too large for caches, and a matrix product in each precision."""
     source = torch.ones(COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)
     providers = [
@@ -110,7 +110,7 @@ def _providers(device: torch.device) -> Sequence[Provider]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         word = str(dtype).removeprefix("torch.")
         product = partial(torch.mm, a, b)
-        if device.type == "cpu":  # whose convolutions may know vectors that its library for products does not
+        if device.type == "cpu":  # convolutions may use vectors that the library for products does not
             image = a.view(1, side, 1, side).movedim(-1, 1)
             product = min(product, partial(F.conv2d, image, b[:, :, None, None]), key=least_seconds)
         providers.append(Provider("matrix product", product, LIMIT, word, gigaflops=2e-9 * side**3))

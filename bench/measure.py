@@ -1,4 +1,4 @@
-"""Timing: all providers of a case in one process, in turn, so that what disturbs one disturbs all."""
+"""Timing of all providers of a case in one process, in turn, so that disturbances hit all of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 Call = Callable[[], object]
 
 NOISY = 1.5  # p80 / p20 above which a row is marked
-BUSY = 0.1  # share of the cores that others take, above which it is marked too
+BUSY = 0.1  # share of the cores taken by others above which a row is marked too
 TURN = 1e-3  # seconds
 BRIEF, LONG = 0.5, 5.0  # seconds
-ROUNDS, FEW = 5, 3  # at least; the second where a round takes `LONG`
+ROUNDS, FEW = 5, 3  # least number of rounds; the second if a round takes `LONG`
 CPU = torch.device("cpu")
 
 
@@ -49,18 +49,18 @@ def alternate(
 ) -> dict[str, Timing]:
     """Call the providers in turn for about `seconds`, at least some rounds, after one to warm up.
 
-    A turn takes at least a millisecond: short calls are repeated in it, and count with their mean. A call
-    that does not count comes before it, unless that would take long, so that nobody pays for the state of
-    the memory that the one before left behind. The garbage collector stays on: what a provider leaves to it
-    is a part of its cost, and nobody's pauses move a median.
+    A turn takes at least a millisecond: short calls are repeated in it, and count with their mean. Before it
+    comes a call that does not count, unless that would take long, so that no provider pays for the state of
+    memory that the previous one left. The garbage collector stays on: its work for a provider is a part of
+    the cost, and its pauses do not move a median.
 
     Args:
         calls: what to time, by name.
-        seconds: for all of them together.
-        least, most: rounds; at least `ROUNDS` or `FEW` where nothing is given.
+        seconds: time for all of them together.
+        least, most: numbers of rounds; `least` is `ROUNDS` or `FEW` by default.
         device: CUDA devices are timed with events on their current stream.
-        cold: empty the caches before every call, which then has a turn of its own.
-        known: seconds of a call before this, by name; those that took long are warm by it.
+        cold: empty the caches before every call, and make one call per turn.
+        known: seconds of an earlier call, by name; calls that took long are not warmed up again.
     """
     elapsed = _cuda_elapsed if device.type == "cuda" else _cpu_elapsed
     flush = _flush(device) if cold else None
@@ -109,13 +109,13 @@ def _cuda_elapsed(call: Call, times: int) -> float:
 
 
 def _flush(device: torch.device) -> Call:
-    """Writes more than the last-level cache holds."""
+    """Return a call that writes more than the last-level cache holds."""
     scratch = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
     return scratch.zero_
 
 
 def first_call(call: Call, device: torch.device = CPU, *, limit: int = 0) -> tuple[object, float]:
-    """What the call returns, and its seconds: what a user waits for at the start, compilation included.
+    """Return a call's result and its seconds, as a user waits for them at the start, compilation included.
 
     Raises:
         TimeoutError: after `limit` seconds (whole ones, 0 for none; only where the system has SIGALRM).
@@ -129,7 +129,7 @@ def first_call(call: Call, device: torch.device = CPU, *, limit: int = 0) -> tup
 
 
 def least_seconds(call: Call, device: torch.device = CPU) -> float:
-    """Of three calls behind a first one, or of the first where that is `LONG`."""
+    """Return the least time of three calls after a first one, or that of the first if it is `LONG`."""
     _, seconds = first_call(call, device)
     return seconds if seconds >= LONG else min(first_call(call, device)[1] for _ in range(3))
 
@@ -153,10 +153,10 @@ def _alarm(seconds: int) -> Iterator[None]:
 
 
 def captured(call: Call) -> Call:
-    """The call's work as a CUDA graph: one launch, whatever the number of kernels.
+    """Return the call's work as a CUDA graph: one launch for any number of kernels.
 
     Raises:
-        Exception: what the call or the capture raises; CUDA is usable after it.
+        Exception: whatever the call or the capture raises; CUDA stays usable.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -179,7 +179,7 @@ def captured(call: Call) -> Call:
 
 @contextmanager
 def _nothing_read_back() -> Iterator[None]:
-    """Whatever waits for the device raises here, and does not break a capture, which it would."""
+    """Raise for anything that waits for the device, before it would break a capture."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -189,8 +189,8 @@ def _nothing_read_back() -> Iterator[None]:
 
 
 def _give_up(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
-    """Leave a capture that broke, where torch stays half in it: on its stream, with memory from its pool, and
-    a random generator that waits for its end."""
+    """Leave a broken capture, in which torch stays half: on its stream, with memory from its pool, and with a
+    random generator that waits for its end."""
     torch.cuda.set_stream(stream)
     device = torch.cuda.current_device()
     with suppress(RuntimeError):  # it may have been ended
@@ -202,24 +202,24 @@ def _give_up(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
 
 
 class Neighbours:
-    """The share of the cores that other processes take, from one call of `share` to the next.
+    """Measures the share of the cores that other processes take between two calls of `share`.
 
-    A busy neighbour can triple the time of everything that uses all cores, and so evenly that no percentile
-    shows it. Linux only: elsewhere the share is 0.
+    A busy neighbour can triple the time of everything that uses all cores, so evenly that no percentile shows
+    it. Linux only: elsewhere the share is 0.
     """
 
     def __init__(self) -> None:
         self.before = self._ticks()
 
     def share(self) -> float:
-        """Since the last call, or since the beginning: 0 to 1."""
+        """Return the share since the last call, or since the beginning: 0 to 1."""
         before, self.before = self.before, self._ticks()
         total, busy, own = (now - then for now, then in zip(self.before, before, strict=True))
         return min(1.0, max(0.0, busy - own) / total) if total > 0 else 0.0
 
     @staticmethod
     def _ticks() -> tuple[float, float, float]:
-        """Seconds of all cores together, of these not idle, and of this process."""
+        """Return the seconds of all cores together, the part that was not idle, and those of this process."""
         try:
             with open("/proc/stat") as stat:
                 user, nice, system, idle, iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
@@ -231,5 +231,5 @@ class Neighbours:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Memory: the most a call needs, and what a forward pass keeps for its backward."""
+"""Memory: the peak of a call, and what a forward pass saves for its backward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory during one call, above that before it; the result counts.
+    """Return the peak memory of one call above that before it, its result included.
 
-    On a CPU this is resident memory, which Linux tells: None elsewhere. Freed memory is given back to the
-    system first, so that the call cannot hide in it.
+    On a CPU this is resident memory as Linux reports it; None on other systems. Freed memory is given back to
+    the system first, so that the call cannot reuse it unnoticed.
     """
     gc.collect()
     if device.type == "cuda":
@@ -44,18 +44,18 @@ def _kilobytes(key: str) -> int:
 
 
 def saved_bytes(forward: Callable[[], object], *, ignore: tuple[Tensor, ...] = ()) -> int:
-    """Bytes of the tensors that a forward pass saves for its backward, each storage counted once.
+    """Return the bytes of tensors that a forward pass saves for its backward, each storage counted once.
 
     Args:
         forward: runs the forward pass.
-        ignore: tensors that live anyway: parameters, buffers, the input.
+        ignore: tensors that exist anyway: parameters, buffers, the input.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in ignore}
     found: dict[int, int] = {}
-    kept = []  # storages must not be freed and reused while they are being counted
+    kept = []  # so that no storage is freed and its address reused while counting
 
     def pack(tensor: Tensor) -> Tensor:
-        # Without its history: a node that held its own output would hold itself, and never be freed.
+        # Detached, since a node that holds its own output would hold itself, and never be freed.
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:

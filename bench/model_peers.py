@@ -1,4 +1,4 @@
-"""anomalib's models with random weights, in the parts that are timed."""
+"""anomalib's models with random weights, split into the parts that are timed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.segmentation import segment
 
-ROWS = 64  # of CFlow, as anomalib has it: per call and optimiser step
+ROWS = 64  # rows per call and optimiser step of anomalib's CFlow, its default
 
 
 class Peer(nn.Module):
     """One of anomalib's models: `forward` takes images to the anomaly map.
 
     Args:
-        model: anomalib's.
+        model: anomalib's torch model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,23 +32,23 @@ class Peer(nn.Module):
 
     @property
     def flow(self) -> nn.Module:
-        """What is trained of it, but for normalisation."""
+        """The trained part of the model, without normalisation."""
         raise NotImplementedError
 
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Of given features: the flows alone."""
+        """Return the latents of given features, from the flows alone."""
         raise NotImplementedError
 
     def flow_part(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Of given features, what the model goes on with; also after `usf_kernels.accelerate`."""
+        """Return what the model computes from given features; works after `usf_kernels.accelerate` too."""
         return self.latents(features)
 
     def corrected(self, images: Tensor) -> list[Tensor]:
-        """What `usf_kernels.accelerate` makes of `forward`, by the formulas and this model's own blocks."""
+        """Return the corrected results of `usf_kernels.accelerate`, from formulas and the original blocks."""
         return [self(images)]
 
     def step(self, images: Tensor) -> None:
-        """Forward and backward, in training mode."""
+        """Run forward and backward, in training mode."""
         raise NotImplementedError
 
 
@@ -63,7 +63,7 @@ class Fastflow(Peer):
         return [flow(x)[0] for flow, x in zip(self.model.fast_flow_blocks, features, strict=True)]
 
     def step(self, images: Tensor) -> None:
-        # FastflowLoss, but for its zero, a copy from the CPU, with which there would be no CUDA graph of it.
+        # FastflowLoss without its initial zero, a copy from the CPU that CUDA graphs do not allow.
         pairs = zip(*self.model(images), strict=True)
         sum(torch.mean(0.5 * torch.sum(z**2, dim=(1, 2, 3)) - log_det) for z, log_det in pairs).backward()
 
@@ -79,7 +79,7 @@ class Uflow(Peer):
         return list(self.model.flow(features, rev=False)[0])
 
     def corrected(self, images: Tensor) -> list[Tensor]:
-        """With the automatic segmentation."""
+        """Return the map and the automatic segmentation."""
         latents = self.latents(self.model.feature_extractor(images))
         size = tuple(images.shape[-2:])
         return [self(images), segment(latents, size, tail=TAIL, tests=TESTS, upsample="nearest")]
@@ -91,7 +91,7 @@ class Uflow(Peer):
 
 
 class Cflow(Peer):
-    """CFlow, as it is: 64 rows at a time."""
+    """CFlow, by default 64 rows at a time."""
 
     @property
     def flow(self) -> nn.Module:
@@ -106,7 +106,7 @@ class Cflow(Peer):
         ]
 
     def flow_part(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Log-likelihoods per dimension, (B, H, W) of each scale."""
+        """Return log-likelihoods per dimension, (B, H, W) per scale."""
         if hasattr(self.model, "log_likelihoods"):  # accelerated
             given = _Given(dict(zip(self.model.pool_layers, features, strict=True)))
             with patch.object(self.model, "encoder", given):
@@ -121,8 +121,8 @@ class Cflow(Peer):
         return found
 
     def corrected(self, images: Tensor) -> list[Tensor]:
-        """Of every image by itself: the mean over the scales of sigmoid(-log p), p per dimension."""
-        self.model.decoders.eval()  # its `forward` leaves them in training mode
+        """Return the mean over the scales of sigmoid(-log p), p per dimension, for each image by itself."""
+        self.model.decoders.eval()  # `forward` leaves them in training mode
         scales = self.flow_part(list(self.model.encoder(images).values()))
         maps = [
             F.interpolate(
@@ -156,7 +156,7 @@ class Cflow(Peer):
 
 
 class _Given(nn.Module):
-    """In the place of an encoder, where features are given."""
+    """A replacement for an encoder that returns given features."""
 
     def __init__(self, features: dict[str, Tensor]) -> None:
         super().__init__()
@@ -167,14 +167,14 @@ class _Given(nn.Module):
 
 
 def fastflow(backbone: str, side: int) -> Peer:
-    """FastFlow on a backbone of anomalib's list."""
+    """Make FastFlow on a backbone of anomalib's list."""
     from anomalib.models.image.fastflow.torch_model import FastflowModel
 
     return Fastflow(FastflowModel((side, side), backbone, pre_trained=False))
 
 
 def uflow(backbone: str, side: int) -> Peer:
-    """U-Flow; of MS-CaiT only the flow, whose features are to be given."""
+    """Make U-Flow; for MS-CaiT only its flow, which must be given features."""
     import timm
     from anomalib.models.image.uflow import torch_model
 
@@ -187,12 +187,12 @@ def uflow(backbone: str, side: int) -> Peer:
     def without_weights(*arguments: object, **options: object) -> nn.Module:
         return create(*arguments, **{**options, "pretrained": False})
 
-    with patch.object(timm, "create_model", without_weights):  # it asks for trained ones, whatever one says
+    with patch.object(timm, "create_model", without_weights):  # it has no option against trained weights
         return Uflow(torch_model.UflowModel((side, side), backbone=backbone))
 
 
 def cflow(backbone: str, side: int, rows: int = ROWS) -> Peer:
-    """CFlow at the paper's scales, `rows` at a time."""
+    """Make CFlow at the paper's scales, for `rows` rows at a time."""
     from anomalib.models.image.cflow.torch_model import CflowModel
 
     layers = ("layer2", "layer3", "layer4")
@@ -200,7 +200,7 @@ def cflow(backbone: str, side: int, rows: int = ROWS) -> Peer:
 
 
 ALL_ROWS, AT_ONCE = 1 << 30, ", all rows at once"
-PEERS: dict[str, dict[str, Callable[[str, int], Peer]]] = {  # by the name of our class, and by theirs
+PEERS: dict[str, dict[str, Callable[[str, int], Peer]]] = {  # by our class's name, then the peer's name
     "FastFlow": {"anomalib Fastflow": fastflow},
     "UFlow": {"anomalib Uflow": uflow},
     "CFlow": {

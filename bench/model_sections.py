@@ -1,4 +1,4 @@
-"""What the rows of whole models say, in Markdown: of this package's, and of anomalib's, accelerated."""
+"""Markdown tables of the rows of whole models: this package's, and anomalib's, accelerated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = {
 
 
 def models(rows: Rows) -> Iterator[str]:
-    """One table for each part of the models, one line for each model and batch size."""
+    """Yield a table for each part of the models, with a line for each model and batch size."""
     yield "### Whole models"
     yield prose(
         "Random weights. The ratios say how much longer the fastest of anomalib's model, its torch.compile "
@@ -49,7 +49,7 @@ def models(rows: Rows) -> Iterator[str]:
 
 
 def accelerated(rows: Rows) -> Iterator[str]:
-    """Times before and after, and the sizes of checkpoints."""
+    """Yield tables of times before and after, and of the sizes of checkpoints."""
     yield "### An anomalib model, accelerated"
     yield prose(
         "anomalib's models with random weights, on images of 256 x 256, before and after `usf.accelerate`, "
@@ -99,7 +99,7 @@ def _titled(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -
 
 
 def _cases(rows: Rows, part: str | None = None) -> Iterator[tuple[tuple[str, str, str], list[table.Row]]]:
-    """Model, batch size and part of each case, all or those of a part, with its rows."""
+    """Yield model, batch size and part of each case with its rows; all cases, or those of one part."""
     for case, some in groupby(sorted(rows, key=_place), key=_place):
         if part in (None, case[2]):
             model, batch = case[0].replace("^2", "²"), case[1].removeprefix("batch ")
@@ -112,12 +112,12 @@ def _place(row: table.Row) -> tuple[str, str, str]:
 
 
 def _form(row: table.Row) -> str:
-    """Of our model: coupling and linear map, and whether it is reversible."""
+    """Form of our model: coupling and linear map, and whether it is reversible."""
     return row["provider"].removesuffix(table.FUSED)
 
 
 def _of_form(rows: Rows, form: str) -> list[table.Row]:
-    """Of a form of ours; of its inference form only, where that is there."""
+    """Return the rows of a form of ours; if there are rows of its inference form, only these."""
     ours = [row for row in rows if row["role"] == OURS and _form(row) == form]
     return [row for row in ours if table.FUSED in row["provider"]] or ours
 
@@ -132,6 +132,6 @@ def _speedup(ours: table.Row | None, peer: table.Row | None) -> str:
 
 
 def _either(cells: Iterable[str]) -> str:
-    """Of float32 / of bfloat16, or what there is of them."""
+    """Join the cells of float32 and bfloat16; either may be empty."""
     wide, narrow = cells
     return f"{wide} / {narrow}" if wide and narrow else wide or (f"/ {narrow}" if narrow else "")

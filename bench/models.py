@@ -22,7 +22,7 @@ from usf_kernels.ops import anomaly_map
 
 FORMS = (("affine", "permutation"), ("additive", "permutation"), ("additive", "lu"))
 FLOW, TRAINING = "flow part", "training step"
-MODES = {"": "standard", REVERSIBLE: "auto"}  # what training keeps, by what the rows call it
+MODES = {"": "standard", REVERSIBLE: "auto"}  # suffix of a provider's name -> memory mode
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,12 @@ class Spec:
     """A model on a backbone.
 
     Attributes:
-        model: its class in `usf_kernels.models`.
-        backbone: a timm name, or what the features are called that are given.
-        stages: of the backbone.
-        side: of the images.
-        final_norm: maps go through the norm with which the network ends, as the papers have it for
-            transformers.
-        given: (channels, strides) where there is no backbone, and only the flow is timed.
+        model: name of its class in `usf_kernels.models`.
+        backbone: a timm name, or a name for the given features.
+        stages: stages of the backbone.
+        side: side of the images.
+        final_norm: put maps through the norm with which the network ends, as the papers do with transformers.
+        given: (channels, strides) of features where there is no backbone, and only the flow is timed.
     """
 
     model: str
@@ -48,11 +47,11 @@ class Spec:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name of the model, to be read by people."""
         return f"{self.model} {self.backbone} {self.side}^2"
 
     def ours(self, coupling: str, linear: str, memory: str = "standard") -> FeatureFlow:
-        """Ours, in evaluation mode, with couplings that are not the identity; the same at every call."""
+        """Make our model, in evaluation mode, with couplings that are not the identity; always the same."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             options = {"coupling": coupling, "linear": linear, "noise": 0.0, "memory": memory}
@@ -75,11 +74,11 @@ class Spec:
         return models.Backbone(network, {"name": self.backbone}, mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def images(self, batch: int) -> Tensor:
-        """(B, 3, H, W)."""
+        """Make random images, (B, 3, H, W)."""
         return torch.rand(batch, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))
 
     def features(self, batch: int) -> list[Tensor]:
-        """White, of the shapes that the backbone makes."""
+        """Make white features, in the shapes of the backbone's."""
         generator = torch.Generator().manual_seed(0)
         scales = zip(self._backbone.channels, self._backbone.strides, strict=True)
         sizes = [(batch, channels, self.side // stride, self.side // stride) for channels, stride in scales]
@@ -100,7 +99,7 @@ Inputs = list[Tensor]  # one batch of images, or features
 
 
 def _map(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Image to anomaly map, which is what anomalib's models return."""
+    """Map images to anomaly maps, which anomalib's models return themselves."""
     (images,) = inputs
     found = model(images)
     return [found if isinstance(found, Tensor) else anomaly_map(found[0], tuple(images.shape[-2:]))]
@@ -112,7 +111,7 @@ def _latents(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def _step(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Forward and backward; the gradient of the first parameter. Gradients are made anew."""
+    """Run forward and backward with fresh gradients; return that of the first parameter."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = None
@@ -133,7 +132,7 @@ def _without_gradients(run: Run, model: nn.Module, inputs: Inputs) -> list[Tenso
 
 @torch.no_grad()
 def _autocast(run: Run, model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Backbones in bfloat16, and what of a flow autocast knows."""
+    """Run under autocast: backbones in bfloat16, and those operations of a flow that autocast knows."""
     with torch.autocast(inputs[0].device.type, torch.bfloat16):
         return run(model, inputs)
 
@@ -143,15 +142,15 @@ def _flat(results: Sequence[Tensor]) -> Tensor:
 
 
 def _right(run: Run, model: nn.Module, inputs: Inputs, dtype: str, result: Sequence[Tensor]) -> str | None:
-    """Against the model in float64, on these inputs (on their device: kernels leave float64 to torch)."""
+    """Check against the model in float64 on these inputs, on their device: kernels leave float64 to torch."""
     wide = deepcopy(model).to(inputs[0].device, torch.float64)
     expected = _flat(_without_gradients(run, wide, [x.double() for x in inputs]))
-    # The LU maps of a deep flow on 2,048 channels, of condition 60 each, amplify what is rounded before them.
+    # The LU maps of a deep flow on 2,048 channels, of condition 60 each, amplify earlier rounding errors.
     return close_to(lambda: expected, dtype, slack=2 if dtype == "float32" else 1)(_flat(result))
 
 
 def _right_gradient(model: nn.Module, inputs: Inputs, _: object) -> str | None:
-    """Of the first image."""
+    """Check the gradient of the first image against float64."""
     first = [x[:1] for x in inputs]
     wide = deepcopy(model).double()
     expected = _flat(_step(wide, [x.double() for x in first]))
@@ -161,7 +160,7 @@ def _right_gradient(model: nn.Module, inputs: Inputs, _: object) -> str | None:
 
 
 def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
-    """Everybody who takes these inputs to a result without gradients."""
+    """Yield all providers of a result for these inputs without gradients."""
     device = inputs[0].device
     narrow = [x.to(memory_format=torch.channels_last) for x in inputs]
     first = [x[:1] for x in inputs]
@@ -200,7 +199,7 @@ def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
 
 
 def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
-    """Everybody's forward and backward from images on; without the optimiser."""
+    """Yield all providers of forward and backward from images on, without the optimiser."""
     device = inputs[0].device
     for coupling, linear in FORMS:
         for mode, memory in MODES.items():
@@ -211,7 +210,7 @@ def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
                 OURS,
                 direction=TRAINING,
                 check=partial(_right_gradient, model, inputs),
-                # A reversible pass looks at the states of random generators, and at what it has rebuilt.
+                # A reversible pass reads the states of random generators and its rebuilt inputs back.
                 capture=mode != REVERSIBLE,
             )
     for name, make in peers_of(spec).items():
@@ -222,7 +221,7 @@ def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
 
 
 def _all_on(device: torch.device, call: Callable[[], object]) -> object:
-    """For CUDA graphs of peers, which make constants on the CPU and copy them at every call."""
+    """Call with `device` as default: peers make constants on the CPU, and graphs allow no copies of them."""
     with device:
         return call()
 
@@ -241,7 +240,7 @@ def _last(model: nn.Module) -> nn.Module:
 
 
 def peers_of(spec: Spec) -> dict[str, Callable[[], nn.Module]]:
-    """anomalib's models of a specification, by name; their weights are the same at every call."""
+    """Return makers of anomalib's models of a specification, by name; weights are the same at every call."""
     if not find_spec("anomalib"):
         return {}
     return {

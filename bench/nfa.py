@@ -18,9 +18,9 @@ PEERS = {"skimage": "pip install scikit-image", "mpmath": "pip install mpmath"}
 
 
 def energies(scales: Sequence[tuple[int, int]], batch: int) -> list[torch.Tensor]:
-    """Squared norms (B, H, W) of white latents per scale: chi-square, as many degrees as channels.
+    """Make squared norms (B, H, W) of white latents per scale: chi-square with as many degrees as channels.
 
-    In every map a square of a quarter of the side is four times their mean: something to find.
+    In every map, a square of a quarter of the side has four times their mean: something to find.
     """
     generator = torch.Generator().manual_seed(0)
     maps = []
@@ -35,7 +35,7 @@ def _providers(scales: tuple[tuple[int, int], ...], batch: int, device: torch.de
     maps = energies(scales, batch)
     channels = [c for _, c in scales]
     sides = [side for side, _ in scales]
-    # Regions come before any upsampling: tree, probabilities, prune and merge, and nothing else.
+    # `regions` does no upsampling: only tree, probabilities, prune and merge are timed.
     for tail in ("chernoff", "exact"):
         call = partial(usf.regions, maps, channels=channels, tail=tail, threads=1)
         check = partial(_check, sides)
@@ -55,7 +55,7 @@ def _providers(scales: tuple[tuple[int, int], ...], batch: int, device: torch.de
 
 
 def _check(sides: Sequence[int], images: list[list[usf.Region]]) -> str | None:
-    """Every square, and at most one more detection per image."""
+    """Check that every square is found, and at most one more region per image on average."""
     for i, regions in enumerate(images):
         for scale, side in enumerate(sides):
             square = (scale, (0, 0, side // 4, side // 4), (side // 4) ** 2)
@@ -66,7 +66,7 @@ def _check(sides: Sequence[int], images: list[list[usf.Region]]) -> str | None:
 
 
 def _same(ours: Callable[[], list[list[usf.Region]]], images: list[list[tuple]]) -> str | None:
-    """Plain Python's regions are ours."""
+    """Check that plain Python's regions are the same as ours."""
     for mine, theirs in zip(ours(), images, strict=True):
         expected = sorted((r.scale, r.area, r.log_nfa) for r in mine)
         found = sorted((scale, len(pixels), log_nfa) for scale, pixels, log_nfa in theirs)

@@ -1,4 +1,4 @@
-"""Every operation by itself, in eager PyTorch's way and ours."""
+"""Every operation by itself, in eager PyTorch and in this package."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.lu_map import lu_map
 from usf_kernels.ops.step import coupling_step
 
-# Squares of positions and channels, from the models named in `blocks` and `models`.
+# Shapes of maps in the models named in `blocks` and `models`.
 SHAPES = ((8, 64, 64), (8, 128, 32), (8, 256, 16), (1, 384, 14), (8, 816, 28))  # batch, channels, side
-# On a GPU also past its caches: 268 MB in float32.
+# On a GPU also a map that exceeds its caches: 268 MB in float32.
 LARGE = (64, 256, 64)
 SCALES = ((64, 64), (128, 32), (256, 16))  # channels, side of FastFlow's latents
 
 
 def _random(device: torch.device, *size: int) -> Tensor:
-    """The same on every device, but for what would take long to draw on the CPU."""
+    """Draw the same numbers on every device, except large tensors, which would take long on the CPU."""
     place = device if math.prod(size) > 2**24 else "cpu"
     generator = torch.Generator(place).manual_seed(sum(size))
     return torch.randn(size, generator=generator, device=place).to(device)
 
 
 def _first_in_double(inputs: tuple[object, ...]) -> tuple[object, ...]:
-    """The first sample's inputs in float64 on the CPU, parameters whole."""
+    """Return the inputs in float64 on the CPU: of maps the first sample, parameters whole."""
 
     def convert(value: object) -> object:
         if isinstance(value, list):
@@ -63,10 +63,10 @@ def _providers(
     products: Callable[..., list[tuple[Tensor, Tensor]]] | None,
     device: torch.device,
 ) -> Iterator[Provider]:
-    """Ours, eager and compiled; the truth is ours in float64. On a GPU in bfloat16 as well.
+    """Yield ours, eager and compiled PyTorch, on a GPU in bfloat16 too; the truth is ours in float64.
 
-    `kept` makes of our inputs those of the peers, with what they compute once and keep; `products` the
-    matrices and maps whose bare products no way can avoid, which are timed on a GPU.
+    `kept` turns our inputs into those of the peers, with values that they compute once and keep. `products`
+    returns the matrices and maps whose products nobody can avoid; these are timed alone on a GPU.
     """
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         values = tuple(_cast(value, dtype) for value in inputs(device))
@@ -98,7 +98,7 @@ def _providers(
 
 
 def _multiply(pairs: list[tuple[Tensor, Tensor]], layout: str) -> None:
-    """The vendor's products of matrices (N, K) with maps (B, K, H, W), as they lie or as rows of K."""
+    """Multiply matrices (N, K) and maps (B, K, H, W) with the vendor's library, as maps or as rows of K."""
     for matrix, x in pairs:
         if layout == "contiguous":
             torch.matmul(matrix, x.flatten(2))
@@ -207,7 +207,7 @@ def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
 
 
 def _lu_maps() -> Iterator[Case]:
-    """What is behind the coupling of a step, from its parameters to one matrix."""
+    """Yield cases of ActNorm and LU map: from the parameters behind a step's coupling to one matrix."""
 
     def ours(*parameters: Tensor) -> tuple[Tensor, ...]:
         return lu_map(*(value.to(compute_dtype(value)) for value in parameters))
@@ -232,7 +232,7 @@ def _lu_maps() -> Iterator[Case]:
 
 
 def _residual(batch: int, channels: int, side: int) -> Iterator[Case]:
-    """A conjugated block with a pointwise conditioner, folded into two layers."""
+    """Yield the case of a conjugated block with a pointwise conditioner, folded into two layers."""
     size, hidden = batch * channels * side**2, channels - channels // 2
 
     def inputs(device: torch.device) -> tuple[Tensor, ...]:

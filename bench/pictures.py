@@ -1,4 +1,4 @@
-"""The pictures: each takes all rows and returns a figure, or None where they do not suffice."""
+"""The pictures: each function takes all rows and returns a figure, or None if they do not suffice."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[table.Row]
-WINOGRAD = 36 / 16  # FLOPs as they are counted over those that are done
+WINOGRAD = 36 / 16  # FLOPs counted over FLOPs done
 KERNELS = {"1": ("1 x 1 kernels", OURS_COLOUR), "3": ("3 x 3 kernels", SECOND)}
 
 
 def overview(rows: Rows) -> Figure | None:
-    """Of everything but blocks: how much longer the fastest peer takes."""
+    """Draw how much longer the fastest peer takes, for everything but blocks."""
     groups: dict[str, list[tuple[float, str]]] = {}
     for row in table.ours_to_use(rows):
         peer = table.best_peer(row, rows)
-        # Of an accelerated model the row that corrects it: the others are in the README's table.
+        # For accelerated models only the corrected row is drawn: the others are in the README's table.
         if (
             peer
             and row["subject"] not in ("blocks", "training_step")
@@ -65,19 +65,19 @@ def overview(rows: Rows) -> Figure | None:
     return figure
 
 
-PANELS = {  # of the blocks, a dtype each: whom ours are compared with, title
+PANELS = {  # dtype: provider that our blocks are compared with, title
     "float32": ("anomalib", "float32, over anomalib's block"),
     "bfloat16": ("anomalib, autocast, channels-last", "bfloat16, over its autocast, channels-last"),
 }
 
 
 def _dtypes(rows: Rows) -> list[str]:
-    """Those of `PANELS` that were measured: not every processor has arithmetic for bfloat16."""
+    """Return the dtypes of `PANELS` that were measured: some processors have no arithmetic for bfloat16."""
     return [dtype for dtype in PANELS if any(r["dtype"] == dtype for r in rows)]
 
 
 def blocks(rows: Rows) -> Figure | None:
-    """Speed-ups over anomalib: one dot per shape, a bar for their geometric mean."""
+    """Draw speed-ups over anomalib: one dot per shape, a bar for their geometric mean."""
     rows = [r for r in rows if r["subject"] == "blocks" and r["direction"] == "forward"]
     rows = table.merged(rows, table.ANOMALIB)
     names = list(dict.fromkeys(r["provider"] for r in rows if r["role"] == OURS))
@@ -113,7 +113,7 @@ def blocks(rows: Rows) -> Figure | None:
 
 
 def depth(rows: Rows) -> Figure | None:
-    """Memory saved for the backward, peak memory and time of a training step over the number of blocks."""
+    """Draw saved memory, peak memory and time of a training step over the number of blocks."""
     rows = [r for r in rows if r["subject"] == "training_step"]
     deepest = max(rows, key=lambda r: int(r["depth"]), default=None)
     if deepest is None or int(deepest["depth"]) < 8:
@@ -166,7 +166,7 @@ TREES = {
 
 
 def tree(rows: Rows) -> Figure | None:
-    """Megapixels per second of max-trees over the side of the map."""
+    """Draw megapixels per second of max-trees over the side of the map."""
     rows = [r for r in rows if r["subject"] == "tree" and r["batch"] == "1" and r["provider"] in TREES]
     if not rows:
         return None
@@ -208,7 +208,7 @@ SCALED = {  # provider and dtype: name, colour, line width
 
 
 def scaling(rows: Rows) -> Figure | None:
-    """Milliseconds per image over the batch, and GFLOP/s over the channels."""
+    """Draw milliseconds per image over the batch, and GFLOP/s over the channels."""
     rows = [r for r in rows if r["subject"] == "blocks" and r["depth"] == "8" and r["direction"] == "forward"]
     rows = [r for r in table.merged(rows, table.ANOMALIB) if (r["provider"], r["dtype"]) in SCALED]
     panels: tuple[tuple[str, str, dict[str, str], Callable[[table.Row], float]], ...] = (
@@ -247,7 +247,7 @@ def scaling(rows: Rows) -> Figure | None:
 
 
 def roofline(rows: Rows) -> Figure | None:
-    """GFLOP/s over the FLOPs per byte that have to move, under what the machine can do."""
+    """Draw GFLOP/s over the FLOPs per byte that has to move, under the limits of the machine."""
     limits = {r["provider"] + r["dtype"]: r for r in rows if r["subject"] == "machine"}
     dots = [r for r in rows if r["subject"] == "blocks" and r["role"] in (OURS, PEER)]
     dots = [r for r in dots if r["direction"] == "forward" and r["gb_per_s"] and r["gflop_per_s"]]
@@ -282,7 +282,7 @@ def roofline(rows: Rows) -> Figure | None:
         xs = [0.7 * min(x for x, _ in everything), peak / bandwidth, 1.5 * max(x for x, _ in everything)]
         axis.plot(xs, [min(peak, bandwidth * x) for x in xs], color=INK, linewidth=1.3)
         top = 1.5 * max(y for _, y in everything)
-        if dtype == "float32":  # in which ours filters
+        if dtype == "float32":  # ours uses Winograd's filtering there
             axis.plot(xs[1:], [WINOGRAD * peak] * 2, color=INK, linewidth=1.0, linestyle="--")
             top = max(top, 1.2 * WINOGRAD * peak)
         axis.set_xscale("log")

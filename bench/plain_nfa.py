@@ -2,7 +2,7 @@
 
 Tailanian, Pardo, Musé, JMIV 2024 (arXiv:2211.12353), procedures 1 and 2. Written from the paper, with the
 steps and data structures of a straightforward implementation: every node keeps the list of its pixels, and
-pruning and merging are repeated until nothing changes. What it costs is what users have today.
+pruning and merging are repeated until nothing changes. It shows the cost that users have today.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from skimage.morphology import max_tree
 ALPHA, BETA = 0.316915, 4.062570
 
 
-@cache  # as ours is: a constant of the maps' sizes
+@cache  # ours is cached too: it depends on the maps' sizes only
 def log_number_of_tests(sizes: tuple[int, ...]) -> float:
-    """log10 of the number of connected regions in maps of these numbers of pixels."""
+    """Return log10 of the number of connected regions in maps of these numbers of pixels."""
     alpha, beta = mpmath.mpf(ALPHA), mpmath.mpf(BETA)
     total = mpmath.mpf(0)
     for size in sizes:
@@ -29,11 +29,11 @@ def log_number_of_tests(sizes: tuple[int, ...]) -> float:
 
 
 def detections(maps: Sequence[np.ndarray], channels: Sequence[int]) -> list[tuple[int, list[int], float]]:
-    """Regions with at most one false alarm: (scale, pixels, log10 NFA).
+    """Return the regions with at most one false alarm: (scale, pixels, log10 NFA).
 
     Args:
         maps: squared norms (H, W) of the latents of one image, per scale.
-        channels: of the latents.
+        channels: numbers of channels of the latents.
     """
     log_tests = log_number_of_tests(tuple(u.size for u in maps))
     found = []
@@ -59,7 +59,7 @@ def _final_regions(u: np.ndarray, dof: int) -> list[tuple[list[int], float]]:
 
 
 def _tree(u: np.ndarray) -> tuple[dict[int, int | None], dict[int, list[int]]]:
-    """Parent (None of the root) and pixels of every component, by its representative pixel."""
+    """Return the parent (None for the root) and the pixels of every component, by representative pixel."""
     image, order = max_tree(u, connectivity=1)
     above, flat = image.ravel().tolist(), u.ravel().tolist()
     root = int(order[0])
@@ -80,7 +80,7 @@ def _chernoff(t: float, dof: int) -> float:
 
 
 def _prune(parent: dict[int, int | None], children: dict[int, list[int]], value: dict[int, float]) -> None:
-    """Of each branch without forks that ends in a leaf, the most significant node stays."""
+    """Keep only the most significant node of each branch without forks that ends in a leaf."""
     for leaf in [node for node in children if not children[node]]:
         chain = [leaf]
         while (above := parent[chain[-1]]) is not None and len(children[above]) == 1:
@@ -95,7 +95,7 @@ def _prune(parent: dict[int, int | None], children: dict[int, list[int]], value:
 
 
 def _merge(parent: dict[int, int | None], children: dict[int, list[int]], value: dict[int, float]) -> bool:
-    """A node whose children are all leaves replaces them if it is as significant as each."""
+    """Let a node whose children are all leaves replace them if as significant as each; whether any did."""
     merged = False
     for node in list(children):
         below = children.get(node, [])

@@ -1,4 +1,4 @@
-"""What a GPU measures first where the time is limited: a case or more of every kind in the first minutes."""
+"""Order of measurements on a GPU if time is limited: at least one case of every kind in the first minutes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.operations import LARGE
 
 _BATCH, _CHANNELS, _SIDE = LARGE
 SIZE = f"{_CHANNELS} @ {_SIDE}^2, batch {_BATCH}"
-# Kernels that wait for memory, and products with what stands around them, past the last-level cache.
+# Kernels bound by memory, and products with the operations around them, beyond the last-level cache.
 OPERATIONS = (
     ("coupling", f"additive coupling, {SIZE}"),
     ("lu_conv", f"LU 1x1 convolution, {SIZE}, forward"),
@@ -42,7 +42,7 @@ def _order() -> Iterator[tuple[str, str]]:
     yield _blocks("blocks", 64, 64, 1, 8)
     yield _model("FastFlow", 1, TRAINING)
     yield _model("FastFlow", 1)
-    # The same of other shapes and models.
+    # The same for other shapes and models.
     yield _blocks("blocks", 64, 64, 3, 1)
     yield _model("UFlow", 8, FLOW)
     yield _model("CFlow", 1, FLOW)

@@ -22,13 +22,13 @@ LOST = "Against the fastest peer in the same precision and direction, torch.comp
 
 
 def files(folder: Path) -> list[list[table.Row]]:
-    """The rows of each device, those of cpu.csv first."""
+    """Read the rows of each device, those of cpu.csv first."""
     paths = result_files(folder=folder)
     return [table.read(path) for path in paths if not path.name.startswith(OTHER_TABLES)]
 
 
 def page(devices: Sequence[Sequence[table.Row]]) -> str:
-    """docs/speed.md: everything, one device after the other."""
+    """Return the content of docs/speed.md: everything, one device after the other."""
     parts = [TITLE, *summary.full(devices)]
     for i, rows in enumerate(devices):
         parts += gpu_sections.section(rows) if table.on_gpu(rows) else [section(rows, pictures=i == 0)]
@@ -39,10 +39,10 @@ def page(devices: Sequence[Sequence[table.Row]]) -> str:
 
 
 def rewritten(readme: str, parts: Mapping[str, str]) -> str:
-    """The README with each text between the markers of its name.
+    """Return the README with each text put between the markers of its name.
 
     Raises:
-        ValueError: when it lacks them.
+        ValueError: when it lacks the markers.
     """
     for name, text in parts.items():
         first = f"<!-- {name}: begin, written by `python -m bench.report` -->"
@@ -56,12 +56,12 @@ def rewritten(readme: str, parts: Mapping[str, str]) -> str:
 
 
 def parts(devices: Sequence[Sequence[table.Row]]) -> dict[str, str]:
-    """What the README has from the results, by the name of its markers."""
+    """Return the parts of the README that are written from the results, by the name of their markers."""
     return {"demo": demonstration.section(demonstration.read()), "speed": summary.section(devices)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write both; with --check only say whether they are up to date."""
+    """Write the README and the page; with --check only say whether they are up to date."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if one of them differs")
     options = parser.parse_args(arguments)

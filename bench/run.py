@@ -25,27 +25,27 @@ from usf_kernels.files import check_writable, make_folder
 SECTION = "section"
 FIRST_CALL = 180  # seconds that a compilation may take
 GRAPH = "graph "
-GPU_SHARE = 0.15  # of a case's seconds on a GPU, where calls are short
-QUICK_SHARE = 0.5  # of them in the quick run
+GPU_SHARE = 0.15  # share of a case's seconds used on a GPU, where calls are short
+QUICK_SHARE = 0.5  # share used in the quick run
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the options (of `usf_kernels.cli.bench`) ask for; the exit code, 1 where a case failed.
+    """Measure what the options (of `usf_kernels.cli.bench`) ask for; return 1 if a case failed, else 0.
 
     Raises:
-        ValueError: a subject that does not exist, or none that the device can run.
+        ValueError: for a subject that does not exist, or if the device can run none.
     """
     torch.set_num_threads(options.threads or usable_cores())
     device = pick_device(options.device)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, for everyone
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for all providers
     work = _work(options, device)
-    # Part of a case's providers would take the place of all of them: those rows are kept only where asked.
+    # A run of some providers (quick: without those that compile) would replace all rows of its cases.
     part = options.providers or options.quick
     output = options.output or (None if part else machine.results_file(device))
     if output is not None:
         make_folder(output.parent)
         check_writable(output)
-        table.read(output)  # what is wrong with it is not found out after measuring
+        table.read(output)  # raises now, not after measuring, if something is wrong with the file
     for subject in dict.fromkeys(subject.name for subject, _ in work):
         _say_what_is_missing(SUBJECTS[subject])
         if output is not None:
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
             begin = time.perf_counter()
             try:
                 rows = [row | shared for row in measure(subject, case, device, options, limits)]
-            except Exception as error:  # the others are measured
+            except Exception as error:  # the other cases are measured nevertheless
                 print(f"  not measured: {_first_line(error)}")
                 rows, failed = [], 1
             for row in rows:
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subject, Case]]:
-    """The cases to measure, in order."""
+    """Return the cases to measure, in order."""
     unknown = [name for name in options.subjects if name not in SUBJECTS]
     if unknown:
         raise ValueError(f"unknown subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
@@ -109,13 +109,13 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Subje
         ranked += [(_place(subject, case, device), i, subject, case) for i, case in enumerate(cases)]
     if not ranked:
         raise ValueError("nothing to measure: no case of these subjects fits the options and the device")
-    if options.minutes:  # of every subject the most valuable first, then of every one the next
+    if options.minutes:  # take the most valuable case of every subject first, then every subject's next
         ranked.sort(key=lambda entry: entry[:2])
     return [(subject, case) for _, _, subject, case in ranked]
 
 
 def _place(subject: Subject, case: Case, device: torch.device) -> int:
-    """Where a case stands if the time is limited: on a GPU those of `priorities` come before all others."""
+    """Return the rank of a case if time is limited; on a GPU those of `priorities` come first."""
     last = len(priorities.ORDER)
     place = priorities.ORDER.get((subject.name, case.name), last) if device.type == "cuda" else last
     return place if place < last else last + (not case.first)
@@ -128,7 +128,7 @@ def _say_what_is_missing(subject: Subject) -> None:
 
 
 def _limits(device: torch.device) -> dict[str, float]:
-    """GB/s of a copy, and per precision GFLOP/s of a matrix product, measured now."""
+    """Measure GB/s of a copy and, per precision, GFLOP/s of a matrix product."""
     (case,) = machine.SUBJECT.cases
     providers = case.providers(device)
     timings = alternate({p.name + p.dtype: p.call for p in providers}, seconds=1.0, device=device)
@@ -147,7 +147,7 @@ def measure(
     options: argparse.Namespace,
     limits: dict[str, float],
 ) -> Iterator[dict[str, str]]:
-    """Check, then time, the providers of a case; one row for each that is right."""
+    """Check, then time the providers of a case; yield a row for each whose result is right."""
     started = list(_started(case, device, options))
     calls = {str(i): provider.call for i, (provider, _) in enumerate(started)}
     known = {str(i): seconds for i, (provider, seconds) in enumerate(started) if not provider.compiles}
@@ -181,7 +181,7 @@ def measure(
 def _started(
     case: Case, device: torch.device, options: argparse.Namespace
 ) -> Iterator[tuple[Provider, float]]:
-    """Those to time, each after a first call whose result was right, and that call's seconds."""
+    """Yield the providers to time, after a first call with the right result, and that call's seconds."""
     providers = [p for p in case.providers(device) if _is_wanted(p, case, device, options)]
     if any(provider.compiles for provider in providers):
         compilation.forget()
@@ -193,7 +193,7 @@ def _started(
                 result, seconds = first_call(provider.call, device, limit=limit)
             wrong = provider.check(result) if provider.check else None
             del result
-        except Exception as error:  # of whatever kind: the others are timed
+        except Exception as error:  # any kind of it: the others are timed nevertheless
             print(f"{name}: not timed: {_first_line(error)}")
             continue
         if wrong:
@@ -211,13 +211,13 @@ def _is_wanted(provider: Provider, case: Case, device: torch.device, options: ar
 
 
 def _graphs(providers: Sequence[Provider]) -> dict[str, Callable[[], object]]:
-    """Those that can be captured, under `GRAPH` and their index."""
+    """Return CUDA graphs of the providers that can be captured, under `GRAPH` and their index."""
     graphs = {}
     for i, provider in enumerate(providers):
         if provider.capture:
             try:
                 graphs[f"{GRAPH}{i}"] = captured(provider.graphed or provider.call)
-            except Exception as error:  # of whatever kind: it is timed as it is called
+            except Exception as error:  # whatever its kind: the provider is still timed without a graph
                 print(f"  {provider.name}, {provider.dtype}: no CUDA graph: {_first_line(error)}")
     return graphs
 
@@ -269,7 +269,7 @@ def _row(
 
 
 def describe(row: table.Row, rows: Sequence[table.Row]) -> str:
-    """One line of the printed table."""
+    """Return a line of the printed table."""
     peer = table.best_peer(row, rows) if row["role"] == OURS else None
     ratio = f"x{table.milliseconds(peer) / table.milliseconds(row):.2f}" if peer else ""
     limit = f"{100 * float(row['of_limit']):.0f} %" if row.get("of_limit") else ""
@@ -287,7 +287,7 @@ def describe(row: table.Row, rows: Sequence[table.Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     options_of.add_arguments(parser)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What the rows say, in Markdown: one writer per subject."""
+"""Markdown sections written from the rows: one writer per subject."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench import markdown, model_sections, table
 from bench.markdown import count, mean, number, picture, prose, times, versions
 from bench.subject import OURS
 
-PEERS = {  # of blocks: title to dtype of ours, provider and dtype
+PEERS = {  # for blocks: title -> our dtype, the peer's name and its dtype
     "anomalib": ("float32", "anomalib", "float32"),
     "its torch.compile": ("float32", "anomalib, torch.compile", "float32"),
     "bfloat16: anomalib in float32": ("bfloat16", "anomalib", "float32"),
@@ -19,7 +19,7 @@ TREE = {"white": "white noise, float32", "smooth": "smooth, float32", "smooth_8b
 
 
 def section(rows: Sequence[table.Row], *, pictures: bool = True) -> str:
-    """Everything that the rows of a device say, with the pictures or without."""
+    """Return the whole section on a device, with the pictures or without."""
     by_subject: dict[str, list[table.Row]] = {}
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
@@ -103,7 +103,7 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
 
 
 def _over_convolutions(rows: list[table.Row], name: str) -> dict[str, float]:
-    """Time of a block over that of its convolutions, with the C x C product where it has one; float32."""
+    """Return a block's time over that of its convolutions and its C x C product, if it has one; float32."""
     coupling = "affine" if name.startswith("affine") else "additive"
     found = {}
     for row in rows:
@@ -225,12 +225,12 @@ def _operations(rows: list[table.Row]) -> Iterator[str]:
     yield markdown.table(["operation", "ratio"], lines)
 
 
-Comparison = tuple[float, table.Row, table.Row]  # ratio, a row of ours, its fastest peer's
+Comparison = tuple[float, table.Row, table.Row]  # ratio, a row of ours, the fastest peer's row
 
 
 def comparisons(rows: Sequence[table.Row]) -> Iterator[Comparison]:
-    """What we have to use beside the fastest peer in the same precision and direction, one subject after the
-    other."""
+    """Compare each of our rows to use with the fastest peer in the same precision and direction, one subject
+    after the other."""
     for subject in dict.fromkeys(row["subject"] for row in rows):
         some = [row for row in rows if row["subject"] == subject]
         for row in table.ours_to_use(some):
@@ -240,7 +240,7 @@ def comparisons(rows: Sequence[table.Row]) -> Iterator[Comparison]:
 
 
 def losses(rows: Sequence[table.Row]) -> Iterator[str]:
-    """Where a peer is faster: a line for each subject."""
+    """Yield a line for each subject in which a peer is faster."""
     for subject, group in groupby(comparisons(rows), key=lambda entry: entry[1]["subject"]):
         pairs = list(group)
         lost = [entry for entry in pairs if entry[0] < 1]
@@ -251,7 +251,7 @@ def losses(rows: Sequence[table.Row]) -> Iterator[str]:
 
 
 def described(comparison: Comparison) -> str:
-    """Ratio, who, where, against whom."""
+    """Describe a comparison: ratio, provider, case, peer."""
     ratio, row, peer = comparison
     way = f", {row['direction']}" if row["direction"] == "inverse" else ""
     noisy = ", on a noisy machine" if "1" in (row["noisy"], peer["noisy"]) else ""
@@ -262,7 +262,7 @@ def described(comparison: Comparison) -> str:
 
 
 def _ours(rows: Iterable[table.Row], ending: str) -> list[str]:
-    """Names of our providers with that ending, in order."""
+    """Return the names of our providers with that ending, in order."""
     return list(
         dict.fromkeys(r["provider"] for r in rows if r["role"] == OURS and r["provider"].endswith(ending))
     )

@@ -1,4 +1,4 @@
-"""The shape of a benchmark: a subject has cases, a case has an input and those who are timed on it."""
+"""The structure of a benchmark: a subject has cases, a case has an input and the providers timed on it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ Call = Callable[[], object]
 Check = Callable[[object], str | None]
 
 OURS, PEER, LIMIT = "ours", "peer", "limit"
-# Relative root-mean-square error that a result may have: rounding in that precision, through a few layers.
+# Largest relative root-mean-square error of a result: rounding in that precision, through a few layers.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.08}
-LEAST = 0.01  # nats per dimension, added to a log-determinant: it may cancel, its rounding errors do not
+LEAST = 0.01  # nats per dimension added to a log-determinant's scale: it may cancel, rounding errors do not
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who is timed.
+    """An implementation that is timed.
 
     Attributes:
-        name: how the rows call it.
+        name: its name in the rows.
         call: what is timed.
         role: "ours", "peer", or "limit" for the work that nobody can avoid.
-        dtype: in which it computes.
+        dtype: dtype in which it computes.
         direction: "forward", "inverse", "training step", ...; ratios compare equal directions.
-        layout: memory format of its input, where that was chosen.
+        layout: memory format of its input, if that was chosen.
         check: takes what `call` returned; says what is wrong, or None.
-        gigabytes: that the call has to move at least.
-        gigaflops: that the call has to compute.
-        compiles: its first call compiles for long, and the quick run leaves it out.
+        gigabytes: least traffic of the call.
+        gigaflops: work of the call.
+        compiles: whether its first call compiles for long; the quick run leaves it out then.
         saves: a forward pass whose tensors saved for backward are counted, or None.
-        checkpoint: bytes of the file that a user of it saves; in the rows' column of what is saved.
-        live: tensors that are not counted, because they live anyway.
-        peak: whether to measure its memory.
+        checkpoint: bytes of the file that a user of it saves, for the same column as those of `saves`.
+        live: tensors that are not counted, because they exist anyway.
+        peak: whether to measure its peak memory.
         capture: whether it can be captured as a CUDA graph.
-        graphed: what is captured, where that is not `call`.
+        graphed: call to capture, if not `call`.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Case:
     """One input.
 
     Attributes:
-        name: how the rows call it.
-        providers: makes the input on a device and returns whom to time. A peer that is not installed is
-            missing from them.
-        shape: what curves are drawn against, of channels, side, kernel, batch and depth.
-        seconds: to spend on it.
+        name: its name in the rows.
+        providers: makes the input on a device and returns the providers to time, without peers that are not
+            installed.
+        shape: values that curves are drawn over: some of channels, side, kernel, batch and depth.
+        seconds: time to spend on it.
         quick: whether it belongs to the quick run.
-        first: whether it comes first, compilers included, where the time is limited.
-        devices: kinds that it is for.
+        first: whether it comes first, compilers included, if time is limited.
+        devices: kinds of device that it is for.
     """
 
     name: str
@@ -84,22 +84,22 @@ class Case:
 
     @property
     def pixels(self) -> int:
-        """Positions in one call; 0 where that means nothing."""
+        """Number of positions in one call; 0 without a side."""
         return self.shape.get("batch", 1) * self.shape.get("side", 0) ** 2
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, why, on which inputs, and on which kinds of device."""
+    """A topic to measure: name, description, cases, optional packages, and kinds of device."""
 
     name: str
     about: str
     cases: tuple[Case, ...]
-    peers: Mapping[str, str] = field(default_factory=dict)  # module to how to install it
+    peers: Mapping[str, str] = field(default_factory=dict)  # module -> how to install it
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def case(self, name: str) -> Case:
-        """The case of this name; KeyError if there is none."""
+        """Return the case of this name; raise KeyError if there is none."""
         for case in self.cases:
             if case.name == name:
                 return case
@@ -107,13 +107,13 @@ class Subject:
 
 
 def close_to(truth: Callable[[], Tensor | tuple[Tensor, ...]], dtype: str, *, slack: float = 1.0) -> Check:
-    """A check of the first samples of a result, a tensor or several, against float64.
+    """Make a check of the first samples of a result, a tensor or several, against float64.
 
     Args:
-        truth: makes what the first samples should be; samples of a batch do not depend on each other. Where
-            it and the result have a log-determinant too, that is compared.
-        dtype: in which the result was computed: it says how far it may be off.
-        slack: times so far.
+        truth: makes the true first samples; samples of a batch do not depend on each other. If it and the
+            result have a log-determinant too, that is compared as well.
+        dtype: dtype in which the result was computed, which determines the tolerance.
+        slack: factor on the tolerance.
     """
 
     def check(result: object) -> str | None:
@@ -125,7 +125,7 @@ def close_to(truth: Callable[[], Tensor | tuple[Tensor, ...]], dtype: str, *, sl
         if not error <= slack * TOLERANCE[dtype]:
             return f"relative error {error:.2g}"
         for log_det, other in zip(log_dets, others, strict=False):
-            if not log_det.numel():  # of an additive step
+            if not log_det.numel():  # an additive step has none
                 continue
             other = other.double().cpu().flatten()[: log_det.numel()]
             size = log_det.abs() + LEAST * expected[0].numel()
@@ -142,7 +142,7 @@ def _tensors(result: object) -> Sequence[Tensor]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Root-mean-square error, in units of the root mean square of what was expected."""
+    """Return the root-mean-square error, in units of the root mean square of what was expected."""
     scale = expected.square().mean().sqrt().item()
     error = (found - expected).square().mean().sqrt().item()
     return error / scale if scale > 0 else (0.0 if error == 0 else math.inf)

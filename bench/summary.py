@@ -1,5 +1,5 @@
-"""The rows in one table: a line for what a user waits for, a column for a device and precision. In full for
-docs/speed.md, and brief, with forms and parts of models together, for the README."""
+"""The rows in one table: a line for each thing that users wait for, a column per device and precision. In
+full for docs/speed.md, and brief, with forms and parts of models together, for the README."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = {"": "from image to map", FLOW: "flow alone", TRAINING: "training step"}
 LIBRARIES = "anomalib, FrEIA"
 HEADER = ("", "over the fastest of")
 Line = tuple[str, str]
-CHANGED = f"anomalib{AT_ONCE}"  # so changed for the comparison
+CHANGED = f"anomalib{AT_ONCE}"  # changed like this for the comparison
 LEGEND = (
     "How many times longer the fastest peer takes: geometric mean over shapes and forms, in brackets the "
     "worst. *Reversible* training, the default, keeps outputs only. anomalib's CFlow puts its rows through "
@@ -31,7 +31,7 @@ ON_CPUS = "On a CPU, 2 threads, over the cases of `make bench`, which prints {wh
 
 
 def section(files: Sequence[Rows]) -> str:
-    """The README's section on speed, from the rows of each device."""
+    """Return the README's section on speed, from the rows of each device."""
     parts = [prose(LEGEND), *_tables(files, brief=True)]
     parts += [
         prose(_losses(files)),
@@ -44,13 +44,13 @@ def section(files: Sequence[Rows]) -> str:
 
 
 def full(files: Sequence[Rows]) -> list[str]:
-    """All lines, for docs/speed.md."""
+    """Return all lines, for docs/speed.md."""
     tables = _tables(files)
     return [prose(LEGEND), *tables] if tables else []
 
 
 def _tables(files: Sequence[Rows], *, brief: bool = False) -> list[str]:
-    """One of CPUs, one of GPUs, of what there is."""
+    """Return a table of CPUs and a table of GPUs, as far as there are rows."""
     parts = []
     cpus, gpus = ([rows for rows in files if table.on_gpu(rows) is on_gpu] for on_gpu in (False, True))
     what = "the same in more lines" if brief else "this table"
@@ -71,7 +71,7 @@ def _on_gpus(files: Sequence[Rows]) -> str:
 
 
 def _losses(files: Sequence[Rows]) -> str:
-    """How often a peer is faster on each device, and where most."""
+    """Say how often a peer is faster on each device, and where most."""
     found, counts = [], []
     for rows in files:
         pairs = list(comparisons(rows))
@@ -90,7 +90,7 @@ def _losses(files: Sequence[Rows]) -> str:
 
 
 def page(files: Sequence[Rows], *, brief: bool = False) -> str:
-    """The table, from the rows of each device; nothing where they are of no line of it."""
+    """Return the table from the rows of each device; empty if no row belongs to a line."""
     columns = {}
     for rows in files:
         title = rows[0]["device"]
@@ -110,7 +110,7 @@ def page(files: Sequence[Rows], *, brief: bool = False) -> str:
 
 
 def _shortened(line: Line) -> Line:
-    """The README's line for one of the full table; ("", "") for what it does not have."""
+    """Return the README's line for one of the full table; ("", "") if it has none."""
     name, peers = line
     if name.endswith(table.REVERSIBLE) and peers != CHANGED:
         return f"training steps{table.REVERSIBLE}", LIBRARIES
@@ -126,10 +126,10 @@ def _wide(row: table.Row) -> bool:
 
 
 def _comparable(rows: Rows) -> list[table.Row]:
-    """Rows of the cases of `make bench`, where peers are not compiled; of a GPU all, and of what was captured
-    in a CUDA graph only that."""
+    """Return the rows to compare. CPUs: cases of `make bench`, without compiled peers. GPUs: all, but our
+    captured providers only in their CUDA graphs."""
     graphs = {(*_case(row), row["provider"]) for row in rows if row["provider"].endswith(table.CAPTURED)}
-    if graphs:  # peers are found captured where ours are
+    if graphs:  # `best_peer` pairs captured rows with captured peers
         return [
             row
             for row in rows
@@ -144,7 +144,7 @@ def _case(row: table.Row) -> tuple[str, str]:
 
 
 def _means(rows: Rows, brief: bool) -> dict[Line, str]:
-    """Geometric mean, and the worst, of the speed-ups that belong to a line."""
+    """Return the geometric mean and the worst of the speed-ups that belong to each line."""
     groups: dict[Line, list[float]] = {}
     peers = [row for row in rows if row["role"] == PEER]
     changed = [row for row in peers if row["provider"].endswith(AT_ONCE)]
@@ -163,14 +163,14 @@ def _means(rows: Rows, brief: bool) -> dict[Line, str]:
 
 
 def _cell(ratios: Sequence[float]) -> str:
-    """The mean, bold where ours is faster, and the worst."""
+    """Format the mean, bold if ours is faster, and the worst."""
     mean = table.geometric_mean(ratios)
     worst = f" ({times(min(ratios))})" if len(ratios) > 1 else ""
     return f"{f'**{times(mean)}**' if mean > 1 else times(mean)}{worst}"
 
 
 def _line(row: table.Row) -> str:
-    """What the row counts for; nothing for what only the whole report has."""
+    """Return the line that a row counts for; empty for rows that only the whole report has."""
     subject, provider = row["subject"], row["provider"].removesuffix(table.CAPTURED)
     form = provider.removesuffix(table.FUSED).removesuffix(table.REVERSIBLE)
     if subject == "blocks" and form in FORMS and row["direction"] == "forward":
@@ -190,7 +190,7 @@ def _line(row: table.Row) -> str:
 
 
 def _lines(rows: Rows) -> Iterator[Line]:
-    """Every line there may be, in order: what it is of, and whom it compares with."""
+    """Yield all possible lines in order: what is measured, and the peers it is compared with."""
     yield "component tree", "Higra, scikit-image, maxtree"
     yield "a-contrario test", "the authors' algorithm in Python"
     for form in FORMS:

@@ -22,16 +22,16 @@ FIELDS = (
 )
 # Endings of providers' names.
 FUSED, CAPTURED, REVERSIBLE = ", fused", ", CUDA graph", ", reversible"
-ANOMALIB = ("anomalib", "anomalib, channels-last")  # its block in either memory format
-VENDOR = "vendor's products"  # the provider of bare ones
+ANOMALIB = ("anomalib", "anomalib, channels-last")  # anomalib's block in either memory format
+VENDOR = "vendor's products"  # name of the provider of bare products
 OPERATIONS = ("coupling", "lu_conv", "residual", "score")  # subjects
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; none if there is no such file.
+    """Read the rows of a file; none if there is no such file.
 
     Raises:
-        ValueError: when it is no such table.
+        ValueError: when it is not such a table.
         OSError: when it cannot be read.
     """
     rows = read_columns(path, FIELDS)
@@ -42,10 +42,10 @@ def read(path: Path) -> list[Row]:
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with exactly these columns; none if there is no such file.
+    """Read the rows of a CSV file with exactly these columns; none if there is no such file.
 
     Raises:
-        ValueError: naming the file and the row, when it is no such file.
+        ValueError: naming the file and the row, when it has another form.
         OSError: when it cannot be read.
     """
     if not path.exists():
@@ -59,7 +59,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     if tuple(found or ()) != tuple(columns):
         raise ValueError(f"{path}: expected the columns {', '.join(columns)}, found {found}")
     for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():  # DictReader's mark for cells too many, or too few
+        if None in row or None in row.values():  # DictReader's mark for too many or too few cells
             raise ValueError(f"{path}, row {number}: expected {len(columns)} cells")
     return rows
 
@@ -83,9 +83,9 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def replace(path: Path, rows: Sequence[Row]) -> None:
-    """Put the rows of one case, device and state of the cache in the place of those the file has of it.
+    """Replace the file's rows of one case, device and state of the cache by new ones.
 
-    They are replaced together, because ratios hold between rows of one run only.
+    All of them are replaced together, because ratios hold between rows of one run only.
     """
     kept, place = [], None
     fresh = run_of(rows[0])
@@ -99,7 +99,7 @@ def replace(path: Path, rows: Sequence[Row]) -> None:
 
 
 def forget(path: Path, subject: str, cases: Iterable[str]) -> None:
-    """Drop the rows of a subject's cases that are not among `cases`: they are no longer measured."""
+    """Drop the rows of a subject's cases that are not among `cases`, which are no longer measured."""
     rows, cases = read(path), set(cases)
     kept = [row for row in rows if row["subject"] != subject or row["case"] in cases]
     if len(kept) < len(rows):
@@ -107,12 +107,12 @@ def forget(path: Path, subject: str, cases: Iterable[str]) -> None:
 
 
 def run_of(row: Row) -> tuple[str, ...]:
-    """What rows share that were timed in turn."""
+    """Return what identifies the rows that were timed in turn."""
     return tuple(row[name] for name in ("subject", "case", "cache", "device"))
 
 
 def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The fastest peer of a row: same case, precision and direction, in a CUDA graph exactly if that is."""
+    """Return the fastest peer of a row: same case, precision and direction, in a CUDA graph if the row is."""
     peers = (
         other
         for other in rows
@@ -125,8 +125,8 @@ def best_peer(row: Row, rows: Iterable[Row]) -> Row | None:
 
 
 def merged(rows: Iterable[Row], names: Sequence[str]) -> list[Row]:
-    """Rows in which providers of these names are one, that of the first name: of each case, device, precision
-    and direction only the fastest of them is left."""
+    """Merge the providers of these names into one with the first name: for each case, device, precision and
+    direction only the fastest of them is left."""
     rows = list(rows)
     fastest: dict[tuple[str, ...], Row] = {}
     for row in sorted((row for row in rows if row["provider"] in names), key=milliseconds):
@@ -135,24 +135,24 @@ def merged(rows: Iterable[Row], names: Sequence[str]) -> list[Row]:
 
 
 def on_gpu(rows: Iterable[Row]) -> bool:
-    """Whether they are of a device on which there are CUDA graphs."""
+    """Whether the rows are of a device with CUDA graphs."""
     return any(row["provider"].endswith(CAPTURED) for row in rows)
 
 
 def milliseconds(row: Row) -> float:
-    """The median."""
+    """Return the median time."""
     return float(row["p50_ms"])
 
 
 def identity(row: Row) -> tuple[str, ...]:
-    """What makes a row the same measurement in two files."""
+    """Return what identifies the same measurement in two files."""
     return tuple(
         row[name] for name in ("subject", "case", "provider", "dtype", "direction", "cache", "device")
     )
 
 
 def ours_to_use(rows: Iterable[Row]) -> list[Row]:
-    """Our rows, without those of modules whose inference form, the one to use, has a row in the same case."""
+    """Return our rows, without modules whose inference form, the one to use, has a row in the same case."""
 
     def place(row: Row) -> tuple[str, str, str]:
         return row["subject"], row["case"], row["provider"].removesuffix(CAPTURED).removesuffix(FUSED)
@@ -163,7 +163,7 @@ def ours_to_use(rows: Iterable[Row]) -> list[Row]:
 
 
 def operation(row: Row) -> str:
-    """What a row measures, whatever the shape."""
+    """Return what a row measures, without the shape."""
     if row["subject"] == "tree":
         return "component tree"
     if row["subject"] == "nfa":
@@ -171,7 +171,7 @@ def operation(row: Row) -> str:
     if row["subject"] in ("models", "accelerate"):
         model, _, *part = row["case"].split(
             ", "
-        )  # "FastFlow resnet18 256^2", "batch 1", a part of it or nothing
+        )  # "FastFlow resnet18 256^2", "batch 1", and a part of the model or nothing
         name = ", ".join([model.split()[0], *part])
         return f"{name}, accelerated" if row["subject"] == "accelerate" else name
     parts = row["case"].split(", ")
@@ -182,12 +182,12 @@ def operation(row: Row) -> str:
 def speedups(
     rows: Iterable[Row], ours: Mapping[str, str], peer: Mapping[str, str], *, column: str = "p50_ms"
 ) -> dict[str, float]:
-    """How much longer the rows that match `peer` take than those that match `ours`, by case.
+    """Return how much longer the rows that match `peer` take than those that match `ours`, by case.
 
     Args:
-        rows: of one or several subjects.
-        ours, peer: values that columns have to have.
-        column: what is compared, where it is not the time.
+        rows: rows of one or several subjects.
+        ours, peer: values that columns must have.
+        column: column to compare, by default the time.
     """
 
     def times(wanted: Mapping[str, str]) -> dict[str, float]:
@@ -203,6 +203,6 @@ def speedups(
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers, at least one."""
+    """Return the geometric mean of positive numbers, at least one."""
     logarithms = [math.log(value) for value in values]
     return math.exp(sum(logarithms) / len(logarithms))

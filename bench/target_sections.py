@@ -1,4 +1,4 @@
-"""What was aimed at on GPUs, and what the rows say of it: one table, in Markdown."""
+"""The targets on GPUs and how far the rows reach them: one Markdown table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.operations import LARGE
 from bench.subject import OURS
 
 DTYPES = ("float32", "bfloat16")
-COPY, PRODUCTS, COMPILED, EAGER = 0.85, 0.80, 1.3, 5.0  # what was aimed at
+COPY, PRODUCTS, COMPILED, EAGER = 0.85, 0.80, 1.3, 5.0  # the targets
 FREIA = "FrEIA 0.2"
 COMPILERS = ("torch.compile", "anomalib, torch.compile")
 COLUMNS = ("of the copy", "of cuBLAS", "over torch.compile", "over eager FrEIA")
@@ -19,12 +19,12 @@ Rows = Sequence[table.Row]
 
 
 def section(rows: Rows) -> Iterator[str]:
-    """The table, if anything was measured for it."""
+    """Yield the table, if anything was measured for it."""
     by_place: dict[tuple[str, ...], table.Row] = {}
     for row in rows:
         key = (*_place(row), row["dtype"])
         slower = key in by_place and table.milliseconds(by_place[key]) <= table.milliseconds(row)
-        if row["direction"] == "forward" and not slower:  # the vendor's products are there in two layouts
+        if row["direction"] == "forward" and not slower:  # the vendor's products have two layouts
             by_place[key] = row
     ours = [row for row in by_place.values() if _counts(row)]
     if not any(_is_large(row) or row["batch"] == "1" for row in ours):
@@ -53,7 +53,7 @@ def _place(row: table.Row) -> tuple[str, str, str]:
 
 
 def _counts(row: table.Row) -> bool:
-    """Ours, captured: an operation past the cache, or eight fused blocks."""
+    """Whether a row is one of ours, captured: an operation beyond the cache, or eight fused blocks."""
     if row["role"] != OURS or not row["provider"].endswith(table.CAPTURED):
         return False
     fused = table.FUSED in row["provider"] and row["depth"] == "8"

@@ -1,4 +1,4 @@
-"""Training steps of coupling blocks: time, memory, and what is saved for the backward, against the depth."""
+"""Training steps of coupling blocks: time, memory, and what is saved for the backward, over the depth."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from bench.flows import FORMATS, FORMS, PEERS, SHARED, Shape, best_layout, convo
 from bench.subject import LIMIT, OURS, PEER, Case, Provider, Subject, close_to
 
 DIRECTION = "training step"
-CURVE = Shape(256, 32, 3, 2)  # where memory and time are followed over the depth
+CURVE = Shape(256, 32, 3, 2)  # shape for which memory and time are measured over the depth
 DEPTHS = (4, 8, 16, 32, 64)
-# The modes of FlowSequence, by what the rows call them.
+# The modes of FlowSequence, by suffix of the provider's name.
 MODES = {"": {"memory": "standard"}, table.REVERSIBLE: {"memory": "reversible"}}
 
 
 def loss(flow: nn.Module, x: Tensor) -> Tensor:
-    """Negative log-likelihood per dimension, as flows are trained."""
+    """Return the negative log-likelihood per dimension, with which flows are trained."""
     z, log_det = flow(x)
     return (0.5 * z.square().flatten(1).sum(1) - log_det).mean() / x[0].numel()
 
 
 def step(flow: nn.Module, x: Tensor) -> None:
-    """One forward and backward; gradients are made anew, as after `zero_grad`."""
+    """Run one forward and backward with fresh gradients, as after `zero_grad`."""
     for parameter in flow.parameters():
         parameter.grad = None
     loss(flow, x).backward()
 
 
 def gradient(flow: nn.Module, first: Tensor, x: Tensor) -> Tensor:
-    """Of the loss of the first sample, with respect to the first weight of the first block: the one that the
-    whole backward stands behind. (1, ...)"""
+    """Return the gradient (1, ...) of the first sample's loss with respect to the first weight of the first
+    block, which depends on the whole backward pass."""
     step(flow, x[:1])
     return first.grad[None].clone()
 
 
 @cache
 def true_gradient(form: str, shape: Shape) -> Tensor:
-    """The same in float64, without any saving of memory."""
+    """Return that gradient in float64, computed without saving memory."""
     flow = deepcopy(our_flow(form, shape, **MODES[""])).double().train()
     first = flow[0].coupling.subnet[0].weight
     return gradient(flow, first, shape.input(torch.device("cpu")).double())
@@ -73,7 +73,7 @@ def _provider(
         saves=partial(loss, flow, x),
         live=live,
         peak=True,
-        # A reversible pass looks at the states of random generators, and at what it has rebuilt.
+        # A reversible pass reads the states of random generators and its rebuilt inputs back.
         capture=not name.endswith(table.REVERSIBLE),
     )
 
@@ -102,7 +102,7 @@ def _peers(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
 
 def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
-    """Forward and backward of the conditioners' convolutions by themselves, in their best memory format."""
+    """Yield forward and backward of the conditioners' bare convolutions, in their best memory format."""
     for form in ("additive, permutation", SHARED):
         layers = convolutions(our_flow(form, shape)).to(x.device)
 
@@ -132,7 +132,7 @@ def _limits(shape: Shape, x: Tensor) -> Iterator[Provider]:
 
 
 def _case(shape: Shape, *, quick: bool) -> Case:
-    # One block has nothing to gain from reversal; long sequences take long, and one form shows it.
+    # One block gains nothing from reversal. Long sequences take long, so they are measured in one form only.
     modes = tuple(MODES) if shape.depth > 1 else ("",)
     forms = tuple(FORMS) if shape.depth <= 8 else ("additive, LU",)
     return Case(
@@ -146,7 +146,7 @@ def _case(shape: Shape, *, quick: bool) -> Case:
 
 
 def cases() -> tuple[Case, ...]:
-    """The shapes of `blocks`; eight of them in a row; and one shape over the depth."""
+    """Return the cases: the shapes of `blocks`, eight blocks in a row, and one shape over the depth."""
     return (
         *(
             _case(Shape(channels, side, kernel, batch), quick=channels <= 256 and batch == 8 and kernel == 1)

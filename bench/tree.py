@@ -13,17 +13,17 @@ import usf_kernels as usf
 from bench.subject import PEER, Call, Case, Provider, Subject
 
 SIDES = (14, 28, 112, 448, 1024, 2048, 4096)
-# Beyond these sides a peer takes a minute per map, and another one is faster from far below them on.
+# Beyond these sides a peer takes a minute per map; another peer is faster already at far smaller sides.
 LARGEST = {"scikit-image": 1024, "maxtree (uint16)": 4096, "higra explicit": 1024, "higra implicit": 4096}
 
 
 def white(side: int) -> np.ndarray:
-    """White noise, float32: every pixel a level of its own, the hardest map."""
+    """Make white noise, float32: every pixel has its own level, the hardest map."""
     return np.random.default_rng(side).standard_normal((side, side), dtype=np.float32)
 
 
 def smooth(side: int) -> np.ndarray:
-    """White noise behind a Gaussian filter of 1/64 of the side, at least one pixel; float32 in [0, 1]."""
+    """Make Gaussian-filtered white noise, sigma 1/64 of the side or at least one pixel; float32 in [0, 1]."""
     from scipy.ndimage import gaussian_filter
 
     image = gaussian_filter(white(side), max(1.0, side / 64), mode="wrap")
@@ -31,12 +31,12 @@ def smooth(side: int) -> np.ndarray:
 
 
 def smooth_8bit(side: int) -> np.ndarray:
-    """The same in 256 levels, uint8."""
+    """Make the map of `smooth` in 256 levels, uint8."""
     return np.round(smooth(side) * 255).astype(np.uint8)
 
 
 def _tree(name: str, call: Call, image: np.ndarray, **options: object) -> Provider:
-    """Bytes: the image once, and the parent of every pixel, 4 bytes each."""
+    """Make a provider that moves the image once, and the parent of every pixel, 4 bytes each."""
     moved = 1e-9 * image.size * (image.itemsize + 4)
     return Provider(name, call, dtype=image.dtype.name, gigabytes=moved, capture=False, **options)
 
@@ -67,16 +67,16 @@ def _peers(image: np.ndarray, ours: Callable[[np.ndarray], usf.ComponentTree]) -
         from maxtree.component_tree import MaxTree
 
         levels = image.astype(np.uint16) if image.dtype == np.uint8 else _quantise(image)
-        # It gives its links one by one, which takes too long: only the number of components is compared.
+        # maxtree gives its links one by one, which takes too long: compare the number of components only.
         check = partial(_same, lambda: (len(ours(levels)),), lambda found: (found.nb_connected_components,))
         yield _tree("maxtree (uint16)", partial(MaxTree, levels), image, role=PEER, check=check)
 
 
 def _outline(level: np.ndarray, around: np.ndarray) -> Outline:
-    """The number of components, and the sum of their steps: a wrong link changes it.
+    """Return the number of components and the sum of their steps, which a wrong link changes.
 
     Args:
-        level: of each component, or of each pixel.
+        level: level of each component, or of each pixel.
         around: level of the parent of each.
     """
     steps = level.astype(np.float64) - around
@@ -89,7 +89,7 @@ def _outline_of_ours(tree: usf.ComponentTree) -> Outline:
 
 def _outline_of_higra(found: tuple) -> Outline:
     tree, level = found
-    inner = slice(tree.num_leaves(), None)  # its leaves are pixels
+    inner = slice(tree.num_leaves(), None)  # leaves of Higra's tree are pixels
     return _outline(level[inner], level[tree.parents()[inner]])
 
 
@@ -127,7 +127,7 @@ def _threads(
 
 
 def _same_bits(maps: np.ndarray, found: usf.ComponentTree | list[usf.ComponentTree]) -> str | None:
-    """As one thread and one map at a time give."""
+    """Check that trees have the same bits as with one thread and one map at a time."""
     for image, tree in zip(maps, found if isinstance(found, list) else [found], strict=True):
         expected = usf.component_tree(image, threads=1)
         for name in ("parent", "level", "node"):

@@ -2,9 +2,9 @@
 
     python -m bench.tune [--only linear] [--output ROWS.csv]
 
-What `usf_kernels.kernels.configs` pins follows from these rows. Caches are emptied before every call, which
-counts without its launch: memory and arithmetic alone. Prints, per call, each configuration's time beside the
-pinned one's, and for products the vendor's.
+The configurations that `usf_kernels.kernels.configs` pins follow from these rows. Caches are emptied before
+every call. Launches do not count, only memory and arithmetic. Writes a row for each configuration, and for
+products one for the vendor's library; prints, per call, the pinned configuration's time and the fastest one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from usf_kernels.kernels import (
 from usf_kernels.kernels.configs import Config
 from usf_kernels.kernels.vendor import vendor_linear
 
-# Batch, channels, side; at last what no cache holds.
+# (batch, channels, side); the last shape exceeds all caches.
 SHAPES = ((8, 64, 64), (32, 64, 64), (8, 256, 16), (32, 256, 32), (1, 384, 14), (8, 816, 28), (64, 256, 64))
 PRODUCTS = (
     *((8, 16, 64), (8, 64, 64), (8, 128, 64)),
@@ -49,7 +49,7 @@ PRODUCTS = (
     *((128, 64, 64), (64, 128, 64), (64, 256, 64)),
 )
 PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
-# What else might be faster than the candidates.
+# Further configurations that might be faster than the candidates.
 MORE: dict[str, tuple[Config, ...]] = {
     "linear": tuple(
         {"BLOCK_P": p, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
@@ -85,7 +85,7 @@ FIELDS = ("call", "where", "kernel", "config", "kind", "us", "gb_per_s", "tflop_
 
 
 class Call(NamedTuple):
-    """Something to time. `floor_bytes` and `flops` say what it must move and compute; `vendor` does the same
+    """A call to time. `floor_bytes` and `flops` are what it must move and compute; `vendor` does the same
     with torch's own operations, or is None."""
 
     name: str
@@ -100,7 +100,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def elementwise_calls(dtype: torch.dtype, last: bool, batch: int, channels: int, side: int) -> Iterator[Call]:
-    """Couplings, masks and norms of one input."""
+    """Yield couplings, masks and norms of one input."""
     memory_format = torch.channels_last if last else torch.contiguous_format
 
     def maps(c: int) -> Tensor:
@@ -124,7 +124,7 @@ def elementwise_calls(dtype: torch.dtype, last: bool, batch: int, channels: int,
     if last:
         flat = x.movedim(1, -1).reshape(-1, channels)
         chosen, outputs = t.movedim(1, -1).reshape(len(flat), -1), full.movedim(1, -1).reshape(len(flat), -1)
-        half = index[: chosen.shape[1]].sort().values  # as fused flows have it
+        half = index[: chosen.shape[1]].sort().values  # sorted, as in fused flows
         yield Call("select rows", lambda: rows.select_rows(flat, half), 2 * _bytes(chosen))
         yield Call("add rows", lambda: rows.add_rows(flat, half, chosen, 1), 3 * _bytes(chosen))
         affine = partial(rows.affine_rows, flat, half, outputs, vector[: len(half)], 2.0, False)
@@ -132,7 +132,7 @@ def elementwise_calls(dtype: torch.dtype, last: bool, batch: int, channels: int,
 
 
 def map_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """Anomaly maps of FastFlow's scales."""
+    """Yield anomaly maps of FastFlow's scales."""
     for batch in (1, 8, 32):
         latents = [
             torch.randn(batch, c, s, s, device="cuda", dtype=dtype)
@@ -145,7 +145,7 @@ def map_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def product_calls(dtype: torch.dtype, last: bool, batch: int, channels: int, side: int) -> Iterator[Call]:
-    """Everything with a matrix in it."""
+    """Yield all operations with a matrix."""
     memory_format = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(batch, channels, side, side, device="cuda").to(dtype, memory_format=memory_format)
     matrix = torch.randn(channels, channels, device="cuda", dtype=dtype) / channels
@@ -171,7 +171,7 @@ def product_calls(dtype: torch.dtype, last: bool, batch: int, channels: int, sid
 
 
 def calls() -> Iterator[tuple[str, Call]]:
-    """Each with words for its precision and shape."""
+    """Yield all calls, each with a description of its precision and shape."""
     layouts = ((False, "contiguous"), (True, "channels-last"))
     for dtype, (last, layout), size in itertools.product((torch.float32, torch.bfloat16), layouts, SHAPES):
         where = f"{str(dtype).removeprefix('torch.')}, {layout}, {size[0]} x {size[1]} @ {size[2]}^2"
@@ -188,7 +188,7 @@ def calls() -> Iterator[tuple[str, Call]]:
 
 
 def candidates_of(name: str, candidates: list[Config]) -> list[Config]:
-    """The candidates, then what else might be faster, with the first one's sizes where it names none."""
+    """Return the candidates, then those of `MORE`, with the first candidate's values where they give none."""
     found = list(candidates)
     for extra in MORE.get(name, ()):
         config = {**candidates[0], **extra}
@@ -198,7 +198,7 @@ def candidates_of(name: str, candidates: list[Config]) -> list[Config]:
 
 
 def timed(call: Call, *, compile_only: bool = False) -> list[dict[str, Any]]:
-    """A row for each configuration of each kernel that the call launches, and for the vendor's way."""
+    """Time each configuration of each kernel that the call launches, and the vendor's way; a row for each."""
     graphs: dict[str, Callable[[], object]] = {}
     kept: list[Callable[[], Any]] = []
     found: dict[str, dict[str, Any]] = {}
@@ -206,10 +206,10 @@ def timed(call: Call, *, compile_only: bool = False) -> list[dict[str, Any]]:
     def add(kernel: str, kind: str, config: Config, run: Callable[[], Any]) -> None:
         shown = " ".join(f"{key}={value}" for key, value in config.items())
         name = f"{len(graphs)}: {kernel} {shown}"
-        kept.append(run)  # its memory is what the graph reads and writes
+        kept.append(run)  # the graph reads and writes its memory
         try:
             graphs[name] = run() if compile_only else captured(run)
-        except Exception as error:  # too much shared memory, say
+        except Exception as error:  # for example, too much shared memory
             torch.cuda.synchronize()
             print(f"    {call.name}: {name}: {type(error).__name__} {str(error)[:80]}")
             return
@@ -237,7 +237,7 @@ def timed(call: Call, *, compile_only: bool = False) -> list[dict[str, Any]]:
 
 
 def _host_seconds(run: Callable[[], Any], times: int = 30) -> float:
-    """Of the processor, per call: what a launch costs where the GPU does not wait."""
+    """Return the processor's seconds per call: the cost of a launch while the GPU is not waited for."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(times):
@@ -248,7 +248,7 @@ def _host_seconds(run: Callable[[], Any], times: int = 30) -> float:
 
 
 def summary(words: str, found: list[dict[str, Any]]) -> str:
-    """One line: the pinned configurations, and the fastest of all."""
+    """Return a line with the times of the pinned configuration and of the fastest one."""
     pinned = [float(row["us"]) for row in found if row["kind"] == "pinned"]
     if not pinned:
         return words
@@ -263,7 +263,7 @@ def summary(words: str, found: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="calls whose words begin with this regular expression")
     parser.add_argument("--output", type=Path, help="default: bench/results/tune-<device>.csv")

@@ -1,6 +1,6 @@
-// The tile registers of processors with AMX: eight of 16 rows of 64 bytes, and an instruction that adds the
-// product of two of them, of bfloat16 numbers, to a third one's floats (Intel Architecture Instruction Set
-// Extensions Programming Reference, "Intel AMX instruction set reference").
+// The tile registers of processors with AMX: eight registers of 16 rows of 64 bytes, and an instruction that
+// multiplies two tiles of bfloat16 numbers and adds the product to a third one's floats (Intel Architecture
+// Instruction Set Extensions Programming Reference, "Intel AMX instruction set reference").
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 
 namespace usf {
 
-// Whether this processor has them.
+// Whether this processor has AMX with bfloat16.
 inline bool processor_has_amx() {
 #ifdef USF_AMX
     constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
@@ -29,10 +29,10 @@ inline bool processor_has_amx() {
 #endif
 }
 
-inline bool may_use_amx = true;  // not in tests, which then run what other processors would
+inline bool may_use_amx = true;  // tests clear it, to run the code of other processors
 
-// Whether the system lets this process use them, too. It is asked at the first call, not when the extension
-// is loaded: from then on it wants more room for the stacks of signal handlers.
+// Whether the processor has AMX and the system lets this process use it. The system is asked at the first
+// call, not when the extension is loaded: once granted, signal handlers need larger stacks.
 inline bool has_amx() {
 #ifdef USF_AMX
     static const bool granted = [] {
@@ -45,13 +45,13 @@ inline bool has_amx() {
 #endif
 }
 
-// Of a tile: rows, and words to a row.
+// Rows of a tile, and words per row.
 constexpr int tile_rows = 16, tile_words = 16;
 
 #ifdef USF_AMX
 
-// While it lives, the thread's eight tiles have their full size. Registers 0 to 3 are for sums, 4 and 5 for
-// the rows they belong to, 6 and 7 for weights.
+// During its lifetime, the thread's eight tiles have their full size. Registers 0 to 3 are for sums, 4 and 5
+// for the rows they belong to, 6 and 7 for weights.
 class TileShapes {
 public:
     TileShapes() {
@@ -72,7 +72,7 @@ template <int tile>
 USF_INLINE void clear_tile() {
     asm volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
-// From and to memory with a row of a tile every `stride` words.
+// Load and store a tile whose rows are `stride` words apart in memory.
 template <int tile>
 USF_INLINE void load_tile(const float* from, std::ptrdiff_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(4 * stride), "i"(tile) : "memory");

@@ -13,7 +13,7 @@ namespace usf {
 template <class T, std::size_t rank>
 using Image = nb::ndarray<const T, nb::ndim<rank>, nb::c_contig, nb::device::cpu>;
 
-// (parent, level, node)
+// Converts a tree to (parent, level, node), arrays that own their memory.
 template <class T>
 nb::tuple to_python(ComponentTree<T>& tree) {
     const auto size = static_cast<std::size_t>(tree.size);
@@ -22,7 +22,7 @@ nb::tuple to_python(ComponentTree<T>& tree) {
                                                          static_cast<std::size_t>(tree.width)}));
 }
 
-// The same as views of memory that `owner` frees.
+// The same with views of memory that `owner` frees.
 template <class T>
 nb::tuple to_python(ComponentTree<T>& tree, nb::capsule owner) {
     const auto size = static_cast<std::size_t>(tree.size), height = static_cast<std::size_t>(tree.height),
@@ -32,8 +32,8 @@ nb::tuple to_python(ComponentTree<T>& tree, nb::capsule owner) {
                           nb::ndarray<nb::numpy, std::int32_t>(tree.node.data(), {height, width}, owner));
 }
 
-// Lets small trees of `pixels` pixels share one block, and returns it. In blocks of their own, the page
-// faults of fresh memory would take up to a third of the time, and threads wait for each other in them.
+// Lets small trees of `pixels` pixels share one block, and returns it. With a block for each, page faults of
+// fresh memory would take up to a third of the time, and threads would wait for each other in them.
 template <class T>
 Memory<std::byte> share_block(std::vector<ComponentTree<T>>& trees, std::size_t pixels) {
     constexpr std::size_t line = 64;
@@ -95,7 +95,7 @@ nb::list component_trees(Image<T, 3> images, int connectivity, int threads) {
 template <class T>
 bool all_finite(nb::ndarray<const T, nb::c_contig, nb::device::cpu> values) {
     using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
-    // Where all bits of the exponent are set, one more in its last place carries into the sign.
+    // If all bits of the exponent are set, adding 1 in its last place carries into the sign.
     constexpr Bits sign = ~(~Bits(0) >> 1), one = Bits(1) << (std::numeric_limits<T>::digits - 1);
     Bits carried = 0;
     for (const T value : std::span(values.data(), values.size()))

@@ -18,9 +18,9 @@ using Address = std::uintptr_t;
 using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 using ProductSizes = std::tuple<std::int64_t, int, int, std::int64_t>;  // images, outputs, inputs, positions
-using Matrix = std::tuple<Address, std::int64_t, bool>;  // from one row to the next; transposed or not
-using View = std::tuple<Address, std::int64_t, std::int64_t, bool>;  // as MapView has them
-using Rows = std::tuple<Address, std::int64_t>;                      // from one row to the next
+using Matrix = std::tuple<Address, std::int64_t, bool>;                 // data, stride of rows, transposed
+using View = std::tuple<Address, std::int64_t, std::int64_t, bool>;     // the fields of MapView
+using Rows = std::tuple<Address, std::int64_t>;                         // data, stride of rows
 
 const float* values_at(std::optional<Address> address) {
     return address ? reinterpret_cast<const float*>(*address) : nullptr;
@@ -44,13 +44,13 @@ MatrixView matrix_of(const Matrix& matrix) {
     return {values_at(data), stride, transposed};
 }
 
-// -1, 0 or 1 for lower, whole and upper.
+// Converts -1, 0 or 1 to lower, whole or upper.
 Triangle triangle_of(int sign) {
     return sign < 0 ? Triangle::lower : sign > 0 ? Triangle::upper : Triangle::whole;
 }
 
-// Of a map and an ActNorm in front: lower and upper, with the numbers from one row to the next; signs,
-// log_diagonal, log_scale and offset.
+// Parameters of an LU map and an ActNorm in front: channels; lower and upper, with the strides of their rows;
+// signs, log_diagonal, log_scale and offset.
 using LuMap = std::tuple<int, Rows, Rows, Address, std::optional<Address>, std::optional<Address>,
                          std::optional<Address>>;
 
@@ -71,7 +71,7 @@ float* memory_at(std::optional<Address> address) {
     return address ? reinterpret_cast<float*>(*address) : nullptr;
 }
 
-// Tensors come as addresses, in the shapes that `usf_kernels.ops.convolution` has checked.
+// Tensors are passed as addresses; `usf_kernels.ops.convolution` has checked their shapes.
 void bind_convolutions(nb::module_& m) {
     using namespace nb::literals;
     m.attr("FEWEST_CHANNELS") = Winograd::fewest;

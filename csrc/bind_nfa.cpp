@@ -16,8 +16,8 @@ using Counts = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::
 using Indices = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Nodes = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-// Runs the test on every map, then finish(test, b), with one workspace per thread. Threads that the images
-// leave idle go to the trees.
+// Runs the test on every map, then finish(test, b), with one workspace per thread. If there are fewer images
+// than threads, the trees are built by several threads each.
 template <class T, class Finish>
 void test_batch(const Energies<T>& energy, const Tail& tail, std::span<const double> size_counts, int threads,
                 Finish finish) {
@@ -46,7 +46,7 @@ nb::ndarray<nb::numpy, float> log_nfa_maps(Energies<T> energy, const Tail& tail,
     return to_numpy(std::move(maps), {batch, height, width});
 }
 
-// Per image, a list of (top, left, bottom, right, area, level, log_nfa, row, column).
+// Returns a list of (top, left, bottom, right, area, level, log_nfa, row, column) for each image.
 template <class T>
 nb::list find_regions(Energies<T> energy, const Tail& tail, Counts size_counts, double offset,
                       double log_epsilon, int threads) {
@@ -76,10 +76,10 @@ nb::ndarray<nb::numpy, double> log_tail(const Tail& tail, Counts levels) {
     return to_numpy(std::move(out), {n});
 }
 
-// Everybody can make a ComponentTree of any arrays: 0 <= value[i] < end(i)?
+// Throws unless 0 <= value[i] < end(i) for all i: users can make a ComponentTree of any arrays.
 template <class End>
 void check_nodes(const char* name, const std::int32_t* value, std::size_t n, End end) {
-    std::uint32_t outside = 0;  // in its sign, which vectors of every processor can gather
+    std::uint32_t outside = 0;  // the sign bit is set if any is outside: loops over it vectorise everywhere
     for (std::size_t i = 0; i < n; ++i) {
         const auto v = static_cast<std::uint32_t>(value[i]);
         outside |= v | (end(i) - 1 - v);

@@ -12,8 +12,8 @@
 
 namespace usf {
 
-// Tensors come as (address, strides): float32, on the CPU, and of the sizes that the operation says, which
-// usf_kernels/ops/native.py sees to. Making an array of each would take as long as a small operation.
+// Tensors are passed as (address, strides): float32, on the CPU, with the sizes that the operation expects,
+// as usf_kernels/ops/native.py ensures. Making an array of each would take as long as a small operation.
 using Sizes = std::vector<std::int64_t>;
 using Tensor = std::pair<std::uintptr_t, Sizes>;
 
@@ -53,7 +53,7 @@ void bind_ops(nb::module_& m) {
                           reinterpret_cast<const float*>(diagonal), reinterpret_cast<float*>(out), threads);
         },
         "matrix"_a, "stride"_a, "sizes"_a, "upper"_a, "diagonal"_a, "out"_a, "threads"_a);
-    // All that follow return false, and have written nothing, where no loop here walks such strides.
+    // All functions below return false, without writing anything, if there is no loop here for the strides.
     m.def(
         "squared_norm",
         [](const Sizes& sizes, const Tensor& z, std::uintptr_t out, int threads) {

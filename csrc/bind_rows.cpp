@@ -6,7 +6,7 @@
 
 namespace usf {
 
-// Shapes and index ranges are those of the fused modules, which make them.
+// Shapes are not checked here, since the fused modules make the arrays; `Half` checks the indices.
 template <class T>
 using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Index = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -16,7 +16,7 @@ Half half_of(const Index& index, std::size_t channels) {
     return Half(index.data(), static_cast<int>(index.shape(0)), static_cast<int>(channels));
 }
 
-// NumPy has no bfloat16: such tensors come as their bits.
+// NumPy has no bfloat16: such tensors are passed as their bits.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 2, std::int16_t, float>;
 

@@ -13,13 +13,13 @@ namespace usf {
 
 #ifdef USF_PRODUCTS
 
-// Shapes are those of the fused modules, which make them.
+// Most shapes are not checked here: the fused modules make the arrays.
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bias = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Channels = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using State = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-// What passes at every call comes as addresses of contiguous tensors: making an array of each would take as
-// long as a small flow. Of a condition's share [images, positions, width]: (address, images, width).
+// Arguments of every call are passed as addresses of contiguous tensors: making an array of each would take
+// as long as a small flow. A condition's share [images, positions, width] is (address, images, width).
 using Shares = std::vector<std::tuple<std::uintptr_t, std::int64_t, int>>;
 using Layers = std::vector<Layer>;
 

@@ -1,4 +1,4 @@
-// What every binding file shares: how a result of C++ becomes an array that owns its memory.
+// Common header of the binding files: turns a result of C++ into an array that owns its memory.
 #pragma once
 
 #include <nanobind/nanobind.h>

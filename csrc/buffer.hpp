@@ -14,17 +14,16 @@
 
 namespace usf {
 
-// Asks for what lies at an address, ahead of its use.
+// Fetches the memory at an address into the cache, ahead of its use.
 inline void prefetch([[maybe_unused]] const void* address) {
 #ifdef __GNUC__
     __builtin_prefetch(address);
 #endif
 }
 
-// How a block is going to be used: one that is jumped about in asks for huge pages, since with small ones
-// most of the time would go into address translation. One that is allocated again and again comes from
-// malloc, which keeps blocks of up to 32 MB for the next time: to map it anew would take longer than to fill
-// it.
+// How a block is going to be used. A block accessed at random asks for huge pages, since with small ones most
+// of the time would go into address translation. A block that is allocated again and again comes from malloc,
+// which keeps blocks of up to 32 MB for the next time: mapping them anew would take longer than filling them.
 enum class Access { in_sequence, at_random, again_and_again };
 
 struct FreeMemory {
@@ -57,7 +56,7 @@ Memory<T> allocate(std::size_t n, Access access = Access::in_sequence) {
     if (bytes >= (access == Access::again_and_again ? largest_kept : large_block)) {
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
-        if (access == Access::at_random) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: it may be refused
+        if (access == Access::at_random) madvise(memory, bytes, MADV_HUGEPAGE);  // the system may refuse
         return Memory<T>(static_cast<T*>(memory), FreeMemory{.mapped = bytes});
     }
 #endif
@@ -73,19 +72,19 @@ template <class T>
 class Buffer {
 public:
     Buffer() = default;
-    // Not assigned or swapped: memory that is borrowed stays where it has been lent to.
+    // There is no assignment or swap, so that borrowed memory stays with the buffer that borrowed it.
     Buffer(Buffer&& other) noexcept
         : data_(std::move(other.data_)), capacity_(std::exchange(other.capacity_, 0)) {}
 
     T* reserve(std::size_t n, Access access = Access::in_sequence) {
         if (n > capacity_) {
-            free();  // first: the old contents are not wanted
+            free();  // before allocating: the old contents are not needed
             data_ = allocate<T>(n, access);
             capacity_ = n;
         }
         return data_.get();
     }
-    // Uses memory of somebody else, who keeps it for as long as this is used.
+    // Uses the caller's memory, which must outlive the use of this buffer.
     void borrow(T* memory, std::size_t n) {
         data_ = Memory<T>(memory, FreeMemory{.borrowed = true});
         capacity_ = n;

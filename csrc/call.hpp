@@ -1,4 +1,4 @@
-// What a call works on, and what it needs besides: rows [images * height * width, channels] of maps.
+// Arguments and scratch memory of a call on rows [images * height * width, channels] of maps.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace usf {
 
-// The maps that the rows make up.
+// Sizes of the maps that the rows belong to.
 struct Maps {
     std::int64_t images, height, width;
 
@@ -20,15 +20,15 @@ struct Maps {
     std::int64_t rows() const { return images * positions(); }
 };
 
-// What a conditioned layer adds: rows [images, positions, width], one image's for all if `images` is 1. They
-// are `rounded` if that is not null.
+// Rows [images, positions, width] that a conditioned layer adds to its outputs; the same for all images if
+// `images` is 1. They are in `rounded` if that is not null.
 struct Condition {
     const float* data;
     std::int64_t images;
     int width;
     const BFloat16* rounded = nullptr;
 
-    // That of images whose first row is this one.
+    // The condition of the images that start at this row.
     Condition from(std::int64_t row) const {
         if (images == 1) return *this;
         return {data ? data + row * width : nullptr, images, width,
@@ -36,14 +36,14 @@ struct Condition {
     }
 };
 
-// What a call works on. `state` and `log_det` are those of a StageRun.
+// Arguments of a call. `state` and `log_det` are used by a StageRun only.
 struct Call {
     Maps maps;
     int threads;
     const Condition* conditions = nullptr;
     float *state = nullptr, *log_det = nullptr;
 };
-// Of a thread, kept from call to call: fresh memory costs more than what is done with it.
+// Scratch memory of a thread, kept from call to call: fresh memory costs more than the work done in it.
 struct Scratch {
     Floats outputs[2];
     Floats zeros, rounded, state, shares;
@@ -57,13 +57,13 @@ inline Scratch& scratch_of_thread() {
     static thread_local Scratch scratch;
     return scratch;
 }
-// Some rows, and where they lie among all.
+// Neighbouring rows of a call, from row `first` on.
 struct Stretch {
     const Call& call;
     std::int64_t first;
     int rows;
     Scratch& scratch;
-    float* state = nullptr;  // its own; null where it is a part of the call's
+    float* state = nullptr;  // the stretch's own state; null if it uses a part of the call's
 };
 
 }  // namespace usf

@@ -1,4 +1,4 @@
-// 3 x 3 convolutions with a kernel that is new at every call, by Winograd's filtering.
+// 3 x 3 convolutions by Winograd's filtering, with a kernel that may change at every call.
 #pragma once
 
 #include <algorithm>
@@ -11,20 +11,20 @@
 
 namespace usf {
 
-// Of a thread, for a kernel at its points.
+// Memory of a thread for a transformed kernel.
 inline const std::shared_ptr<Floats>& kernel_memory() {
     static thread_local const auto memory = std::make_shared<Floats>();
     return memory;
 }
 
-// out = ending(convolution + bias + what stands beside) for all rows of a call, dense; a bias may be null.
+// out = ending(convolution + bias + condition) for all rows of a call, contiguous; the bias may be null.
 inline void convolution(const Kernel& kernel, const float* bias, Ending ending, const Inputs& in,
                         const Call& call, float* out) {
     const TileRows rows(call.maps);
     if (rows.count == 0) return;
     const int width = Panels::best_width(), threads = call.threads;
     if (threads > 1 && kernel.outputs >= 2 * threads * width && rows.count * rows.tiles <= kernel.outputs) {
-        // Few tiles: of all, each thread makes its own outputs, for which it alone needs the kernel.
+        // Few tiles: each thread computes some outputs of all tiles, and transforms only their kernels.
         const std::int64_t panels = (kernel.outputs + width - 1) / width;
         team_for(threads, threads, [&](std::int64_t group) {
             const int first = static_cast<int>(panels * group / threads) * width;

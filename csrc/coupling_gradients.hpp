@@ -1,12 +1,12 @@
-// Gradients of `couple`, in one pass, and its inverse together with them.
+// Gradients of `couple` in one pass, and a pass that also computes its inverse.
 #pragma once
 
 #include "couplings.hpp"
 
 namespace usf {
 
-// Of an exit's scale and bias: the sums over grad_y * coupled x and over grad_y, as parts of which each
-// belongs to one stretch.
+// Gradients of an exit's scale and bias: the sums of grad_y * coupled x and of grad_y. There is one part per
+// stretch (for maps, per image).
 struct ExitSums {
     std::int64_t channels = 0;
     std::vector<float> scale, bias;  // [parts, channels]
@@ -32,8 +32,8 @@ struct ExitSums {
     }
 };
 
-// A plane of passive values, or without `params` of active ones: see `gradient_of_piece`. Adds up grad_y
-// times the coupled x, and grad_y, where `scale` is given.
+// Gradient of a plane of active or passive values, see `gradient_of_piece`. If `scale` is given, also sums
+// grad_y times the coupled x, and grad_y. `params` is null for passive values.
 USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, const float* grad_y,
                                          const float* scale, const float* x, const float* params,
                                          std::int64_t apart, std::int64_t n, float grad_log_det,
@@ -51,7 +51,7 @@ USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, 
             through = grad;
         }
         if (active) {
-            // Before anything is written: the gradient of x may take the place of grad_y.
+            // It reads its inputs before it writes: the gradient of x may overwrite grad_y.
             gradient_of_piece(coupling, through, value, params + first, apart, count, grad_log_det,
                               grad_x + first, grad_params + first, scale ? coupled : nullptr);
             value = coupled;
@@ -69,7 +69,7 @@ USF_CLONES inline void gradient_of_plane(const Coupling& coupling, bool active, 
     }
 }
 
-// Of rows of neighbouring channels. Adds to the sums.
+// Gradient of rows of neighbouring channels. Adds to the sums.
 USF_CLONES inline void gradient_of_rows(const Coupling& coupling, std::int64_t split, std::int64_t channels,
                                         const Exit& exit, const float* grad_y, std::int64_t grad_row,
                                         const float* x, std::int64_t x_row, const float* params,
@@ -114,8 +114,8 @@ USF_CLONES inline void gradient_of_rows(const Coupling& coupling, std::int64_t s
     }
 }
 
-// Gradients of x, params and, with an exit that has them, of scale and bias. Without an exit, grad_x may be
-// grad_y itself. `grad_log_det` [batch] is read for affine couplings.
+// Gradients of x, params and, if the exit has them, of scale and bias. Without an exit, grad_x may be grad_y
+// itself. `grad_log_det` [batch] is read for affine couplings only.
 inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const Exit& exit,
                             const Input& grad_y, const float* grad_log_det, const Input& x,
                             const Input& params, const Extent& extent, const Output& grad_x,
@@ -123,7 +123,7 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
     const auto [batch, channels, positions] = extent;
     const Layout layout = common_layout(positions, grad_y, x, params, grad_x, grad_params);
     const std::int64_t apart = (channels - split) * params.channel;
-    // Pieces step by one distance through params and their gradient.
+    // The loops use one distance `apart` for both params and their gradient.
     if (layout == Layout::other || params.channel != grad_params.channel) return false;
     ExitSums sums;
     if (layout == Layout::maps) {
@@ -167,7 +167,7 @@ inline bool couple_gradient(const Coupling& coupling, std::int64_t split, const 
     return true;
 }
 
-// A plane of passive values, or of active ones, back through the exit and the coupling: see `undo_piece`.
+// Takes a plane of passive or active values back through the exit and the coupling: see `undo_piece`.
 USF_CLONES inline void undo_plane(const Coupling& coupling, bool active, const float* y, const float* grad_y,
                                   const float* scale, const float* bias, const float* params,
                                   std::int64_t apart, std::int64_t n, float grad_log_det, float* x,
@@ -200,7 +200,7 @@ USF_CLONES inline void undo_plane(const Coupling& coupling, bool active, const f
     }
 }
 
-// One row of neighbouring channels. Adds to the sums. `scratch` holds two rows.
+// Does the same for one row of neighbouring channels. Adds to the sums. `scratch` holds two rows.
 USF_CLONES inline void undo_row(const Coupling& coupling, std::int64_t split, std::int64_t channels,
                                 const Exit& exit, const float* y, const float* grad_y, const float* params,
                                 std::int64_t apart, float grad_log_det, float* x, float* grad_x,
@@ -233,8 +233,8 @@ USF_CLONES inline void undo_row(const Coupling& coupling, std::int64_t split, st
     }
 }
 
-// What a reversible backward pass does: from y, which `couple` made, the x that it made it of, and as
-// `couple_gradient` the gradients. Without an exit, x and grad_x may be y and grad_y themselves.
+// A step of a reversible backward pass: recovers x from y = couple(x), and computes the gradients like
+// `couple_gradient`. Without an exit, x and grad_x may be y and grad_y themselves.
 inline bool uncouple(const Coupling& coupling, std::int64_t split, const Exit& exit, const Input& y,
                      const Input& grad_y, const Input& params, const float* grad_log_det,
                      const Extent& extent, const Output& x, const Output& grad_x, const Output& grad_params,

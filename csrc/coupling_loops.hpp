@@ -1,4 +1,4 @@
-// The arithmetic of couplings on runs of neighbouring values, a piece at a time that stays in the cache.
+// The arithmetic of couplings on runs of neighbouring values, in pieces that stay in the cache.
 #pragma once
 
 #include "features.hpp"
@@ -14,15 +14,14 @@ USF_INLINE float fast_expm1(float x) {
     return power * rest + (power - 1);
 }
 
-// log_scale = clamp * tanh(raw / 10), of at most `piece` values. With e = e^(raw / 5) - 1, tanh is e / (e +
-// 2).
+// log_scale = clamp * tanh(raw / 10). With e = e^(raw / 5) - 1, the tanh is e / (e + 2).
 USF_INLINE void log_scales(const float* raw, int n, float clamp, float* log_scale) {
     for (int j = 0; j < n; ++j) {
         const float e = fast_expm1(0.2f * raw[j]);
         log_scale[j] = clamp * (e / (e + 2));
     }
 }
-// And the slope of tanh, 4 (e + 1) / (e + 2)^2.
+// Also computes the slope of the tanh, 4 (e + 1) / (e + 2)^2.
 USF_INLINE void log_scales(const float* raw, int n, float clamp, float* log_scale, float* slope) {
     for (int j = 0; j < n; ++j) {
         const float e = fast_expm1(0.2f * raw[j]), inverse = 1 / (e + 2);
@@ -31,16 +30,16 @@ USF_INLINE void log_scales(const float* raw, int n, float clamp, float* log_scal
     }
 }
 
-// What a coupling does to one active value. With a clamp it is affine: `params` are raw scales, and raw
-// shifts `apart` elements behind. Without, they are shifts.
+// Kind of a coupling. With a clamp it is affine: `params` are raw scales, followed by raw shifts at a
+// distance of `apart` elements. Without, they are shifts.
 struct Coupling {
     static constexpr float none = -1;
-    float clamp = none;  // else not negative: 0 is what float32 makes of the smallest
+    float clamp = none;  // or not negative: the smallest clamps are 0 in float32
     bool inverse = false;
     bool affine() const { return clamp >= 0; }
 };
 
-// out = the coupled x. Returns the sum of the log scales.
+// Writes the coupled x to `out`. Returns the sum of the log scales.
 USF_INLINE double couple_run(const Coupling& coupling, const float* x, const float* params,
                              std::int64_t apart, std::int64_t n, float* __restrict out) {
     if (!coupling.affine()) {
@@ -64,9 +63,9 @@ USF_INLINE double couple_run(const Coupling& coupling, const float* x, const flo
     return total;
 }
 
-// Gradients of at most `piece` active values x and of their params, from `grad`, that of the coupled x, and
-// that of the log-determinant. Where `coupled` is given, the coupled x goes there. The gradient of x may take
-// the place of any input: nothing is written before all is read.
+// Gradients of at most `piece` active values x and of their params, from the gradients of the coupled x,
+// `grad`, and of the log-determinant. The coupled x is written to `coupled` if that is not null. The gradient
+// of x may overwrite any input: all inputs are read before it is written.
 USF_INLINE void gradient_of_piece(const Coupling& coupling, const float* grad, const float* x,
                                   const float* params, std::int64_t apart, int n, float grad_log_det,
                                   float* grad_x, float* grad_params, float* coupled) {
@@ -107,7 +106,7 @@ USF_INLINE void gradient_of_piece(const Coupling& coupling, const float* grad, c
     std::copy_n(to_shift, n, grad_params + apart);
 }
 
-// Turns at most `piece` coupled values y into the x that they were, and their gradient into that of x; the
+// Turns at most `piece` coupled values y back into x, and their gradient into that of x, in place; the
 // gradient of the params goes to `grad_params`.
 USF_INLINE void undo_piece(const Coupling& coupling, float* y, float* grad, const float* params,
                            std::int64_t apart, int n, float grad_log_det, float* grad_params) {

@@ -1,4 +1,4 @@
-// A coupling, then a scale, a shift and a permutation of the channels, in one pass; and back.
+// A coupling, then a scale, a shift and a permutation of the channels, in one pass, in either direction.
 #pragma once
 
 #include <vector>
@@ -14,7 +14,7 @@ struct Exit {
 
     std::int64_t channel(std::int64_t j) const { return to.empty() ? j : to[j]; }
     bool nothing() const { return to.empty() && !scale; }
-    // Channels from where they went to.
+    // Undoes the permutation of a row.
     USF_INLINE void take(const float* __restrict from, std::int64_t channels, float* __restrict out) const {
         if (to.empty()) {
             std::copy_n(from, channels, out);
@@ -25,7 +25,7 @@ struct Exit {
     }
 };
 
-// The inverse of a permutation; nothing if it is none.
+// The inverse of a permutation; nothing if `index` is not a permutation.
 inline std::optional<std::vector<std::int64_t>> inverse_of(const std::int64_t* index, std::int64_t n) {
     std::vector<std::int64_t> inverse(n, -1);
     for (std::int64_t i = 0; i < n; ++i) {
@@ -59,7 +59,7 @@ USF_CLONES inline void pass_plane(const float* __restrict x, std::int64_t n, con
     for (std::int64_t j = 0; j < n; ++j) out[j] = factor * x[j] + offset;
 }
 
-// The channels [begin, end) of an image. Returns the sum of their log scales.
+// Couples the channels [begin, end) of an image. Returns the sum of their log scales.
 inline double couple_planes(const Coupling& coupling, std::int64_t split, const Exit& exit, const Input& x,
                             const Input& params, std::int64_t apart, std::int64_t positions,
                             std::int64_t image, std::int64_t begin, std::int64_t end, const Output& out) {
@@ -67,7 +67,7 @@ inline double couple_planes(const Coupling& coupling, std::int64_t split, const 
     double total = 0;
     for (std::int64_t j = begin; j < end;) {
         const bool passes = j < split;
-        // Without an exit, neighbouring planes are one long one.
+        // Without an exit, neighbouring planes are treated as a single long one.
         const std::int64_t planes = dense && exit.nothing() ? (passes ? std::min(end, split) : end) - j : 1;
         const std::int64_t to = exit.channel(j), n = planes * positions;
         const float *scale = exit.scale ? exit.scale + j : nullptr,
@@ -82,7 +82,7 @@ inline double couple_planes(const Coupling& coupling, std::int64_t split, const 
     return total;
 }
 
-// Rows of neighbouring channels. Adds the sum of each row's log scales to `totals`, every `step` elements.
+// Couples rows of neighbouring channels. Adds the sum of the log scales of row r to totals[r * step].
 USF_CLONES inline void couple_rows(const Coupling& coupling, std::int64_t split, std::int64_t channels,
                                    const Exit& exit, const float* x, std::int64_t x_row, const float* params,
                                    std::int64_t params_row, std::int64_t apart, std::int64_t rows,
@@ -106,9 +106,9 @@ USF_CLONES inline void couple_rows(const Coupling& coupling, std::int64_t split,
     }
 }
 
-// For x [batch, channels, positions] and params of channels - split channels, or twice as many for an affine
-// coupling, whose log-determinant goes to log_det [batch]. False, and nothing is written, for layouts that
-// have no loop here.
+// Couples x [batch, channels, positions] with params of channels - split channels, or twice as many for an
+// affine coupling, whose log-determinant goes to log_det [batch]. Returns false, without writing anything,
+// for layouts without a loop here.
 inline bool couple(const Coupling& coupling, std::int64_t split, const Exit& exit, const Input& x,
                    const Input& params, const Extent& extent, const Output& out, float* log_det,
                    int threads) {
@@ -116,7 +116,7 @@ inline bool couple(const Coupling& coupling, std::int64_t split, const Exit& exi
     const Layout layout = common_layout(positions, x, params, out);
     if (layout == Layout::other) return false;
     const std::int64_t apart = (channels - split) * params.channel;
-    std::vector<double> totals;  // of stretch after stretch of each image
+    std::vector<double> totals;  // sums of log scales: `each` stretches per image, image after image
     std::int64_t each = 1;
     if (layout == Layout::maps) {
         const Stretches planes(channels, positions);

@@ -1,5 +1,5 @@
-// Triangular factors of LU maps applied to channels: of a matrix only a strict triangle is read, the diagonal
-// is its own, and zeros are not multiplied with.
+// Application of triangular factors of LU maps to channels. Only a strict triangle of a matrix is read, the
+// diagonal is stored separately, and most of the zeros are not multiplied.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@
 namespace usf {
 
 struct Factor {
-    MatrixView matrix;  // as it is multiplied with: where it lies transposed, its other triangle is read
+    MatrixView matrix;  // the view may be transposed, so that the other triangle of the memory is read
     bool upper;
     const float* diagonal;  // null for ones
     int channels;
 
     Triangle part() const { return upper ? Triangle::upper : Triangle::lower; }
 
-    // Outputs from the first on as panels of all inputs that they have something of.
+    // Fills the panels of `count` outputs from `first` on, with the inputs that any of them depends on.
     void fill(int first, int count, int width, int depth, float* panels) const {
         const Reach reach(part(), first, count, channels);
         for (int o = first; o < first + count; o += width) {
@@ -39,7 +39,7 @@ struct Factor {
     }
 };
 
-// out = factor x + bias for maps x, dense; the bias may be null.
+// out = factor x + bias for maps x; `out` is contiguous, the bias may be null.
 inline void factor_maps(const Factor& factor, const float* bias, const MapView& x, std::int64_t images,
                         std::int64_t positions, float* out, int threads) {
     static thread_local Floats memory;
@@ -58,13 +58,13 @@ inline void factor_maps(const Factor& factor, const float* bias, const MapView& 
                   });
 }
 
-// The same for rows.
+// out = factor x + bias for rows x.
 inline void factor_rows(const Factor& factor, const float* bias, const Inputs& x, std::int64_t rows,
                         float* out, int threads) {
     const int channels = factor.channels, width = Panels::best_width();
     const std::int64_t most =
         std::max<std::int64_t>(2 * cache_numbers / std::max<std::int64_t>(x.stride, 1), least_rows);
-    for (std::int64_t row = 0; row < rows; row += most) {  // those stay in the cache while all panels pass
+    for (std::int64_t row = 0; row < rows; row += most) {  // they stay in the cache for all panels
         const int some = static_cast<int>(std::min(most, rows - row));
         team_for((channels + width - 1) / width, threads, [&](std::int64_t p) {
             const int first = static_cast<int>(p) * width, count = std::min(width, channels - first);

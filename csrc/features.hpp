@@ -1,4 +1,4 @@
-// Tensors (batch, channels, *spatial) as loops walk them: by image, channel and position.
+// Strided views of tensors (batch, channels, *spatial) by image, channel and position.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace usf {
 
-// Elements between neighbours. A channel or position stride is 1 where there is no neighbour.
+// Strides in elements. The stride of channels or positions is 1 if there is only one.
 template <class T>
 struct Features {
     T* data = nullptr;
@@ -34,7 +34,7 @@ inline Extent extent_of(std::span<const std::int64_t> sizes) {
     return extent;
 }
 
-// Nothing where one stride cannot walk the spatial dimensions.
+// A view of a tensor; nothing if its spatial dimensions cannot be walked with one stride.
 template <class T>
 std::optional<Features<T>> flatten(T* data, std::span<const std::int64_t> sizes,
                                    std::span<const std::int64_t> strides) {
@@ -53,7 +53,7 @@ std::optional<Features<T>> flatten(T* data, std::span<const std::int64_t> sizes,
                        position == 0 ? 1 : position};
 }
 
-// One channel's positions side by side, or one position's channels.
+// maps: the positions of a channel are neighbours in memory; rows: the channels of a position are.
 enum class Layout { maps, rows, other };
 
 template <class... T>
@@ -63,7 +63,7 @@ Layout common_layout(std::int64_t positions, const Features<T>&... features) {
     return maps ? Layout::maps : Layout::other;
 }
 
-// Rows of neighbouring channels, by image; where every image is one position, images are rows of one image.
+// Rows of neighbouring channels, by image. If every image has one position, all images are rows of one image.
 template <class T>
 struct RowsOf {
     T* data;
@@ -79,12 +79,12 @@ struct RowCount {
         : images(e.positions == 1 ? 1 : e.batch), rows(e.positions == 1 ? e.batch : e.positions) {}
 };
 
-constexpr std::int64_t stretch_elements = 1 << 14;  // far more work than it takes to fetch the next stretch
-// One after the other: more would add up their rounding errors, fewer would leave as many sums as numbers.
+constexpr std::int64_t stretch_elements = 1 << 14;  // far more work than handing a stretch to a thread
+// Rows summed one by one: more would add up rounding errors, fewer would leave nearly as many sums as inputs.
 constexpr std::int64_t rows_of_a_sum = 256, least_rows_of_a_sum = 64;
 
-// The indices [0, count) of something with so many elements each, in stretches. What a thread sums over a
-// stretch is the same whichever thread it is.
+// Divides the indices [0, total) of things with `elements` elements each into stretches. They do not depend
+// on the threads, so neither do the sums over them.
 struct Stretches {
     std::int64_t total, each, count;
 

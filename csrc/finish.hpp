@@ -1,5 +1,5 @@
-// What is done with a tile of a product's sums while it is in registers: a few rows times two vectors of
-// outputs, of which those from `width` on are not the product's.
+// Processing of a tile of a product's sums while it is in registers. A tile is a few rows times two vectors
+// of outputs, of which only the first `width` belong to the product.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 
 namespace usf {
 
-// What becomes of outputs: nothing, or 0 where they are negative, or where what stands beside them is not
-// positive.
+// How outputs end: plain as they are, relu with 0 where they are negative, masked with 0 where the value
+// beside them is not positive.
 enum class Ending { plain, relu, masked };
 
-// Finishes a tile: out = ending(sums + bias + what stands beside), but for Ending::masked, which adds
-// nothing. Rows of BFloat16 are those of whole words.
+// Finishes a tile: out = ending(sums + bias + the rows beside). Ending::masked compares the rows beside
+// instead of adding them. Rows of BFloat16 are padded to whole words.
 template <class T>
 struct StoreAs {
     T* out;
@@ -62,7 +62,7 @@ private:
         constexpr int lanes = sizeof(V) / sizeof(float);
         using U = typename Vector<lanes>::unaligned;
         float padded[2 * lanes];
-        if (width < 2 * lanes) {  // what lies behind the last panel is not ours to read
+        if (width < 2 * lanes) {  // memory behind the last panel must not be read
             std::fill_n(std::copy_n(from, width, padded), 2 * lanes - width, 0.0f);
             from = padded;
         }
@@ -78,8 +78,7 @@ private:
 };
 using Store = StoreAs<float>;
 
-// Finishes a tile of which a row is a channel: out = ending(sums + bias of the row). `mask` has the strides
-// of `out`.
+// Finishes a tile whose rows are channels: out = ending(sums + row's bias). `mask` has the strides of `out`.
 struct StoreMaps {
     float* out;
     std::int64_t stride;
@@ -114,7 +113,7 @@ struct StoreMaps {
     }
 };
 
-// row(i) += factor * sums[i] from a column on, where there is such a row.
+// row(i) += factor * sums[i] from a column on, for rows that are not null.
 template <class V, int count, class Rows>
 USF_INLINE void add_tile(V (&sums)[count][2], float factor, int column, int width, const Rows& row) {
     constexpr int lanes = sizeof(V) / sizeof(float);
@@ -145,7 +144,7 @@ struct Add {
         add_tile(sums, factor, column, width, [&](int i) USF_LAMBDA { return out + (row + i) * stride; });
     }
 };
-// The same for rows that lie anywhere, or are null.
+// Does the same for rows at any addresses; null rows are skipped.
 struct AddToRows {
     float* const* rows;
     float factor;

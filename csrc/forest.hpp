@@ -1,10 +1,10 @@
 // Joining the trees of the tiles.
 //
-// Inside a tile's own tree, a component that does not touch a cut is settled: whatever lies outside cannot
-// change it, nor what it hangs from. Only the others ("open") have to be ordered again together with those of
-// the neighbours. `ForestMerge` does that: it sorts the open components of all tiles and runs union-find over
-// the links of the old trees and the pairs across the cuts. It works in the sorted order, where a component
-// and what hangs from it are close to each other, so that memory is read almost in sequence.
+// In a tile's own tree, a component that does not touch a cut is final: nothing outside the tile can change
+// it or its parent. Only the others ("open") have to be ordered again together with those of the neighbours.
+// `ForestMerge` does that: it sorts the open components of all tiles and runs union-find over the links of
+// the old trees and the pairs across the cuts. It works in the sorted order, where a component and its
+// children are close to each other, so that memory is read almost in sequence.
 #pragma once
 
 #include <algorithm>
@@ -19,24 +19,24 @@
 
 namespace usf {
 
-// Use: fill `keys` and `steps`, sort, begin_join, add_seam, join, number; each step gives back the memory
-// that the later ones do not need.
+// Use: fill `keys` and `steps`, sort, begin_join, add_seam, join, number; each step frees the memory that the
+// later ones do not need.
 template <class T>
 class ForestMerge {
 public:
     using Key = OrderedKey<T>;
 
-    // Room for the open components of the tiles: those of one tile lie together, from its lowest level up.
-    // A component is known by its place there.
+    // Reserves room for the open components of the tiles: those of one tile are neighbours, from its lowest
+    // level up. A component is identified by its place there.
     void reserve(std::size_t most) {
         keys_.reserve(most);
         steps_.reserve(most);
     }
     Key* keys() { return keys_.data(); }
-    // How many places back is the component that it hangs from in the tree of its tile; 0 at the root.
+    // Number of places from a component back to its parent in the tree of its tile; 0 at the root.
     std::uint16_t* steps() { return steps_.data(); }
 
-    // Each run is what a tile has put there; all keys lie in `range`.
+    // Sorts the components. Each run holds those of one tile; all keys lie in `range`.
     void sort(const std::vector<Run>& runs, KeyRange<Key> range, int threads) {
         std::size_t end = 0, count = 0;
         for (const Run& run : runs) {
@@ -58,10 +58,10 @@ public:
         });
         steps_.free();
     }
-    // Where a component has come to lie, until `begin_join`.
+    // Rank of a component in the sorted order; valid until `begin_join`.
     std::int32_t rank(std::int32_t place) const { return rank_of_[place]; }
 
-    // Makes room for about so many `seams`, and in the tree for `others` nodes beside those of the forest.
+    // Reserves room for about `seams` seams, and in the tree for `others` nodes beside those of the forest.
     void begin_join(std::int64_t others, std::int64_t seams, int threads, ComponentTree<T>& tree) {
         rank_of_.free();
         cell_ = tree.parent.reserve(size_ + others, Access::at_random);
@@ -76,7 +76,7 @@ public:
         seam_target_.reserve(seams);
         seam_next_.reserve(seams);
     }
-    // The components of these two ranks, of neighbouring tiles, touch.
+    // Adds a seam: the components of these two ranks, in neighbouring tiles, touch.
     void add_seam(std::int32_t a, std::int32_t b) {
         const auto [low, high] = std::minmax({a, b});
         seam_target_.push_back(high);
@@ -84,13 +84,14 @@ public:
         cell_[low] = size_ + static_cast<std::int32_t>(seam_target_.size()) - 1;
     }
 
-    // Union-find from the highest component down. A cell changes its meaning when its turn comes: before, it
-    // is the head of the list of what joins there (components of the old tree that came before, chained
-    // through `up_`, which they no longer need, and seams); afterwards it is the parent in the joined tree.
+    // Union-find from the highest component down. A cell changes its meaning when its component is reached:
+    // before, it is the head of the list of what joins there (components of the old tree that were reached
+    // earlier, chained through `up_`, which they no longer need, and seams); afterwards it is the parent in
+    // the joined tree.
     void join() {
         for (std::int32_t p = size_ - 1; p >= 0; --p) {
             std::int32_t set = p;
-            if (p >= ahead) {  // the list there may still grow: one that is asked for in vain costs little
+            if (p >= ahead) {  // the list there may still change: a useless prefetch costs little
                 if (const std::int32_t c = cell_[p - ahead]; c < size_) prefetch(&link_[c]);
                 prefetch(&cell_[up_[p - ahead]]);
             }
@@ -110,8 +111,8 @@ public:
     }
 
     std::int32_t size() const { return size_; }
-    // Makes the joined components the first nodes of the tree, in whose memory their parents lie: a node's
-    // number is at most its rank. What is on the level of its parent is a part of it, and no node.
+    // Makes the joined components the first nodes of the tree. Their parents lie in the tree's memory, and a
+    // node's number is at most its rank. A component on the level of its parent is part of that, not a node.
     void number(int threads, ComponentTree<T>& tree) {
         std::int32_t *parent = cell_, *name = link_.data(), next = 0;
         T* level = tree.level.data();
@@ -129,7 +130,7 @@ public:
         for_each(size_, threads, [&](std::int32_t i) { up_[sorted_[i].place] = name[i]; });
         tree.size = next;
     }
-    // The nodes of the components, by their places, once numbered.
+    // Nodes of the components by place, after `number`.
     const std::int32_t* nodes() const { return up_.data(); }
 
     void free() {
@@ -155,8 +156,8 @@ private:
     Buffer<std::uint16_t> steps_;
     Buffer<Placed<Key>> sorted_;
     Buffer<std::int32_t> rank_of_;  // by place
-    Buffer<std::int32_t> up_;       // by rank what a component hangs from, in the end by place its node
-    std::int32_t* cell_ = nullptr;  // in the parents of the tree
+    Buffer<std::int32_t> up_;       // parent by rank; after `number`, node by place
+    std::int32_t* cell_ = nullptr;  // lies in the parents of the tree
     Buffer<std::int32_t> link_;
     std::vector<std::int32_t> seam_target_, seam_next_;
 };

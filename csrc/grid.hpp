@@ -1,5 +1,5 @@
-// How a large map is cut into tiles that fit the first-level cache. The cut depends on the size of the map
-// alone, never on the number of threads.
+// Division of a large map into tiles that fit the first-level cache. It depends on the size of the map alone,
+// never on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ struct Grid {
     Range columns_of_tile(std::int64_t tile_column) const {
         return {tile_column * tile_width, std::min(width, (tile_column + 1) * tile_width)};
     }
-    // Tiles keep what belongs to them in arrays with one place per pixel, from here on.
+    // Start of a tile's part in arrays with one place per pixel, tile after tile.
     std::int64_t first_place(std::int64_t tile_row, std::int64_t tile_column) const {
         const Range rows = rows_of_tile(tile_row);
         return rows.begin * width + rows.size() * columns_of_tile(tile_column).begin;

@@ -1,4 +1,4 @@
-// Some channels of a row: taken together, and put back.
+// Some channels of rows: gathered next to each other, and scattered back.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ inline float widen(BFloat16 value) {
 inline void narrow(float value, float& out) {
     out = value;
 }
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 inline void narrow(float value, BFloat16& out) {
     const auto bits = std::bit_cast<std::uint32_t>(value);
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -60,20 +60,20 @@ USF_AVX512 inline void store16(BFloat16* to, __mmask16 lanes, __m512 values) {
 }
 #endif
 
-// 8 neighbouring channels of which a half has some: how AVX2 shuffles them together, and apart.
+// How AVX2 gathers and scatters the channels that a half has among 8 neighbouring ones.
 struct alignas(32) Octet {
     std::int32_t together[8] = {}, apart[8] = {}, keep[8] = {};  // `keep` is -1 in lanes of the half, else 0
-    int first = 0, count = 0;                                    // of the half's channels
+    int first = 0, count = 0;                                    // range of the half's channels
     bool whole = false;  // whether neither the row nor the half ends within these 8 lanes
 };
 
-// In ascending order, 16 channels at a time are compressed and expanded by a bit mask with AVX-512, and 8 at
-// a time, of float32, by shuffles with AVX2; otherwise one by one. Rows follow each other in the state, and
-// `stride` elements apart outside of it.
+// A choice of channels. If they are in ascending order, AVX-512 compresses and expands 16 channels at a time
+// by a bit mask, and AVX2 shuffles 8 at a time (float32 only); otherwise they are moved one by one. Rows are
+// contiguous in the state, and `stride` elements apart outside of it.
 class Half {
 public:
-    // Masks say which, not in what order. Throws std::invalid_argument unless `index` [size] lies in
-    // [0, channels), none twice: such values come with files, and memory is written to by them.
+    // Throws std::invalid_argument unless `index` [size] has distinct values in [0, channels): indices come
+    // from files, and memory is written through them.
     Half(const std::int64_t* index, int size, int channels)
         : index_(index, index + size), channels_(channels) {
         masks_.assign((channels + 15) / 16, 0);
@@ -184,8 +184,8 @@ private:
     USF_AVX2 static __m256i lanes(const std::int32_t* eight) {
         return _mm256_load_si256(reinterpret_cast<const __m256i*>(eight));
     }
-    // Whole vectors reach beyond a row, where the next rows overwrite what they store. The last rows, as many
-    // as a vector could span, must not.
+    // Whole vectors reach beyond a row, into rows that are written later. The last rows, as many as a vector
+    // could span, must not be written so.
     static constexpr std::int64_t beyond = 8;
     USF_AVX2 void take_shuffled(const float* state, std::int64_t rows, float* to,
                                 std::ptrdiff_t stride) const {

@@ -1,4 +1,4 @@
-// Maps with one channel after the other, rewritten with the channels of a position side by side.
+// Conversion of maps, one channel after the other, to rows with the channels of a position side by side.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ void transpose_plain(const From* from, std::int64_t from_stride, int channels, i
 }
 
 #ifdef USF_AVX512
-// The same in registers: pairs of channels, then of pairs, then quarters of registers change places.
+// The same in registers: interleaves pairs of channels, then pairs of pairs, then quarters of registers.
 template <class From, class To>
 USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int channels, int positions,
                                To* to, std::int64_t to_stride) {
@@ -60,7 +60,7 @@ USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int c
 #endif
 
 #ifdef USF_AVX2
-// 8 times 8 of them in registers: pairs of channels, then of pairs, then halves change places.
+// Transposes 8 x 8 floats in registers: interleaves pairs of channels, then pairs of pairs, then halves.
 USF_AVX2 inline void transpose_eight(const float* from, std::int64_t from_stride, float* to,
                                      std::int64_t to_stride) {
     __m256 a[8], b[8];
@@ -92,7 +92,7 @@ USF_AVX2 inline void transpose_eights(const float* from, std::int64_t from_strid
 }
 #endif
 
-// The fastest of them here.
+// The fastest transposition on this processor.
 template <class From, class To>
 auto transposition() {
     auto transpose = transpose_plain<From, To>;
@@ -112,7 +112,7 @@ template <class From, class To>
 void interleave(const From* maps, std::int64_t apart, std::int64_t images, std::int64_t channels,
                 std::int64_t positions, To* rows, int threads) {
     const auto transpose = transposition<From, To>();
-    constexpr std::int64_t together = 4 * tile;  // positions: some cache lines of every channel
+    constexpr std::int64_t together = 4 * tile;  // positions at a time: some cache lines of every channel
     const std::int64_t stretches = (positions + together - 1) / together;
     team_for(images * stretches, threads, [&](std::int64_t i) {
         const std::int64_t image = i / stretches, begin = i % stretches * together;

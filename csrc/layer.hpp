@@ -1,5 +1,4 @@
-// Layers of conditioners on the rows [images * height * width, channels] of maps, a stretch of them at a
-// time.
+// Layers of conditioners, applied to stretches of the rows [images * height * width, channels] of maps.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +16,12 @@
 
 namespace usf {
 
-// A linear layer or a convolution (stride 1, padded with zeros to the same size), its activation behind it.
+// A linear layer or a convolution (stride 1, padded with zeros to the same size), followed by its activation.
 class Layer {
 public:
-    // The matrix of a convolution is [outputs, taps * inputs]. With `pairs`, for a processor that multiplies
-    // them, products are those of bfloat16 numbers, but without AMX not those of other convolutions than
-    // Winograd's.
+    // The matrix of a convolution is [outputs, taps * inputs]. With `pairs`, which the processor must be able
+    // to multiply, products are of bfloat16 numbers. Without AMX this excludes convolutions that do not use
+    // Winograd's filtering.
     Layer(const float* matrix, const float* bias, int outputs, int inputs, bool relu, bool conditioned,
           int kernel_height = 1, int kernel_width = 1, bool pairs = false)
         : relu(relu),
@@ -32,7 +31,7 @@ public:
           weights_(of(matrix, bias, outputs, inputs, kernel_height, kernel_width, pairs)) {}
 
     const bool relu;
-    const bool conditioned;  // a condition's share is added in front of the activation
+    const bool conditioned;  // a condition's share is added before the activation
     const int kernel_height, kernel_width;
 
     Ending ending() const { return relu ? Ending::relu : Ending::plain; }
@@ -59,20 +58,20 @@ private:
     Either weights_;
 };
 
-// Numbers that stay in the second cache, and rows or tiles that are worth fetching a layer's weights for.
+// Numbers that stay in the second-level cache; fewest rows or tiles worth fetching a layer's weights for.
 constexpr std::int64_t cache_numbers = 384 << 8, least_rows = 48;
 
-// Of stretches of at most so many units, equally many for each thread.
+// Length of stretches of at most `most` units, such that each thread gets equally many.
 inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int threads) {
     const std::int64_t count = std::max<std::int64_t>(1, (units + most - 1) / most);
     const std::int64_t each = (count + threads - 1) / threads * threads;
     return std::max<std::int64_t>(1, (units + each - 1) / each);
 }
 
-// Rows of tiles: pairs of a map's rows, and what is left at its bottom.
+// Rows of tiles: pairs of rows of each map, the last of which may be a single row.
 struct TileRows {
     Maps maps;
-    std::int64_t each = (maps.height + 1) / 2, tiles = (maps.width + 1) / 2;  // of a map, of a row of tiles
+    std::int64_t each = (maps.height + 1) / 2, tiles = (maps.width + 1) / 2;  // rows per map, tiles per row
     std::int64_t count = maps.rows() == 0 ? 0 : maps.images * each;
 
     explicit TileRows(const Maps& maps) : maps(maps) {}
@@ -92,8 +91,8 @@ struct TileRows {
     }
 };
 
-// Calls body for stretches of rows that stay in the cache with `numbers` to each, and whole tiles of a
-// product.
+// Calls body for stretches of rows that stay in the cache, with `numbers` numbers per row. Their length is a
+// multiple of a product's tiles.
 template <class Body>
 void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
     constexpr std::int64_t tile = 12;
@@ -105,11 +104,11 @@ void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
     });
 }
 
-// The same for stretches of whole pairs of a map's rows, which tiles cover.
+// The same for stretches of whole rows of tiles, pairs of a map's rows.
 template <class Body>
 void for_stretches_of(const Winograd& winograd, const Call& call, std::int64_t numbers, Body&& body) {
     const TileRows rows(call.maps);
-    numbers = 4 * numbers + Winograd::points * (winograd.inputs() + winograd.outputs());  // to a tile
+    numbers = 4 * numbers + Winograd::points * (winograd.inputs() + winograd.outputs());  // per tile
     const std::int64_t tiles = std::max(least_rows, cache_numbers / numbers);
     const std::int64_t length = stretch_length(rows.count, rows.holding(tiles), call.threads);
     team_for((rows.count + length - 1) / length, call.threads, [&](std::int64_t i) {
@@ -118,7 +117,7 @@ void for_stretches_of(const Winograd& winograd, const Call& call, std::int64_t n
     });
 }
 
-// The same for stretches that the layer can take.
+// The same for stretches of the kind that the layer takes.
 template <class Body>
 void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers, Body&& body) {
     if (const Winograd* const winograd = layer.winograd())
@@ -127,8 +126,8 @@ void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers
         for_stretches(call, numbers, body);
 }
 
-// The tiles of a stretch of whole pairs of a map's rows. `out` are the stretch's outputs, `beside` a row for
-// each of them; both may be null.
+// Lists the tiles of a stretch of whole rows of tiles. `out` holds the stretch's outputs, `beside` a row for
+// each of its rows; both may be null.
 inline void find_tiles(int inputs, int outputs, const Inputs& all, const Stretch& on, float* out,
                        const float* const* beside) {
     const auto [images, height, width] = on.call.maps;
@@ -178,8 +177,7 @@ inline Neighbours neighbours(const Layer& layer, const Inputs& all, const Stretc
     return {pointers.data(), on.rows, layer.taps()};
 }
 
-// A stretch of the condition's rows, from a number on; what was rounded is put into the cache as floats,
-// `to`.
+// Some numbers of a condition, from index `at` on, as floats; rounded ones are widened into `to`.
 inline const float* as_floats(const Condition& condition, std::int64_t at, std::int64_t numbers, float* to) {
     if (!condition.rounded) return condition.data + at;
     widen_to(condition.rounded + at, numbers, to);
@@ -199,7 +197,7 @@ inline const float* const* rows_of_condition(int index, const Stretch& on) {
     return on.scratch.condition.data();
 }
 
-// The outputs of a stretch, where `all` are the inputs of all rows.
+// Computes the outputs of a stretch; `all` are the inputs of all rows.
 inline void apply(const Winograd& winograd, Ending ending, const Inputs& all, const Stretch& on, float* out,
                   const float* const* beside) {
     find_tiles(winograd.inputs(), winograd.outputs(), all, on, out, beside);
@@ -218,7 +216,7 @@ inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, floa
                  on.scratch.rounded);
 }
 
-// Calls body(how a layer's outputs are stored) for rows that follow each other, of words or of floats.
+// Calls body(store), where store writes a layer's outputs to contiguous rows of words or of floats.
 template <class Body>
 void with_store(const Layer& layer, bool words, float* out, const float* const* shares, Body&& body) {
     const float* const bias = layer.weights().bias();
@@ -229,7 +227,7 @@ void with_store(const Layer& layer, bool words, float* out, const float* const* 
         body(Store{out, outputs, bias, layer.ending(), shares});
 }
 
-// The outputs of a layer that sees a row alone, of a stretch's rows.
+// The outputs of a pointwise layer for the rows of a stretch.
 inline Inputs apply_to_rows(const Layer& layer, const Inputs& in, const Stretch& on,
                             const float* const* shares, bool words, Floats& memory) {
     const int width = words ? words_of(layer.outputs()) : layer.outputs();
@@ -239,7 +237,7 @@ inline Inputs apply_to_rows(const Layer& layer, const Inputs& in, const Stretch&
     return {out, width, words};
 }
 
-// Of all rows.
+// Computes the outputs of all rows.
 inline void apply(const Winograd& winograd, Ending ending, const Inputs& in, const Call& call, float* out) {
     const std::int64_t width = winograd.outputs();
     for_stretches_of(winograd, call, in.stride + width, [&](const Stretch& on) {

@@ -1,6 +1,6 @@
-// Convolutions of maps of words, their taps added up one after the other. The maps lie in one line with zeros
-// between them, so that a tap is a shift of the line, and whole tiles of positions are rows of one stride, as
-// AMX wants them.
+// Convolutions of maps of words, tap after tap. The maps lie in one line with zeros between them, so that a
+// tap is a shift of the line, and whole tiles of positions are rows with a constant stride, as AMX needs
+// them.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace usf {
 
-// Rows of words shifted along the line in which they lie, by so many rows for each tap of a kernel.
+// Rows of words in a line, shifted by a number of rows for each tap of a kernel.
 using Shifts = std::vector<std::ptrdiff_t>;
 struct Shifted {
     const float* data;
@@ -25,9 +25,9 @@ struct Shifted {
     USF_INLINE const float* row(int tap, int r) const { return data + (r + shifts[tap]) * stride; }
 };
 
-// Where positions of maps that are not empty lie: behind each row of a map the zeros that are also those in
-// front of the next one, and behind each map rows of zeros. As much as the largest of some kernels sees lies
-// in front of and behind all.
+// Layout of non-empty maps in a line: zeros behind each row of a map, which are also those in front of the
+// next row, and rows of zeros behind each map. In front of and behind all is a margin as large as the largest
+// kernel sees.
 struct Line {
     Maps maps;
     std::int64_t above = 0, left = 0;
@@ -41,9 +41,9 @@ struct Line {
     std::int64_t pitch() const { return maps.width + left; }
     std::int64_t margin() const { return above * pitch() + left; }
     std::int64_t rows() const { return maps.images * maps.height; }
-    // Of a map's row, counted over all maps; that of one behind the last is the length.
+    // Start of a map's row, counted over all maps; that of the row behind the last one is the length.
     std::int64_t start(std::int64_t row) const { return row / maps.height * above * pitch() + row * pitch(); }
-    // Of positions, as far as a tap can see.
+    // Shifts of the taps of a layer's kernel, in positions.
     Shifts shifts(const Layer& layer) const {
         Shifts shifts;
         for (std::int64_t dy = 0; dy < layer.kernel_height; ++dy)
@@ -53,7 +53,7 @@ struct Line {
     }
 };
 
-// Some rows of the maps, and the zeros behind each.
+// Some rows of the maps, with the zeros behind each.
 struct LineStretch {
     const Line& line;
     std::int64_t first, last;
@@ -69,7 +69,7 @@ struct LineStretch {
     }
 };
 
-// Calls body for stretches that stay in the cache with `numbers` to each position.
+// Calls body for stretches that stay in the cache, with `numbers` numbers per position.
 template <class Body>
 void for_stretches_of(const Line& line, const Call& call, std::int64_t numbers, Body&& body) {
     const std::int64_t rows = line.rows(), most = std::max(least_rows, cache_numbers / numbers);
@@ -80,7 +80,7 @@ void for_stretches_of(const Line& line, const Call& call, std::int64_t numbers, 
     });
 }
 
-// Words at all positions.
+// Memory for the words at all positions, with margins of zeros.
 struct LineOfWords {
     float* data;
     int words;
@@ -93,7 +93,7 @@ struct LineOfWords {
         std::fill_n(data + length, margin, 0.0f);
     }
     float* at(const LineStretch& on) const { return data + on.begin() * words; }
-    // Where no pixel is.
+    // Sets the positions without a pixel to 0.
     void clear(const LineStretch& on) const {
         on.for_rows([&](std::int64_t, std::int64_t first, std::int64_t count) {
             const std::int64_t width = on.line.maps.width;
@@ -102,7 +102,7 @@ struct LineOfWords {
     }
 };
 
-// For each position the row [channels] of its pixel, or null.
+// For each position, the row [channels] of its pixel; null where there is none.
 inline float* const* rows_of_pixels(float* pixels, int channels, const LineStretch& on) {
     on.scratch.rows.assign(on.positions(), nullptr);
     on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
@@ -112,7 +112,7 @@ inline float* const* rows_of_pixels(float* pixels, int channels, const LineStret
     return on.scratch.rows.data();
 }
 
-// For each position the row of the condition for its pixel, or any where there is none.
+// For each position, the condition's row for its pixel; any memory where there is none.
 inline const float* const* rows_of_condition(const Condition& condition, const LineStretch& on) {
     const std::int64_t width = condition.width;
     const Maps& maps = on.line.maps;
@@ -128,7 +128,7 @@ inline const float* const* rows_of_condition(const Condition& condition, const L
     return on.scratch.condition.data();
 }
 
-// A layer's outputs of a stretch, as words or as floats.
+// Computes a layer's outputs of a stretch, as words or as floats.
 inline void apply(const Layer& layer, const LineOfWords& in, const Shifts& shifts, const LineStretch& on,
                   bool words, float* out, const float* const* shares) {
     const Panels weights = layer.weights();

@@ -1,5 +1,5 @@
-// An ActNorm and an LU map from their parameters, as one matrix, bias and log-determinant, and their
-// gradients: y = L U (scale * x + offset) + bias, with scale = exp(log_scale), ones on L's diagonal and
+// Folds the parameters of an ActNorm and an LU map into one matrix, bias and log-determinant, and computes
+// the gradients: y = L U (scale * x + offset) + bias, with scale = exp(log_scale), ones on L's diagonal and
 // signs * exp(log_diagonal) on U's.
 #pragma once
 
@@ -15,15 +15,15 @@
 
 namespace usf {
 
-// Of matrices only the strict triangles are read; a row every `stride` numbers.
+// Only the strict triangles of the matrices are read; rows are `stride` numbers apart.
 struct LuParameters {
     int channels;
     const float* lower;
     std::int64_t lower_stride;
     const float* upper;
     std::int64_t upper_stride;
-    const float *signs, *log_diagonal;  // the second null for zeros
-    const float *log_scale, *offset;    // both null for none
+    const float *signs, *log_diagonal;  // log_diagonal may be null for zeros
+    const float *log_scale, *offset;    // both null without an ActNorm
 
     std::int64_t size() const { return std::int64_t{channels} * channels; }
     std::vector<float> diagonal() const {
@@ -36,7 +36,7 @@ struct LuParameters {
         for (int c = 0; c < channels; ++c) values[c] = std::exp(log_scale[c]);
         return values;
     }
-    // The factors as they are multiplied, dense.
+    // Writes the factors as contiguous matrices, with their diagonals and zeros.
     void form(const std::vector<float>& diagonal, float* l, float* u, int threads) const {
         const std::vector<float> ones(channels, 1.0f);
         copy_triangle(lower, lower_stride, channels, channels, false, ones.data(), l, threads);
@@ -50,7 +50,7 @@ inline double sum_of_logs(const float* values, int count) {
     return total;
 }
 
-// Sum of a * b. Of many sums of a few, so that rounding errors do not grow with the number of channels.
+// Sum of a * b, in many short sums, so that rounding errors grow little with the number of channels.
 USF_CLONES inline float dot(const float* a, const float* b, int count) {
     constexpr int lanes = 32;
     float part[lanes] = {};
@@ -65,8 +65,8 @@ USF_CLONES inline void multiply_by(const float* factors, int count, float* __res
     for (int c = 0; c < count; ++c) row[c] *= factors[c];
 }
 
-// matrix [C, C], and where there is an ActNorm moved [C], its offset behind the map, with the `bias` if that
-// is not null. Returns the log-determinant. `memory` is for two matrices.
+// Computes matrix [C, C] and, with an ActNorm, moved [C]: its offset mapped by L U, plus `bias` if that is
+// not null. Returns the log-determinant. `memory` holds two matrices.
 inline float lu_map(const LuParameters& given, const float* bias, float* matrix, float* moved, float* memory,
                     int threads) {
     const int channels = given.channels;
@@ -90,14 +90,14 @@ inline float lu_map(const LuParameters& given, const float* bias, float* matrix,
                               sum_of_logs(given.log_scale, channels));
 }
 
-// Gradients of the results, and those to be found; of what is not there null.
+// Gradients of the results, and memory for those of the parameters; null for parameters that do not exist.
 struct LuGradients {
     const float *of_matrix, *of_moved;
     float of_log_det;
     float *lower, *upper, *log_diagonal, *log_scale, *offset;
 };
 
-// Some columns of a row of L U's gradient, and sums over rows of what is left to each column.
+// Computes some columns of a row of L U's gradient, and adds the row's terms to sums over rows per column.
 USF_CLONES inline void through_scale(const float* grad, const float* matrix, float grad_moved,
                                      const float* scale, const float* offset, int count,
                                      float* __restrict of_product, float* __restrict of_log_scale,
@@ -109,7 +109,7 @@ USF_CLONES inline void through_scale(const float* grad, const float* matrix, flo
     }
 }
 
-// `matrix` is the one that `lu_map` found; all are dense; `memory` is for three matrices.
+// `matrix` is the result of `lu_map`; all matrices are contiguous; `memory` holds three matrices.
 inline void lu_map_gradients(const LuParameters& given, const float* matrix, const LuGradients& grads,
                              float* memory, int threads) {
     const int channels = given.channels;
@@ -134,7 +134,7 @@ inline void lu_map_gradients(const LuParameters& given, const float* matrix, con
         });
         for (int c = 0; c < channels; ++c) {
             grads.log_scale[c] += grads.of_log_det;
-            grads.offset[c] /= scale[c];  // it was pulled through the scaled matrix
+            grads.offset[c] /= scale[c];  // undo the scale in `matrix`
         }
     }
     outer_product({{of_product, 0, channels}, {u, 0, channels}, Triangle::lower, channels, channels}, 1,

@@ -1,6 +1,6 @@
 // Matrices applied to the channels of maps, whose positions lie side by side, and sums over positions of
-// outer products. Maps become panels a block at a time, in the cache, and what lies across becomes columns;
-// nothing else is copied.
+// outer products. Maps are copied to panels one block at a time, in the cache, and transposed matrices to
+// columns; nothing else is copied.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace usf {
 
-// (images, channels, positions), from one image and from one channel to the next, positions side by side; or
-// `rows`: from one position to the next, channels side by side.
+// A view of (images, channels, positions). `image` is the stride of images. `next` is the stride of channels,
+// with positions side by side, or for `rows` the stride of positions, with channels side by side.
 struct MapView {
     const float* data;
     std::int64_t image, next;
@@ -27,10 +27,10 @@ struct MapView {
     }
 };
 
-// What is not zero of a matrix, or what is wanted of it.
+// The part of a matrix that is not zero, or that is to be computed.
 enum class Triangle { whole, lower, upper };
 
-// The columns of `columns` in which a triangle has something in `count` rows from the first on.
+// The range of columns, out of `columns`, in which a triangle is not zero in the `count` rows from `row` on.
 struct Reach {
     int first, last;
 
@@ -39,9 +39,9 @@ struct Reach {
           last(part == Triangle::lower ? std::min(row + count, columns) : columns) {}
 };
 
-// Blocks of neighbouring positions, of whole panels and at most so many, equally many for each thread.
+// Blocks of at most `most` neighbouring positions, of whole panels, such that each thread gets equally many.
 struct PositionBlocks {
-    std::int64_t positions, length, each, count;  // of a block; blocks of an image, and of all
+    std::int64_t positions, length, each, count;  // per image, per block; blocks per image, and in all
 
     PositionBlocks(std::int64_t images, std::int64_t positions, std::int64_t most, int threads)
         : positions(positions) {
@@ -58,10 +58,10 @@ struct PositionBlocks {
     }
 };
 
-// Rows of a matrix that pass together, while they are in the first cache: whole tiles.
+// Rows of a matrix that are multiplied together while they are in the first-level cache: whole tiles.
 constexpr int rows_together = 48;
 
-// A matrix whose outputs lie side by side, as what is multiplied with panels.
+// Copies a matrix whose outputs lie side by side to columns, which are multiplied with panels.
 inline Columns columns_of(const MatrixView& matrix, int outputs, int inputs, int threads, Floats& memory) {
     const int width = rows_of_tile(best_lanes());
     float* const to = memory.at_least(std::int64_t{Panels::padded(outputs, width)} * inputs);
@@ -69,9 +69,10 @@ inline Columns columns_of(const MatrixView& matrix, int outputs, int inputs, int
     return {to, width, inputs};
 }
 
-// Finds out[b, o, p], dense, of maps x: panels of positions are made a block at a time, and multiply(first
-// output, outputs, first input, panels of some inputs, how to store) is called for some outputs. Of a matrix
-// that is `part` of one, with zeros elsewhere, the other inputs are left out.
+// Computes out[b, o, p], contiguous, from maps x. Panels of positions are made a block at a time, and
+// multiply(first output, outputs, first input, panels of some inputs, store) is called for some outputs at a
+// time. If the matrix is only a `part`, with zeros elsewhere, inputs that are multiplied by zeros are left
+// out.
 template <class Multiply>
 void multiply_maps(Triangle part, int outputs, int inputs, const MapView& x, std::int64_t images,
                    std::int64_t positions, const float* bias, Ending ending, const float* mask, float* out,
@@ -96,8 +97,8 @@ void multiply_maps(Triangle part, int outputs, int inputs, const MapView& x, std
     });
 }
 
-// out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), dense, of maps x; the matrix is
-// `part` of one, with zeros elsewhere.
+// out[b, o, p] = ending(sum over c of matrix[o, c] x[b, c, p] + bias[o]), contiguous, for maps x; the matrix
+// is zero outside `part`.
 inline void map_product(const MatrixView& matrix, Triangle part, int outputs, int inputs, const MapView& x,
                         std::int64_t images, std::int64_t positions, const float* bias, Ending ending,
                         const float* mask, float* out, int threads) {
@@ -113,29 +114,29 @@ inline void map_product(const MatrixView& matrix, Triangle part, int outputs, in
                   });
 }
 
-// Rows are read across as they lie up to so many numbers from one to the next; further apart they would share
-// few places of the first cache.
+// Rows up to this many numbers apart are read across in place; rows further apart would compete for few sets
+// of the first-level cache.
 constexpr std::int64_t nearest_rows = 192;
 
-// Sums over positions of the outer products of a[b, :, p] and x[b, :, p], or of a triangle of them.
+// Sum over positions of the outer products of a[b, :, p] and x[b, :, p], or a triangle of it.
 struct OuterProduct {
     MapView a, x;
     Triangle part;
     int outputs, inputs;
 
-    // Rows first..last-1 of the sum over some positions, to `out`, which has the first of them at its
-    // beginning: written, or added to what is there.
+    // Computes rows first..last-1 of the sum over some positions. `out` starts with row `first`; it is
+    // written if `fresh`, else added to.
     void sum(std::int64_t image, std::int64_t position, int count, int first, int last, float* out,
              bool fresh) const {
         const float *const from = a.at(image, position), *const to_panels = x.at(image, position);
-        // What lies side by side, the channels of rows, becomes all panels together, in the second cache;
-        // maps become one after the other, in the first.
+        // The channels of rows, side by side, become all panels at once, in the second-level cache; maps
+        // become one panel after the other, in the first-level cache.
         const int width = Panels::best_width(), made = x.rows ? inputs : std::min(width, inputs);
         float* const panels =
             scratch_of_thread().points[0].at_least(std::int64_t{Panels::padded(made, width)} * count);
         if (x.rows) fill_panels({to_panels, x.next, true}, inputs, count, width, panels);
-        // Rows of a, source(row) and those behind it, pass panel after panel. Of a triangle, each panel is
-        // passed by others.
+        // Rows of a, from source(row) on, are multiplied with panel after panel. For a triangle, each panel
+        // has its own range of rows.
         const int step = part == Triangle::whole ? made : width;
         const auto add_rows = [&](const auto& source) {
             for (int column = 0; column < inputs; column += step) {
@@ -155,21 +156,20 @@ struct OuterProduct {
             }
         };
         if (!a.rows) return add_rows([&](int o) { return Inputs{from + o * a.next, a.next}; });
-        if (a.next >= outputs && a.next <= nearest_rows)  // rows that overlap are no columns
+        if (a.next >= outputs && a.next <= nearest_rows)  // rows must not overlap
             return add_rows([&](int o) { return Columns{from + o, static_cast<int>(a.next)}; });
         const Columns turned =
             columns_of({from + first, a.next, true}, last - first, count, 1, scratch_of_thread().points[1]);
         add_rows([&](int o) { return turned.from(o - first, 0); });
     }
-    // Rows begin..end-1, or those of them that have something of a triangle in these columns; whole tiles are
-    // left out.
+    // Rows begin..end-1, without whole tiles of rows in which the triangle has nothing in these columns.
     std::pair<int, int> rows_with(int column, int columns, int begin, int end) const {
         const int tile = rows_of_tile(best_lanes());
         if (part == Triangle::lower) begin += std::max(column - begin, 0) / tile * tile;
         if (part == Triangle::upper) end = std::min(end, column + columns);
         return {begin, end};
     }
-    // The first row of a group's share of the rows: each has as much to compute.
+    // First row of a group, such that all groups have equally much to compute.
     int first_row(int group, int groups) const {
         const double share = double(group) / groups;
         const double of_rows = part == Triangle::whole   ? share
@@ -179,11 +179,11 @@ struct OuterProduct {
     }
 };
 
-// Fewest rows of a sum of outer products for which it pays to make panels of all positions.
+// Fewest rows per thread of a sum of outer products for which each makes panels of all positions.
 constexpr int fewest_rows = 96;
 
-// out[o, c] = sum over images and positions of a[b, o, p] x[b, c, p]. Of a triangle, the rest may hold
-// anything. The same bits whenever it is computed by as many threads.
+// out[o, c] = sum over images and positions of a[b, o, p] x[b, c, p]. For a triangle, the rest of `out` is
+// unspecified. The result has the same bits for the same number of threads.
 inline void outer_product(const OuterProduct& product, std::int64_t images, std::int64_t positions,
                           float* out, int threads) {
     const int outputs = product.outputs, inputs = product.inputs;
@@ -207,7 +207,7 @@ inline void outer_product(const OuterProduct& product, std::int64_t images, std:
         });
         return;
     }
-    // Sums of positions, a part of them each, to be added up.
+    // Each group sums over a part of the positions; the sums are added up afterwards.
     static thread_local Floats memory;
     const std::int64_t size = std::int64_t{outputs} * inputs;
     const PositionBlocks blocks(images, positions, chain, threads);

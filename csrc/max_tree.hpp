@@ -2,7 +2,7 @@
 //
 // A map that fits one tile takes one stage: sort, union-find, number the nodes (tile_tree.hpp). A larger one
 // is cut (grid.hpp) and the trees of its tiles are joined (forest.hpp). A pixel whose component touches no
-// cut is settled in its tile, and is not looked at again until it gets its number. The cut depends on the
+// cut is settled in its tile, and is not touched again until it gets its number. The cut depends on the
 // map's size alone, so the result has the same bits for any number of threads.
 #pragma once
 
@@ -42,20 +42,20 @@ private:
 
     struct TileLink {
         std::int16_t position;
-        std::int16_t parent;  // position of what it hangs from, the complement where it opens a component
+        std::int16_t parent;  // position of its parent; the complement if it opens a component
     };
     static_assert(sizeof(TileLink) == sizeof(std::int32_t));
     struct Tile {
-        std::int32_t place = 0;       // of its open components, those that touch a cut, in the forest
-        std::int32_t open = 0;        // how many of them
-        std::int32_t components = 0;  // that are settled
+        std::int32_t place = 0;       // first place of its open components, which touch a cut, in the forest
+        std::int32_t open = 0;        // number of open components
+        std::int32_t components = 0;  // number of settled components
         KeyRange<Key> range;
     };
     struct Worker {
         TileTree<T> tile;
-        std::vector<std::int32_t> node;  // of the positions of a tile
+        std::vector<std::int32_t> node;  // by position in a tile
         std::vector<T> level;
-        std::vector<TileLink> links;  // of a row of tiles
+        std::vector<TileLink> links;  // links of a row of tiles
     };
 
     void build_small() {
@@ -103,14 +103,14 @@ private:
         merge_.free();
     }
 
-    // Until its pixels get their numbers, a row of tiles keeps the links of its tiles in their memory: those
-    // of the settled pixels of a tile from the front, lowest level first, its open components from the back.
+    // Until the pixels get their numbers, the memory for these holds the links of the tiles: a tile's settled
+    // pixels from the front, lowest level first, and its open components from the back.
     TileLink* links(const Grid& grid, std::int64_t r, std::int64_t c) {
         return reinterpret_cast<TileLink*>(tree_->node.data() + grid.first_place(r, c));
     }
 
-    // Writes the open components of a tile to the places from `place` on, and the links; returns how many are
-    // open.
+    // Writes the open components of a tile to the places from `place` on, and the links; returns the number
+    // of open components.
     std::int32_t build_tile(const Grid& grid, std::int64_t r, std::int64_t c, std::int32_t place,
                             Worker& worker) {
         const Range rows = grid.rows_of_tile(r), columns = grid.columns_of_tile(c);
@@ -179,7 +179,7 @@ private:
         merge_.number(threads, *tree_);
     }
 
-    // What is settled follows what has been joined: parents precede their children.
+    // Numbers the settled components after the joined ones, so that parents precede their children.
     void number_tiles(const Grid& grid, int threads) {
         std::vector<std::int32_t> first(tiles_.size());
         for (std::size_t t = 0; t < tiles_.size(); ++t) {

@@ -1,8 +1,8 @@
 // Which neighbours of a pixel a union-find has to look at.
 //
-// The eight neighbours form a ring. Two of them that came before the pixel and touch each other are already
-// in one component, so one find per run of such neighbours is enough: on white noise 1.3 in place of 2 per
-// pixel.
+// The eight neighbours form a ring. Two of them that were processed before the pixel and touch each other are
+// already in one component, so one find per run of such neighbours is enough: on white noise 1.3 instead of 2
+// per pixel.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@
 
 namespace usf {
 
-// Around the ring, clockwise from the pixel above.
+// Offsets around the ring, clockwise from the pixel above.
 inline constexpr int ring_dy[8] = {-1, -1, 0, 1, 1, 1, 0, -1};
 inline constexpr int ring_dx[8] = {0, 1, 1, 1, 0, -1, -1, -1};
 
@@ -26,7 +26,7 @@ constexpr RingTable make_ring_table(Connectivity connectivity) {
     const int reach = connectivity == Connectivity::four ? 1 : 2;  // squared distance of two adjacent pixels
     RingTable table{};
     for (int mask = 0; mask < 256; ++mask) {
-        int run[8] = {0, 1, 2, 3, 4, 5, 6, 7};  // the smallest direction of each one's run
+        int run[8] = {0, 1, 2, 3, 4, 5, 6, 7};  // smallest direction in the run of each neighbour
         for (int sweep = 0; sweep < 8; ++sweep)
             for (int a = 0; a < 8; ++a)
                 for (int b = 0; b < 8; ++b) {

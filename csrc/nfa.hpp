@@ -32,14 +32,15 @@ void node_significance(const ComponentTree<T>& tree, const std::int32_t* area, c
 
 constexpr std::int32_t stuck = -1;
 
-// Prune and merge to their fixed point in one pass from the leaves to the root. Every subtree ends as one
-// most significant region, winner[i] being its node, or stuck: some bifurcation in it did not merge.
+// Prunes and merges to the fixed point in one pass from the leaves to the root. Every subtree ends either as
+// one most significant region, with its node in winner[i], or stuck: some bifurcation in it did not merge.
 //   - one child: the smaller region stays unless the larger one is strictly more significant;
 //   - several: the node replaces them if all are single regions, none of them more significant than it.
 // `best` is scratch, [size]. It holds the smallest significance among the children, -inf if one is stuck.
 inline void prune_and_merge(const std::int32_t* parent, std::int32_t size, const double* significance,
                             std::int32_t* winner, double* best) {
-    constexpr std::int32_t leaf = -2, bifurcation = -3;  // or the only child's winner, until a node's turn
+    // Until a node is reached, its winner holds one of these, or the winner of its only child so far.
+    constexpr std::int32_t leaf = -2, bifurcation = -3;
     constexpr double infinity = std::numeric_limits<double>::infinity();
     std::fill(winner, winner + size, leaf);
     std::fill(best, best + size, infinity);
@@ -56,7 +57,8 @@ inline void prune_and_merge(const std::int32_t* parent, std::int32_t size, const
     }
 }
 
-// region[i]: the final region that holds node i, or -1. `winner` becomes what its outermost subtree decided.
+// Finds the final region that holds each node i, region[i], or -1. `winner` becomes that of the outermost
+// subtree that is not stuck.
 inline void final_regions(const std::int32_t* parent, std::int32_t size, std::int32_t* winner,
                           std::int32_t* region) {
     region[0] = winner[0] == 0 ? 0 : -1;
@@ -73,7 +75,7 @@ struct Region {
     double level, log_nfa, row, column;  // the centroid is (row, column)
 };
 
-// The whole test on one map after another; the workspace only grows.
+// The whole test, for one map after another; the workspace only grows.
 template <class T>
 class RegionTest {
 public:
@@ -88,8 +90,8 @@ public:
         final_regions(tree_.parent.data(), n, winner_.data(), region_.reserve(n));
     }
 
-    // Pixels of a final region get offset + its significance, no more than `ceiling`; others get `ceiling`.
-    // Finite: who interpolates the map multiplies by 0.
+    // Pixels of a final region get offset + its significance, at most `ceiling`; others get `ceiling`. All
+    // values are finite, since interpolation multiplies them by 0.
     void write_map(double offset, double ceiling, float* map) {
         constexpr double lowest = std::numeric_limits<float>::lowest();
         float* value = value_.reserve(tree_.size);
@@ -105,7 +107,7 @@ public:
     // The final regions with offset + significance <= log_epsilon, in the order of their nodes.
     std::vector<Region> regions(double offset, double log_epsilon) {
         std::vector<Region> found;
-        std::int32_t* index = winner_.data();  // not wanted any more: region node -> place in `found`
+        std::int32_t* index = winner_.data();  // no longer needed, reused: region node -> place in `found`
         for (std::int32_t i = 0; i < tree_.size; ++i) {
             if (region_[i] != i) continue;
             const double log_nfa = offset + significance_[i];

@@ -6,7 +6,7 @@
 
 namespace usf {
 
-// out[j] += sum of squares of `channels` values, of which there are 8 at most
+// out[j] += sum of squares of `channels` values, at most 8
 USF_CLONES inline void add_squares(const float* __restrict z, std::int64_t stride, int channels, int n,
                                    float* __restrict out) {
     if (channels == 8) {
@@ -25,7 +25,7 @@ USF_CLONES inline void add_to(const float* __restrict values, int n, float* __re
     for (int j = 0; j < n; ++j) out[j] += values[j];
 }
 
-// Of `n` positions side by side. Sums of sums of eights: as accurate as pairwise summation.
+// Squared norms of `n` positions side by side. Sums of sums of eights are as accurate as pairwise summation.
 inline void norms_of_maps(const float* z, std::int64_t stride, std::int64_t channels, int n, float* out) {
     constexpr std::int64_t together = 64;
     float part[1024];
@@ -41,7 +41,7 @@ inline void norms_of_maps(const float* z, std::int64_t stride, std::int64_t chan
     }
 }
 
-// Of one row after the other.
+// Squared norms of one row after the other.
 USF_CLONES inline void norms_of_rows(const float* z, std::int64_t stride, std::int64_t rows,
                                      std::int64_t channels, float* out) {
     constexpr int lanes = 32;
@@ -55,7 +55,7 @@ USF_CLONES inline void norms_of_rows(const float* z, std::int64_t stride, std::i
     }
 }
 
-// out [batch, positions]; false for a layout that has no loop here.
+// Writes the squared norms to out [batch, positions]; returns false for a layout without a loop here.
 inline bool squared_norm(const Input& z, const Extent& extent, float* out, int threads) {
     const auto [batch, channels, positions] = extent;
     const Layout layout = common_layout(positions, z);
@@ -94,7 +94,7 @@ USF_CLONES inline void scale_rows(const float* z, std::int64_t stride, const flo
     }
 }
 
-// out = 2 grad z, for `grad` [batch, positions]
+// out = 2 grad z, for `grad` [batch, positions]; returns false for layouts without a loop here.
 inline bool squared_norm_gradient(const float* grad, const Input& z, const Extent& extent, const Output& out,
                                   int threads) {
     const auto [batch, channels, positions] = extent;

@@ -1,5 +1,5 @@
-// Matrices and rows in bfloat16, two numbers to a word as wide as a float: processors with an instruction for
-// it multiply both in the time of one, and add them up in float32.
+// Matrices and rows in bfloat16, two numbers in a word as wide as a float: processors with an instruction for
+// such pairs multiply both in the time of one, and add them up in float32.
 #pragma once
 
 #include <bit>
@@ -15,13 +15,13 @@
 
 namespace usf {
 
-// Clang takes no assembly with vectors that are longer than those of the function it stands in, even where
-// that is inlined into one for such vectors.
+// Clang rejects assembly with longer vectors than those of the enclosing function, even if that is inlined
+// into a function for longer vectors.
 #if defined(__x86_64__) && !defined(__clang__)
 #define USF_PAIRS 1
 #endif
 
-// Whether this processor has the instruction, and the compiler takes it.
+// Whether this processor has the instruction, and the compiler accepts it.
 inline bool multiplies_pairs() {
 #ifdef USF_PAIRS
     return best_lanes() == 16 && __builtin_cpu_supports("avx512bf16");
@@ -30,7 +30,7 @@ inline bool multiplies_pairs() {
 #endif
 }
 
-// Calls body.operator()<lanes>(), compiled for vectors of processors that have it.
+// Calls body.operator()<lanes>(), compiled for the vectors of processors that have the instruction.
 template <class Body>
 void with_pairs([[maybe_unused]] const Body& body) {
 #ifdef USF_PAIRS
@@ -38,20 +38,19 @@ void with_pairs([[maybe_unused]] const Body& body) {
 #endif
 }
 
-// Words that hold so many numbers: whole rows of AMX's tiles where products are made in them, else whole
-// vectors of numbers. Numbers that are not there are 0.
+// Number of words for so many numbers, padded with zeros to whole rows of tiles with AMX, else to vectors.
 inline int words_of(int numbers) {
     const int words = has_amx() ? tile_words : 8;
     return (numbers + 2 * words - 1) / (2 * words) * words;
 }
 
-// Memory for rows of words, and for what products read behind the last one.
+// Memory for rows of words, and for rows that products read behind the last one.
 inline float* rows_of_words(Floats& memory, std::int64_t rows, int words) {
     constexpr int behind = 2 * tile_rows - 1;
     return memory.at_least((rows + behind) * words);
 }
 
-// How a tile's sums grow by x times some outputs' weights, of one vector or two.
+// Adds x times the weights of some outputs, of one vector or two, to a tile's sums.
 struct Singles {
     template <int vectors, class V>
     static USF_INLINE void add(V (&sums)[2], const float* x, const V& left, const V& right) {
@@ -60,8 +59,8 @@ struct Singles {
     }
 };
 
-// The same where x and weights are pairs. Not by intrinsics: those are inlined only into functions for the
-// same instructions, which the ones around tiles are not.
+// The same for x and weights in pairs. It uses assembly since intrinsics are inlined only into functions for
+// the same instructions, which the functions around tiles are not.
 struct Pairs {
     template <int vectors, class V>
     static USF_INLINE void add([[maybe_unused]] V (&sums)[2], [[maybe_unused]] const float* x,
@@ -70,7 +69,7 @@ struct Pairs {
         typedef std::int32_t Words __attribute__((vector_size(sizeof(V))));
         typedef std::int32_t Word __attribute__((may_alias));
         const Words both = *reinterpret_cast<const Word*>(x) - Words{};
-        V first = sums[0], second = sums[1];  // GCC leaves an array that is written to by asm in memory
+        V first = sums[0], second = sums[1];  // GCC keeps an array in memory if asm writes to it
         asm("vdpbf16ps %2, %1, %0" : "+v"(first) : "v"(left), "v"(both));
         if constexpr (vectors == 2) asm("vdpbf16ps %2, %1, %0" : "+v"(second) : "v"(right), "v"(both));
         sums[0] = first, sums[1] = second;
@@ -78,7 +77,7 @@ struct Pairs {
     }
 };
 
-// A vector as floats, or rounded to the nearest.
+// Stores a vector as floats, or rounded to the nearest bfloat16 numbers.
 template <int lanes>
 USF_INLINE void store(typename Vector<lanes>::type values, float* to) {
     *reinterpret_cast<typename Vector<lanes>::unaligned*>(to) = values;
@@ -106,7 +105,7 @@ USF_INLINE void round_numbers(const float* from, std::int64_t count, BFloat16* t
 inline void round_to(const float* from, std::int64_t count, BFloat16* to) {
     with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA { round_numbers<lanes>(from, count, to); });
 }
-// Rows of `numbers` numbers as rows of words.
+// Rounds rows of `numbers` numbers to rows of words.
 inline void round_rows(const float* from, std::ptrdiff_t stride, int rows, int numbers, float* to) {
     const int words = words_of(numbers);
     with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA {
@@ -118,7 +117,7 @@ inline void round_rows(const float* from, std::ptrdiff_t stride, int rows, int n
     });
 }
 
-// Panels of floats, one behind the other and input after input, as those of pairs of inputs.
+// Converts contiguous panels of floats, input after input, to panels of pairs of inputs.
 inline void pair_panels(const float* panels, std::size_t count, int inputs, int width, float* to) {
     const int words = words_of(inputs);
     for (std::size_t p = 0; p < count; ++p, panels += std::ptrdiff_t{width} * inputs)

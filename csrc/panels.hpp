@@ -1,4 +1,4 @@
-// Matrices as products read them: in panels.
+// Matrices in panels, the order in which products read them.
 #pragma once
 
 #include <algorithm>
@@ -18,19 +18,19 @@
 
 namespace usf {
 
-// A matrix [outputs, inputs] in panels of two vectors of outputs, input after input; what stands behind the
-// last output is computed with and dropped. And a bias of as many numbers as the panels have outputs.
+// A matrix [outputs, inputs] in panels of two vectors of outputs, input after input, and a bias. Both are
+// padded to whole panels; the padding takes part in the computation, and its results are dropped.
 struct Panels {
     const float* data;
     const float* bias;
     int outputs, inputs, width;
-    int depth = inputs;  // of the panels as they lie, of which these may be a part
-    bool pairs = false;  // of bfloat16 numbers; `inputs` and `depth` are then words
+    int depth = inputs;  // inputs of the panels in memory, of which these may be a part
+    bool pairs = false;  // whether they hold pairs of bfloat16 numbers; `inputs` and `depth` are then words
 
     const float* panel(int first_output) const {
         return data + static_cast<std::ptrdiff_t>(first_output) * depth;
     }
-    // Of the same without a bias: some inputs of all outputs.
+    // Some inputs of all outputs, without the bias.
     Panels of_inputs(int first, int last) const {
         return {
             data + static_cast<std::ptrdiff_t>(first) * width, nullptr, outputs, last - first, width, depth};
@@ -39,7 +39,7 @@ struct Panels {
     static int padded(int outputs, int width) { return (outputs + width - 1) / width * width; }
 };
 
-// A matrix as it lies, from one row to the next: [outputs, inputs], or [inputs, outputs] if `transposed`.
+// A matrix in memory, its rows `stride` apart: [outputs, inputs], or [inputs, outputs] if `transposed`.
 struct MatrixView {
     const float* data;
     std::int64_t stride;
@@ -51,8 +51,8 @@ struct MatrixView {
     MatrixView from(std::int64_t output) const { return {at(output, 0), stride, transposed}; }
 };
 
-// All panels of a matrix whose outputs lie side by side. A row of it goes through several at a time: what
-// lies side by side is read at once, and is written to few places.
+// Fills all panels from a matrix whose outputs lie side by side. A row is copied to several panels at a time,
+// so that neighbouring numbers are read together and written to few places.
 inline void copy_panels(const float* from, std::int64_t stride, int outputs, int inputs, int width,
                         float* panels) {
     const auto copy = [&](int first, int last, auto count) USF_LAMBDA {
@@ -78,7 +78,7 @@ inline void copy_panels(const float* from, std::int64_t stride, int outputs, int
     copy(whole, outputs, outputs - whole);
 }
 
-// One panel of a matrix whose inputs lie side by side, `count` of whose outputs are not zero.
+// Fills one panel from `count` outputs of a matrix whose inputs lie side by side; the other outputs are zero.
 inline void transpose_panel(const float* from, std::int64_t stride, int count, int inputs, int width,
                             float* panel) {
     if (count < width) std::fill_n(panel, std::int64_t{width} * inputs, 0.0f);
@@ -90,7 +90,7 @@ inline void transpose_panel(const float* from, std::int64_t stride, int count, i
                       panel + std::int64_t{i} * width + o, width);
 }
 
-// All panels, in memory for as many outputs as they have; padded with zeros.
+// Fills all panels of a matrix, padded with zeros.
 inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int width, float* panels) {
     if (matrix.transposed) return copy_panels(matrix.data, matrix.stride, outputs, inputs, width, panels);
     for (int first = 0; first < outputs; first += width)
@@ -109,8 +109,8 @@ inline void fill_panels(const MatrixView& matrix, int outputs, int inputs, int w
     });
 }
 
-// A matrix as panels, of pairs or not, padded with zeros, and a bias, which may be null. Its inputs are those
-// of `taps` taps, one behind the other. Copies share both.
+// A matrix as panels, of pairs or not, padded with zeros, and a bias, which may be null. The inputs are those
+// of `taps` taps, one after the other. Copies of this share the memory.
 class Weights {
 public:
     Weights(const float* matrix, const float* bias, int outputs, int inputs, bool pairs = false, int taps = 1)

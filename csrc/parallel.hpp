@@ -1,4 +1,4 @@
-// A loop over threads.
+// Loops that are divided among threads.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,12 @@
 
 namespace usf {
 
-// The indices [0, count), handed out to whoever asks, and the first failure.
+// Hands out the indices [0, count) to any thread that asks, and keeps the first failure.
 class SharedWork {
 public:
     explicit SharedWork(std::int64_t count) : count_(count) {}
 
-    // Calls task(i) for indices that nobody else has, until none is left. Does not throw.
+    // Calls task(i) for indices that no other thread has got, until none is left. Does not throw.
     template <class Task>
     void help(Task&& task) {
         try {
@@ -27,7 +27,7 @@ public:
             next_ = count_;
         }
     }
-    // Once everybody is back.
+    // Call it after all threads have returned.
     void rethrow() const {
         if (failure_) std::rethrow_exception(failure_);
     }
@@ -39,14 +39,14 @@ private:
     std::mutex mutex_;
 };
 
-// How many of `threads` find work among `count` tasks; at least one, who may find none.
+// Number of threads, out of `threads`, that have work with `count` tasks; at least 1, even without any task.
 inline int workers_for(std::int64_t count, int threads) {
     return static_cast<int>(std::clamp<std::int64_t>(count, 1, std::max(threads, 1)));
 }
 
 // Calls task(worker, i) once for every i in [0, count). `worker` in [0, workers_for(count, threads)) names
-// the scratch space that the call may use. Which worker runs which i is not fixed, so a task must not let it
-// show in its result.
+// the scratch space that the call may use. Which worker runs which i is not fixed, so results must not depend
+// on it.
 template <class Task>
 void parallel_for(std::int64_t count, int threads, Task&& task) {
     const int workers = workers_for(count, threads);
@@ -60,7 +60,7 @@ void parallel_for(std::int64_t count, int threads, Task&& task) {
     pool.reserve(workers - 1);
     try {
         for (int worker = 1; worker < workers; ++worker) pool.emplace_back(run, worker);
-    } catch (const std::exception&) {  // the system has no more threads: those that there are do the work
+    } catch (const std::exception&) {  // the system has no more threads: those started do the work
     }
     run(0);
     for (std::thread& thread : pool) thread.join();

@@ -1,4 +1,4 @@
-// What a stage of a fused flow does to a stretch of rows while it is in the cache.
+// The stages of a fused flow, applied to a stretch of rows while it is in the cache.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ public:
         return on.state ? on.state : on.call.state + on.first * channels_;
     }
 
-    // What a conditioner sees of a stretch, as words.
+    // Writes the input of a conditioner for a stretch, as words.
     void see(const Conditioner& conditioner, const Stretch& on, float* to) const {
         if (!conditioner.passive) return round_rows(state(on), channels_, on.rows, channels_, to);
         if (conditioner.shift.empty()) return take_words(*conditioner.passive, state(on), on.rows, to);
@@ -29,7 +29,7 @@ public:
         round_rows(floats, size, on.rows, size, to);
     }
 
-    // A pointwise conditioner's outputs of a stretch, as words where `pairs`.
+    // Outputs of a pointwise conditioner for a stretch, as words if `pairs`.
     Inputs outputs(const Conditioner& conditioner, int condition, const Stretch& on, bool pairs) const {
         int next = 0;
         Inputs in = seen(conditioner, on, on.scratch.outputs[next]);
@@ -42,7 +42,7 @@ public:
         }
         return in;
     }
-    // And what it sees.
+    // Input of a pointwise conditioner.
     Inputs seen(const Conditioner& conditioner, const Stretch& on, Floats& memory) const {
         if (!conditioner.passive) return {state(on), channels_};
         const bool words = conditioner.layers.front().takes_words();

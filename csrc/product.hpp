@@ -1,6 +1,6 @@
-// Matrix products of rows that are in the cache, and convolutions of maps whose pixels are rows, with what
-// comes behind them done in registers: a bias, a condition's share, ReLU, or an addition to rows that are
-// there.
+// Matrix products of rows that are in the cache, and convolutions of maps whose pixels are rows. The
+// operations behind them are done in registers: a bias, a condition's share, ReLU, or an addition to existing
+// rows.
 //
 // The registers hold a tile of a few rows times two vectors of outputs. Its weights lie one after the other
 // in a panel that stays in the caches while all rows pass, so nothing is written in between and every output
@@ -22,34 +22,34 @@
 
 namespace usf {
 
-// Rows to be multiplied: the first columns of each, as many as the weights have inputs.
+// Rows to be multiplied. Of each, the first columns are used, as many as the weights have inputs.
 struct Inputs {
     const float* data;
     std::ptrdiff_t stride;
-    bool pairs = false;  // whether they are words
+    bool pairs = false;  // whether the rows are words
 
     static constexpr int taps() { return 1; }
     static constexpr int step() { return 1; }  // from one input to the next
     USF_INLINE const float* row(int, int r) const { return data + r * stride; }
 };
 
-// Columns to be multiplied, in panels of as many as a tile takes, input after input.
+// Columns to be multiplied, in panels of as many as a tile has rows, input after input.
 struct Columns {
     const float* data;
     int width;
-    std::ptrdiff_t depth = 0;  // of the panels as they lie, of whose inputs these may be a part
+    std::ptrdiff_t depth = 0;  // inputs of the panels in memory, of which these may be a part
 
     static constexpr int taps() { return 1; }
     USF_INLINE int step() const { return width; }
     USF_INLINE const float* row(int, int r) const { return data + r / width * width * depth + r % width; }
-    // Some columns, of whole panels from the first, and inputs.
+    // The columns and inputs from these on; `column` must be the first of a panel.
     Columns from(std::ptrdiff_t column, std::ptrdiff_t input) const {
         return {data + column * depth + input * width, width, depth};
     }
 };
 
-// Rows around rows: for each tap of a kernel, `count` pointers. The weights' inputs are those of tap after
-// tap.
+// Rows around rows: `count` pointers for each tap of a kernel. The weights' inputs are those of one tap after
+// the other.
 struct Neighbours {
     const float* const* rows;
     int count;
@@ -62,8 +62,8 @@ struct Neighbours {
     }
 };
 
-// Adds the products of some inputs of some taps to a tile, in registers; returns where the panel goes on.
-// Where no more outputs are left than one vector holds, the panel's second one is not read.
+// Adds the products of some inputs of some taps to a tile, in registers; returns the rest of the panel. With
+// one vector, for the last few outputs, the panel's second one is not read.
 template <class Arithmetic, int vectors, class V, int count, class Source>
 USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int row, int tap, int last_tap,
                                      std::ptrdiff_t first, std::ptrdiff_t last, const float* panel,
@@ -86,8 +86,8 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
     return panel;
 }
 
-// Terms that are added up one by one, before their sum is added to those of others: the rounding errors of a
-// sum grow as the square root of the length of such chains.
+// Number of terms that are added up one by one before their sum is added to the total: the rounding errors of
+// a sum grow as the square root of the length of such chains.
 constexpr std::ptrdiff_t chain = 256;
 
 template <class Arithmetic, int vectors, class V, int count, bool several, class Source, class Finish>
@@ -115,8 +115,8 @@ USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, 
     finish(total, row, column, std::min(2 * lanes, weights.outputs - column));
 }
 
-// The rows that are left when no more full tile fits, `count` of them at a time, then half as many: a tile
-// for every number would take long to compile.
+// Multiplies the remaining rows, fewer than a full tile: `count` of them if there are as many, then half as
+// many, and so on. A tile for every number of rows would take long to compile.
 template <class Arithmetic, int vectors, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_rest(const Source& in, const Panels& weights, int row, int left, int column,
                               const Finish& finish) {
@@ -148,7 +148,7 @@ USF_INLINE void multiply_rows(const Source& in, int rows, const Panels& weights,
         multiply_panel<Arithmetic, 1, V, count, several>(in, rows, weights, column, finish);
 }
 
-// One chain or several, not in one function: in one that holds both, GCC puts the sums into memory.
+// One chain and several are separate functions: in a function with both, GCC puts the sums into memory.
 template <class Arithmetic, bool several, class Source, class Finish>
 void multiply_in(const Source& in, int rows, const Panels& weights, const Finish& finish) {
     const auto body = [&]<int lanes>() USF_LAMBDA {
@@ -169,8 +169,8 @@ void multiply_with(const Source& in, int rows, const Panels& weights, const Fini
         multiply_in<Arithmetic, true>(in, rows, weights, finish);
 }
 
-// All outputs of `rows` rows (Inputs, Columns, Neighbours), which `finish` (Store, Add) takes tile by tile.
-// Rows are words where weights are pairs, and then Inputs.
+// Computes all outputs of `rows` rows (Inputs, Columns, Neighbours), which `finish` (Store, Add) takes tile
+// by tile. If the weights are pairs, the rows must be Inputs of words.
 template <class Source, class Finish>
 void multiply(const Source& in, int rows, const Panels& weights, const Finish& finish) {
     if constexpr (std::same_as<Source, Inputs>) {
@@ -182,8 +182,8 @@ void multiply(const Source& in, int rows, const Panels& weights, const Finish& f
     multiply_with<Singles>(in, rows, weights, finish);
 }
 
-// The same of rows of floats, which are rounded, in memory to be given, where the weights are pairs. `finish`
-// may write where they are.
+// The same for rows of floats, which are rounded into the memory `rounded` if the weights are pairs; `finish`
+// may then overwrite the rows.
 template <class Finish>
 void multiply(const Inputs& in, int rows, const Weights& weights, const Finish& finish, Floats& rounded) {
     if (in.pairs || !weights.pairs()) return multiply(in, rows, weights, finish);

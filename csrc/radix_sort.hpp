@@ -70,7 +70,7 @@ Item* radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, K
                  std::vector<std::uint32_t>& histogram) {
     const int bits = std::bit_width(static_cast<std::uint64_t>(range.high - range.low));
     if (bits == 0) return items;
-    const int widest = n < 1500 ? 8 : 11;  // a histogram should stay smaller than what it counts
+    const int widest = n < 1500 ? 8 : 11;  // bits per pass; a histogram should be smaller than its data
     const int passes = (bits + widest - 1) / widest, digit = (bits + passes - 1) / passes;
     const std::size_t bins = std::size_t{1} << digit;
     const std::uint64_t mask = bins - 1;
@@ -97,21 +97,21 @@ Item* radix_sort(Item* items, Item* spare, std::size_t n, KeyRange<Key> range, K
     return items;
 }
 
-// Items somewhere in an array.
+// Neighbouring items of an array.
 struct Run {
     std::size_t begin, size;
 };
 
-// A key and where it was.
+// A key and its original place.
 template <class Key>
 struct Placed {
     Key key;
     std::int32_t place;
 };
 
-// All keys of some runs of an array, ascending, those that are equal in the order of the runs; all lie in
-// `range`. In parallel and within the caches: one pass by the highest bits gathers the runs, then groups of
-// neighbouring buckets are sorted on their own. Calls placed(i, sorted[i]) for every i while it is at hand.
+// Sorts the keys of some runs of an array, ascending and stable; all lie in `range`. It works in parallel and
+// within the caches: one pass by the highest bits gathers the runs, then groups of neighbouring buckets are
+// sorted separately. Calls placed(i, sorted[i]) for every i while it is in the cache.
 template <class Key, class Visit>
 void sort_runs(const Key* keys, const std::vector<Run>& runs, KeyRange<Key> range, Placed<Key>* sorted,
                int threads, Visit&& placed) {
@@ -121,9 +121,9 @@ void sort_runs(const Key* keys, const std::vector<Run>& runs, KeyRange<Key> rang
     const int bits = std::bit_width(static_cast<std::uint64_t>(range.high - range.low));
     const int shift = std::max(bits - 11, 0);
     const auto bucket = [&](Key key) { return static_cast<std::uint64_t>(Key(key - range.low)) >> shift; };
-    const std::size_t blocks = n < 16 * group_size ? 1 : 32;  // of neighbouring runs
+    const std::size_t blocks = n < 16 * group_size ? 1 : 32;  // blocks of neighbouring runs
     const auto first_run = [&](std::size_t block) { return runs.size() * block / blocks; };
-    std::vector<std::uint32_t> offset(blocks * bins, 0);  // of every block's items in every bucket
+    std::vector<std::uint32_t> offset(blocks * bins, 0);  // per block and bucket
     const auto visit = [&](auto&& use) {
         parallel_for(static_cast<std::int64_t>(blocks), threads, [&](int, std::int64_t block) {
             std::uint32_t* own = &offset[block * bins];

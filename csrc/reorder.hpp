@@ -1,4 +1,4 @@
-// The channels of rows in another order, scaled and shifted.
+// Reorders, scales and shifts the channels of rows.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ public:
             throw std::invalid_argument("scale, bias: expected a value for each channel");
     }
 
-    // Of rows that follow each other, in place.
+    // Works on contiguous rows, in place.
     void apply(float* state, int rows, Floats& memory) const {
 #ifdef USF_AVX512
         if (best_lanes() == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
@@ -43,7 +43,7 @@ public:
 
 private:
 #ifdef USF_AVX512
-    // Some rows at a time, transposed: a channel of all of them is a register then, wherever it lies.
+    // Transposes some rows at a time, so that each channel of all of them is one register.
     USF_AVX512 void apply_wide(float* state, int rows, float* memory) const {
         const int channels = static_cast<int>(index_.size());
         float* const block = memory + static_cast<std::ptrdiff_t>(tile) * channels;

@@ -1,4 +1,4 @@
-// Rows times a matrix that is new at every call, with what comes behind.
+// Products of rows with a matrix that may change at every call, and the operations behind them.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace usf {
 
-// A matrix as panels in `memory`, a bias (null for none) behind them.
+// Copies a matrix to panels in `memory`, followed by a bias (null for zeros).
 inline Panels to_panels(const MatrixView& matrix, const float* bias, int outputs, int inputs, int threads,
                         Floats& memory) {
     const int width = Panels::best_width();
@@ -22,10 +22,10 @@ inline Panels to_panels(const MatrixView& matrix, const float* bias, int outputs
     return {panels, panels + size, outputs, inputs, width};
 }
 
-// out = ending(matrix x + bias + what stands beside) for all rows x of a call, dense.
+// out = ending(matrix x + bias + condition) for all rows x of a call, contiguous.
 inline void row_product(const MatrixView& matrix, const float* bias, int outputs, int inputs, Ending ending,
                         const Inputs& in, const Call& call, float* out) {
-    // Outputs of some rows, from the first one on that the weights have.
+    // Computes some outputs of some rows; `first` is the first output that the weights have.
     const auto multiply_by = [&](const Panels& weights, int first, const Stretch& on) {
         const float* const* const beside = call.conditions ? rows_of_condition(0, on) : nullptr;
         if (beside)
@@ -35,7 +35,7 @@ inline void row_product(const MatrixView& matrix, const float* bias, int outputs
     };
     const std::int64_t rows = call.maps.rows(), width = Panels::best_width();
     if (rows * in.stride <= 2 * cache_numbers && outputs >= 2 * call.threads * width) {
-        // Few rows: they stay in the cache while a panel passes that whoever has filled it reads alone.
+        // Few rows: they stay in the cache, and each thread fills panels that only it reads.
         team_for((outputs + width - 1) / width, call.threads, [&](std::int64_t p) {
             const int first = static_cast<int>(p * width);
             const int count = std::min(static_cast<int>(width), outputs - first);

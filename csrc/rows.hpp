@@ -1,5 +1,5 @@
-// Couplings on some channels of rows [n, channels], in place and in one pass: what channels-last memory
-// needs, where the channels of a half lie scattered.
+// Couplings on some channels of rows [n, channels], in place and in one pass, for channels-last memory, where
+// the channels of a half may be scattered.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ inline float fast_exp(float x) {
     return (rest + 1.0f) * power;
 }
 
-// Within 2^-22 of tanh x, absolutely. NaN gives NaN.
+// tanh x with an absolute error of at most 2^-22. NaN gives NaN.
 inline float fast_tanh(float x) {
     const float power = fast_exp(std::min(std::max(2 * x, -30.0f), 30.0f));
     return (power - 1) / (power + 1);
@@ -60,7 +60,7 @@ inline void widen_to(const float* from, std::int64_t n, float* to) {
     std::copy_n(from, n, to);
 }
 
-// Partial sums added up, half to half.
+// Adds up partial sums by halves.
 template <int lanes>
 USF_INLINE float fold(float (&part)[lanes]) {
     for (int half = lanes / 2; half > 0; half /= 2)
@@ -68,7 +68,7 @@ USF_INLINE float fold(float (&part)[lanes]) {
     return part[0];
 }
 
-// In many short sums, which is both faster and more accurate than one long one.
+// Adds up values in many short sums, which is both faster and more accurate than one long sum.
 template <int lanes = 16>
 USF_INLINE float sum(const float* values, std::int64_t n) {
     float part[lanes] = {};
@@ -82,7 +82,7 @@ USF_INLINE float sum(const float* values, std::int64_t n) {
 // Calls body(begin, end) for stretches of rows; a thread takes one at a time.
 template <class Body>
 void for_rows(std::int64_t rows, int channels, int threads, Body&& body) {
-    constexpr std::int64_t elements = 1 << 14;  // of a stretch: far more work than it takes to fetch the next
+    constexpr std::int64_t elements = 1 << 14;  // per stretch: far more work than handing it to a thread
     const std::int64_t stretch = std::max<std::int64_t>(1, elements / std::max(channels, 1));
     team_for((rows + stretch - 1) / stretch, threads,
              [&](std::int64_t i) { body(i * stretch, std::min((i + 1) * stretch, rows)); });
@@ -105,15 +105,15 @@ void add_rows(T* state, std::int64_t rows, const Half& half, const T* values, fl
     });
 }
 
-// `affine` on the half of some rows, of which `outputs` holds raw log scales, then translations, a row every
-// `stride` elements. Writes the log-det of every row, the sum of its log scales or minus that, to log_det.
-// Threads have a `scratch` each.
+// Applies `affine` to a half of some rows. Rows of `outputs`, `stride` elements apart, hold raw log scales,
+// then translations. Writes the log-det of every row, the sum of its log scales or minus that, to log_det.
+// Each thread has its own `scratch`.
 template <class T>
 void affine_stretch(T* state, std::int64_t rows, const Half& half, const T* outputs, std::ptrdiff_t stride,
                     const float* shift, float clamp, bool inverse, float* log_det,
                     std::vector<float>& scratch) {
     const int n = half.size();
-    // Some rows together, so that the loop is long enough to hide the latency of its arithmetic.
+    // Take some rows together, so that the loop is long enough to hide the latency of its arithmetic.
     const std::int64_t together = std::max(1, 512 / std::max(n, 1));
     scratch.resize(std::max(scratch.size(), 5 * static_cast<std::size_t>(together * n)));
     float* const values = scratch.data();
@@ -137,7 +137,7 @@ void affine_stretch(T* state, std::int64_t rows, const Half& half, const T* outp
     }
 }
 
-// The same for all rows; those of `outputs` [rows, 2 * size] follow each other.
+// The same for all rows; `outputs` [rows, 2 * size] is contiguous.
 template <class T>
 void affine_rows(T* state, std::int64_t rows, const Half& half, const T* outputs, const float* shift,
                  float clamp, bool inverse, float* log_det, int threads) {

@@ -18,11 +18,11 @@ public:
         column_.reserve(2 * height_ * columns_);
     }
 
-    // About so many of them.
+    // Number of pixel pairs, about.
     std::int64_t pairs() const {
         return (connectivity_ == Connectivity::four ? 1 : 3) * (rows_ * width_ + columns_ * height_);
     }
-    // Every node gets the name that `of` gives it.
+    // Replaces every node by of(node).
     template <class Of>
     void rename(int threads, Of&& of) {
         for_each(2 * rows_ * width_, threads, [&](std::int64_t i) { row_[i] = of(row_[i]); });
@@ -34,13 +34,13 @@ public:
     // The last column of tiles `c` (side 0) or the first one of tiles `c + 1` (side 1), [height].
     std::int32_t* column(std::int64_t c, int side) { return column_.data() + (2 * c + side) * height_; }
 
-    // pair(a, b) for all neighbours across the cut below the tiles `r`.
+    // Calls pair(a, b) for all neighbours across the cut below the tiles `r`.
     template <class Pair>
     void across_row(std::int64_t r, Pair&& pair) {
         across(row(r, 0), row(r, 1), width_, pair);
     }
-    // The same to the right of the tiles `c`, in the rows of one row of tiles: diagonals that also cross a
-    // row seam belong to that one.
+    // The same for the cut to the right of the tiles `c`, in the rows of one row of tiles. Diagonals that
+    // also cross a cut between rows of tiles are not pairs.
     template <class Pair>
     void across_column(std::int64_t c, Range rows, Pair&& pair) {
         across(column(c, 0) + rows.begin, column(c, 1) + rows.begin, rows.size(), pair);

@@ -1,6 +1,6 @@
-// Stages of a fused flow one after the other. Those that treat every row alone pass a stretch of rows through
-// all of them while it is in the cache, so that the state goes through memory once; where a conditioner looks
-// at neighbours, its layers are computed one after the other on all rows.
+// Runs the stages of a fused flow. A stretch of rows passes through consecutive stages that treat every row
+// alone while it is in the cache, so that the state goes through memory once. Where a conditioner looks at
+// neighbours, its layers are computed one after the other on all rows.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace usf {
 
-// Of the state, for each thread: those of images that go through all stages together. Fewer in tests.
+// Numbers of the state per thread, a limit on the images that pass all stages together. Fewer in tests.
 inline std::int64_t numbers_together = 1 << 19;
 
 class StageRun : Passes {
@@ -37,9 +37,10 @@ public:
     }
     int channels() const { return channels_; }
 
-    // From rows to state, [maps.rows(), channels] both, which may be the same. `conditions` are those of the
-    // conditioned layers, in order. Adds the log-det of every row to log_det, which may be null where no
-    // stage is affine. Of rows in bfloat16, for a processor that multiplies them, the state is of floats too.
+    // Transforms rows into states, [maps.rows(), channels] both, which may be the same memory. `conditions`
+    // are those of the conditioned layers, in order. Adds the log-det of every row to log_det, which may be
+    // null if no stage is affine. With rows in bfloat16, which the processor must be able to multiply, the
+    // state is in floats between the stages.
     template <class T>
     void run(const T* from, T* to, const Maps& maps, const std::vector<Condition>& conditions, float* log_det,
              int threads) const {
@@ -79,7 +80,7 @@ private:
 
     bool pointwise() const { return std::ranges::all_of(stages_, is_pointwise, &Step::stage); }
 
-    // Where a conditioner looks at neighbours, the whole state passes through memory several times.
+    // Limit the images where a conditioner looks at neighbours: their whole state is read several times.
     std::int64_t images_together(const Maps& maps, int threads) const {
         if (pointwise()) return maps.images;
         return std::max<std::int64_t>(threads * numbers_together / (maps.positions() * channels_), 1);
@@ -103,7 +104,7 @@ private:
     }
     void run_together(const BFloat16* from, BFloat16* to, const Call& call) const {
         const auto numbers = [&](const Stretch& on) { return std::int64_t{on.rows} * channels_; };
-        // The state of a stretch stays in the cache.
+        // Stretches have a state of their own, which stays in the cache.
         if (pointwise())
             return for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
                 on.state = on.scratch.state.at_least(numbers(on));
@@ -141,7 +142,7 @@ private:
             std::visit([&](const auto& stage) { pass(stage, step->first_condition, on); }, step->stage);
     }
 
-    // One stage whose conditioner looks at neighbours.
+    // Runs one stage whose conditioner looks at neighbours.
     void look(const Step& step, const Call& call) const {
 #ifdef USF_AMX
         if (takes_words(step.stage)) return look_along_line(step, call);
@@ -162,8 +163,8 @@ private:
             in = {passive, size};
         }
         int condition = step.first_condition;
-        // The last layer's outputs of a coupling are used up at once. Not those of a residual block: they
-        // change what its first layer still has to see.
+        // A coupling uses the outputs of its last layer at once. A residual block must not: it would change
+        // the state that its first layer still has to see.
         const std::size_t all = conditioner.layers.size();
         const std::size_t whole = all - !std::holds_alternative<Residual>(step.stage);
         for (std::size_t i = 0; i < whole; ++i) {
@@ -197,7 +198,7 @@ private:
     }
 
 #ifdef USF_AMX
-    // The same where all of its layers take words.
+    // The same if all of its layers take words.
     void look_along_line(const Step& step, const Call& call) const {
         Floats* const memory = workspace().layers;
         const Conditioner& conditioner = *conditioner_of(step.stage);

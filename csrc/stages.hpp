@@ -1,4 +1,4 @@
-// What the stages of a fused flow do to its state, rows [images * height * width, channels].
+// The stages of a fused flow, which change its state, rows [images * height * width, channels].
 #pragma once
 
 #include <algorithm>
@@ -16,11 +16,11 @@
 
 namespace usf {
 
-// Layers, and what they see of the state: the channels of `passive` plus a shift, or all of them.
+// Layers and their input: the channels `passive` of the state plus a shift, or the whole state.
 struct Conditioner {
     std::optional<Half> passive;
     std::vector<Layer> layers;
-    std::vector<float> shift = {};  // of the passive channels; empty for none
+    std::vector<float> shift = {};  // added to the passive channels; empty for none
 
     bool pointwise() const {
         for (const Layer& layer : layers)
@@ -38,7 +38,7 @@ struct Exchange {
     Weights weights;
     Half to;
 };
-// state += factor * f(state) @ weights.T, without their bias
+// state += factor * f(state) @ weights.T, without a bias
 struct Residual {
     Conditioner conditioner;
     Weights weights;
@@ -50,7 +50,7 @@ struct Additive {
     Half active;
     float factor;
 };
-// `affine` of the active half
+// `affine` on the active half
 struct Affine {
     Conditioner conditioner;
     Half active;
@@ -60,7 +60,7 @@ struct Affine {
 };
 using Stage = std::variant<Product, Exchange, Reorder, Residual, Additive, Affine>;
 
-// What a conditioner with passive channels sees of some rows, [rows, passive channels].
+// Copies the input of a conditioner with passive channels for some rows to [rows, passive channels].
 inline void take_passive(const Conditioner& conditioner, const float* state, int rows, float* to) {
     const int size = conditioner.passive->size();
     conditioner.passive->take(state, rows, to, size);
@@ -69,7 +69,7 @@ inline void take_passive(const Conditioner& conditioner, const float* state, int
         for (int j = 0; j < size; ++j) to[j] += conditioner.shift[j];
 }
 
-// The channels of a half, as words.
+// Copies the channels of a half, as words.
 inline void take_words(const Half& half, const float* state, int rows, float* to) {
     const int size = half.size(), width = 2 * words_of(size);
     auto* const numbers = reinterpret_cast<BFloat16*>(to);
@@ -78,7 +78,7 @@ inline void take_words(const Half& half, const float* state, int rows, float* to
         std::fill(numbers + r * width + size, numbers + (r + 1) * width, BFloat16{});
 }
 
-// Null for stages that have none.
+// The conditioner of a stage; null if it has none.
 inline const Conditioner* conditioner_of(const Stage& stage) {
     return std::visit(
         [](const auto& s) -> const Conditioner* {

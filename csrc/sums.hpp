@@ -1,4 +1,4 @@
-// Sums over all but the channels, in one pass: gradients of what is added to every position.
+// Sums over everything but the channels, in one pass: gradients of values that are added to every position.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace usf {
 
-// Of neighbours. Sums of sums of a few hundred, so that rounding errors do not grow with their number.
+// Sum of neighbouring values, in double over partial sums, so that rounding errors do not grow with n.
 USF_CLONES inline double sum_of(const float* values, std::int64_t n) {
     constexpr std::int64_t together = 4096;
     double total = 0;
@@ -27,7 +27,8 @@ USF_CLONES inline void sum_of_rows(const float* row, std::int64_t stride, std::i
         for (std::int64_t c = 0; c < channels; ++c) out[c] += row[c];
 }
 
-// out [channels]; false for a layout that has no loop here. The same bits however many threads.
+// Writes the sums to out [channels], the same bits for any number of threads; returns false for a layout
+// without a loop here.
 inline bool channel_sums(const Input& z, const Extent& extent, float* out, int threads) {
     const auto [batch, channels, positions] = extent;
     const Layout layout = common_layout(positions, z);

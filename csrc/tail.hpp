@@ -1,4 +1,4 @@
-// log10 Pr(s * chi2_nu >= t): the Chernoff bound, and the exact value where it underflows too.
+// log10 Pr(s * chi2_nu >= t): the Chernoff bound, and the exact value, even where the probability underflows.
 //
 // Both start from the same term. With a = nu / 2, x = t / (2 s) and lambda = x / a,
 //     Q(a, x) = Gamma(a, x) / Gamma(a) = exp(a (1 + ln lambda - lambda)) * correction,
@@ -16,7 +16,7 @@
 
 namespace usf {
 
-// What Stirling's formula leaves out: ln Gamma(a) - ((a - 1/2) ln a - a + ln(2 pi) / 2).
+// Remainder of Stirling's formula: ln Gamma(a) - ((a - 1/2) ln a - a + ln(2 pi) / 2).
 inline double stirling_remainder(double a) {
     double shift = 0;
     for (; a < 16; a += 1) shift += (a + 0.5) * std::log1p(1 / a) - 1;
@@ -31,8 +31,8 @@ inline double log_chernoff(double a, double lambda) {
     return a * (std::abs(d) < 0.5 ? std::log1p(d) - d : 1 + std::log(lambda) - lambda);
 }
 
-// ln Q(a, a lambda), the regularised upper incomplete gamma function, for a > 0 and lambda >= 0; near 1 it
-// takes time as the root of a.
+// ln Q(a, a lambda), the regularised upper incomplete gamma function, for a > 0 and lambda >= 0. For lambda
+// near 1 it takes time proportional to sqrt(a).
 inline double log_upper_gamma(double a, double lambda) {
     if (lambda <= 0) return 0;
     constexpr double epsilon = std::numeric_limits<double>::epsilon();
@@ -66,7 +66,7 @@ enum class TailKind : int { chernoff = 0, exact = 1 };
 // octave of 1 + sqrt(max(1, a)) |lambda - 1|, so that the top of a double's bits is an interval's index.
 class Tail {
 public:
-    static constexpr double largest_dof = 1e9;  // whose table takes a fifth of a second
+    static constexpr double largest_dof = 1e9;  // the table for it takes a fifth of a second
 
     Tail(double dof, double scale, TailKind kind) : a_(dof / 2), mean_(dof * scale), kind_(kind) {
         if (!(dof > 0 && dof <= largest_dof && scale > 0 && std::isnormal(a_) && std::isnormal(mean_))) {
@@ -77,16 +77,16 @@ public:
         if (kind == TailKind::chernoff) return;
         root_a_ = std::sqrt(std::max(1.0, a_));
         above_ = tabulate(1 + 63 * root_a_, +1);
-        // Further below the mean the series is short, and near zero no polynomial follows x^a for a small a.
+        // Further below the mean the series is short, and near 0 no polynomial follows x^a for small a.
         below_ = tabulate(1 + std::min(8.0, 0.5 * root_a_), -1);
     }
 
     TailKind kind() const { return kind_; }
 
-    // log10 Pr(X >= t), at most 0; -inf where it is beyond a double.
+    // log10 Pr(X >= t), at most 0; -inf where it exceeds the range of a double.
     double operator()(double t) const { return kind_ == TailKind::chernoff ? chernoff(t) : exact(t); }
 
-    double chernoff(double t) const {  // the bound says nothing at and below the mean
+    double chernoff(double t) const {  // no bound at and below the mean
         const double lambda = t / mean_;
         return lambda <= 1 ? 0 : std::min(0.0, log_chernoff(a_, lambda) * log10e);
     }

@@ -1,4 +1,4 @@
-// Short loops over threads that are there already.
+// Short loops over PyTorch's threads.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace usf {
 
 // PyTorch's OpenMP threads wait actively between its operations. Threads of our own would compete with them
 // for the cores, and cost more than loops of less than a millisecond can save. So the runtime that PyTorch
-// has loaded is looked up in the process; without it, such loops run on one thread.
+// has loaded is looked up in the process; without it, these loops run on one thread.
 using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 inline ParallelRegion pytorch_parallel_region() {
@@ -37,7 +37,7 @@ void team_for(std::int64_t count, int threads, Task&& task) {
         return;
     }
     SharedWork work(count);
-    auto run = [&] { work.help(task); };  // what it throws must not leave the region
+    auto run = [&] { work.help(task); };  // exceptions must not leave the region
     parallel([](void* help) { (*static_cast<decltype(run)*>(help))(); }, &run, static_cast<unsigned>(threads),
              0);
     work.rethrow();

@@ -1,5 +1,5 @@
-// Products of pairs in AMX's tile registers: 32 rows times 32 outputs at a time. Panels of pairs lie as they
-// want them, a word of two inputs for each output in a row.
+// Products of pairs in AMX's tile registers: 32 rows times 32 outputs at a time. Panels of pairs have the
+// layout that the registers need: each row holds a word of two inputs for each output.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace usf {
 
-// Sums of two tiles of rows, or of one unless `both`, times two of outputs, [2 * tile_rows, 2 * tile_words].
+// Multiplies two tiles of rows, or one unless `both`, with two of outputs: [2 * tile_rows, 2 * tile_words].
 template <bool both, class Source>
 USF_INLINE void multiply_tiles(const Source& in, int row, const Panels& weights, int column, float* sums) {
     constexpr std::ptrdiff_t width = 2 * tile_words;
@@ -47,7 +47,7 @@ USF_INLINE void multiply_tiles(const Source& in, int row, const Panels& weights,
     }
 }
 
-// Finishes `count` rows of sums, some at a time.
+// Passes `count` rows of sums to `finish`, some at a time.
 template <class V, class Finish>
 USF_INLINE void finish_rows(const float* sums, int count, int row, int column, int width,
                             const Finish& finish) {
@@ -68,8 +68,8 @@ USF_INLINE void finish_rows(const float* sums, int count, int row, int column, i
     }
 }
 
-// All outputs of rows of words, which `finish` takes. Tiles are whole: what is read behind the last row is
-// computed with and dropped.
+// Computes all outputs of rows of words, which `finish` takes. Tiles are whole: rows behind the last one are
+// read and multiplied too, and their results dropped.
 template <class Source, class Finish>
 void multiply_in_tiles(const Source& in, int rows, const Panels& weights, const Finish& finish) {
     with_avx512([&]<int lanes>() USF_LAMBDA {

@@ -1,8 +1,8 @@
 // Max-tree of a window small enough for 16-bit positions and the first-level caches.
 //
-// Pixels are taken from the highest level down (sorted once); each one joins the components of those of its
-// neighbours that came before it (union-find). Positions count in a frame one pixel wider than the window on
-// every side, so no neighbour needs a bounds check.
+// Pixels are taken from the highest level down (sorted once). Each one joins the components of the neighbours
+// that came before it (union-find). Positions are counted in a frame one pixel wider than the window on every
+// side, so no neighbour needs a bounds check.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ public:
 
     // Positions from the lowest level up; the first one is the root of the tree.
     const std::int16_t* order() const { return order_; }
-    // The position that p hangs from, on p's own level or below it; the root hangs from itself.
+    // The parent of a position, on the same level or below; the root is its own parent.
     int parent(int p) const { return parent_[p]; }
     Key key(int p) const { return key_[p]; }
     // Whether p opens a component of its own, rather than being one more pixel of its parent's.
@@ -86,11 +86,11 @@ private:
     // Bit d of before_[p]: the neighbour in direction d of the ring comes before p.
     void compare() {
         before_.resize(frame());
-        // Rows are walked as one: what stands for the frame between them is not looked at.
+        // All rows are walked as one; the results for the frame between them are not used.
         const int first = position(0, 0), count = position(height_ - 1, width_ - 1) + 1 - first;
         const Key *here = key_.data() + first, *above = here - stride_, *below = here + stride_;
         std::uint8_t* before = before_.data() + first;
-        // Of equal levels, the one further on in the window comes first (the sort is stable).
+        // Among equal levels, the later one in the window comes first (the sort is stable).
         for (int x = 0; x < count; ++x) {
             const Key k = here[x];
             before[x] = static_cast<std::uint8_t>((above[x] > k) | (above[x + 1] > k) << 1 |

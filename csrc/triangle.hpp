@@ -1,4 +1,4 @@
-// Triangles of matrices.
+// Copies of triangles of matrices.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,9 @@
 
 namespace usf {
 
-// out = the strict lower or upper triangle of a matrix [rows, columns], at least as wide as high and with a
-// row every `stride` numbers, with a diagonal of its own and zeros elsewhere. Dense; it may be the matrix.
+// out = the strict lower or upper triangle of a matrix [rows, columns], with the given diagonal and zeros
+// elsewhere. The matrix is at least as wide as high, its rows are `stride` numbers apart. `out` is contiguous
+// and may be the matrix itself.
 inline void copy_triangle(const float* matrix, std::int64_t stride, std::int64_t rows, std::int64_t columns,
                           bool upper, const float* diagonal, float* out, int threads) {
     constexpr std::int64_t together = 32;  // rows

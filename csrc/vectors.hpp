@@ -1,4 +1,4 @@
-// Vectors of floats, functions for the instructions that they take, and memory for them.
+// Vectors of floats, functions compiled for their instructions, and memory for them.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 
 namespace usf {
 
-// Memory for floats that starts at a multiple of the longest vector, and whose old content is not kept.
+// Memory for floats, aligned for the longest vectors. Its contents are lost when it grows.
 class Floats {
 public:
     static constexpr std::size_t alignment = 64;
@@ -41,9 +41,9 @@ struct Vector {
     typedef float unaligned __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
 };
 
-inline int most_lanes = 16;  // fewer in tests, which then run what other processors would
+inline int most_lanes = 16;  // tests set fewer, to run the code of other processors
 
-// Of the longest vectors that this processor has.
+// Number of lanes of the longest vectors that this processor has.
 inline int best_lanes() {
 #if defined(__x86_64__)
     if (most_lanes >= 16 && __builtin_cpu_supports("avx512f")) return 16;
@@ -52,7 +52,7 @@ inline int best_lanes() {
     return 4;
 }
 
-// Rows of a tile of two vectors that the registers hold.
+// Number of rows, times two vectors, of a tile that the registers hold.
 constexpr int rows_of_tile(int lanes) {
 #if defined(__aarch64__)
     if (lanes == 4) return 8;
@@ -60,7 +60,7 @@ constexpr int rows_of_tile(int lanes) {
     return lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
 }
 
-// Calls body.operator()<lanes>(), compiled for the instructions that vectors of so many lanes take.
+// Calls body.operator()<lanes>(), compiled for the instructions of vectors with this number of lanes.
 #if defined(__x86_64__)
 template <class Body>
 __attribute__((target("avx512f"))) void with_avx512(const Body& body) {

@@ -1,7 +1,7 @@
 // 3 x 3 convolutions with 16 products for 4 outputs, where a sum over taps takes 36: Winograd's minimal
 // filtering F(2 x 2, 3 x 3) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks",
-// arXiv:1509.09308, section 4.1). Maps are covered by tiles of 2 x 2 outputs; each sees 4 x 4 inputs, which
-// become 16 points, as the kernel does. At each point the tiles are rows of a matrix product.
+// arXiv:1509.09308, section 4.1). Maps are covered by tiles of 2 x 2 outputs. Each sees 4 x 4 inputs, which
+// are transformed to 16 points, and so is the kernel. At each point the tiles are rows of a matrix product.
 #pragma once
 
 #include <array>
@@ -16,17 +16,17 @@
 
 namespace usf {
 
-// [outputs, inputs, 3, 3] in memory of any strides: from one output, input or tap to the next.
+// A kernel [outputs, inputs, 3, 3] in memory, with the strides of outputs, inputs and taps.
 struct Kernel {
     const float* data;
     int outputs, inputs;
     std::ptrdiff_t output, input, tap;
 
-    // That of the convolution which takes a gradient of the outputs to the one of the inputs.
+    // The kernel of the convolution that maps the gradient of the outputs to that of the inputs.
     Kernel adjoint() const { return {data + 8 * tap, inputs, outputs, input, output, -tap}; }
 };
 
-// One input's kernels for `count` outputs at all points, one vector of `width` outputs at each.
+// Transforms one input's kernels for `count` outputs to all points, with `width` outputs at each.
 USF_CLONES inline void kernel_to_points(const Kernel& kernel, int input, int first_output, int count,
                                         int width, float* __restrict to, std::size_t apart) {
     constexpr int widest = 32;
@@ -53,9 +53,9 @@ USF_CLONES inline void kernel_to_points(const Kernel& kernel, int input, int fir
 class Winograd {
 public:
     static constexpr int side = 2, patch = 4, points = patch * patch;
-    static constexpr int fewest = 16;  // channels: with less, going to points takes longer than it saves
+    static constexpr int fewest = 16;  // channels: with fewer, the transforms take longer than they save
 
-    // Memory that is given must be nobody else's as long as this is used.
+    // `memory`, if given, must not be used by others during the lifetime of this and its copies.
     Winograd(const Kernel& kernel, const float* bias, int threads = 1,
              std::shared_ptr<Floats> memory = std::make_shared<Floats>())
         : outputs_(kernel.outputs), inputs_(kernel.inputs), width_(Panels::best_width()) {
@@ -69,11 +69,11 @@ public:
                     kernel_to_points(kernel, i, first, std::min(width_, outputs_ - first), width_,
                                      to + static_cast<std::size_t>(first) * inputs_ + i * width_, apart());
         });
-        std::fill_n(to + all, 2 * padded(), 0.0f);  // the points' bias, none, and that of the outputs
+        std::fill_n(to + all, 2 * padded(), 0.0f);  // bias of the points, always 0, and of the outputs
         if (bias) std::copy_n(bias, outputs_, to + all + padded());
         memory_ = std::move(memory);
     }
-    // The same in pairs of bfloat16 numbers, for a processor that multiplies them.
+    // A copy in pairs of bfloat16 numbers, for a processor that multiplies them.
     Winograd in_pairs() const {
         Winograd rounded = *this;
         rounded.pairs_ = true;
@@ -88,9 +88,9 @@ public:
     int outputs() const { return outputs_; }
     int inputs() const { return inputs_; }
     int lanes() const { return width_ / 2; }
-    int whole_outputs() const { return Panels::padded(outputs_, lanes()); }  // in whole vectors
+    int whole_outputs() const { return Panels::padded(outputs_, lanes()); }  // padded to whole vectors
     bool pairs() const { return pairs_; }
-    int depth() const { return pairs_ ? words_of(inputs_) : inputs_; }  // words to an entered tile's point
+    int depth() const { return pairs_ ? words_of(inputs_) : inputs_; }  // words per point of a tile
     Panels at(int point) const {
         const float* const data = memory_->data();
         return {data + point * apart(),
@@ -112,15 +112,15 @@ private:
     std::shared_ptr<const Floats> memory_;
 };
 
-// A tile's inputs, where its outputs go, and rows beside these: to be added, but for Ending::masked. Null for
-// outputs outside of the map, and for no rows.
+// A tile's inputs, places for its outputs, and rows beside these, which are added, or compared for
+// Ending::masked. Null for outputs outside of the map, and for no rows.
 struct WinogradTile {
     std::array<const float*, Winograd::points> from;
     std::array<float*, 4> to;
     std::array<const float*, 4> beside;
 };
 
-// In one direction: 4 inputs to 4 points, 4 points to 2 outputs; every `step`-th value of an array.
+// Transforms every `step`-th value in place: 4 inputs to 4 points, and 4 points to 2 outputs.
 template <class V>
 USF_INLINE void to_points(V* d, int step) {
     const V first = d[0] - d[2 * step], second = d[step] + d[2 * step], third = d[2 * step] - d[step];
@@ -178,8 +178,8 @@ USF_INLINE void leave_channels(const float* from, std::ptrdiff_t apart, const fl
     }
 }
 
-// Calls body.operator()<lanes>(first channel) for all channels, a vector at a time if one fits: the last ones
-// begin within those before, so that they are whole.
+// Calls body.operator()<lanes>(first channel) for all channels, a vector at a time if one fits. The last
+// vector overlaps the one before, so that it is whole.
 template <int lanes, class Body>
 USF_INLINE void for_channels(int channels, Body&& body) {
     int channel = 0;
@@ -190,7 +190,7 @@ USF_INLINE void for_channels(int channels, Body&& body) {
     for (; channel < channels; ++channel) body.template operator()<1>(channel);
 }
 
-// Inputs of tiles to [points, tiles, channels], `width` numbers from one tile to the next.
+// Transforms the inputs of tiles to [points, tiles, channels], with tiles `width` numbers apart.
 template <class T>
 void enter(const WinogradTile* tiles, int count, int channels, int width, int lanes, T* to) {
     with_lanes(lanes, [&]<int widest>() USF_LAMBDA {
@@ -205,7 +205,7 @@ void enter(const WinogradTile* tiles, int count, int channels, int width, int la
         }
     });
 }
-// And back.
+// Transforms the points back to the outputs of tiles.
 inline void leave(const float* from, int count, const Winograd& layer, Ending ending,
                   const WinogradTile* tiles) {
     with_lanes(layer.lanes(), [&]<int widest>() USF_LAMBDA {
@@ -219,7 +219,7 @@ inline void leave(const float* from, int count, const Winograd& layer, Ending en
     });
 }
 
-// The outputs of some tiles; `entered` and `left` are scratch.
+// Computes the outputs of some tiles; `entered` and `left` are scratch.
 inline void convolve(const std::vector<WinogradTile>& tiles, const Winograd& layer, Ending ending,
                      Floats& entered, Floats& left) {
     const int count = static_cast<int>(tiles.size());

@@ -1,6 +1,6 @@
-// Gradients of 3 x 3 kernels with 16 products where a sum over positions takes 36: those of outputs go to the
-// points by the adjoint of the way on which outputs leave them; at each point, the kernel's gradient is a
-// product over tiles; and it returns by the adjoint of the kernel's way to the points.
+// Gradients of 3 x 3 kernels with 16 products where a sum over positions takes 36. The gradients of the
+// outputs are transformed to the points by the adjoint of the outputs' transform; at each point, the kernel's
+// gradient is a product over tiles; it is transformed back by the adjoint of the kernel's transform.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace usf {
 
-// In one direction: the gradients of 2 outputs to those of 4 points.
+// One-dimensional transform, in place, of the gradients of 2 outputs to those of 4 points.
 template <class V>
 USF_INLINE void gradient_to_points(V* g, int step) {
     g[3 * step] = -g[step];
@@ -21,7 +21,7 @@ USF_INLINE void gradient_to_points(V* g, int step) {
     g[step] += g[0];
 }
 
-// The rows beside a tile, which are the gradients of its outputs; none is zeros.
+// Transforms the gradients of a tile's outputs, which are the rows beside it (null for zeros), to the points.
 template <int lanes>
 USF_INLINE void enter_gradients(const WinogradTile& tile, std::ptrdiff_t apart, int channel, float* to) {
     using V = typename Vector<lanes>::type;
@@ -39,7 +39,7 @@ USF_INLINE void enter_gradients(const WinogradTile& tile, std::ptrdiff_t apart, 
     for (int i = 0; i < Winograd::points; ++i) *reinterpret_cast<U*>(to + i * apart) = g[i];
 }
 
-// Inputs of tiles as panels of [inputs, tiles] at each point, gradients as [tiles, outputs].
+// Transforms inputs of tiles to panels of [inputs, tiles] at each point, gradients to [tiles, outputs].
 inline void enter_both(const std::vector<WinogradTile>& tiles, int inputs, int outputs, int lanes,
                        float* panels, float* gradients) {
     with_lanes(lanes, [&]<int widest>() USF_LAMBDA {
@@ -61,7 +61,7 @@ inline void enter_both(const std::vector<WinogradTile>& tiles, int inputs, int o
     });
 }
 
-// Kernels of one output from their gradients at all points, [inputs] each; to [inputs, 9].
+// Transforms the gradients of one output's kernels from all points, [inputs] each, to [inputs, 9].
 USF_CLONES inline void kernels_from_points(const float* at_points, std::size_t apart, int inputs,
                                            float* __restrict to) {
     constexpr int some = 32;
@@ -88,7 +88,7 @@ USF_CLONES inline void kernels_from_points(const float* at_points, std::size_t a
     }
 }
 
-// Some rows of tiles, and some outputs.
+// A range of rows of tiles, and a range of outputs.
 struct KernelPart {
     std::int64_t first_row, last_row;
     int first, last;
@@ -96,8 +96,8 @@ struct KernelPart {
     int outputs() const { return last - first; }
 };
 
-// Gradients of some outputs' kernels at all points, [outputs, inputs] each, from some rows of tiles, of which
-// there are some.
+// Gradients of some outputs' kernels at all points, [outputs, inputs] each, summed over some rows of tiles,
+// of which there must be at least one; `length` rows of tiles are taken at a time.
 inline void gradient_at_points(const Inputs& x, const Call& call, int inputs, const KernelPart& part,
                                std::int64_t length, float* out) {
     const TileRows rows(call.maps);
@@ -124,8 +124,8 @@ inline void gradient_at_points(const Inputs& x, const Call& call, int inputs, co
     }
 }
 
-// Gradient [outputs, inputs, 9] of a kernel, from the rows of inputs and of the outputs' gradients. The same
-// bits whenever it is computed by as many threads.
+// Gradient [outputs, inputs, 9] of a kernel, from the rows of inputs and of the outputs' gradients. The
+// result has the same bits for the same number of threads.
 inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int outputs, const Maps& maps,
                             int threads, float* out) {
     static thread_local Floats memory;
@@ -136,10 +136,10 @@ inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int
     }
     const Condition gradients{grad.data, maps.images, static_cast<int>(grad.stride)};
     const Call call{maps, threads, &gradients};
-    constexpr std::int64_t together = 128;  // tiles: the sums go through memory once for so many
+    constexpr std::int64_t together = 128;  // tiles per pass of the sums through memory
     const std::int64_t tiles = rows.count * rows.tiles;
     if (threads > 1 && outputs >= least_rows * threads && tiles <= 2 * outputs) {
-        // Few tiles: of all, each thread makes the gradients of its own outputs' kernels.
+        // Few tiles: each thread takes all of them, for the kernels of some outputs.
         team_for(threads, threads, [&](std::int64_t group) {
             const int first = static_cast<int>(outputs * group / threads),
                       last = static_cast<int>(outputs * (group + 1) / threads);

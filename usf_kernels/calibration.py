@@ -1,4 +1,4 @@
-"""The null model fitted to held-out normal images."""
+"""Fitting of the null model to held-out normal images."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def calibrate(
     `scale = v / 2m` and `dof = 2 m^2 / v` (Satterthwaite's moments): correlated or badly scaled channels
     have fewer degrees of freedom than C. Use images that the flow was not trained on.
 
-    That is the distribution at single positions. Neighbouring positions of a real image are not independent,
-    though, and regions of several come up more often (or, in a narrow null, less often) than their number of
-    false alarms says. With `false_alarms` all scales of the fit are then multiplied by one factor, found by
-    bisection, with which these images show as many as they may. The models' `calibrate` asks for 0.1.
+    This describes single positions. Neighbouring positions of a real image are not independent, though, so
+    regions of several positions appear more often (or, in a narrow null, less often) than their number of
+    false alarms says. With `false_alarms`, all fitted scales are therefore multiplied by one factor, found by
+    bisection, for which these images show that many regions. The models' `calibrate` asks for 0.1.
 
     Args:
-        latents: as in `log_nfa`: one tensor per scale, latents (N, C, H, W) or their squared norms (N, H, W),
-            which is what to keep when the latents of all images do not fit in memory.
-        false_alarms: regions at log_epsilon = 0 per image, on average and at most; None fits positions only.
-        tail, tests: of the test that counts them, as in `log_nfa`.
+        latents: as in `log_nfa`: one tensor per scale, latents (N, C, H, W) or their squared norms (N, H, W);
+            keep the latter when the latents of all images do not fit in memory.
+        false_alarms: most regions at log_epsilon = 0 per image, on average; None fits positions only.
+        tail, tests: form of the test that counts the regions, as in `log_nfa`.
 
     Returns:
         A `Null` with one scale and dof per tensor, and this form of the test; pass it as `null=` to
         `log_nfa`, `segment` and `regions`.
 
     Raises:
-        TypeError, ValueError: as in `log_nfa`; also where the squared norms of a scale do not vary, and for a
-            number of false alarms that is not positive.
+        TypeError, ValueError: as in `log_nfa`; also if the squared norms of a scale do not vary, or the
+            number of false alarms is not positive.
     """
     if false_alarms is not None:
         check_number("false_alarms", false_alarms)
@@ -80,7 +80,7 @@ def _of_positions(energies: Sequence[Tensor]) -> Null:
                 f"latents[{i}]: expected at least two positions to fit to, found shape {tuple(u.shape)}"
             )
         u = u.double()
-        largest = u.max().item() or 1.0  # in units of which no square overflows
+        largest = u.max().item() or 1.0  # a unit in which no square overflows
         mean, variance = (u / largest).mean().item(), (u / largest).var().item()
         if not variance > 1e-8 * mean**2:
             everywhere = f"{largest * mean:.6g} everywhere"

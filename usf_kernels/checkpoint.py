@@ -2,8 +2,8 @@
 
 A checkpoint is a dictionary of plain values and tensors in PyTorch's zip format, read with
 `weights_only=True`, so opening a stranger's file runs none of their code. A frozen `backbone` is not stored
-unless its weights are random: its configuration rebuilds it, and a fingerprint tells when other weights came
-out of that.
+unless its weights are random: its configuration rebuilds it, and a fingerprint detects a rebuilt backbone
+with other weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from usf_kernels.files import atomic_write
 FORMAT = "usf_kernels.checkpoint"
 VERSION = 1
 
-# What every checkpoint holds beside its format and version, and what may be there.
+# Entries of every checkpoint beside its format and version, with the types allowed.
 ENTRIES: dict[str, tuple[type, ...]] = {
     "architecture": (str,),
     "config": (dict,),
@@ -44,12 +44,12 @@ def save_checkpoint(path: str | Path, model: nn.Module, *, extra: Mapping[str, A
 
     Args:
         path: the file; written whole or not at all.
-        model: has a JSON-able `config`, and a class method `from_config(config)` that rebuilds it.
+        model: module with a JSON-able `config` and a class method `from_config(config)` that rebuilds it.
         extra: JSON-able facts to keep beside it, such as the image size; see `read_checkpoint`.
 
     Raises:
-        TypeError: when `model.config` or `extra` is not JSON-able; for an inference form, which is made again
-            from the model.
+        TypeError: when `model.config` or `extra` is not JSON-able; for an inference form (save the model that
+            it was made from).
         OSError: naming the file, when it cannot be written.
     """
     write_checkpoint(path, checkpoint_header(model, extra) | {"state": stored_state(model)})
@@ -70,16 +70,16 @@ def load_checkpoint(
 
     Args:
         path: a file written by `save_checkpoint` or during training.
-        model_class: the class that must be in it; None takes the class of `usf_kernels.models` it names.
-        device: where to put the model.
-        weights: file of the frozen backbone's weights, or several as for `create_backbone`, where they are
-            no longer, or not to be downloaded from, where they came from in training. What a checkpoint holds
-            is not looked for anywhere else.
+        model_class: class that the file must hold; None takes the class of `usf_kernels.models` it names.
+        device: device of the model.
+        weights: file of the frozen backbone's weights, or several as for `create_backbone`; needed when they
+            are no longer where training had them from, or should not be downloaded. Not allowed for a
+            checkpoint that holds all weights itself.
 
     Raises:
         ValueError: naming the file, when it is no checkpoint, is truncated or damaged, comes from a newer
             version of the format, holds another architecture, or does not fit the model or the backbone;
-            `weights` for a model that takes none from a file.
+            also for `weights` that do not exist or are not allowed.
         OSError: when it cannot be opened.
     """
     content = read_checkpoint(path)
@@ -107,7 +107,7 @@ def load_checkpoint(
 
 
 def _holds_all(content: Mapping[str, Any]) -> bool:
-    """Whether no weights of the model are anywhere else."""
+    """Whether the checkpoint holds all weights of its model, those of the backbone included."""
     return content["backbone"] is None
 
 
@@ -122,7 +122,7 @@ def _check_weights(
 
 
 def _take_dtype(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give a model the dtype of most of its stored tensors, and those that are stored in another one that."""
+    """Cast a model to the dtype of most of its stored tensors; tensors stored in another dtype get that."""
     dtypes = {name: t.dtype for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
     if not dtypes:
         return
@@ -142,7 +142,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: as for `load_checkpoint`.
     """
-    with open(path, "rb") as file:  # a missing file, a folder, no permission: the system's own error
+    with open(path, "rb") as file:  # the system's own error for a missing file, a folder, no permission
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path}: not a usf_kernels checkpoint, or cut off")
         try:
@@ -154,7 +154,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({damaged})")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader of damaged bytes raises a dozen types
+    except Exception as error:  # torch.load raises a dozen types for damaged bytes
         reason = str(error).strip().split("\n")[0][:120]
         raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -182,7 +182,7 @@ def _check_version(version: object, path: str | Path) -> None:
 
 
 def _check_image_size(size: object, path: str | Path) -> None:
-    """The one fact in `extra` that this package reads itself."""
+    """Check `image_size`, the only entry of `extra` that this package reads itself."""
     if size is None:
         return
     if not (
@@ -192,7 +192,7 @@ def _check_image_size(size: object, path: str | Path) -> None:
 
 
 def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything in a checkpoint but the weights; compute it once where many are written."""
+    """Return all entries of a checkpoint except the weights; compute it once to write many."""
     if getattr(model, "fused", False):
         raise TypeError(
             "model: expected one that can be trained, found its inference form; `fuse` after loading"
@@ -208,7 +208,7 @@ def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) 
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy as JSON has it: lists for tuples, Python's numbers for NumPy's."""
+    """Return a copy in JSON's types: lists for tuples, Python's numbers for NumPy's."""
 
     def number(value: object) -> int | float:
         if isinstance(value, np.generic):
@@ -220,7 +220,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, durable: bool = True) -> None:
     """Write a checkpoint dictionary atomically."""
-    # Through memory: torch reports a full disk as an unrelated RuntimeError, a plain write as an OSError.
+    # Via memory: torch reports a full disk as an unrelated RuntimeError, a plain write as an OSError.
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     with atomic_write(path, durable=durable) as file:
@@ -228,7 +228,7 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, durable: b
 
 
 def stored_state(model: nn.Module) -> dict[str, Any]:
-    """The state dictionary without a backbone that can be made again; tensors are the model's own."""
+    """Return the state dictionary without a backbone that can be rebuilt; tensors are the model's own."""
     prefix = "backbone." if _known_backbone(model) is not None else None
     state = model.state_dict()
     return {key: value for key, value in state.items() if prefix is None or not key.startswith(prefix)}
@@ -255,7 +255,7 @@ def load_stored_state(model: nn.Module, content: Mapping[str, Any], source: str 
 
 
 def _known_backbone(model: nn.Module) -> nn.Module | None:
-    """A frozen one whose configuration says where its weights come from."""
+    """Return the model's frozen backbone if its configuration says where the weights are from, else None."""
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module) or any(p.requires_grad for p in backbone.parameters()):
         return None
@@ -271,7 +271,7 @@ def _fingerprint(model: nn.Module) -> str | None:
     value = 0
     for tensor in backbone.state_dict().values():
         tensor = tensor.detach().cpu()
-        # In float32, also where a model has been put in float64.
+        # In float32, so that a model cast to float64 has the same fingerprint.
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
         value = zlib.crc32(flat.numpy(), value)

@@ -18,16 +18,16 @@ from usf_kernels.training import CachedFeatures, History, fit
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result, besides the seed.
+    """All settings that determine the result, besides the seed.
 
     Attributes:
-        stages: of the backbone. Strides 8 and 16: the texture has too few independent patches to learn the
-            320 channels of stride 32, and stride 4 sees scratches but little else.
-        side: of a crop, in pixels.
+        stages: stages of the backbone. Strides 8 and 16: the texture has too few independent patches to learn
+            the 320 channels of stride 32, and stride 4 sees scratches but little else.
+        side: side of a crop, in pixels.
         train, validation, test: numbers of crops.
-        epochs, batch_size, lr, weight_decay: of the training.
-        steps, hidden_ratio, noise: of the flow. Noise of 0.4 on whitened features
-            keeps the held-out z^2 near 1: without it, it grows with every epoch.
+        epochs, batch_size, lr, weight_decay: options of the training.
+        steps, hidden_ratio, noise: options of the flow. Noise of 0.4 on whitened features keeps the held-out
+            z^2 near 1; without noise, it grows with every epoch.
     """
 
     stages: tuple[int, ...] = (2, 3)
@@ -49,17 +49,17 @@ QUICK = Recipe(train=160, validation=32, test=40, epochs=5)
 
 @dataclass(frozen=True)
 class Result:
-    """What `run_texture` found.
+    """Results of `run_texture`.
 
     Attributes:
         model: the trained and calibrated FastFlow.
         baseline: the Mahalanobis baseline, fitted to the same features.
-        history: of the training.
+        history: history of the training.
         images: (N, 3, H, W), the test crops.
         targets: (N, 1, H, W) bool, their ground truth.
         kinds: the kind of defect of each, "good" for none.
-        predictions: of the model, for all test crops.
-        metrics, baseline_metrics: of `usf_kernels.metrics.evaluate`.
+        predictions: predictions of the model for all test crops.
+        metrics, baseline_metrics: results of `usf_kernels.metrics.evaluate`.
         z2: mean of z^2 on held-out normal crops per scale, by stride; near 1 where the flow generalises.
         extra: facts to keep in a checkpoint.
     """
@@ -99,10 +99,10 @@ def run_texture(
 
     Args:
         name: "brick", "grass" or "gravel".
-        seed: of the crops, the defects, the initial weights and the training.
-        run_dir: where the training keeps its checkpoints; None keeps none.
-        progress: show a bar.
-        quick: fewer crops and epochs.
+        seed: seed of the crops, the defects, the initial weights and the training.
+        run_dir: folder in which the training keeps its checkpoints; None keeps none.
+        progress: show the progress of the training.
+        quick: use fewer crops and epochs.
         recipe: overrides the one that `quick` chooses.
 
     Raises:
@@ -130,7 +130,7 @@ def run_texture(
             steps=recipe.steps,
             hidden_ratio=recipe.hidden_ratio,
             noise=recipe.noise,
-            memory="standard",  # maps of 16 x 16 take little of it, and nothing has to be computed twice
+            memory="standard",  # 16 x 16 maps take little memory, so nothing needs to be computed twice
         ).initialize(train.features)
     history = fit(
         model,
@@ -168,7 +168,7 @@ def run_texture(
 
 
 def extract(backbone: Backbone, data: Dataset[Sample], batch_size: int = 16) -> Split:
-    """All samples of a dataset, and what the backbone makes of them."""
+    """Return all samples of a dataset, with the backbone's features."""
     backbone = backbone.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     samples: list[Sample] = [data[i] for i in range(len(data))]
     images = torch.stack([sample.image for sample in samples])

@@ -1,4 +1,4 @@
-"""What is installed on this machine, and which code each operation will run here."""
+"""Report of what is installed on this machine, and which code each operation runs here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from usf_kernels import _core
 
 DISTRIBUTION = "usf-kernels"
-LOOPS_OF = {"coupling_step": "affine_coupling"}  # a step is not dispatched as a whole
-CONDITIONERS = "conditioners"  # of convolutions
+LOOPS_OF = {"coupling_step": "affine_coupling"}  # a step is not dispatched as a whole, its coupling is
+CONDITIONERS = "conditioners"  # convolutional ones
 INFERENCE = "fuse"
 NATIVE_OPERATIONS = ("component_tree", "log_nfa", "segment", "regions")
 
@@ -21,8 +21,8 @@ def diagnose() -> dict[str, Any]:
 
     Returns:
         JSON-able: `package`, `python`, `platform`, `torch` (versions), `devices` (names), `triton`
-        (`available`, `detail`), `extension` (its file), `extras` (per extra `available` and, per package, its
-        version or None), `operations` (name of the operation to what runs it).
+        (`available`, `detail`), `extension` (its file), `extras` (per extra `available` and `packages`, the
+        version of each or None), `operations` (which code runs, by name of the operation).
     """
     import torch
 
@@ -40,7 +40,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as aligned lines."""
+    """Format the report as aligned lines."""
     lines = [
         f"usf-kernels  {report['package'] or 'not installed, run from source'}",
         f"Python       {report['python']} on {report['platform']}",
@@ -102,7 +102,7 @@ def _triton(torch: Any) -> dict[str, Any]:
 
 
 def _extras() -> dict[str, Any]:
-    """Every extra that the installed package declares, and the versions of what it asks for."""
+    """Return every extra that the installed package declares, with the versions of the packages it needs."""
     try:
         requirements = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Squared norms of latents per position: what the a-contrario test and its calibration read."""
+"""Squared norms of latents per position, the input of the a-contrario test and its calibration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = Tensor | np.ndarray
 
 
 def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[int | None]]:
-    """The squared norms of each scale and how many channels each was summed over.
+    """Return the squared norms of each scale and the number of channels that each was summed over.
 
     Args:
         latents: one tensor or a list or tuple of them, one per scale, float32, float64, float16 or bfloat16,
@@ -30,7 +30,7 @@ def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[
         where a scale is float64); and C per scale, None where squared norms were given.
 
     Raises:
-        TypeError, ValueError: anything else, with the name of the argument and what was found.
+        TypeError, ValueError: for anything else, with the name of the argument and what was found.
     """
     scales = [latents] if isinstance(latents, Array) else latents
     if not isinstance(scales, (list, tuple)):
@@ -69,7 +69,7 @@ def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[
 def _tensor(name: str, z: np.ndarray) -> Tensor:
     if z.dtype not in (np.float32, np.float64, np.float16) or not z.dtype.isnative:
         raise TypeError(f"{name}: expected float32, float64 or float16, found {z.dtype} ({z.dtype.str})")
-    # Of memory that is read-only, a copy: PyTorch warns of it.
+    # Copy read-only memory, which PyTorch would warn about.
     return torch.from_numpy(np.ascontiguousarray(z) if z.flags.writeable else z.copy(order="C"))
 
 
@@ -88,7 +88,7 @@ def _energy(name: str, z: Tensor) -> Tensor:
 
 
 def check_channels(channels: Sequence[int] | int, scales: int) -> tuple[int, ...]:
-    """`channels` as one positive int per scale."""
+    """Return `channels` as one positive int per scale; raise for anything else."""
     values = channels if isinstance(channels, (list, tuple)) else (channels,)
     if len(values) != scales:
         raise ValueError(f"channels: expected {scales} numbers, one per scale, found {channels!r}")

@@ -21,8 +21,9 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
     """Open a binary file that takes the place of `path` only once it is complete.
 
     The bytes go to a hidden temporary file in the same folder, which `os.replace` moves over `path` when the
-    block ends, and which is removed when the block raises: a reader sees the old file or the new one, also
-    where several write at once. What was there is not followed or looked at: links and modes are replaced.
+    block ends, and which is removed when the block raises: a reader sees the old file or the new one, even
+    if several write at once. An existing file is replaced whatever it is: links are not followed, and its
+    mode is not kept.
 
     Args:
         path: the file to write; its folder must exist.
@@ -30,8 +31,7 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
             it the file still survives the death of the process at any moment.
 
     Raises:
-        OSError: naming `path`, when there is no space, no permission or no folder, and where a device or a
-            pipe is.
+        OSError: naming `path`, when there is no space, no permission or no folder, or it is a device or pipe.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -48,7 +48,7 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
         except OSError as error:
             if error.filename not in (None, str(temporary)):
                 raise
-            # A failed write names no file, the temporary one would help nobody, and NumPy gives no number.
+            # A failed write names no file, the temporary name would not help, and NumPy gives no number.
             number = error.errno or errno.EIO
             raise OSError(number, error.strerror or str(error), str(path)) from error
     except BaseException:
@@ -58,15 +58,15 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
 
 
 def _hidden(name: str) -> str:
-    """How the temporary files of a name start: short enough for every name that a file may have."""
+    """Return the start of the temporary files for a name, cut so that it is valid for the longest names."""
     return f".{os.fsdecode(os.fsencode(name)[:160])}."
 
 
 def make_folder(path: str | Path) -> None:
-    """Make a folder and those around it, unless it is there already.
+    """Make a folder and its parents, unless it exists already.
 
     Raises:
-        OSError: naming what is in the way, also where the folder is there and takes no files.
+        OSError: naming what is in the way, or the folder if it exists and takes no files.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -76,10 +76,10 @@ def make_folder(path: str | Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise, before the work is done, what `atomic_write` would raise after it.
+    """Raise before the work is done what `atomic_write` would raise after it.
 
     Raises:
-        OSError: naming the file, when it is a folder; naming its folder, when that is none or takes no files.
+        OSError: naming the file, if it is a folder; naming its folder, if that is missing or takes no files.
     """
     path = Path(path)
     if path.is_dir():
@@ -91,7 +91,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def remove_leftovers(folder: str | Path, names: Sequence[str]) -> None:
-    """Remove the temporary files that a killed process left of these files in a folder."""
+    """Remove the temporary files that killed processes left in a folder while writing these files."""
     for name in names:
         for leftover in Path(folder).glob(f"{glob.escape(_hidden(name))}*.tmp"):
             with suppress(OSError):
@@ -106,7 +106,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with equal keys as CSV with a header line, atomically; nothing but the file for no rows."""
+    """Write rows with equal keys as CSV with a header line, atomically; an empty file for no rows."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")

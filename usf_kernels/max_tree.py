@@ -17,12 +17,12 @@ _DTYPES = (np.float32, np.float64, np.uint8, np.uint16)
 
 
 def default_threads(pixels: int) -> int:
-    """PyTorch's number of threads, but no more than there are processors, or than the work can feed."""
+    """Return PyTorch's number of threads, but at most one per processor and per 4096 pixels."""
     return max(1, min(torch.get_num_threads(), os.cpu_count() or 1, pixels // 4096))
 
 
 def check_threads(threads: int | None, pixels: int) -> int:
-    """`threads`, or the default where it is None."""
+    """Return `threads` if it is a valid number, or the default for None."""
     if threads is None:
         return default_threads(pixels)
     return check_int("threads", threads, 1, 2**31 - 1)
@@ -30,12 +30,13 @@ def check_threads(threads: int | None, pixels: int) -> int:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ComponentTree:
-    """The connected components of all upper level sets {image >= t}, and which contains which.
+    """The connected components of all upper level sets {image >= t}, as a tree by inclusion.
 
     Attributes:
         parent: (N,) int32; the next larger component. `parent[i] < i`, so a loop from the last node to the
             first visits children before parents; node 0 is the root, the whole image, and its own parent.
-        level: (N,), the image's dtype; the smallest value in the component. `level[parent[i]] < level[i]`.
+        level: (N,), the image's dtype; the smallest value in the component. `level[parent[i]] < level[i]`
+            except at the root.
         node: (H, W) int32; the smallest component that holds each pixel.
         area: (N,) int32; number of pixels of each component, computed when first asked for.
     """
@@ -64,20 +65,20 @@ class ComponentTree:
         return np.flatnonzero(is_leaf)
 
     def children(self, node: int) -> np.ndarray:
-        """The components directly inside `node`.
+        """Return the components directly inside `node`.
 
         Raises:
-            TypeError, ValueError: no number of a node.
+            TypeError, ValueError: if it is not the number of a node.
         """
         check_int("node", node, 0, len(self) - 1)
         found = np.flatnonzero(self.parent == node)
         return found[found != 0]  # the root is its own parent, not its own child
 
     def mask(self, node: int) -> np.ndarray:
-        """(H, W) bool; the pixels of the component `node`.
+        """Return the pixels of the component `node`, (H, W) bool.
 
         Raises:
-            TypeError, ValueError: no number of a node.
+            TypeError, ValueError: if it is not the number of a node.
         """
         check_int("node", node, 0, len(self) - 1)
         inside = np.zeros(len(self), dtype=bool)
@@ -90,7 +91,7 @@ class ComponentTree:
             ancestor = ancestor[ancestor]
 
     def reconstruct(self, values: np.ndarray | None = None) -> np.ndarray:
-        """(H, W): each pixel gets the value of its node; None stands for the levels, which give the image."""
+        """Give each pixel the value of its node, (H, W). The default, the levels, gives the image back."""
         values = self.level if values is None else np.asarray(values)
         if values.shape[:1] != (len(self),):
             raise ValueError(f"values: expected one per node, {len(self)} in all, found shape {values.shape}")
@@ -104,15 +105,16 @@ def component_tree(
 
     Args:
         image: (H, W) NumPy array or torch CPU tensor, float32, float64, uint8 or uint16, finite, not empty.
-            Read in place where it is C-contiguous, copied first where it is not. Gradients do not flow.
+            Read in place if C-contiguous, else copied first. Gradients do not flow.
         connectivity: 4 or 8 neighbours.
-        threads: None takes PyTorch's number, fewer for small images. The result has the same bits for any.
+        threads: number of threads; None takes PyTorch's, fewer for small images. The result has the same bits
+            for any number.
 
-    Beside the image and the tree this needs at most 24 bytes of memory per pixel, 40 for float64.
+    Besides the image and the tree this needs at most 24 bytes of memory per pixel, 40 for float64.
 
     Raises:
-        TypeError: another type, dtype or device. float16 and bfloat16 are not converted silently.
-        ValueError: another rank or connectivity, an empty image, NaN or infinity.
+        TypeError: for another type, dtype or device. float16 and bfloat16 are not converted silently.
+        ValueError: for another rank or connectivity, an empty image, NaN or infinity.
     """
     array = _read(image, "image", 2, connectivity)
     return ComponentTree(*_core.component_tree(array, int(connectivity), check_threads(threads, array.size)))
@@ -124,9 +126,9 @@ def component_trees(
     """Component trees of a batch: like `component_tree` of every image, in parallel over the images.
 
     Args:
-        images: (B, H, W), else as in `component_tree`. B may be 0.
+        images: (B, H, W), otherwise as in `component_tree`. B may be 0.
         connectivity: 4 or 8 neighbours.
-        threads: None takes PyTorch's number, fewer for little work.
+        threads: number of threads; None takes PyTorch's, fewer for little work.
 
     The trees of small images share one block of memory, which is freed with the last of them.
 

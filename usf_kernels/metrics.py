@@ -1,8 +1,8 @@
-"""How well a detector does: ranking of images and pixels, overlap with the ground truth, false alarms.
+"""Metrics of a detector: ranking of images and pixels, overlap with the ground truth, false alarms.
 
 Everything is computed exactly from all pixels, in float64, with no binning of scores. The area under the
 ROC curve is the rank statistic of `scipy.stats`; torchmetrics first squashes scores outside [0, 1] with a
-sigmoid, so that all above 17 tie in float32 (measured: 0.50 for a detector with 0.91).
+sigmoid, so that all scores above 17 tie in float32 (measured: 0.50 for a detector with 0.91).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Array = npt.ArrayLike | Tensor
 
 
 def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor]) -> dict[str, float]:
-    """All metrics of a test set.
+    """Compute all metrics of a test set.
 
     Args:
         predictions: one `Prediction` for the whole set, or one per batch in order, with `score` (B,),
             `anomaly_map` (B, 1, H, W), `mask` (B, 1, H, W) and `regions` (a list per image).
         targets: ground truth, True where defective: one (N, 1, H, W) tensor, or one per batch. An image with
-            any such pixel is anomalous. Or (N,), of images alone; what needs pixels is NaN then.
+            any such pixel is anomalous. Or labels (N,) of the images; metrics of pixels are NaN then.
 
     Returns:
-        `image_auroc`, `image_ap`, `image_f1_max`, the same three of pixels (`pixel_auroc`, ...), `aupro` (up
+        `image_auroc`, `image_ap`, `image_f1_max`, the same three for pixels (`pixel_auroc`, ...), `aupro` (up
         to a false positive rate of 0.3), `miou_automatic`, `miou_oracle`, `false_alarms_per_clean_image`
         (detected regions on clean images / clean images). NaN where the set lacks the clean or the anomalous
         images that a metric needs.
@@ -75,7 +75,7 @@ def _ranked(name: str, scores: np.ndarray, truth: np.ndarray) -> dict[str, float
 
 
 def auroc(scores: Array, targets: Array) -> float:
-    """Area under the ROC curve: the probability that a positive scores above a negative, ties counting half.
+    """Area under the ROC curve: the probability that a positive scores above a negative; ties count half.
 
     Args:
         scores: any shape, higher is more anomalous.
@@ -100,7 +100,7 @@ def auroc(scores: Array, targets: Array) -> float:
 
 
 def average_precision(scores: Array, targets: Array) -> float:
-    """The mean precision over the positives, each at the threshold at which it is found.
+    """Mean precision over the positives, each at the threshold at which it is found.
 
     Equal scores are found together, as in `sklearn.metrics.average_precision_score`.
 
@@ -121,10 +121,10 @@ def average_precision(scores: Array, targets: Array) -> float:
 
 
 def f1_max(scores: Array, targets: Array) -> tuple[float, float]:
-    """The best F1 score (harmonic mean of precision and recall) of all thresholds, and its threshold.
+    """Return the best F1 score (harmonic mean of precision and recall) of all thresholds, and its threshold.
 
     Args:
-        scores: any shape, higher is more anomalous; positive is what scores at least the threshold.
+        scores: any shape, higher is more anomalous; scores of at least the threshold count as positive.
         targets: same shape, bool or 0 / 1.
 
     Returns:
@@ -142,7 +142,8 @@ def f1_max(scores: Array, targets: Array) -> tuple[float, float]:
 
 
 def _found(scores: Array, targets: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every distinct score from high to low: positives and all that score at least it, and the score."""
+    """Return, for every distinct score from high to low, how many positives and how many samples reach it,
+    and the score."""
     scores, targets = _pair(scores, targets)
     if not scores.size:
         return (np.empty(0),) * 3
@@ -155,12 +156,13 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
 
     The overlap is the share of each connected ground-truth region (8-connectivity) that is detected, averaged
     over all regions, whatever their size; the false positive rate is over all normal pixels of all images.
-    As in Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, at every distinct threshold.
+    The definition is that of Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, evaluated at
+    every distinct threshold.
 
     Args:
         maps: (N, H, W) or (N, 1, H, W), higher is more anomalous.
         targets: same shape, bool or 0 / 1.
-        fpr_limit: in (0, 1].
+        fpr_limit: largest false positive rate, in (0, 1].
 
     Returns:
         A number in [0, 1]; NaN without a region or without a normal pixel.
@@ -176,7 +178,7 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
     normal = ~targets
     if not targets.any() or not normal.any():
         return float("nan")
-    share = np.zeros(maps.shape)  # what a detected pixel adds to the sum of overlaps
+    share = np.zeros(maps.shape)  # contribution of a detected pixel to the sum of overlaps
     count = 0
     for image, values in zip(targets, share, strict=True):
         labels = label(image, connectivity=2)
@@ -191,14 +193,14 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
     rates = np.append(rate[inside], fpr_limit)
     overlaps = np.append(overlap[inside], np.interp(fpr_limit, rate, overlap))
     area = (np.diff(rates) * (overlaps[1:] + overlaps[:-1]) / 2).sum()
-    return min(1.0, float(area / fpr_limit))  # rounding can pass it by 1e-16
+    return min(1.0, float(area / fpr_limit))  # rounding can exceed 1 by 1e-16
 
 
 def mean_iou(masks: Array, targets: Array) -> float:
-    """Intersection over union of each anomalous image's mask with its ground truth, averaged over them.
+    """Mean over the anomalous images of the intersection over union of mask and ground truth.
 
-    The mIoU of U-Flow (Tailanian et al., arXiv:2211.12353) on the anomalous images. The authors' code
-    averages over clean images too, where an empty mask counts 1; here those are left to the false alarms.
+    This is the mIoU of U-Flow (Tailanian et al., arXiv:2211.12353) on the anomalous images. The authors' code
+    averages over clean images too, where an empty mask counts 1; here false alarms are counted separately.
 
     Args:
         masks: (N, H, W) or (N, 1, H, W), bool.
@@ -220,10 +222,10 @@ def mean_iou(masks: Array, targets: Array) -> float:
 
 
 def oracle_mean_iou(maps: Array, targets: Array) -> tuple[float, float]:
-    """The best `mean_iou` that one threshold for the whole set can reach, and that threshold.
+    """Return the best `mean_iou` that one threshold for the whole set can reach, and that threshold.
 
-    Every distinct value of the maps is tried, with masks `maps >= threshold`: each image's IoU changes with
-    every pixel that the falling threshold adds, and the changes of all images, sorted, add up to the mean.
+    Every distinct value of the maps is tried, with masks `maps >= threshold`. Each image's IoU changes with
+    every pixel that the falling threshold adds; the mean is the running sum of the changes of all images.
 
     Args:
         maps: (N, H, W) or (N, 1, H, W), higher is more anomalous.
@@ -255,7 +257,7 @@ def oracle_mean_iou(maps: Array, targets: Array) -> tuple[float, float]:
 
 
 def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the flattened values from high to low, and the last position of each run of equal ones."""
+    """Return indices of the flattened values from high to low, and the last position of each run of ties."""
     flat = values.ravel()
     order = _from_high(flat)
     ordered = flat[order]
@@ -263,7 +265,7 @@ def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _from_high(values: np.ndarray) -> np.ndarray:
-    """Indices from high to low, those of equal values in their order."""
+    """Return indices from high to low; equal values keep their order."""
     return np.argsort(~values if values.dtype == bool else -values, kind="stable")
 
 

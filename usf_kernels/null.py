@@ -1,4 +1,4 @@
-"""The null model: how the squared norm of a normal position is distributed."""
+"""The null model: the distribution of the squared norms at normal positions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from usf_kernels.ops.checks import check_choice, check_number
 
 TAILS, ALL_TESTS = ("chernoff", "exact"), ("total", "per_size")
 SMALLEST_DOF = 1e-6  # below, the exact tail cancels
-LARGEST_DOF = 1e9  # the extension's; the exact tail takes time as its root
+LARGEST_DOF = 1e9  # limit of the extension; the exact tail takes time proportional to its square root
 
 
 @dataclass(frozen=True, repr=False)
 class Null:
-    """Squared norms of normal positions at scale l follow `scale[l] * chi2(dof[l])`.
+    """Null model: squared norms of normal positions at scale l follow `scale[l] * chi2(dof[l])`.
 
-    Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones have not, see
+    Latents of a perfect flow have scale 1 and dof C (`Null.white`); real ones do not, see
     `usf_kernels.calibrate`. Both are positive and finite, and so is their product; `dof` lies in 1e-6..1e9,
-    and need not be whole. `tail` and `tests` are the form of the a-contrario test that it is meant for, and
-    that it gets where none is asked for (see `usf_kernels.log_nfa`); by default the paper's.
+    and need not be whole. `tail` and `tests` are the form of the a-contrario test that it was fitted for, and
+    the default of `usf_kernels.log_nfa` with this null; unless given, they are the paper's.
     """
 
     scale: tuple[float, ...]
@@ -54,20 +54,20 @@ class Null:
 
     @classmethod
     def white(cls, channels: Sequence[int]) -> Null:
-        """White latents: chi2(C) at each scale."""
+        """Return the null of white latents: chi2(C) at each scale."""
         if not isinstance(channels, (tuple, list)):
             raise TypeError(f"channels: expected numbers, one per scale, found {type(channels).__name__}")
         return cls(scale=(1.0,) * len(channels), dof=tuple(channels))
 
     def to_list(self) -> list[list[float]]:
-        """[[scale, dof], ...], one pair per scale: plain numbers, for a checkpoint or a JSON file."""
+        """Return [[scale, dof], ...], one pair per scale: plain numbers, for a checkpoint or a JSON file."""
         return [list(pair) for pair in zip(self.scale, self.dof, strict=True)]
 
     @classmethod
     def from_list(
         cls, pairs: Sequence[Sequence[float]], *, tail: str = "chernoff", tests: str = "total"
     ) -> Null:
-        """The inverse of `to_list`, which does not hold the form of the test."""
+        """Invert `to_list`, whose result does not include `tail` and `tests`."""
         found = pairs if isinstance(pairs, (tuple, list)) else ()
         if not found or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in found):
             raise ValueError(f"pairs: expected [[scale, dof], ...], one pair per scale, found {pairs!r}")

@@ -1,4 +1,4 @@
-"""How many regions an a-contrario test could try: what turns a probability into a number of false alarms."""
+"""Number of regions that an a-contrario test could try, the factor from probabilities to false alarms."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MOST_KEPT = 1 << 20  # positions of maps for which counts are kept
 
 
 def log_number_of_tests(sizes: Sequence[tuple[int, int]]) -> float:
-    """log10 of the number of tests, `N_T = sum_l P_l * sum_{r=1..P_l} ALPHA * BETA^r / r`.
+    """Return log10 of the number of tests, `N_T = sum_l P_l * sum_{r=1..P_l} ALPHA * BETA^r / r`.
 
-    P_l = H*W positions of scale l, at each of which a shape of r pixels may lie; the inner sum estimates how
-    many such shapes there are. U-Flow (JMIV 2024, arXiv:2211.12353), number of tests. Computed in log space,
-    so no size overflows; cached.
+    P_l = H*W is the number of positions of scale l, at each of which a shape of r pixels may lie; the inner
+    sum estimates how many such shapes there are (the number of tests of U-Flow, JMIV 2024, arXiv:2211.12353).
+    Computed in log space, so no size overflows; cached.
 
     Args:
         sizes: (H, W) of each scale.
 
     Raises:
-        TypeError, ValueError: no scale, or sides that are not positive integers.
+        TypeError, ValueError: for no scale, or sides that are not positive integers.
     """
     if not isinstance(sizes, (list, tuple)) or not sizes:
         raise ValueError(f"sizes: expected [(H, W), ...], found {sizes!r}")
@@ -44,8 +44,8 @@ def log_number_of_tests(sizes: Sequence[tuple[int, int]]) -> float:
 def _log_total(positions: tuple[int, ...]) -> float:
     logs = []
     for p in positions:
-        # Factor out the last term, which dwarfs the first: 64 terms back they are below 1e-38 of it.
-        # Its 1 / p and the P_l outside the sum cancel.
+        # Factor out the last term, which dwarfs the others: 64 terms before it, they are below 1e-38 of it.
+        # The factor's 1 / p and the P_l outside the sum cancel.
         terms = math.fsum(BETA**-k * p / (p - k) for k in range(min(p, 64)))
         logs.append(math.log10(ALPHA * terms) + p * math.log10(BETA))
     most = max(logs)
@@ -57,11 +57,11 @@ class Count(NamedTuple):
 
     by_size: np.ndarray  # [P + 1] float64; empty where all sizes count the same
     offset: float
-    ceiling: float  # log10 NFA of a position where nothing was found
+    ceiling: float  # log10 NFA of a position outside all regions
 
 
 def counts(positions: tuple[int, ...], tests: str) -> list[Count]:
-    """The count of each scale for tests="total" or "per_size", see `usf_kernels.log_nfa`."""
+    """Return the count of each scale for tests="total" or "per_size", see `usf_kernels.log_nfa`."""
     made = _counts if sum(positions) <= MOST_KEPT else _counts.__wrapped__
     return made(positions, tests)
 

@@ -1,4 +1,4 @@
-"""What a training run optimises with: settings, learning rate, groups of parameters, averaged weights."""
+"""Optimisation of a training run: settings, learning rate, groups of parameters, averaged weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from usf_kernels.ops.checks import check_between, check_choice, check_int, check_positive
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # those that leave the weights what checkpoints hold
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # Fabric's precisions that keep the weights in float32
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Whatever decides the weights that come out; a run is resumed only with equal ones.
+    """Settings that determine the resulting weights; a run can be resumed only with equal ones.
 
     Raises:
-        TypeError: for a count that is no whole number.
+        TypeError: for a count that is not a whole number.
         ValueError: for a setting that is out of range.
     """
 
@@ -42,7 +42,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # which checkpoints do not hold
+            if isinstance(value, np.generic):  # checkpoints cannot hold NumPy's numbers
                 object.__setattr__(self, name, value.item())
         for name in ("max_epochs", "batch_size", "patience"):
             if getattr(self, name) is not None:
@@ -63,7 +63,7 @@ class Settings:
         return max(1, self.train_samples // (self.batch_size * self.world_size))
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 1 %; depends on the step only, so nothing to save."""
+        """Return the rate at a step: linear warm-up, then half a cosine down to 1 %. There is no state."""
         total = self.steps * self.max_epochs
         warm = int(self.warmup * total)
         if step < warm:
@@ -72,10 +72,10 @@ class Settings:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that require a gradient, with weight decay on matrices and kernels only.
+    """Group the parameters that require a gradient, with weight decay on matrices and kernels only.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when there are none.
     """
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -90,7 +90,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 @torch.no_grad()
 def copy_values(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Write tensors over those of the same names."""
+    """Copy the values of `source` into the tensors of the same names in `target`."""
     for name, value in source.items():
         target[name].copy_(value)
 

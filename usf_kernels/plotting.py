@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TRUTH, FOUND, INK, FAINT = "#00a99d", "#f0541e", "#20262e", "#7b8794"
 CELL, GAP, LEFT, TOP, BOTTOM, RIGHT = 1.75, 0.07, 1.3, 0.95, 0.62, 0.12  # inches
-LABEL = 13  # letters of a line in LEFT
+LABEL = 13  # letters per line of a label in the margin LEFT
 COLUMNS = ("Image", "Ground truth", "Anomaly map", "Number of false alarms", "Automatic mask")
 
 
@@ -36,20 +36,20 @@ class Shown(NamedTuple):
 
     @classmethod
     def of(cls, predictions: Any | Sequence[Any]) -> Shown:
-        """From one `Prediction`, or from the ones of several batches, in order."""
+        """Make one from a `Prediction`, or from those of several batches, in order."""
         batches = [predictions] if hasattr(predictions, "anomaly_map") else list(predictions)
         return cls(*(torch.cat([getattr(batch, name).cpu() for batch in batches]) for name in cls._fields))
 
 
 def choose_rows(kinds: Sequence[str], scores: Sequence[float] | Tensor, *, clean: str = "good") -> list[int]:
-    """One image of each kind of defect in order of appearance, then one clean one.
+    """Choose one image of each kind of defect in order of appearance, then a clean one.
 
-    Of each kind the image with the median score is taken: a typical one, not the best.
+    For each kind, the image with the median score is taken: a typical one, not the best.
 
     Args:
         kinds: the kind of each image.
-        scores: its score.
-        clean: what clean images are called.
+        scores: the score of each image.
+        clean: the kind of clean images.
 
     Returns:
         Indices into the images.
@@ -73,17 +73,17 @@ def panel(
 ) -> Figure:
     """Draw one row per image and one column per step from the image to its mask.
 
-    The colour scales are shared by all rows. The ground truth is outlined in green, what was detected in
-    orange. The fourth column is grey where nothing is significant, and the redder the fewer regions like the
-    one there are to be expected in a clean image.
+    The colour scales are shared by all rows. The ground truth is outlined in green, the detections in orange.
+    The fourth column is grey where nothing is significant, and the redder the fewer regions like the one
+    found there are expected in a clean image.
 
     Args:
         images: (N, 3, H, W), values in [0, 1].
         targets: (N, 1, H, W), True where defective.
         prediction: a `Prediction` for these images.
         kinds: the kind of defect of each image.
-        rows: which images to draw; None lets `choose_rows` choose.
-        title: heading; subtitle: a smaller line under it.
+        rows: indices of the images to draw; None takes those of `choose_rows`.
+        title, subtitle: heading, and a smaller line under it.
 
     Returns:
         A matplotlib figure that belongs to no window and no global state.
@@ -146,7 +146,7 @@ def panel(
             figure.text(x + 0.14 / total[0], y - 0.13 / total[1], name, fontsize=8, color=FAINT, va="center")
             x += 0.75 / total[0]
     left = LEFT / total[0]
-    # Names of folders are not formulas, whatever dollars are in them, and not always UTF-8.
+    # Names of folders may hold dollars, which do not start a formula, and may not be UTF-8.
     title, subtitle = (text.encode("utf-8", "replace").decode() for text in (title, subtitle))
     plain = {"va": "center", "parse_math": False}
     figure.text(left, 1 - 0.33 / total[1], title, fontsize=14, weight="bold", color=INK, **plain)
@@ -173,10 +173,10 @@ def heat_map(values: np.ndarray, *, low: float = 0.0, high: float = 1.0) -> np.n
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw a mask, bool (H, W), into an image, uint8 (H, W, 3): tinted, within its border. A copy."""
+    """Return a copy of an image, uint8 (H, W, 3), with a mask, bool (H, W), tinted and outlined in it."""
     width = max(1, round(min(mask.shape) / 200))
     whole, colour = image.copy(), np.frombuffer(bytes.fromhex(FOUND[1:]), np.uint8)
-    # Photographs are large, and masks small: only the part that has all of it is looked at.
+    # Photographs are large and masks small: work on the mask's bounding box only.
     part = tuple(slice(*(np.flatnonzero(mask.any(axis))[[0, -1]] + (0, 1))) for axis in (1, 0) if mask.any())
     if not part:
         return whole
@@ -194,7 +194,7 @@ def _plane(maps: Tensor, index: int) -> np.ndarray:
 
 
 def _norms(prediction: Any, rows: Sequence[int]) -> tuple[Normalize, Normalize]:
-    """Colour scales over all rows: the map between its bulk and its top, the NFA centred on its threshold."""
+    """Return colour scales over all rows: anomaly map from its bulk to its top, NFA centred on 0."""
     from matplotlib.colors import Normalize, TwoSlopeNorm
 
     maps = np.stack([_plane(prediction.anomaly_map, i) for i in rows])
@@ -207,7 +207,7 @@ def _norms(prediction: Any, rows: Sequence[int]) -> tuple[Normalize, Normalize]:
 
 
 def _significance_colours() -> Colormap:
-    """Greys above the threshold and a ramp from orange to dark red below, with an edge in between."""
+    """Return a colour map with greys above the threshold and a ramp from orange to dark red below it."""
     from matplotlib.colors import LinearSegmentedColormap
 
     significant = ((0.0, "#5c0011"), (0.2, "#a3101c"), (0.4, "#e0451f"), (0.5, "#fbb04e"))

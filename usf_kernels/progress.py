@@ -1,4 +1,4 @@
-"""Progress of a training run: a bar on a terminal that has rich, else a line now and then."""
+"""Progress of a training run: a bar on a terminal if rich is installed, else a line now and then."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# epochs done (a fraction while one is under way), training loss, latest and best held-out loss
+# Called with epochs done (a fraction during an epoch), training loss, latest and best held-out loss.
 Report = Callable[[float, float, float | None, float | None], None]
 
 
@@ -15,13 +15,13 @@ Report = Callable[[float, float, float | None, float | None], None]
 def training_progress(
     enabled: bool, max_epochs: int, *, start: float = 0.0, title: str = "training"
 ) -> Iterator[Report]:
-    """Show how far a run is and both losses while the block runs; nothing when not `enabled`.
+    """Show the epoch and both losses of a run while the block runs.
 
     Args:
         enabled: whether to show anything.
-        max_epochs: where the run ends at the latest.
+        max_epochs: largest number of epochs of the run.
         start: epochs done before.
-        title: what to call the run.
+        title: name of the run.
 
     Yields:
         A function to call after every step.
@@ -54,7 +54,7 @@ def training_progress(
 
 
 def _lines(max_epochs: int, start: float, title: str) -> Report:
-    """Prints after about every tenth of the epochs."""
+    """Return a `Report` that prints a line after about every tenth of the epochs."""
     printed = int(10 * start / max_epochs)
 
     def report(epochs: float, loss: float, held_out: float | None, best: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Data loading in which a sample is a function of the seed, the epoch and its index, and of nothing else."""
+"""Data loading in which a sample depends on the seed, the epoch and its index, and on nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def seed_generators(*key: int) -> None:
     """Seed the global generators of PyTorch, NumPy and Python from a tuple of non-negative integers."""
     seed = _mix(*key)
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - augmentation code in the wild draws from it
+    np.random.seed(seed)  # noqa: NPY002 - users' augmentation code draws from the global generator
     random.seed(seed)
 
 
@@ -23,7 +23,7 @@ def _mix(*key: int) -> int:
 
 
 class SeededSamples(Dataset[Any]):
-    """A dataset whose item (epoch, index) has its own seed, so that resuming and workers change nothing."""
+    """A dataset that seeds every item (epoch, index), so that resuming and workers change nothing."""
 
     def __init__(self, data: Dataset[Any], seed: int) -> None:
         self.data, self.seed = data, seed
@@ -38,10 +38,10 @@ class SeededSamples(Dataset[Any]):
 def epoch_order(
     count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
-    """Indices of one process's batches in one epoch, shuffled; every process gets equally many full batches.
+    """Return shuffled indices of one process's batches in an epoch, as many full batches in each process.
 
-    With fewer samples than one batch of all processes there is one step: they share the samples, and the
-    first ones fill up.
+    With fewer samples than one batch of every process there is one step: the processes share the samples, and
+    the first ones are repeated so that all shares are equal.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_mix(seed, epoch))).tolist()
     steps = count // (batch_size * world_size)
@@ -56,6 +56,6 @@ def epoch_order(
 def loader(
     data: Dataset[Any], batches: list[list[int]], *, seed: int, epoch: int, workers: int = 0
 ) -> DataLoader[Any]:
-    """The given batches of `data`, collated, with the samples seeded for this epoch."""
+    """Return a loader of the given batches of `data`, with the samples seeded for this epoch."""
     keys = [[(epoch, index) for index in batch] for batch in batches]
     return DataLoader(SeededSamples(data, seed), batch_sampler=keys, num_workers=workers)

@@ -34,14 +34,14 @@ def _tail(scale: float, dof: float, tail: str) -> _core.Tail:
     return _core.Tail(dof, scale, tail == "exact")
 
 
-# What outlives the interpreter, as compilers' and exporters' tables do, may hold this module: the cache would
-# still have its tails when the extension looks for leaks.
+# Objects that outlive the interpreter, such as tables of compilers and exporters, may keep this module alive.
+# The cached tails would then be reported as leaks when the extension is unloaded.
 atexit.register(_tail.cache_clear)
 
 
 @dataclass(frozen=True)
 class _Test:
-    """What log_nfa and regions share: checked maps, and the tail and count of each scale."""
+    """Common input of `log_nfa` and `regions`: checked maps, and the tail and count of each scale."""
 
     energies: list[Tensor]  # (B, H, W)
     tails: list[_core.Tail]
@@ -99,17 +99,18 @@ def log_nfa(
     upsample: str = "bilinear",
     threads: int | None = None,
 ) -> Tensor:
-    """Map of the log10 number of false alarms (NFA) of the most significant region at each position.
+    """Map the log10 number of false alarms (NFA) of the most significant region at each position.
 
     At each scale, every connected component of an upper level set of the squared norms (4-connectivity) is a
-    candidate. One of n pixels at level t has `log10 PFA = n * log10 Pr(X >= t)`, X distributed as `null`
-    says, and `log10 NFA = log10 PFA + log10(number of tests)`. Nested candidates are pruned to the most
-    significant one, and siblings merged into the component around them if that is at least as significant as
-    each (procedures 1 and 2, until nothing changes). What is left are disjoint final regions.
+    candidate. One of n pixels at level t has `log10 PFA = n * log10 Pr(X >= t)`, where X follows `null`, and
+    `log10 NFA = log10 PFA + log10(number of tests)`. Nested candidates are pruned to the most significant
+    one, and siblings merged into the component around them if that is at least as significant as each
+    (procedures 1 and 2, until nothing changes). This leaves disjoint final regions.
 
-    Pixels of a final region get its log10 NFA; others, that of a region of probability 1: the number of tests
-    with `tests="total"`, which is the paper's map, and that of a single pixel with `tests="per_size"`, where
-    no region is given more than that. The maps are upsampled to `size` and the minimum over scales is kept.
+    Pixels of a final region get its log10 NFA. Others get that of a region of probability 1: with
+    `tests="total"` the number of tests, as in the paper's map; with `tests="per_size"` that of a single
+    pixel, which is also the upper limit of all regions. The maps are upsampled to `size` and the minimum over
+    scales is kept.
 
     If latents of clean images follow `null` and are independent, there is on average at most one false
     detection per clean image at `log_nfa <= 0`.
@@ -120,27 +121,27 @@ def log_nfa(
             another runtime's outputs. B may be 0. Gradients do not flow.
         size: (H, W) of the result, or one int for a square.
         tail: "chernoff", the paper's bound `C / (2 ln 10) * (1 + ln(t/C) - t/C)` of log10 Pr(chi2_C >= t) for
-            t > C, and 0 for t <= C; or "exact", the probability itself, which finds a little more. None is
+            t > C, and 0 for t <= C; or "exact", the probability itself, which finds a little more. None takes
             that of `null`: what it was fitted with, or else the paper's.
         tests: "total", the paper's N_T for every region (see `log_number_of_tests`); or "per_size", where a
             region of r pixels at scale l counts `S * P_l * ALPHA * BETA^r / r` tests, S = sum of all P_l, the
-            number of pairs (l, r). The same guarantee, and far more sensitive to small regions. None is that
-            of `null`.
-        null: distribution of squared norms at normal positions; None is white latents, chi2 with C degrees of
-            freedom. See `calibrate`.
-        channels: C of each scale, needed with squared norms where `null` is None.
+            number of pairs (l, r). It gives the same guarantee, and is far more sensitive to small regions.
+            None takes that of `null`.
+        null: distribution of squared norms at normal positions; None stands for white latents, chi2 with C
+            degrees of freedom. See `calibrate`.
+        channels: C of each scale, needed for squared norms if `null` is None.
         upsample: "bilinear" (align_corners=False; the paper), which shaves the border of a region and can
-            hide one of a few pixels; or "nearest", where each region keeps all of its pixels (of a `size` no
+            hide one of a few pixels; or "nearest", where each region keeps all of its pixels (if `size` is no
             smaller than the maps).
         threads: CPU threads, over the images; None takes PyTorch's number, fewer for little work. The result
-            has the same bits for any.
+            has the same bits for any number.
 
     Returns:
         (B, 1, H, W) float32 on the device of the latents.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: wrong or contradictory shapes, NaN or infinity, negative squared norms, an unknown option.
+        TypeError: for an argument of another type or dtype.
+        ValueError: for wrong or contradictory shapes, NaN, infinity, negative squared norms, unknown options.
     """
     test = _prepare(latents, tail, tests, null, channels, threads)
     size = check_size(size)
@@ -156,7 +157,8 @@ def log_nfa(
             maps = F.interpolate(maps, size=size, mode="nearest-exact")
         else:
             maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-            maps = maps.clamp(min=torch.finfo(maps.dtype).min)  # weights may add up to a rounding more than 1
+            # The weights may add up to more than 1 by rounding, and overflow to -inf.
+            maps = maps.clamp(min=torch.finfo(maps.dtype).min)
         result = maps if result is None else torch.minimum(result, maps)
     return result
 
@@ -173,17 +175,17 @@ def segment(
     upsample: str = "bilinear",
     threads: int | None = None,
 ) -> Tensor:
-    """Mask of the anomalous positions: `log_nfa(...) <= log_epsilon`.
+    """Return the mask of the anomalous positions: `log_nfa(...) <= log_epsilon`.
 
     Args:
         latents, size, tail, tests, null, channels, upsample, threads: as in `log_nfa`.
-        log_epsilon: log10 of the number of false detections per clean image that one accepts.
+        log_epsilon: log10 of the accepted number of false detections per clean image.
 
     Returns:
         (B, 1, H, W) bool on the device of the latents.
 
     Raises:
-        TypeError, ValueError: as `log_nfa`; also a log_epsilon that is no number.
+        TypeError, ValueError: as `log_nfa`; also for a log_epsilon that is not a number.
     """
     log_epsilon = _check_log_epsilon(log_epsilon)
     values = log_nfa(
@@ -201,7 +203,7 @@ def segment(
 
 @dataclass(frozen=True, order=True)
 class Region:
-    """A region that chance does not explain. Coordinates are in pixels of the map of its scale.
+    """A region that chance does not explain. Coordinates are in pixels of its scale's map.
 
     Attributes:
         log_nfa: log10 of the number of false alarms; regions sort by it, the most significant first.
@@ -222,7 +224,7 @@ class Region:
     map_size: tuple[int, int]
 
     def image_box(self, size: int | tuple[int, int]) -> tuple[int, int, int, int]:
-        """The box in pixels of an image of `size` (H, W), grown to whole pixels."""
+        """Return the box in pixels of an image of `size` (H, W), grown to whole pixels."""
         (height, width), (h, w) = check_size(size), self.map_size
         top, left, bottom, right = self.box
         return top * height // h, left * width // w, -(-bottom * height // h), -(-right * width // w)
@@ -238,19 +240,19 @@ def regions(
     channels: Sequence[int] | int | None = None,
     threads: int | None = None,
 ) -> list[list[Region]]:
-    """The final regions of all scales with `log10 NFA <= log_epsilon`, before any upsampling.
+    """Return the final regions of all scales with `log10 NFA <= log_epsilon`, before any upsampling.
 
-    Regions of one scale are disjoint; those of different scales may lie over each other.
+    Regions of one scale are disjoint; those of different scales may overlap.
 
     Args:
         latents, tail, tests, null, channels, threads: as in `log_nfa`.
-        log_epsilon: log10 of the number of false detections per clean image that one accepts; inf gives all.
+        log_epsilon: log10 of the accepted number of false detections per clean image; inf returns all.
 
     Returns:
-        For each image its regions, the most significant first.
+        The regions of each image, the most significant first.
 
     Raises:
-        TypeError, ValueError: as `log_nfa`; also a log_epsilon that is no number.
+        TypeError, ValueError: as `log_nfa`; also for a log_epsilon that is not a number.
     """
     log_epsilon = _check_log_epsilon(log_epsilon)
     test = _prepare(latents, tail, tests, null, channels, threads)

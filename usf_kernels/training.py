@@ -77,8 +77,8 @@ def fit(
 ) -> History:
     """Minimise `model.loss(batch)`; the model ends with its best held-out weights, in evaluation mode.
 
-    AdamW on the parameters that require a gradient; linear warm-up, then a cosine down to 1 % of `lr`; no
-    weight decay on vectors, nor on the names that `model.no_weight_decay()` returns where it exists.
+    AdamW trains the parameters that require a gradient, with linear warm-up, then a cosine down to 1 % of
+    `lr`. Vectors, and parameters named by `model.no_weight_decay()` if it exists, have no weight decay.
 
     >>> flow = usf.models.USFlow(2, blocks=1)
     >>> data = torch.randn(64, 2)
@@ -87,8 +87,8 @@ def fit(
     [1, 2]
 
     Args:
-        model: has `loss(batch) -> scalar`; with `run_dir` also what `save_checkpoint` asks for.
-        train_data: yields what a batch of `model.loss` is made of: images (3, H, W), lists of feature maps,
+        model: module with `loss(batch) -> scalar`; with `run_dir` it must also suit `save_checkpoint`.
+        train_data: yields the elements of batches of `model.loss`: images (3, H, W), lists of feature maps,
             or `Sample`s, whose images are taken. Random augmentation must draw from the global generators of
             PyTorch, NumPy or Python, which are seeded per epoch and sample. A last batch that is not full is
             left out of an epoch.
@@ -96,39 +96,39 @@ def fit(
         max_epochs: passes over the training data.
         lr: the highest learning rate.
         batch_size: samples per step and process.
-        weight_decay: of AdamW.
-        seed: of the order of the samples, their augmentation and the noise in steps; not of the model's
-            weights, which are what they are.
+        weight_decay: weight decay of AdamW.
+        seed: seed of the order of the samples, their augmentation and the noise in steps; the model's initial
+            weights are those that it has.
         run_dir: folder for `last.pt` (to resume), `best.pt` (to use; both are checkpoints that
             `load_checkpoint` reads) and `history.csv`; made when missing.
-        resume: continue from `run_dir/last.pt` where there is one; without it a run there is overwritten.
+        resume: continue from `run_dir/last.pt` if it exists; without it a run there is overwritten.
         checkpoint_every: steps between two writes of `last.pt`; None writes one a minute. Every epoch ends
             with one in any case.
-        patience: stop after so many epochs without a better held-out loss; None never does.
+        patience: stop after this many epochs without a better held-out loss; None never stops early.
         warmup: share of the steps spent on reaching `lr`, in [0, 1).
         clip_norm: largest norm of the gradient; None for no limit.
         ema_decay: average the weights over the steps with this decay; held-out losses and the result are then
-            the average's.
-        precision: of Fabric: "32-true", "bf16-mixed" or "16-mixed".
-        accelerator: of Fabric: "auto", "cpu", "cuda", ...
-        devices: of Fabric; with more than one, DistributedDataParallel.
-        num_nodes: of Fabric.
-        capture: replay forward and backward passes as a CUDA graph (`usf.nn.CapturedGradients`), for maps on
-            which the GPU waits for its launches. Takes the memory of memory="standard", batches of one shape
-            and one device; not "16-mixed", whose steps are scaled anew.
-        workers: processes that load data.
-        progress: show a bar (needs rich).
-        title: what the bar calls the run.
-        extra: JSON-able facts to keep in the checkpoints, such as what the data are; a run is resumed only
-            with equal ones.
-        dry_run: raise what can be known before there are data, of which `range(count)` is then enough, and
-            return an empty history.
+            those of the average.
+        precision: Fabric's precision: "32-true", "bf16-mixed" or "16-mixed".
+        accelerator: Fabric's accelerator: "auto", "cpu", "cuda", ...
+        devices: Fabric's number of devices; with more than one, DistributedDataParallel.
+        num_nodes: Fabric's number of nodes.
+        capture: replay forward and backward passes as a CUDA graph (`usf.nn.CapturedGradients`), for maps so
+            small that the GPU waits for launches. Needs the memory of memory="standard", batches of one shape
+            and one device; not for "16-mixed", whose loss scale changes between steps.
+        workers: number of processes that load data.
+        progress: show a bar, or print lines without rich or a terminal.
+        title: name of the run in its progress.
+        extra: JSON-able facts to keep in the checkpoints, such as a description of the data; a run can be
+            resumed only with equal ones.
+        dry_run: only raise the errors that can be known without data, for which `range(count)` is then
+            enough, and return an empty history.
 
     Raises:
         ImportError: without lightning.
         ValueError: for a setting out of range, empty data, or a `run_dir` that holds a different run.
         FloatingPointError: when a loss or its gradient is not finite; `run_dir` keeps the best weights.
-        OSError: naming the file, when a checkpoint cannot be written; the one before stays.
+        OSError: naming the file, when a checkpoint cannot be written; the previous one stays.
     """
     check_int("devices", devices, 1)
     if checkpoint_every is not None:
@@ -168,7 +168,7 @@ def fit(
         run.check(resume)
         return run.history
     fabric.launch()
-    with isolate_rng():  # the caller's random numbers stay as if nothing had been trained
+    with isolate_rng():  # leave the caller's random generators as they are
         return run.fit(
             train_data, validation_data, resume=resume, workers=workers, progress=progress, title=title
         )

@@ -1,4 +1,4 @@
-"""One training run: what its checkpoint holds, and the loops over it; `training.fit` is the way in."""
+"""A training run: its loops and checkpoints; called by `training.fit`."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ INTERVAL = 60.0  # seconds between two checkpoints within an epoch, unless the c
 
 @dataclass
 class History:
-    """What happened in a run.
+    """Record of a run.
 
     Attributes:
-        rows: one per epoch, in order: epoch, step, train_loss, validation_loss, lr, seconds. Losses are what
-            `model.loss` returns; `validation_loss` is NaN without held-out data.
-        best_epoch: the epoch whose weights the model has now.
+        rows: one per epoch, in order: epoch, step, train_loss, validation_loss, lr, seconds. Losses are means
+            of `model.loss`; `validation_loss` is NaN without held-out data.
+        best_epoch: the epoch whose weights the model has at the end.
         best_loss: its held-out loss, None without held-out data.
         stopped_early: whether the held-out loss had stopped improving before `max_epochs`.
     """
@@ -54,7 +54,7 @@ class History:
 
 
 class Run:
-    """A model, its optimiser, and how far they are."""
+    """A model, its optimiser, and the state of their training."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Run:
             norm = self.fabric.clip_gradients(
                 self.module, self.stepper, max_norm=settings.clip_norm, error_if_nonfinite=False
             )
-            if settings.precision != "16-mixed":  # whose gradient scaler skips such a step
+            if settings.precision != "16-mixed":  # the gradient scaler skips such a step
                 self._require_finite("norm of the gradient", norm.item(), now)
         self.stepper.step()
         self.stepper.zero_grad()
@@ -152,7 +152,7 @@ class Run:
         self.step += 1
 
     def _due(self) -> bool:
-        """Whether to write a checkpoint after this step; when that happens changes no result."""
+        """Whether to write a checkpoint after this step; the answer has no effect on results."""
         if self.every is None:
             return time.monotonic() - self.saved > INTERVAL
         return self.step % self.every == 0
@@ -167,7 +167,7 @@ class Run:
     def _end_epoch(
         self, validation_data: Dataset[Any] | None, workers: int, seconds: float
     ) -> dict[str, float]:
-        """Validate, write the history and the checkpoint; the history's new row."""
+        """Validate, write the history and the checkpoint; return the history's new row."""
         history, held_out = self.history, math.nan
         self.epoch += 1
         if validation_data is None:
@@ -204,13 +204,13 @@ class Run:
 
     @torch.no_grad()
     def _validate(self, data: Dataset[Any], workers: int) -> float:
-        """Mean held-out loss over all samples, with the same noise in every epoch."""
+        """Return the mean held-out loss over all samples, with the same noise in every epoch."""
         self.model.eval()
         rank, world, size = self.fabric.global_rank, self.fabric.world_size, self.settings.batch_size
         mine = list(range(rank, len(data), world))
         batches = [mine[start : start + size] for start in range(0, len(mine), size)]
         sums = torch.zeros(2, dtype=torch.float32)
-        # The model itself, not Fabric's wrapper: DDP's would wait for processes that have no batch left.
+        # Call the model itself, not Fabric's wrapper: DDP would wait for processes that have no batch left.
         for indices, batch in zip(
             batches, loader(data, batches, seed=self.settings.seed, epoch=0, workers=workers), strict=True
         ):
@@ -237,7 +237,7 @@ class Run:
         self.model.eval()
 
     def check(self, resume: bool) -> dict[str, Any] | None:
-        """Raise unless the folder takes this run; the checkpoint to resume it from, if any."""
+        """Raise unless the folder can hold this run; return the checkpoint to resume it from, if any."""
         if self.folder is None:
             return None
         make_folder(self.folder)
@@ -259,7 +259,7 @@ class Run:
         return saved
 
     def _open(self, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Make the folder ready; the checkpoint to resume from and the best weights of its run, if any."""
+        """Prepare the folder; return the checkpoint to resume from and the best weights so far, if any."""
         saved = self.check(resume)
         if self.folder is None:
             return None, None
@@ -305,27 +305,27 @@ class Run:
 
 
 def _loss(fabric: Fabric, module: nn.Module, batch: Any) -> Tensor:
-    """Fabric enters the precision by itself only where it wraps the module for several processes."""
+    """Return the loss under autocast, which Fabric enters only where it wraps for several processes."""
     with fabric.autocast():
         return module.loss(batch)
 
 
 def _gradients(fabric: Fabric, loss: Callable[[Any], Tensor], batch: Any) -> Tensor:
-    """The loss, which leaves its gradients in the parameters."""
+    """Return the loss, and leave its gradients in the parameters."""
     value = loss(batch)
     fabric.backward(value)
     return value.detach()
 
 
 def _identity(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs have in common of which one can go on where the other stopped."""
+    """Return all that must be equal for a run to continue another one."""
     extra = {f"extra {name}": value for name, value in content["extra"].items()}
     return extra | settings | {key: content[key] for key in ("architecture", "config")}
 
 
 @contextmanager
 def _names_damage(path: Path) -> Iterator[None]:
-    """What the entries of a damaged checkpoint raise, as one error that names the file."""
+    """Turn whatever the entries of a damaged checkpoint raise into one error that names the file."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:

@@ -1,1 +1,1 @@
-"""The papers' claims on data that anyone has: one command each, resumable, with rows, a figure and a text."""
+"""Tests of the papers' claims on data that anyone has: resumable commands with rows, a figure and a text."""

@@ -18,7 +18,7 @@ from usf_kernels.cli.options import METRICS as NAMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIRST = ("image_auroc", "pixel_auroc")  # of the paper's table
+FIRST = ("image_auroc", "pixel_auroc")  # the metrics of the paper's table
 COMPARED = (*FIRST, "aupro")
 REST = ("aupro", "miou_automatic", "miou_oracle", "false_alarms_per_clean_image", "loss", "z2")
 HEADINGS = NAMES | {"loss": "held-out loss", "z2": "mean z²"}
@@ -27,11 +27,11 @@ COLOURS = {BASELINE: PEER_COLOUR, AFFINE_LU: INK, ADDITIVE: SECOND, USF: OURS_CO
 
 
 class Results:
-    """The rows of one comparison, only runs of a model that all of its forms have.
+    """The rows of one comparison, limited to those runs of a model that all of its forms have.
 
     Args:
-        rows: with the columns model, form, seed, and `column`.
-        column: what was trained on, "texture" or "category".
+        rows: rows with the columns model, form, seed, and `column`.
+        column: column of the training data, "texture" or "category".
     """
 
     def __init__(self, rows: Iterable[Row], column: str) -> None:
@@ -45,28 +45,28 @@ class Results:
         ]
 
     def runs(self, model: str) -> list[tuple[str, str]]:
-        """(texture, seed) of what was run in all forms, in order."""
+        """Return the (texture, seed) of the runs that exist in all forms, sorted."""
         return sorted(set.intersection(*(set(self.rows[model, form]) for form in FORMS)))
 
     def values(self, model: str, form: str, metric: str) -> np.ndarray:
-        """One number per run."""
+        """Return a metric as one number per run."""
         found = self.rows[model, form]
         return np.array([float(found[run][metric]) for run in self.runs(model)])
 
     def gain(self, model: str, form: str, metric: str) -> np.ndarray:
-        """How far each run is above that of the affine form."""
+        """Return how far each run is above that of the affine form."""
         return self.values(model, form, metric) - self.values(model, BASELINE, metric)
 
     def narrowing(self, model: str, form: str, metric: str) -> float:
-        """The spread in units of the affine form's; NaN with one seed."""
+        """Return the spread in units of the affine form's; NaN with one seed."""
         before, _ = self.spread(model, BASELINE, metric)
         return self.spread(model, form, metric)[0] / before if before else math.nan
 
     def spread(self, model: str, form: str, metric: str) -> tuple[float, int]:
-        """Standard deviation over seeds and its degrees of freedom.
+        """Return the standard deviation over seeds and its degrees of freedom; NaN and 0 with one seed.
 
-        The variance is estimated within each texture, and averaged over textures: how much textures differ is
-        no part of it. NaN and 0 with one seed.
+        The variance is estimated within each texture and averaged over textures, so that differences between
+        textures do not contribute.
         """
         values = self.values(model, form, metric)
         squares, degrees = 0.0, 0
@@ -79,7 +79,7 @@ class Results:
 
 
 def section(rows: Sequence[Row], column: str) -> str:
-    """Tables and what they say, as markdown; raises ValueError where no model was run in all forms."""
+    """Return tables and conclusions as markdown; raise ValueError if no model was run in all forms."""
     results = Results(rows, column)
     if not results.models:
         raise ValueError(f"rows: expected a model in all of the forms {', '.join(FORMS)}, found none")
@@ -152,7 +152,7 @@ def _differences(results: Results, column: str) -> str:
 
 
 def _answers(results: Results) -> str:
-    """Of the uniformly scaling forms: are they no worse than the affine one, and is their spread smaller?"""
+    """Say whether the uniformly scaling forms are no worse than the affine one, and their spread smaller."""
     compared = list(product(results.models, UNIFORM, COMPARED))
     means = {what: results.gain(*what).mean() for what in compared}
     worse = [f"{m} {f}, {HEADINGS[x]} ({mean:+.3f})" for (m, f, x), mean in means.items() if mean < 0]
@@ -176,7 +176,7 @@ def _answers(results: Results) -> str:
 
 
 def _fit(results: Results) -> str:
-    """Whether what a form detects follows from how well it fits: what the held-out losses say."""
+    """Say whether detection follows from the quality of the fit, judged by the held-out losses."""
     loss, auroc = (
         np.concatenate([results.gain(model, USF, metric) for model in results.models])
         for metric in ("loss", "image_auroc")
@@ -193,7 +193,7 @@ def _fit(results: Results) -> str:
 
 
 def _chance(degrees: int) -> tuple[float, float]:
-    """Between which ratios of two equally wide distributions' standard deviations 95 % lie."""
+    """Return the bounds of 95 % of the ratios of standard deviations of two equally wide distributions."""
     from scipy.stats import f
 
     low, high = f.ppf([0.025, 0.975], degrees, degrees)
@@ -201,7 +201,7 @@ def _chance(degrees: int) -> tuple[float, float]:
 
 
 def figure(rows: Sequence[Row], column: str, title: str) -> Figure:
-    """A dot for each seed; a line for the mean, and a bar for the standard deviation around it."""
+    """Draw a dot for each seed, a line for the mean, and a bar for the standard deviation around it."""
     from matplotlib.figure import Figure
 
     results = Results(rows, column)

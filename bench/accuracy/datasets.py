@@ -26,8 +26,8 @@ from usf_kernels.cli.options import positive
 from usf_kernels.data import Sample
 from usf_kernels.demo import Recipe
 
-MODULES = {"mvtec": "MVTecAD", "visa": "Visa", "btad": "BTech"}  # of anomalib.data
-PREPARED = {"visa": "visa_pytorch"}  # folder of the categories once anomalib has split them
+MODULES = {"mvtec": "MVTecAD", "visa": "Visa", "btad": "BTech"}  # classes of anomalib.data
+PREPARED = {"visa": "visa_pytorch"}  # folder of the categories after anomalib has split them
 HELD_OUT = 0.1  # share of the normal training images
 FULL = Recipe(side=256, epochs=32)
 QUICK = replace(FULL, side=128, epochs=2)
@@ -35,11 +35,11 @@ QUICK = replace(FULL, side=128, epochs=2)
 
 @dataclass(frozen=True)
 class Images(Dataset[Sample]):
-    """A dataset of anomalib as this package has them: square images and masks of one size.
+    """A dataset of anomalib in the form of this package's: square images and masks of one size.
 
     Attributes:
-        source: of anomalib.
-        side: of the images, in pixels.
+        source: dataset of anomalib.
+        side: side of the images, in pixels.
     """
 
     source: Any
@@ -55,7 +55,7 @@ class Images(Dataset[Sample]):
         label = int(item.gt_label)
         mask = torch.zeros(1, *size, dtype=torch.bool)
         if label and item.gt_mask is not None:
-            # A pixel is defective where any of those that it covers is, so that no thin defect is lost.
+            # A pixel is defective if any pixel that it covers is, so that no thin defect is lost.
             drawn = (item.gt_mask.reshape(1, *item.gt_mask.shape[-2:]) > 0).float()
             mask = functional.adaptive_max_pool2d(drawn, size) > 0
         kind = Path(item.image_path).parent.name if label else "good"
@@ -63,10 +63,10 @@ class Images(Dataset[Sample]):
 
 
 def categories(root: Path, dataset: str) -> list[str]:
-    """The categories of a data set that a folder has.
+    """Return the categories of a data set that a folder has.
 
     Raises:
-        ValueError: naming the folder, when it is none of that data set.
+        ValueError: naming the folder, when it has none of that data set.
     """
     if not root.is_dir():
         raise ValueError(f"--root: no such folder: {root}")
@@ -83,7 +83,7 @@ def categories(root: Path, dataset: str) -> list[str]:
 
 
 def splits(category: str, recipe: Recipe, *, root: Path, dataset: str) -> tuple[Dataset[Sample], ...]:
-    """Training, held-out and test images of a category; which are held out is the same for every seed.
+    """Return training, held-out and test images of a category; the held-out ones are the same for all seeds.
 
     Raises:
         ImportError: without anomalib.
@@ -107,7 +107,7 @@ def splits(category: str, recipe: Recipe, *, root: Path, dataset: str) -> tuple[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.accuracy.datasets", description=(__doc__ or "").partition(":")[2]
     )

@@ -42,25 +42,25 @@ if TYPE_CHECKING:
 NAME = "gaussian_mixture"
 PICTURE = f"{NAME}.png"
 QUICK_OUTPUT = Path("runs") / NAME
-GOAL = 0.99  # of the rank correlation
-STEPS = {2: 3000, 8: 600, 32: 600, 128: 600}  # by the number of dimensions: two are the hardest
+GOAL = 0.99  # |rank correlation| to reach
+STEPS = {2: 3000, 8: 600, 32: 600, 128: 600}  # by the number of dimensions; two are the hardest
 SEEDS = (0, 1, 2)
 QUICK = {"steps": {2: 40, 8: 40}, "seeds": (0,)}
 MODELS = ("DeepSVDD", "NonUSFlow", "USFlow")
 COLOURS = dict(zip(MODELS, (PEER_COLOUR, SECOND, OURS_COLOUR), strict=True))
 BATCH, TEST, SHOWN = 1024, 4000, 700
-EPOCHS = 10  # between two looks at held-out samples
+EPOCHS = 10  # held-out samples are evaluated after each
 MACHINE = ("device", "threads", "versions", "commit", "date")
 
 
 def mixture(count: int, dimensions: int) -> Tensor:
-    """Samples (count, dimensions), from torch's global generator."""
+    """Draw samples (count, dimensions), from torch's global generator."""
     centres = 2.0 * torch.randint(0, 2, (count, 1)) - 1
     return centres + torch.randn(count, dimensions)
 
 
 def even_mixture(count: int, dimensions: int) -> Tensor:
-    """The same, from scrambled Sobol points: spread evenly, and anew at every call."""
+    """Draw evenly spread samples, from Sobol points that are scrambled anew at every call."""
     seed = int(torch.randint(0, 2**31, ()))
     points = SobolEngine(dimensions + 1, scramble=True, seed=seed).draw(count, dtype=torch.float64)
     tiny = torch.finfo(torch.float32).tiny
@@ -69,7 +69,7 @@ def even_mixture(count: int, dimensions: int) -> Tensor:
 
 
 def log_density(x: Tensor) -> Tensor:
-    """Of the mixture, (count,), in float64."""
+    """Return the log density of the mixture, (count,), in float64."""
     distances = torch.stack([(x.double() - centre).square().sum(1) for centre in (-1, 1)])
     constant = math.log(2) + x.shape[1] / 2 * math.log(2 * math.pi)
     return torch.logsumexp(-0.5 * distances, 0) - constant
@@ -96,12 +96,12 @@ class InBatches(nn.Module):
         self.model = model
 
     def loss(self, batches: Tensor) -> Tensor:
-        """The model's."""
+        """Return the model's loss."""
         return self.model.loss(batches.flatten(0, 1))
 
 
 def create(name: str, dimensions: int) -> tuple[nn.Module, float]:
-    """An untrained model, and the learning rate for it."""
+    """Make an untrained model; also return the learning rate for it."""
     if name == "DeepSVDD":
         return DeepSVDD(dimensions, latent=dimensions, hidden=64, layers=2), 1e-3
     kind = {"USFlow": USFlow, "NonUSFlow": NonUSFlow}[name]
@@ -110,7 +110,7 @@ def create(name: str, dimensions: int) -> tuple[nn.Module, float]:
 
 
 def measure(folder: Path, job: Job) -> list[dict[str, object]]:
-    """Train one model and rank held-out samples by it; of two dimensions, keep some latents to draw."""
+    """Train one model and rank held-out samples by it; in two dimensions, keep some latents to draw."""
     from scipy.stats import kendalltau, spearmanr
 
     dimensions, steps, seed = (int(job[key]) for key in ("dimensions", "steps", "seed"))
@@ -146,19 +146,19 @@ def measure(folder: Path, job: Job) -> list[dict[str, object]]:
 
 
 def rows_in(folder: Path) -> Rows:
-    """One row per run: rank correlations of the norm with the true density and with the model's likelihood,
-    and the Kullback-Leibler divergence of the model from the truth in nats."""
+    """Return the file with one row per run: rank correlations of the norm with the true density and with the
+    model's likelihood, and the Kullback-Leibler divergence of the model from the truth in nats."""
     values = ("spearman", "kendall", "likelihood_spearman", "divergence", "seconds", *MACHINE)
     return Rows(folder / f"{NAME}.csv", ("dimensions", "model", "seed"), ("steps",), values)
 
 
 def latents_in(folder: Path) -> Rows:
-    """Latents of held-out samples in two dimensions, one row per sample."""
+    """Return the file of latents of held-out samples in two dimensions, one row per sample."""
     return Rows(folder / f"{NAME}_latents.csv", ("model",), ("steps",), ("first", "second", "log_density"))
 
 
 def jobs(steps: Mapping[int, int], seeds: Sequence[int]) -> list[dict[str, str]]:
-    """Seed by seed, so that a run cut short has something of everything."""
+    """Return all jobs, seed by seed, so that a run cut short has some results of everything."""
     return [
         {"dimensions": str(d), "model": model, "seed": str(seed), "steps": str(count)}
         for seed in seeds
@@ -168,7 +168,7 @@ def jobs(steps: Mapping[int, int], seeds: Sequence[int]) -> list[dict[str, str]]
 
 
 def means(rows: Sequence[Row], column: str) -> dict[tuple[str, int], list[float]]:
-    """Values of a column over the seeds, per model and number of dimensions."""
+    """Group the values of a column over the seeds, per model and number of dimensions."""
     groups: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         if row[column]:
@@ -177,7 +177,7 @@ def means(rows: Sequence[Row], column: str) -> dict[tuple[str, int], list[float]
 
 
 def text(folder: Path) -> str:
-    """The page's section, from the rows in a folder."""
+    """Return the page's section, from the rows in a folder."""
     rows = rows_in(folder).read()
     if not rows:
         return f"No rows yet: `python -m bench.accuracy.{NAME}` measures them, in minutes."
@@ -186,7 +186,7 @@ def text(folder: Path) -> str:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """A table of means over the seeds, and what it says, as markdown."""
+    """Return a table of means over the seeds, and conclusions, as markdown."""
     spearman, kendall = means(rows, "spearman"), means(rows, "kendall")
     sizes = sorted({d for _, d in spearman})
     lines = [
@@ -232,7 +232,7 @@ def _says(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], latents: Sequence[Row]) -> Figure:
-    """Rank correlation over the dimensions, and latents in two dimensions, coloured by the true density."""
+    """Draw rank correlations over the dimensions, and latents in two dimensions coloured by true density."""
     left, width = 4.35, 1.85
     panels = [(0.75, 2.9), *[(left + i * (width + 0.15), width) for i in range(len(MODELS))]]
     figure, axes = canvas(
@@ -286,14 +286,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def show(folder: Path) -> None:
-    """Write and print what the rows in a folder say."""
+    """Write and print the section and the figure from the rows in a folder."""
     rows = rows_in(folder)
     publish(NAME, folder, text(folder), draw(rows.read(), latents_in(folder).read()), PICTURE)
     print(f"{text(folder)}\n\nrows in {rows.path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.accuracy.{NAME}", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few steps, two sizes, one seed: under a minute")
     parser.add_argument(

@@ -62,7 +62,7 @@ VALUES = (*POINT, "false_alarms", "miou", *MACHINE)
 
 
 def rows_in(folder: Path) -> Rows:
-    """The file of rows in a folder."""
+    """Return the file of rows in a folder."""
     return Rows(folder / f"{NAME}.csv", ("texture", "model"), ("recipe",), VALUES)
 
 
@@ -102,7 +102,7 @@ Point = tuple[str, str, float]  # tests, null, log_epsilon
 
 
 def averages(rows: Sequence[Row]) -> dict[Point, tuple[float, float, float]]:
-    """Over textures and models: mIoU, false alarms per clean image, and the most of one texture and model."""
+    """Average mIoU and false alarms per clean image over textures and models; also return the most of one."""
     grouped: dict[Point, list[tuple[float, float]]] = {}
     for row in rows:
         point = row["tests"], row["null"], float(row["log_epsilon"])
@@ -118,10 +118,10 @@ def averages(rows: Sequence[Row]) -> dict[Point, tuple[float, float, float]]:
 
 
 def recommended(rows: Sequence[Row]) -> Point | None:
-    """The best mean IoU among what keeps its promise for every texture and model, None where nothing does.
+    """Return the point of best mean IoU that keeps its promise for every texture and model, None without any.
 
-    The promise of a threshold e is at most 10^e false alarms per clean image. Thresholds above 0 promise
-    nothing that one could want, and are left out.
+    The promise of a threshold e is at most 10^e false alarms per clean image. Thresholds above 0, whose
+    promises are of no use, are left out.
     """
     kept = {
         point: miou
@@ -132,7 +132,7 @@ def recommended(rows: Sequence[Row]) -> Point | None:
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Table at log NFA <= 0, and the recommendation, as markdown."""
+    """Return the table at log NFA <= 0 and the recommendation, as markdown."""
     mean = averages(rows)
     lines = []
     for tests, null in TESTED:
@@ -178,7 +178,7 @@ def _advice(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """False alarms above, mIoU below, against the threshold; a column per model, a line per form."""
+    """Draw false alarms above, mIoU below, over the threshold; a column per model, a line per form."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -232,7 +232,7 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 
 def text(folder: Path) -> str:
-    """The page's section, from the rows in a folder."""
+    """Return the page's section, from the rows in a folder."""
     rows = rows_in(folder).read()
     if not rows:
         return f"No rows yet: `python -m bench.accuracy.{NAME}` measures them, in minutes."
@@ -241,14 +241,14 @@ def text(folder: Path) -> str:
 
 
 def show(folder: Path) -> None:
-    """Write and print what the rows in a folder say."""
+    """Write and print the section and the figure from the rows in a folder."""
     rows = rows_in(folder)
     publish(NAME, folder, text(folder), figure(rows.read()), PICTURE)
     print(f"{text(folder)}\n\nrows in {rows.path}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What this study shares with the one on precision."""
+    """Declare the options that this study shares with the one on precision."""
     parser.add_argument("--textures", nargs="+", choices=TEXTURES, metavar="TEXTURE", help="default: all")
     parser.add_argument("--quick", action="store_true", help="one texture, few images and epochs")
     parser.add_argument("--output", type=Path, metavar="DIR", help="of the rows, the text and the figure")
@@ -256,7 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.accuracy.{NAME}", description=(__doc__ or "").partition(":")[2]
     )

@@ -20,10 +20,10 @@ PAGE = DOCS / "accuracy.md"
 
 
 def rewritten(page: str, name: str, text: str) -> str:
-    """The page with this text between the markers of a section.
+    """Return the page with this text put between the markers of a section.
 
     Raises:
-        ValueError: when it lacks them.
+        ValueError: when it lacks the markers.
     """
     begin, end = markers(name)
     before, found, rest = page.partition(begin)
@@ -34,7 +34,7 @@ def rewritten(page: str, name: str, text: str) -> str:
 
 
 def markers(name: str) -> tuple[str, str]:
-    """The lines around a section that is written from rows."""
+    """Return the lines around a section that is written from rows."""
     return (
         f"<!-- {name}: begin, written by `python -m bench.accuracy.page` -->",
         f"<!-- {name}: end -->",
@@ -42,13 +42,13 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def publish(name: str, folder: Path, text: str, figure: Figure | None = None, picture: str = "") -> None:
-    """Put a text and a figure where they belong: into docs for bench/results, else beside the rows.
+    """Write a text and a figure: into docs for rows in bench/results, else beside the rows.
 
     Args:
-        name: of the section, or of the file of the text.
-        folder: of the rows.
-        text: markdown, which refers to the figure.
-        figure: to be written under the name `picture`, if there is one.
+        name: name of the section, or of the file of the text.
+        folder: folder of the rows.
+        text: markdown that refers to the figure.
+        figure: figure to write under the name `picture`, if there is one.
     """
     if figure is not None:
         save_figure(figure, (DOCS if folder == RESULTS else folder) / picture)
@@ -62,7 +62,7 @@ def publish(name: str, folder: Path, text: str, figure: Figure | None = None, pi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write pictures and sections; with --check only say whether the sections are up to date."""
-    # Which publish through this module.
+    # Imported here, since these modules import this one.
     from bench.accuracy import gaussian_mixture, nfa, precision, substitution
 
     modules = (gaussian_mixture, substitution, nfa, precision)

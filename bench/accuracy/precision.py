@@ -47,7 +47,7 @@ BATCH = 20  # images at a time
 
 
 def rows_in(folder: Path) -> Rows:
-    """The file of rows in a folder."""
+    """Return the file of rows in a folder."""
     return Rows(
         folder / f"{NAME}.csv", ("texture", "model", "form"), ("recipe",), ("precision", *METRICS, *MACHINE)
     )
@@ -57,7 +57,7 @@ def measure(job: Mapping[str, str], prepared: Prepared) -> list[dict[str, object
     """Train the model that a row names, and test its inference form in each precision."""
     data, recipe = prepared.data(job["texture"]), prepared.recipe
     model = train(job["model"], job["form"], data, recipe, seed=0)
-    model.backbone = create_backbone(out_indices=recipe.stages)  # with weights: from images on
+    model.backbone = create_backbone(out_indices=recipe.stages)  # with real weights, to start from images
     shared = machine.environment(torch.device("cpu"))
     found = []
     for name, dtype in DTYPES.items():
@@ -69,7 +69,7 @@ def measure(job: Mapping[str, str], prepared: Prepared) -> list[dict[str, object
 
 
 def section(rows: Sequence[Row]) -> str:
-    """Table of both precisions, and the largest change, as markdown."""
+    """Return a table of both precisions, and the largest change, as markdown."""
     lines = []
     for model, form in product(MODELS, (BASELINE, USF)):
         some = [row for row in rows if (row["model"], row["form"]) == (model, form)]
@@ -101,19 +101,19 @@ def _largest_change(rows: Sequence[Row], key: str) -> float:
 
 
 def text(folder: Path) -> str:
-    """The page's section, from the rows in a folder."""
+    """Return the page's section, from the rows in a folder."""
     rows = rows_in(folder).read()
     return section(rows) if rows else f"No rows yet: `python -m bench.accuracy.{NAME}` measures them."
 
 
 def show(folder: Path) -> None:
-    """Write and print what the rows in a folder say."""
+    """Write and print the section from the rows in a folder."""
     publish(NAME, folder, text(folder))
     print(f"{text(folder)}\n\nrows in {rows_in(folder).path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.accuracy.{NAME}", description=(__doc__ or "").partition(":")[2]
     )

@@ -1,4 +1,4 @@
-"""What comparisons of models share: forms, one training budget, features computed once, metrics."""
+"""Common protocol of the comparisons: forms, one training budget, features computed once, metrics."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ FORMS = {
     ADDITIVE: {"coupling": "additive", "linear": "permutation"},
     USF: {"coupling": "additive", "linear": "lu"},
 }
-# Depths of the papers, FastFlow's as in the demonstration. CFlow looks at a quarter of the positions in each
-# step, so that a step costs about what it costs the others.
+# The papers' depths, but the demonstration's for FastFlow. CFlow looks at a quarter of the positions in each
+# step, so that a step costs about as much as the others'.
 MODELS: dict[str, tuple[type[FeatureFlow], dict[str, Any]]] = {
     "FastFlow": (FastFlow, {"steps": 4, "hidden_ratio": 2.0}),
     "CFlow": (CFlow, {"steps": 8, "position_share": 0.25}),
@@ -61,15 +61,15 @@ class Prepared:
     """Data computed once and shared by all runs and worker processes, as files that they map into memory.
 
     Attributes:
-        folder: of the files.
-        recipe: what they were made with.
+        folder: folder of the files.
+        recipe: recipe that they were made with.
     """
 
     folder: Path
     recipe: Recipe
 
     def data(self, name: str) -> Data:
-        """What was prepared under this name."""
+        """Return the data prepared under this name."""
         return _load(self.folder / f"{name}.pt")
 
 
@@ -80,7 +80,7 @@ def _load(path: Path) -> Data:
 
 
 def textures(name: str, recipe: Recipe) -> tuple[Dataset[Sample], ...]:
-    """Training, held-out and test crops of a texture: the same for all seeds of the training."""
+    """Return training, held-out and test crops of a texture, the same for all seeds of the training."""
     counts = {"train": recipe.train, "validation": recipe.validation, "test": recipe.test}
     return tuple(
         TextureDataset(name, split, count=count, crop=recipe.side, size=recipe.side)
@@ -94,12 +94,12 @@ def prepared(
     recipe: Recipe,
     datasets: Callable[[str, Recipe], tuple[Dataset[Sample], ...]] = textures,
 ) -> Iterator[Prepared]:
-    """Compute the features of each named texture or category; they last as long as the block.
+    """Compute the features of each named texture or category; they exist for the duration of the block.
 
     Args:
-        names: of what `datasets` knows.
-        recipe: decides stages and sizes.
-        datasets: gives the training, held-out and test sets of a name.
+        names: names that `datasets` knows.
+        recipe: determines stages and sizes.
+        datasets: returns the training, held-out and test sets of a name.
     """
     with tempfile.TemporaryDirectory(prefix="usf-accuracy-") as folder:
         backbone = create_backbone(out_indices=recipe.stages) if names else None
@@ -111,14 +111,14 @@ def prepared(
 
 
 def train(model: str, form: str, data: Data, recipe: Recipe, *, seed: int) -> FeatureFlow:
-    """A trained and calibrated model, in evaluation mode.
+    """Return a trained and calibrated model, in evaluation mode.
 
     Args:
-        model: of `MODELS`.
-        form: of `FORMS`.
-        data: of which the test part is not looked at.
+        model: one of `MODELS`.
+        form: one of `FORMS`.
+        data: data; the test part is not used.
         recipe: the budget, the same for all models and forms.
-        seed: of the initial weights, the permutations, the order of the images and the noise.
+        seed: seed of the initial weights, the permutations, the order of the images and the noise.
     """
     kind, options = MODELS[model]
     with torch.random.fork_rng(devices=[]):
@@ -126,7 +126,7 @@ def train(model: str, form: str, data: Data, recipe: Recipe, *, seed: int) -> Fe
         flow = kind(
             create_backbone(
                 out_indices=recipe.stages, weights=None
-            ),  # for its shapes: the features are there
+            ),  # only its shapes matter: the features are computed already
             **FORMS[form],
             **options,
             noise=recipe.noise,
@@ -149,11 +149,11 @@ def train(model: str, form: str, data: Data, recipe: Recipe, *, seed: int) -> Fe
 
 
 def measure(job: Mapping[str, str], prepared: Prepared, column: str) -> list[dict[str, object]]:
-    """Train and test what a row names: its model, form, seed, and what `column` holds.
+    """Train and test the model that a row names, with its form and seed, on the data named in `column`.
 
     Returns:
         One row of `VALUES`; on held-out images, `loss` is the negative log-likelihood per dimension without
-        its constant, and `z2` the mean of z^2, averaged over the scales; `seconds` is the training's.
+        its constant, and `z2` the mean of z^2, averaged over the scales; `seconds` is the time of training.
     """
     data = prepared.data(job[column])
     started = time.perf_counter()
@@ -179,13 +179,13 @@ def complete_with_features(
     column: str = "texture",
     datasets: Callable[[str, Recipe], tuple[Dataset[Sample], ...]] = textures,
 ) -> None:
-    """`bench.accuracy.rows.complete` for `measure(job, prepared=...)`, with features of what is not finished.
+    """Run `bench.accuracy.rows.complete` for `measure(job, prepared=...)`, with features for unfinished jobs.
 
     Args:
-        rows, jobs, title, workers: of `complete`.
-        measure: takes what is `Prepared` besides; with several workers a function of a module, to be pickled.
-        recipe, datasets: of `prepared`.
-        column: of the jobs; it holds the names that `datasets` knows.
+        rows, jobs, title, workers: see `complete`.
+        measure: takes a job and a `Prepared`; a function of a module, to be pickled, with several workers.
+        recipe, datasets: see `prepared`.
+        column: column of the jobs with names that `datasets` knows.
     """
     names = list(dict.fromkeys(job[column] for job in jobs if not rows.finished(job)))
     with prepared(names, recipe, datasets) as data:
@@ -193,18 +193,18 @@ def complete_with_features(
 
 
 def chosen(options: argparse.Namespace, *, quick: Recipe, full: Recipe) -> tuple[Sequence[str], Recipe, Path]:
-    """(textures, recipe, folder of the rows) that `--textures`, `--quick` and `--output` ask for."""
+    """Return the textures, recipe and folder of rows for `--textures`, `--quick` and `--output`."""
     if options.quick:
         return options.textures or TEXTURES[:1], quick, options.output or QUICK_OUTPUT
     return options.textures or TEXTURES, full, options.output or RESULTS
 
 
 def describe(recipe: Recipe, images: str | None = None) -> str:
-    """What decides a result besides the columns that name a run.
+    """Describe what determines a result besides the columns that name a run.
 
     Args:
         recipe: the budget.
-        images: how many there are, where the recipe does not say.
+        images: description of the images, if the recipe does not give their numbers.
     """
     images = images or f"{recipe.train}+{recipe.validation}+{recipe.test} images"
     return (

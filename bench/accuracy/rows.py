@@ -1,4 +1,4 @@
-"""Rows of runs that take seconds to minutes each: kept as they come, so that a run cut short goes on."""
+"""Rows of runs that take seconds to minutes each, saved one by one, so that work cut short can go on."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Measure = Callable[[Job], Sequence[Mapping[str, object]]]  # values of one or se
 class Rows:
     """A CSV file with the rows of finished jobs.
 
-    A job is the columns that identify it and those of its settings. It is finished when the file has rows
-    that agree with all of them; rows of the same job with other settings give way to new ones.
+    A job has columns that identify it and columns of settings. It is finished when the file has rows that
+    agree with all of them; rows of the same job with other settings are replaced by new ones.
 
     Attributes:
-        path: of the file; it and its folder need not exist.
+        path: the file; it and its folder need not exist.
         keys: columns that identify a job.
-        settings: columns of what decides its result besides; "quick" or the number of epochs, for example.
+        settings: columns of settings that influence its result, for example the number of epochs.
         values: columns of the result.
     """
 
@@ -46,11 +46,11 @@ class Rows:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """All columns, in the order of the file."""
+        """Names of all columns, in the order of the file."""
         return self.keys + self.settings + self.values
 
     def read(self) -> list[Row]:
-        """All rows; none if there is no such file.
+        """Read all rows; none if there is no such file.
 
         Raises:
             ValueError, OSError: as `bench.table.read_columns`.
@@ -62,7 +62,7 @@ class Rows:
         return any(all(row[name] == value for name, value in job.items()) for row in self.read())
 
     def put(self, job: Job, results: Sequence[Mapping[str, object]]) -> None:
-        """Write a job's rows in the place of those that the file has of it; the old file or the new survives.
+        """Replace the rows of a job in the file by new ones; either the old file or the new one survives.
 
         Floats are written with six digits.
         """
@@ -78,14 +78,14 @@ class Rows:
 
 
 def complete(rows: Rows, jobs: Sequence[Job], measure: Measure, *, title: str, workers: int = 1) -> None:
-    """Measure the jobs that are not finished, write each one's rows at once, and show how far it is.
+    """Measure the jobs that are not finished, write each one's rows at once, and show the progress.
 
     Args:
-        rows: where the results go.
-        jobs: all of them; finished ones are skipped.
-        measure: gives the rows of a job; with several workers a function of a module, to be pickled.
-        title: of the bar and of the lines that are printed.
-        workers: processes, each with its share of the cores; with one, everything happens in this process.
+        rows: file of the results.
+        jobs: all jobs; finished ones are skipped.
+        measure: returns the rows of a job; with several workers it must be picklable, a function of a module.
+        title: title of the bar and of the lines that are printed.
+        workers: number of processes, each with its share of the cores; 1 does everything in this process.
 
     Raises:
         RuntimeError: at the end, when a job raised, with its exception as the cause; all others have rows.
@@ -110,7 +110,7 @@ def complete(rows: Rows, jobs: Sequence[Job], measure: Measure, *, title: str, w
 
 
 def _outcomes(jobs: Sequence[Job], measure: Measure, workers: int) -> Iterator[tuple[Job, Future]]:
-    """Each job with its result or exception, as they come."""
+    """Yield each job with its result or exception, as they come."""
     workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:
@@ -123,7 +123,7 @@ def _outcomes(jobs: Sequence[Job], measure: Measure, workers: int) -> Iterator[t
         return
     threads = max(1, usable_cores() // workers)
     before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited by the workers before they load PyTorch
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # workers inherit it before they load PyTorch
     try:
         with ProcessPoolExecutor(
             workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)

@@ -38,14 +38,14 @@ KEYS = ("texture", "model", "form", "seed")
 
 
 def rows_in(folder: Path) -> Rows:
-    """The file of rows in a folder."""
+    """Return the file of rows in a folder."""
     return Rows(folder / f"{NAME}.csv", KEYS, ("recipe",), VALUES)
 
 
 def jobs(
     models: Sequence[str], textures: Sequence[str], seeds: Sequence[int], recipe: Recipe
 ) -> list[dict[str, str]]:
-    """All runs, a seed of everything before the next."""
+    """Return all runs, one seed of everything before the next."""
     return [
         {"texture": texture, "model": model, "form": form, "seed": str(seed), "recipe": describe(recipe)}
         for seed, texture, model, form in product(seeds, textures, models, FORMS)
@@ -53,7 +53,7 @@ def jobs(
 
 
 def text(folder: Path) -> str:
-    """The page's section, from the rows in a folder."""
+    """Return the page's section, from the rows in a folder."""
     rows = rows_in(folder).read()
     if not rows:
         return "No rows yet: `make accuracy` measures them, in about half an hour."
@@ -62,7 +62,7 @@ def text(folder: Path) -> str:
 
 
 def show(folder: Path) -> None:
-    """Write and print what the rows in a folder say."""
+    """Write and print the section and the figure from the rows in a folder."""
     title = "Affine couplings against uniformly scaling ones"
     rows = rows_in(folder)
     figure = comparison.figure(rows.read(), "texture", title)
@@ -71,7 +71,7 @@ def show(folder: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What this comparison shares with the one on datasets."""
+    """Declare the options that this comparison shares with the one on datasets."""
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 1 2; quick: 0")
     parser.add_argument("--quick", action="store_true", help="one seed, few images and epochs")
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.accuracy.{NAME}", description=(__doc__ or "").partition(":")[2]
     )

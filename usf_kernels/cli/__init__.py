@@ -17,7 +17,7 @@ from usf_kernels.cli import bench, calibrate, demo, doctor, evaluate, export, pr
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Make the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="usf-kernels",
         description="Anomaly detection with uniformly scaling flows, and a threshold that can be trusted.",
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong and with which file, on one line."""
+    """Describe an error on one line, with the file that it concerns."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def minutes(text: str) -> float:
-    """A time, 0 or more."""
+    """Parse a time of 0 or more."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text}")
@@ -33,7 +33,7 @@ def minutes(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options, which `python -m bench.run` shares."""
+    """Declare the options, which `python -m bench.run` has too."""
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help="what to measure; all by default")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto (default: %(default)s)")
     parser.add_argument(
@@ -64,7 +64,7 @@ def bench(options: argparse.Namespace) -> int:
     """Run the benchmark; returns 0.
 
     Raises:
-        ImportError: in an installation without the source, where there is no benchmark.
+        ImportError: in an installation without the source, which has no benchmark.
     """
     root = Path(__file__).parents[2]
     if not (root / "bench" / "run.py").is_file():

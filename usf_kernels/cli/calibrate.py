@@ -1,4 +1,4 @@
-"""`usf-kernels calibrate CHECKPOINT FOLDER`: the threshold of a trained model, from other normal images."""
+"""`usf-kernels calibrate CHECKPOINT FOLDER`: fit a trained model's threshold to other normal images."""
 
 from __future__ import annotations
 

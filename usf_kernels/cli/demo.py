@@ -62,7 +62,7 @@ def demo(options: argparse.Namespace) -> int:
         results[name] |= {f"baseline_{key}": result.baseline_metrics[key] for key in BASELINE}
         row = [name, *results[name].values()]
         results[name]["held_out_mean_square"] = result.z2
-        # after every texture, so that a run cut short leaves what it has
+        # Write after every texture, so that a run cut short leaves its results.
         seconds = round(time.perf_counter() - started, 1)
         write_json(options.output / "results.json", {"textures": results, "seconds": seconds})
         rows.append([*row, " ".join(f"{value:.2f}" for value in result.z2.values())])

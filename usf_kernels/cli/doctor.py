@@ -1,4 +1,4 @@
-"""`usf-kernels doctor`."""
+"""`usf-kernels doctor`: report what is installed and which code each operation runs."""
 
 from __future__ import annotations
 

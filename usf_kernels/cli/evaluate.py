@@ -1,4 +1,4 @@
-"""`usf-kernels evaluate CHECKPOINT FOLDER`: how well a model does on the test images of a folder."""
+"""`usf-kernels evaluate CHECKPOINT FOLDER`: metrics of a model on the test images of a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from usf_kernels.cli.options import (
     warn,
 )
 
-Image = dict[str, Any]  # what images.csv says of one
+Image = dict[str, Any]  # a row of images.csv
 
 
 def add_parser(commands: Any) -> None:
@@ -104,7 +104,7 @@ def _by_kind(images: Sequence[Image]) -> list[list[object]]:
 
 
 def _comment(folder: Path, masks: bool, found: dict[str, float]) -> None:
-    """Say what a number of these means that is not what one hopes for."""
+    """Explain metrics that are NaN, and warn of too many false alarms."""
     if not masks:
         print(f"nan: needs masks, in {folder / 'ground_truth'}")
     elif any(math.isnan(value) for value in found.values()):

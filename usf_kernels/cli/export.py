@@ -1,4 +1,4 @@
-"""`usf-kernels export CHECKPOINT MODEL.onnx`: a model for runtimes without PyTorch."""
+"""`usf-kernels export CHECKPOINT MODEL.onnx`: write a model for runtimes without PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of command-line options, and what several commands share."""
+"""Types of command-line options, and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ METRICS = {
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Parse a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return int(text)
 
 
 def positive_number(text: str) -> float:
-    """A number above 0."""
+    """Parse a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -47,14 +47,14 @@ def positive_number(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """What PyTorch and NumPy take for a seed."""
+    """Parse a seed that PyTorch and NumPy take."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, not {text}")
     return int(text)
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """`256` or `256x320` (height x width)."""
+    """Parse `256` or `256x320` (height x width)."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"must be like 256 or 256x320 (height x width), not {text!r}")
@@ -62,11 +62,11 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def size_of_images(options: argparse.Namespace, *, required: bool) -> tuple[int, int] | None:
-    """(height, width) that `--image-size` asks for, or else at which the model in `checkpoint` was trained. A
-    warning says where they differ.
+    """Return (height, width) from `--image-size`, or else the size at which the model in `checkpoint` was
+    trained. Warn if the two differ.
 
     Raises:
-        ValueError, OSError: as `read_checkpoint`; where a size is required and neither says one.
+        ValueError, OSError: as `read_checkpoint`; also if a size is required and neither gives one.
     """
     from usf_kernels.checkpoint import read_checkpoint
 
@@ -83,7 +83,7 @@ def size_of_images(options: argparse.Namespace, *, required: bool) -> tuple[int,
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """`checkpoint` and `--weights`, for commands that load a model."""
+    """Declare `checkpoint` and `--weights`, for commands that load a model."""
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument(
         "--weights",
@@ -94,7 +94,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inference(parser: argparse.ArgumentParser) -> None:
-    """`--device` and `--precision`, for commands that only predict."""
+    """Declare `--device` and `--precision`, for commands that only predict."""
     parser.add_argument(
         "--device", default="auto", help="cpu, gpu, cuda, cuda:1, mps; default: the fastest there is"
     )
@@ -108,7 +108,7 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 
 
 def add_log_epsilon(parser: argparse.ArgumentParser) -> None:
-    """`--log-epsilon`, for commands that segment."""
+    """Declare `--log-epsilon`, for commands that segment."""
     parser.add_argument(
         "--log-epsilon",
         type=float,
@@ -119,10 +119,10 @@ def add_log_epsilon(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str, option: str = "--device") -> torch.device:
-    """The device that this option means; "gpu" is what Lightning takes for one.
+    """Return the device that an option names; "gpu" is mps or cuda, as for Lightning.
 
     Raises:
-        ValueError: when there is none of that name here.
+        ValueError: if there is no device of that name here.
     """
     import torch
 
@@ -130,7 +130,7 @@ def pick_device(name: str, option: str = "--device") -> torch.device:
         gpu = "mps" if torch.backends.mps.is_available() else "cuda"
         try:
             device = torch.empty(0, device=gpu if name == "gpu" else name).device
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # it depends on the backend
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{option} {name}: not available here ({reason:.120})") from error
         if device.type == "meta":
@@ -142,17 +142,17 @@ def pick_device(name: str, option: str = "--device") -> torch.device:
 
 
 def load_detector(options: argparse.Namespace, device: str | torch.device = "cpu") -> FeatureFlow:
-    """The model of images in `checkpoint`, its backbone with `--weights`.
+    """Load the image model in `checkpoint`, with the weights of `--weights` for its backbone.
 
     Raises:
-        ValueError, OSError: as `load_checkpoint`; for a model of something else than images, too.
+        ValueError, OSError: as `load_checkpoint`; also for a model that is not one of images.
     """
     from usf_kernels.checkpoint import load_checkpoint
 
     files = options.weights
     weights = files[0] if files is not None and len(files) == 1 else files
     model = load_checkpoint(options.checkpoint, device=device, weights=weights)
-    if not hasattr(model, "calibrate"):  # no masks, then: a density of vectors, for example
+    if not hasattr(model, "calibrate"):  # a density of vectors, for example, which has no masks
         raise ValueError(
             f"{options.checkpoint}: expected a FastFlow, CFlow or UFlow, found a {type(model).__name__}"
         )
@@ -160,7 +160,7 @@ def load_detector(options: argparse.Namespace, device: str | torch.device = "cpu
 
 
 def load_for_inference(options: argparse.Namespace) -> tuple[FeatureFlow, torch.device]:
-    """The inference form of the model in `checkpoint`, in the `--precision` and on the `--device` asked for.
+    """Load the inference form of the model in `checkpoint`, in the `--precision` and on the `--device` given.
 
     Raises:
         ValueError, OSError: as `load_detector`.
@@ -179,7 +179,7 @@ def load_for_inference(options: argparse.Namespace) -> tuple[FeatureFlow, torch.
 def features_of(
     model: nn.Module, data: Dataset[Sample], device: torch.device, batch_size: int
 ) -> list[Tensor]:
-    """The frozen backbone's maps of all images, computed once: training then costs the flow alone."""
+    """Compute the frozen backbone's maps of all images once, so that training costs the flow alone."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -214,14 +214,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="right" if i else "left")
     for row in cells:
         table.add_row(*map(escape, row))
-    # A terminal may be narrow; a pipe or a log file is not, and there the rows stay in one piece.
+    # Wrap to the width of a terminal only; in a pipe or a log file, rows stay in one piece.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @contextmanager
 def progress(total: int | None, title: str) -> Iterator[Callable[[], Any]]:
-    """A bar on stderr that advances by one with every call, or only moves where nobody knows how far it is;
-    silent without rich, and where nobody watches."""
+    """Show a bar on stderr that advances by one with every call; it only pulses if `total` is None. Without
+    rich or a terminal, nothing is shown."""
     try:
         from rich.console import Console
         from rich.progress import Progress
@@ -235,5 +235,5 @@ def progress(total: int | None, title: str) -> Iterator[Callable[[], Any]]:
 
 
 def warn(message: str) -> None:
-    """Say on stderr what the user may not have meant."""
+    """Print a warning to stderr."""
     print(f"usf-kernels: warning: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`usf-kernels predict CHECKPOINT IMAGES...`: maps and masks as files."""
+"""`usf-kernels predict CHECKPOINT IMAGES...`: write maps and masks of images as files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from usf_kernels.cli.options import (
     size_of_images,
 )
 
-USUAL = 1 - math.exp(-0.5)  # of the anomaly map, where the latents are what they are on normal images
+USUAL = 1 - math.exp(-0.5)  # value of the anomaly map where latents have mean square 1, as on normal images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,8 +97,8 @@ def _predictions(
     options: argparse.Namespace,
     unread: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """What predictions.json says of each image, whose other files are written first; what is wrong with those
-    that cannot be read goes to `unread`."""
+    """Yield each image's entry of predictions.json, after writing its other files. Errors of images that
+    cannot be read are appended to `unread`."""
     import torch
 
     from usf_kernels.data import read_image, resize_image
@@ -132,7 +132,7 @@ def _predictions(
 
 
 def _expand(paths: list[Path], output: Path, recursive: bool) -> list[Path]:
-    """All image files, once each."""
+    """Return all image files that the paths name or contain, once each."""
     from usf_kernels.data.folder import images_in
 
     files: list[Path] = []
@@ -152,7 +152,7 @@ def _expand(paths: list[Path], output: Path, recursive: bool) -> list[Path]:
 
 
 def _names(files: list[Path]) -> dict[str, Path]:
-    """A name for the outputs of each file: the first of its forms that no other file has."""
+    """Name the outputs of each file: the first of its `_forms` that no other file has."""
     forms = {path: _forms(path) for path in files}
     owners = Counter(form for own in forms.values() for form in own)
     names: dict[str, Path] = {}
@@ -163,7 +163,7 @@ def _names(files: list[Path]) -> dict[str, Path]:
 
 
 def _forms(path: Path) -> list[str]:
-    """The file's stem, with its suffix, and both again with one folder after the other in front."""
+    """Return possible names of a file: its stem, stem and suffix, and both with more and more folders."""
     parts, suffix = path.absolute().with_suffix("").parts[1:], path.suffix[1:]
     stems = ["_".join(parts[-length:]) for length in range(1, len(parts) + 1)]
     return list(dict.fromkeys(form for stem in stems for form in (stem, f"{stem}_{suffix}")))
@@ -186,12 +186,12 @@ def _write(folder: Path, name: str, prediction: Any, picture: np.ndarray) -> Non
     }
     for label, values in (("map", anomaly), ("log_nfa", alarms)):
         with atomic_write(folder / f"{name}_{label}.npy", durable=False) as file:
-            buffer = io.BytesIO()  # numpy's own writing reports a full disk without saying so
+            buffer = io.BytesIO()  # NumPy's own writing does not say that the disk is full
             np.save(buffer, values)
             file.write(buffer.getbuffer())
     for label, picture in pictures.items():
         with atomic_write(folder / f"{name}_{label}.png", durable=False) as file:
-            Image.fromarray(picture).save(file, format="PNG", compress_level=1)  # more takes most of the time
+            Image.fromarray(picture).save(file, format="PNG", compress_level=1)  # higher levels are slow
 
 
 def _resized(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Any:

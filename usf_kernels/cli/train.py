@@ -1,4 +1,4 @@
-"""`usf-kernels train FOLDER`: a model of the normal images of a folder in MVTec layout."""
+"""`usf-kernels train FOLDER`: train a model on the normal images of a folder in MVTec layout."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from usf_kernels.optimization import PRECISIONS
 if TYPE_CHECKING:
     from usf_kernels.data import FolderDataset
 
-FEW = 10  # held-out images on which no threshold should rest
-MODELS = {"fastflow": "FastFlow", "uflow": "UFlow", "cflow": "CFlow"}  # to their names in usf_kernels.models
+FEW = 10  # a threshold calibrated on fewer held-out images is a guess
+MODELS = {"fastflow": "FastFlow", "uflow": "UFlow", "cflow": "CFlow"}  # -> classes of usf_kernels.models
 
 
 def add_parser(commands: Any) -> None:
@@ -104,7 +104,7 @@ def train(options: argparse.Namespace) -> int:
     data = FolderDataset(options.folder, "train", size=options.image_size)
     held_out = _held_out(options, data)
     device = pick_device(options.accelerator, "--accelerator")
-    torch.manual_seed(options.seed)  # of the initial weights
+    torch.manual_seed(options.seed)  # for the initial weights
     backbone = models.create_backbone(options.backbone, weights=options.weights)
     model_class = getattr(models, MODELS[options.model])
     model = model_class(backbone, coupling=options.coupling, linear=options.linear)
@@ -136,19 +136,19 @@ def train(options: argparse.Namespace) -> int:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed))
     held, rest = ([maps[part] for maps in features] for part in (order[:held_out], order[held_out:]))
     model.initialize(rest)
-    # What is wrong with them is not found out after training; checkpoints until then have no threshold.
+    # Find errors in the held-out images before training. It uses a copy: checkpoints have no threshold yet.
     deepcopy(model).calibrate([maps[:8] for maps in held])
     state = options.output / "last.pt"
     if state.exists() and not options.resume and rank_zero_only.rank == 0:
         print(f"{options.output}: the run there is replaced; --resume would have continued it")
-        (options.output / "model.pt").unlink(missing_ok=True)  # of that run
+        (options.output / "model.pt").unlink(missing_ok=True)  # it belongs to that run
     try:
         history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
     except KeyboardInterrupt:
         if state.exists():
             raise KeyboardInterrupt("continue with --resume") from None
         raise
-    if rank_zero_only.rank != 0:  # of several processes, one writes
+    if rank_zero_only.rank != 0:  # only one of several processes writes
         return 0
     model = model.cpu()
     model.calibrate(held, false_alarms=options.false_alarms)
@@ -161,7 +161,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _held_out(options: argparse.Namespace, data: FolderDataset) -> int:
-    """How many images to hold out."""
+    """Return the number of images to hold out; raise if too few are left."""
     if not 0 < options.held_out < 1:
         raise ValueError(f"--held-out must lie between 0 and 1, not {options.held_out}")
     held_out = max(1, round(options.held_out * len(data)))

@@ -1,8 +1,8 @@
-"""Rendered defects with exact masks, for textures that come without any.
+"""Rendered defects with exact masks, for textures without any.
 
-Each kind is a function of a grey image in [0, 1] and a generator, and returns the damaged image. The mask is
-not drawn by hand: it is the set of pixels that the damage changed by more than two grey levels of an 8-bit
-image, without pinholes, so that a blur does not claim the flat wall beside the edge that it blurred.
+Each kind is a function of a grey image in [0, 1], a generator and another image, and returns the damaged
+image. The mask is the set of pixels that the damage changed by more than two grey levels of an 8-bit image,
+without pinholes, so that a blur does not claim the flat wall beside the edge that it blurred.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _smooth(image: Image, sigma: float) -> Image:
 def _blob(
     shape: tuple[int, int], rng: np.random.Generator, radius: tuple[float, float], feather: float
 ) -> Image:
-    """Opacity in [0, 1] of an irregular ellipse with a soft border, wholly inside the image."""
+    """Return the opacity in [0, 1] of an irregular ellipse with a soft border, wholly inside the image."""
     height, width = shape
     long, short = rng.uniform(*radius), rng.uniform(*radius)
     reach = max(long, short) * 1.3
@@ -46,7 +46,7 @@ def _blob(
 
 
 def _scratch(image: Image, rng: np.random.Generator, other: Image) -> Image:
-    """A thin bent line, brighter or darker than what it crosses, fading at its ends."""
+    """Draw a thin bent line, brighter or darker than its surroundings, fading at its ends."""
     from scipy.spatial import cKDTree
 
     height, width = image.shape
@@ -59,27 +59,27 @@ def _scratch(image: Image, rng: np.random.Generator, other: Image) -> Image:
     path += centre - path.mean(0)
     distance, nearest = cKDTree(path).query(np.indices(image.shape).reshape(2, -1).T, distance_upper_bound=3)
     distance = distance.reshape(image.shape)
-    fade = np.append(np.sqrt(1 - (2 * t) ** 2), 0)[nearest].reshape(image.shape)  # the last is "nothing near"
+    fade = np.append(np.sqrt(1 - (2 * t) ** 2), 0)[nearest].reshape(image.shape)  # index t.size: none near
     opacity = np.clip(width_px / 2 + 0.5 - distance, 0, 1) * fade
     contrast = rng.choice([-1, 1]) * rng.uniform(0.15, 0.4)
     return image + opacity * contrast
 
 
 def _stain(image: Image, rng: np.random.Generator, other: Image) -> Image:
-    """A soft-edged patch that absorbs light, or a glossy one that adds some."""
+    """Add a soft-edged patch that absorbs light, or a glossy one that adds some."""
     opacity = _blob(image.shape, rng, (9, 22), feather=4)
     gain = rng.uniform(0.5, 0.85) if rng.random() < 0.5 else rng.uniform(1.15, 1.5)
     return image * (1 + opacity * (gain - 1))
 
 
 def _blur(image: Image, rng: np.random.Generator, other: Image) -> Image:
-    """A region out of focus."""
+    """Put a region out of focus."""
     opacity = _blob(image.shape, rng, (12, 24), feather=4)
     return image + opacity * (_smooth(image, rng.uniform(0.9, 2.0)) - image)
 
 
 def _patch(image: Image, rng: np.random.Generator, other: Image) -> Image:
-    """A piece of another material, with the brightness and contrast of its surroundings."""
+    """Insert a piece of another material, with the brightness and contrast of the place."""
     opacity = _blob(image.shape, rng, (8, 20), feather=2)
     inside = opacity > 0.5
     piece = (other - other[inside].mean()) / (other[inside].std() + 1e-3)
@@ -88,7 +88,7 @@ def _patch(image: Image, rng: np.random.Generator, other: Image) -> Image:
 
 
 def _missing(image: Image, rng: np.random.Generator, other: Image) -> Image:
-    """Structure that is not there: a smooth fill with the grain of the camera left on it."""
+    """Remove the structure of a region: a smooth fill, with a camera's grain on it."""
     opacity = _blob(image.shape, rng, (6, 15), feather=2)
     grain = rng.normal(0, 0.01, image.shape)
     return image + opacity * (_smooth(image, 6) + grain - image)
@@ -112,9 +112,9 @@ def render_defect(
     """Damage a grey image and say exactly where.
 
     Args:
-        image: floating (H, W) in [0, 1], at least 64 pixels a side; left as it is.
+        image: floating (H, W) in [0, 1], at least 64 pixels a side; not changed.
         kind: one of `DEFECTS`.
-        rng: the only source of chance, so that a seed fixes the picture.
+        rng: the only source of randomness, so that a seed determines the picture.
         other: an image of another texture with the same shape, from which `patch` cuts.
 
     Returns:
@@ -130,7 +130,7 @@ def render_defect(
             "image, other: expected one shape (H, W) of at least 64 x 64, "
             f"found {tuple(image.shape)} and {tuple(other.shape)}"
         )
-    for _ in range(MOST_DRAWS):  # a blur that falls on a flat brick changes nothing: again, somewhere else
+    for _ in range(MOST_DRAWS):  # a blur on a flat brick changes nothing: try again somewhere else
         damaged = np.clip(DEFECTS[kind](image, rng, other), 0, 1)
         change = np.abs(damaged - image)
         mask = _region(change > 2 * GREY_LEVEL)

@@ -21,18 +21,19 @@ from usf_kernels.ops.checks import check_choice, check_size
 if TYPE_CHECKING:
     from PIL import Image
 
-NORMAL = ("good", "ok")  # names of the folders of normal images; the second is BTAD's
+NORMAL = ("good", "ok")  # names of folders of normal images; the second is BTAD's
 TWELVE_BITS = 4095
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF's tag
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # formats that keep values
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF files, and its value for inverted greys
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless formats
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Read any image file as float32 (3, H, W) in [0, 1].
 
-    Grey images are repeated, and those of 16 bits keep their depth (colours are cut to 8). Floating-point
-    ones hold [0, 1] already. Transparency is dropped; what the camera says about its orientation is followed.
+    Grey images are repeated over the colours. Grey images of 16 bits keep their depth; coloured ones are cut
+    to 8. Floating-point images must hold [0, 1]. Transparency is dropped; the camera's orientation tag is
+    followed.
 
     Args:
         path: the file.
@@ -40,7 +41,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
 
     Raises:
         ValueError: naming the file, when it is missing, cannot be decoded, or holds values out of range.
-        TypeError, ValueError: a bad size.
+        TypeError, ValueError: for a bad size.
     """
     size = None if size is None else check_size(size)
     picture = open_image(path)
@@ -53,13 +54,13 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
                 "a camera of 12 bits by 16",
                 stacklevel=2,
             )
-        if not (grey.min() >= 0 and grey.max() <= white):  # nor NaN
+        if not (grey.min() >= 0 and grey.max() <= white):  # refuses NaN too
             raise ValueError(
                 f"{path}: expected values from 0 to {white} in an image of mode {picture.mode}, "
                 f"found {grey.min():g} to {grey.max():g}"
             )
         if picture.format == "TIFF" and picture.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-            grey = white - grey  # which Pillow does for 8 bits alone
+            grey = white - grey  # Pillow does so for 8 bits only
         image = torch.from_numpy(grey / white).expand(3, -1, -1)
     else:
         image = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
@@ -67,7 +68,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.T
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """An image (3, H, W) in [0, 1] in another size (height, width), bicubic; the same image for its own."""
+    """Resize an image (3, H, W) in [0, 1] bicubically to (height, width); at its own size it is unchanged."""
     if tuple(image.shape[1:]) != tuple(size):
         image = functional.interpolate(image[None], tuple(size), mode="bicubic", antialias=True)[0]
         image = image.clamp(0, 1)  # bicubic overshoots at edges
@@ -79,7 +80,7 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
 
     Args:
         path: the file.
-        decode: read the pixels; without it only the header is looked at, to see whether it is an image.
+        decode: read the pixels; otherwise only read the header, to check that it is an image.
 
     Raises:
         ValueError: naming the file, when it is missing or cannot be read as an image.
@@ -87,7 +88,7 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
     with needs_extra("train", "reading images"):
         from PIL import Image, ImageOps, UnidentifiedImageError
     try:
-        # Given the name, Pillow maps uncompressed TIFFs into memory, and they lose their orientation.
+        # Given a name, Pillow maps uncompressed TIFFs into memory and loses their orientation: pass a file.
         with open(path, "rb") as file, Image.open(file) as picture:
             if decode:
                 picture.load()
@@ -96,24 +97,24 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        known = not isinstance(error, UnidentifiedImageError)  # which says it with the address of an object
+        known = not isinstance(error, UnidentifiedImageError)  # this message has an object's address
         reason = error if known else "no image of a format that Pillow knows"
         raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file has the name of an image; not macOS's notes about one (`._name.png`)."""
+    """Whether a path is a file named like an image; macOS's companion files (`._name.png`) are not."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and path.is_file()
 
 
 def images_in(paths: Iterable[Path]) -> list[Path]:
-    """Those of the files that are images, in order."""
+    """Return the paths that are image files, sorted."""
     return sorted(path for path in paths if is_image(path))
 
 
 def resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A mask (1, H, W) bool in another size (height, width), nearest. What is thinner than a pixel there does
-    not vanish: of each connected region at least a pixel is left."""
+    """Resize a mask, bool (1, H, W), to (height, width), by nearest neighbours. Parts thinner than a pixel do
+    not vanish: at least one pixel is left of each connected region."""
     if tuple(mask.shape[1:]) == tuple(size):
         return mask
     resized = functional.interpolate(mask[None].float(), tuple(size), mode="nearest-exact")[0] > 0.5
@@ -121,23 +122,23 @@ def resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return resized
     regions = torch.from_numpy(component_tree(mask[0].to(torch.uint8).contiguous()).node).long() + 1
     regions[~mask[0]] = 0
-    # Numbers of up to 2^31 are exact in float64.
+    # In float64, since the numbers of regions, up to 2^31, are exact there.
     left = functional.interpolate(regions[None, None].double(), tuple(size), mode="nearest-exact").long()
     lost = ~torch.isin(regions, left.unique()) & mask[0]
     return resized | (functional.adaptive_max_pool2d(lost[None].float(), tuple(size)) > 0.5)
 
 
 class ImageFiles(Dataset[Sample]):
-    """The images in a folder, all of them normal.
+    """The images in a folder, all of which are normal.
 
     Args:
-        folder: holds them.
-        size: as of `FolderDataset`.
+        folder: folder that holds the images.
+        size: see `FolderDataset`.
 
     Raises:
         ValueError: naming the folder, when it is missing or holds no image; naming the file, when an image
             cannot be read. Files are opened when an item is read.
-        TypeError, ValueError: a bad size.
+        TypeError, ValueError: for a bad size.
     """
 
     def __init__(self, folder: str | Path, *, size: int | tuple[int, int] | None = 256) -> None:
@@ -161,17 +162,17 @@ class FolderDataset(Dataset[Sample]):
     """One category of MVTec AD, VisA (in its MVTec form), BTAD, or any folder laid out like them.
 
     Args:
-        root: the folder that holds `train/good` and `test`; BTAD's `ok` is `good`, too.
+        root: the folder that holds `train/good` and `test`; BTAD's `ok` is accepted for `good`.
         split: "train" or "test".
-        size: (height, width), or one number for a square, to which images are resized; masks go along
-            (`resize_mask`). None keeps each image's own size, and then only batches of one collate.
-        masks: whether defects have masks; without, all masks are empty, and labels and kinds tell defects.
+        size: (height, width), or one number for a square, to which images and masks are resized (masks by
+            `resize_mask`). None keeps each image's own size; batches of more than one may then not collate.
+        masks: whether defects have masks. If not, all masks are empty; only labels and kinds show defects.
 
     Raises:
         ValueError: naming the folder, when it is missing or holds no image; naming the file, when an image
-            cannot be read, or its mask is missing, marks nothing or has another size than it. Files are
+            cannot be read, or its mask is missing, marks nothing or differs from it in size. Files are
             opened when an item is read.
-        TypeError, ValueError: a bad size.
+        TypeError, ValueError: for a bad size.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class FolderDataset(Dataset[Sample]):
         return Sample(resize_image(image, size), mask, int(kind not in NORMAL), str(path), kind)
 
     def checksum(self) -> str:
-        """CRC-32 of the files' names and contents, in order: tells one set of images from another."""
+        """Return the CRC-32 of the files' names and contents, in order, which identifies a set of images."""
         value = 0
         for path in self.files:
             value = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), value))
@@ -235,10 +236,10 @@ class FolderDataset(Dataset[Sample]):
         if found is None:
             raise ValueError(f"{candidates[0]}: no such mask for {path}")
         picture = open_image(found)
-        if picture.mode not in ("1", "L", "LA", "I", "I;16", "F"):  # colours, whose luma may be 0
+        if picture.mode not in ("1", "L", "LA", "I", "I;16", "F"):  # a colour's luma may be 0
             picture = picture.convert("RGB")
         values = np.atleast_3d(np.array(picture))[..., :3]
-        values = values[..., :1] if picture.mode == "LA" else values  # black that is opaque
+        values = values[..., :1] if picture.mode == "LA" else values  # without alpha
         mask = torch.from_numpy((values > 0).any(-1))[None]
         if not mask.any():
             raise ValueError(f"{found}: marks nothing, but {path} is one of the defects")

@@ -1,4 +1,4 @@
-"""What every dataset of the package yields."""
+"""The item type of all datasets of the package."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Each 512 x 512 photograph is cut into three bands of columns. Crops of the left band train a model, crops
 of the middle one are held out (early stopping, calibration), crops of the right one are the test set, and
-half of those get a defect. No pixel is in two bands; crops that are turned or scaled are interpolated by a
-spline, which takes up to a grey level from across the border of theirs.
+half of those get a defect. No pixel is in two bands. Turned or scaled crops are interpolated by a spline,
+through which pixels beyond the border of their band contribute up to a grey level.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from usf_kernels.extras import needs_extra
 from usf_kernels.ops.checks import check_choice, check_int
 
 TEXTURES = ("brick", "grass", "gravel")
-ISOTROPIC = ("grass", "gravel")  # look the same turned by a quarter; the brick wall does not
+ISOTROPIC = ("grass", "gravel")  # these look the same after a quarter turn; the brick wall does not
 BANDS = {"train": (0, 240), "validation": (240, 376), "test": (376, 512)}
 
 
 @cache
 def texture(name: str) -> np.ndarray:
-    """The photograph as float32 (512, 512) in [0, 1], read-only.
+    """Return the photograph as float32 (512, 512) in [0, 1], read-only.
 
     Raises:
         ValueError: for a name that is not one of `TEXTURES`.
@@ -42,7 +42,7 @@ def texture(name: str) -> np.ndarray:
 
 
 class TextureDataset(Dataset[Sample]):
-    """Crops of one texture; image `i` depends on the arguments, `seed` and `i` alone.
+    """Crops of one texture; image `i` depends only on the arguments, `seed` and `i`.
 
     Args:
         name: one of `TEXTURES`.
@@ -50,13 +50,13 @@ class TextureDataset(Dataset[Sample]):
             defective ones going through the five kinds of `DEFECTS` in turn.
         count: number of crops.
         crop: side of a crop in pixels of the photograph, 64 to 136.
-        size: side of the image it is resized to (bicubic), with its defect; None keeps `crop`.
+        size: side to which crops are resized (bicubic), with their defects; None keeps `crop`.
         augment: mirror crops, turn them by up to 5 degrees (grass and gravel also by quarters), scale
             them by up to 10 %, and vary brightness and contrast a little. Default: in "train" only.
-        seed: of the whole set. Different splits draw different numbers from one seed.
+        seed: seed of the whole set. Different splits draw different numbers from one seed.
 
     Raises:
-        ValueError: for an unknown name or split, a count or size below 1, a crop that does not fit its band.
+        ValueError: for an unknown name or split, a count or size below 1, or a crop outside 64 to 136.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TextureDataset(Dataset[Sample]):
     ) -> None:
         check_choice("split", split, tuple(BANDS))
         check_int("count", count, 1)
-        check_int("crop", crop, 64, 136)  # the width of the narrowest band
+        check_int("crop", crop, 64, 136)  # from what `render_defect` takes to the width of the narrowest band
         self.photograph = texture(name)
         if size is not None:
             check_int("size", size, 1)
@@ -119,7 +119,7 @@ class TextureDataset(Dataset[Sample]):
         return np.clip((image - middle) * rng.uniform(0.9, 1.1) + middle + rng.uniform(-0.04, 0.04), 0, 1)
 
     def _warped(self, rng: np.random.Generator) -> np.ndarray:
-        """A crop turned by up to 5 degrees and scaled by up to 10 %."""
+        """Cut a crop that is turned by up to 5 degrees and scaled by up to 10 %."""
         from scipy.ndimage import map_coordinates
 
         left, right = BANDS[self.split]
@@ -135,7 +135,7 @@ class TextureDataset(Dataset[Sample]):
 
 
 def _resize(image: np.ndarray, size: int) -> torch.Tensor:
-    """(H, W) to a float32 tensor (1, size, size)."""
+    """Resize an image (H, W) to a float32 tensor (1, size, size)."""
     x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None, None]
     if x.shape[-1] == size:
         return x[0]

@@ -1,4 +1,4 @@
-"""Existing FrEIA and anomalib models on this package's operations: one call there, one call back."""
+"""Existing FrEIA and anomalib models on this package's operations; one call converts, one call restores."""
 
 from usf_kernels.integrations.replacement import Replacement, replace_blocks, restore_blocks
 

@@ -1,4 +1,4 @@
-"""One call that makes a model of anomalib faster and corrects what it gets wrong; one call back."""
+"""One call that makes a model of anomalib faster and corrects what it gets wrong; one call undoes it."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ from usf_kernels.integrations.replacement import Replacement, check_module, repl
 def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False) -> Replacement:
     """Make a model faster, in place, and correct it: anomalib's Fastflow, Cflow, Uflow, or one of blocks.
 
-    After `replace_blocks`, which it calls, whatever else is known gets a faster class, in Lightning modules
-    and torch models alike. Parameters stay the objects that they are and checkpoints go both ways; restoring
-    (`usf_kernels.restore_blocks`) undoes all of it.
+    It calls `replace_blocks`, then gives all other known modules a faster class, in Lightning modules and
+    torch models alike. Parameters stay the same objects and checkpoints go both ways;
+    `usf_kernels.restore_blocks` undoes all of it.
 
     - In evaluation mode and without gradients, all flows run in their inference form, U-Flow's graph too.
-    - Cflow takes all positions at once, and computes what their encoding contributes once per size.
-    - With convolutional backbones images may have any height and width, also those that are no multiples of
-      the strides.
-    - Scores and maps are the original's up to rounding, except for what is wrong there, unless `exact`:
-      Cflow's score of an image depended on the others in its batch (now it is `sigmoid(-log p)`, in [0, 1],
-      so thresholds that were fitted to the old values must be fitted again); U-Flow's mask was the complement
+    - Cflow takes all positions at once, and computes the contribution of their encoding once per size.
+    - With convolutional backbones images may have any height and width, not only multiples of the strides.
+    - Scores and maps are the original's up to rounding. Unless `exact`, three errors are corrected: Cflow's
+      score of an image depended on the others in its batch (now it is `sigmoid(-log p)`, in [0, 1], so
+      thresholds that were fitted to the old values must be fitted again); U-Flow's mask was the complement
       of a test of blocks (now `pred_mask` is the component tree's); U-Flow's loss summed one of its terms
       over the batch (now it is the mean over images).
 
     Args:
         model: any module; changed in place.
-        exact: keep the original's values where they are wrong, too.
+        exact: keep the original's values even where they are wrong.
         one_step: train Cflow with one optimiser step per batch of images instead of one per
             `fiber_batch_size` positions: far faster, but fewer steps of another size.
 
     Returns:
-        What was replaced, and what was left and why.
+        Report of what was replaced, and what was left and why.
 
     Raises:
-        TypeError: not a module.
-        ValueError: nothing in it that could be replaced; the model is unchanged.
+        TypeError: if it is not a module.
+        ValueError: if nothing in it could be replaced; the model is unchanged.
     """
     check_module(model)
     classes = _models()
@@ -52,7 +51,7 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
 
 
 def _models() -> dict[type, type]:
-    """Original class to faster class; nothing where anomalib was never imported."""
+    """Map original classes to faster ones; empty if anomalib was never imported."""
     if "anomalib" not in sys.modules:
         return {}
     return import_module("usf_kernels.integrations.anomalib_models").MODELS

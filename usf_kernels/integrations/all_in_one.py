@@ -1,6 +1,6 @@
 """The `AllInOneBlock` of FrEIA and anomalib on this package's operations, and sequences of them.
 
-Instances keep their parameters, buffers, hooks and place; what changes is their class, so their `forward`.
+Instances keep their parameters, buffers, hooks and place; only their class changes, and so their `forward`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from usf_kernels.ops.step import coupling_step
 
 
 class AllInOneMixin(Faster):
-    """In front of `AllInOneBlock` in a class's bases.
+    """Mixin for `AllInOneBlock`, to stand before it in a class's bases.
 
-    A hard permutation is an index, coupling and ActNorm and permutation are one operation, and scale and
-    offset go into the matrix where the permutation is one.
+    A hard permutation is applied as an index, in one operation with coupling and ActNorm. Where the
+    permutation is a general matrix, scale and offset are merged into it.
 
     Attributes:
-        compact: have a hard permutation in the state_dict as a (C,) int32 index `w_perm` in place of the two
-            dense matrices `w_perm` and `w_perm_inv`. Both forms load, whatever this is.
+        compact: save a hard permutation in the state_dict as a (C,) int32 index `w_perm` instead of the two
+            dense matrices `w_perm` and `w_perm_inv`. Either value loads both forms.
     """
 
     compact = False
@@ -48,7 +48,7 @@ class AllInOneMixin(Faster):
         self.begin_fast()
 
     def begin_fast(self) -> None:
-        if self.householder:  # what the original's last forward has left there does not copy or pickle
+        if self.householder:  # results of the original's last forward, which do not copy or pickle
             self.w_perm = self.w_perm_inv = None
         self._find_order()
 
@@ -83,17 +83,17 @@ class AllInOneMixin(Faster):
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
         self._find_order()
 
-    @torch.inference_mode(False)  # what inference mode makes cannot take part in training
+    @torch.inference_mode(False)  # inference tensors cannot take part in training
     def _find_order(self) -> None:
-        """The permutation as indices, both ways; None where it is a general rotation. They are no buffers,
-        which averages of models would take means of."""
+        """Set the permutation and its inverse as indices; None for a general rotation. They are not buffers,
+        since averaging of models would take their mean."""
         self._order = None if self.householder else index_of(self.w_perm.detach().flatten(1))
         self._inverse_order = None if self._order is None else torch.argsort(self._order)
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """As the original: ((y,), log_det (B,))."""
+        """Same as the original: ((y,), log_det (B,))."""
         (x,) = x
         scale, offset = self._scale(), self.global_offset.flatten()
         c = list(c or ()) if self.conditional else []
@@ -148,10 +148,10 @@ class AllInOneMixin(Faster):
         return y, log_det
 
     def _volume_preserving(self, x: Tensor, c: list[Tensor], offset: Tensor, rev: bool) -> Tensor:
-        """A GIN block: its log scales have mean 0 over channels and positions, so its log-determinant is 0.
+        """Run a GIN block: its log scales have mean 0 over channels and positions, so its log-det is 0.
 
-        Sorrenson et al. (arXiv:2001.04872), in FrEIA's form: the mean is taken off every log scale, and there
-        is no global scale.
+        Sorrenson et al. (arXiv:2001.04872), in FrEIA's form: the mean is subtracted from every log scale, and
+        there is no global scale.
         """
         offset = offset.view(-1, *[1] * self.input_rank)
         if rev or self.reverse_pre_permute:
@@ -180,22 +180,22 @@ class AllInOneMixin(Faster):
         return evaluate(self.subnet, torch.cat([passive, *c], dim=1) if c else passive)
 
     def _rotation(self) -> Tensor:
-        """(C, C), orthogonal."""
+        """Return the orthogonal matrix of the permutation, (C, C)."""
         if not self.householder:
             return self.w_perm.flatten(1)
         rotation = self.w_0
-        for v in self.vk_householder:  # reflected as vectors: C^2 multiplications each, not C^3
+        for v in self.vk_householder:  # reflect vectors: C^2 multiplications each, not C^3
             rotation = rotation - torch.outer(rotation @ v, 2 * v / v.dot(v))
         return rotation
 
     @property
     def folds(self) -> bool:
-        """Whether `flow_parts` can say what this block computes."""
-        # The log scales of GIN depend on all positions; one channel is not coupled to any.
+        """Whether `flow_parts` can describe this block."""
+        # GIN's log scales depend on all positions; a single channel has none to be coupled to.
         return not self.GIN and self.in_channels > 1
 
     def flow_parts(self) -> Iterator[LinearMap | Coupling]:
-        """As `usf_kernels.nn.folding.parts`."""
+        """Yield the parts of this block, like `usf_kernels.nn.folding.parts`."""
         wide = {"device": "cpu", "dtype": WIDE}
         rotation = self._rotation().detach().to(**wide)
         nothing = torch.zeros(len(rotation), dtype=WIDE)
@@ -213,14 +213,14 @@ class AllInOneMixin(Faster):
 
 
 def _is_index(values: Tensor) -> bool:
-    """Whether these are a permutation of 0..n-1; what is not, `load_state_dict` will complain about."""
+    """Whether values are a permutation of 0..n-1; `load_state_dict` complains about any others."""
     if values.ndim != 1 or values.is_floating_point():
         return False
     return torch.equal(values.sort().values.long(), torch.arange(len(values), device=values.device))
 
 
 def _moved_to(index: Tensor, device: torch.device) -> Tensor:
-    """Without values where it has had none: weights are to be loaded then."""
+    """Move an index to a device. From "meta" it comes without values; weights are to be loaded then."""
     return torch.empty_like(index, device=device) if index.is_meta else index.to(device)
 
 
@@ -231,17 +231,17 @@ def _moved(fresh: Tensor, offset: Tensor, sign: int) -> Tensor:
 
 
 def index_of(matrix: Tensor) -> Tensor | None:
-    """The index of a permutation matrix, `(matrix @ x)[i] = x[index[i]]`; None for other matrices."""
+    """Return the index of a permutation matrix, `(matrix @ x)[i] = x[index[i]]`; None for other matrices."""
     index = matrix.argmax(1)
     eye = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
     return index if torch.equal(matrix, eye[index]) else None
 
 
 class SequenceMixin(Faster):
-    """In front of FrEIA's `SequenceINN` in a class's bases.
+    """Mixin for FrEIA's `SequenceINN`, to stand before it in a class's bases.
 
-    Where nothing is trained or recorded, it runs in its inference form, which is made at the first call and
-    again whenever a parameter has changed since.
+    In evaluation mode and with no gradients recorded, it runs in its inference form, which is made at the
+    first call and again whenever a parameter has changed since.
     """
 
     _fused: InferenceForm | None = None
@@ -249,7 +249,7 @@ class SequenceMixin(Faster):
     def forward(
         self, x_or_z: Tensor, c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """As the original."""
+        """Same as the original."""
         alone = torch.is_tensor(x_or_z) and not self.force_tuple_output
         recorded = torch.is_grad_enabled() or somebody_looks()
         if recorded or not alone or not self.folds:
@@ -257,23 +257,24 @@ class SequenceMixin(Faster):
         cond = None if self.conditions[0] is None else c[self.conditions[0]]
         fused = self.inference_form(x_or_z.dtype)
         z, log_det = (fused.inverse if rev else fused)(x_or_z, cond)
-        return z, log_det.expand(z.shape[0]).clone()  # which may be written to
+        return z, log_det.expand(z.shape[0]).clone()  # callers may write to it
 
     @property
     def folds(self) -> bool:
-        """Whether the inference form does what the blocks do, which all see the same condition, or none."""
+        """Whether one inference form can replace the blocks: they fold, and all see the same condition or
+        none."""
         same = len(set(self.conditions)) == 1 and all(getattr(b, "folds", False) for b in self.module_list)
         return same and runs_as_one(self.module_list)
 
     def inference_form(self, dtype: torch.dtype) -> FusedFlow:
-        """Of all blocks, which must fold, as they are now."""
+        """Return the inference form of the current blocks, all of which must fold."""
         blocks = list(self.module_list)
         if self._fused is None or not self._fused.is_of(blocks, dtype):
             self._fused = InferenceForm(blocks, dtype)
         return self._fused.flow
 
     def train(self, mode: bool = True) -> SequenceMixin:
-        """As the original; and what has been written through `.data` meanwhile is seen."""
+        """Same as the original; also drops the inference form, so that writes through `.data` take effect."""
         self.__dict__.pop("_fused", None)
         return super().train(mode)
 
@@ -281,5 +282,5 @@ class SequenceMixin(Faster):
         self.__dict__.pop("_fused", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the inference form, which is made again where it is needed."""
+        """Leave out the inference form, which is made again when needed."""
         return {name: value for name, value in super().__getstate__().items() if name != "_fused"}

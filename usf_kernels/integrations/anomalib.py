@@ -15,7 +15,7 @@ __all__ = ["CLASSES", "FastAllInOneBlock", "UsfCflow", "UsfFastflow", "UsfUflow"
 
 
 class FastAllInOneBlock(AllInOneMixin, AllInOneBlock):
-    """`anomalib.models.components.flow.AllInOneBlock`."""
+    """`anomalib.models.components.flow.AllInOneBlock`, faster."""
 
 
 CLASSES = {AllInOneBlock: FastAllInOneBlock}

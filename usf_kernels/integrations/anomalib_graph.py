@@ -1,4 +1,4 @@
-"""FrEIA's `GraphINN`, which U-Flow is built with: runs of blocks in their inference form."""
+"""FrEIA's `GraphINN`, of which U-Flow is built, with runs of blocks in their inference form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from usf_kernels.ops.native import somebody_looks
 
 
 class FastGraphINN(Faster, GraphINN):
-    """The same graph; where nothing is trained or recorded, each run of replaced blocks is one fused flow.
+    """A `GraphINN` that runs each run of replaced blocks as one fused flow, in evaluation mode without grad.
 
     The fused flows are made at the first call and again whenever a parameter has changed since.
     """
@@ -24,20 +24,20 @@ class FastGraphINN(Faster, GraphINN):
     _fused: dict[str, InferenceForm] | None = None
 
     def begin_fast(self, **options: Any) -> None:
-        """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
+        """Add the attributes that the original does not have. Undone by `end_fast`."""
         self._fused = {}
 
     def end_fast(self) -> None:
-        """Leave nothing behind."""
+        """Remove all that `begin_fast` added."""
         self.__dict__.pop("_fused", None)
 
     def train(self, mode: bool = True) -> FastGraphINN:
-        """As the original; and what has been written through `.data` meanwhile is seen."""
+        """Same as the original; also drops the fused flows, so that writes through `.data` take effect."""
         self._fused = {}
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the fused flows, which are made again where they are needed."""
+        """Leave out the fused flows, which are made again when needed."""
         return {**super().__getstate__(), "_fused": {}}
 
     def forward(
@@ -49,7 +49,7 @@ class FastGraphINN(Faster, GraphINN):
         intermediate_outputs: bool = False,
         x: Any = None,
     ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-        """As the original."""
+        """Same as the original."""
         recorded = self.training or torch.is_grad_enabled() or somebody_looks()
         if recorded or rev or not jac or intermediate_outputs or x is not None or c or self.condition_nodes:
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
@@ -75,14 +75,14 @@ class FastGraphINN(Faster, GraphINN):
         return results if len(results) > 1 or self.force_tuple_output else results[0], log_det
 
     def _runs(self) -> dict[Any, list[Any]]:
-        """Replaced blocks that follow each other, by the first of them."""
+        """Return the runs of consecutive replaced blocks, by the first node of each."""
         runs: dict[Any, list[Any]] = {}
         uses = Counter(source for node in self.node_list for source in node.inputs)
-        heads: dict[Any, Any] = {}  # the last node of a run so far, to its first
+        heads: dict[Any, Any] = {}  # last node of a run so far -> its first node
         for node in self.node_list:
             if not getattr(node.module, "folds", False) or node.conditions or not runs_as_one(node.module):
                 continue
-            behind_one = uses[node.inputs[0]] == 1  # others would need what is between the two
+            behind_one = uses[node.inputs[0]] == 1  # else another node needs the value between the two
             head = heads.pop(node.inputs[0][0], node) if behind_one else node
             runs.setdefault(head, []).append(node)
             heads[node] = head

@@ -1,7 +1,7 @@
 """Faster classes for anomalib's Fastflow, Cflow and Uflow, from torch model to loss; see `accelerate`.
 
-Instances keep their parameters, buffers, hooks and place; what changes is their class, so their `forward`.
-Graphs that are traced, for a compiler or for export, have the blocks' own operations and no masks.
+Instances keep their parameters, buffers, hooks and place; only their class changes, and so their `forward`.
+Graphs traced for a compiler or for export have the blocks' own operations and no masks.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 class Accelerated(Faster):
-    """In front of a class of anomalib in a class's bases.
+    """Mixin for classes of anomalib, to stand before them in a class's bases.
 
     Attributes:
         exact: keep the original's values where `accelerate` would correct them.
         one_step: train Cflow with one optimiser step per batch of images.
-        network: name of the frozen network in front of the flows; nothing for none.
+        network: attribute name of the frozen network in front of the flows; empty for none.
     """
 
     exact = False
@@ -51,13 +51,13 @@ class Accelerated(Faster):
     network = ""
 
     def begin_fast(self, *, exact: bool, one_step: bool) -> None:
-        """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
+        """Set the options and run the frozen network in the extension. Undone by `end_fast`."""
         self.exact, self.one_step = exact, one_step
         if self.network and use_extension_(network := getattr(self, self.network)):
             network.to(memory_format=torch.channels_last)
 
     def end_fast(self) -> None:
-        """Leave nothing behind."""
+        """Undo `begin_fast`."""
         for name in ("exact", "one_step"):
             self.__dict__.pop(name, None)
         if self.network:
@@ -65,13 +65,13 @@ class Accelerated(Faster):
 
 
 class FastFastflowModel(Accelerated, FastflowModel):
-    """`anomalib.models.image.fastflow.torch_model.FastflowModel`, for images of any size that the
-    backbone takes."""
+    """`anomalib.models.image.fastflow.torch_model.FastflowModel` for images of any size that the backbone
+    takes."""
 
     network = "feature_extractor"
 
     def forward(self, input_tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | InferenceBatch:
-        """As the original; the map has the size of the images."""
+        """Same as the original; the map has the size of the images."""
         if self.training or torch.compiler.is_compiling() or not hasattr(self, "norms"):
             return super().forward(input_tensor)
         features = self._get_cnn_features(input_tensor)
@@ -86,12 +86,12 @@ class FastFastflowModel(Accelerated, FastflowModel):
 class FastLayerNormFeatureExtractor(Accelerated, LayerNormFeatureExtractor):
     """The U-Flow feature extractor for images of any size.
 
-    Every map must have exactly twice the height and width of the next coarser one. Where the sizes of images
-    are no multiples of the largest stride, maps are resized to that, bilinearly.
+    U-Flow needs maps with exactly twice the height and width of the next coarser one. For images whose sides
+    are not multiples of the largest stride, maps are resized bilinearly to that.
     """
 
     def normalize_features(self, features: Iterable[Tensor]) -> list[Tensor]:
-        """As the original."""
+        """Normalise as the original does, after resizing where necessary."""
         features = list(features)
         height, width = features[-1].shape[-2:]
         normalized = []
@@ -105,8 +105,9 @@ class FastUflowModel(Accelerated, UflowModel):
     """`anomalib.models.image.uflow.torch_model.UflowModel` with the automatic segmentation of the paper.
 
     Attributes:
-        null: what the squared norms of normal images follow, from `usf_kernels.calibrate(model.latents(...))`
-            on held-out ones; None for the chi-square of white latents. It is no part of the state_dict.
+        null: null model of the squared norms of normal images, from `usf_kernels.calibrate` on the norms of
+            `model.latents(...)` of held-out ones; None for the chi-square of white latents. It is not in the
+            state_dict.
     """
 
     network = "feature_extractor"
@@ -117,11 +118,11 @@ class FastUflowModel(Accelerated, UflowModel):
         self.__dict__.pop("null", None)
 
     def latents(self, images: Tensor) -> list[Tensor]:
-        """Of a batch of images, (B, C_l, H_l, W_l) per scale."""
+        """Return the latents of a batch of images, (B, C_l, H_l, W_l) per scale."""
         return list(self.encode(self.feature_extractor(images))[0])
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor] | InferenceBatch:
-        """As the original, with the component tree's mask unless `exact`; of the size of the images."""
+        """Same as the original, but with the component tree's mask unless `exact`, of the images' size."""
         if self.training or torch.compiler.is_compiling():
             return super().forward(image)
         latents, size = self.latents(image), tuple(image.shape[-2:])
@@ -130,13 +131,13 @@ class FastUflowModel(Accelerated, UflowModel):
 
 
 class FastAnomalyMapGenerator(Accelerated, AnomalyMapGenerator):
-    """`anomalib.models.image.uflow.anomaly_map.AnomalyMapGenerator` with a mask of what is anomalous."""
+    """`anomalib.models.image.uflow.anomaly_map.AnomalyMapGenerator` whose mask marks what is anomalous."""
 
     def compute_anomaly_mask(self, z: Sequence[Tensor], *args: Any, **options: Any) -> Tensor:
-        """The component tree's mask, (B, 1, H, W) bool.
+        """Return the component tree's mask, (B, 1, H, W) bool.
 
-        Where the original returns the complement of a test of blocks, and takes options for that test. With
-        `exact` this is the original.
+        The original returns the complement of a test of blocks, and takes options for that test. With `exact`
+        it is called instead.
         """
         if self.exact:
             return super().compute_anomaly_mask(z, *args, **options)
@@ -152,7 +153,7 @@ class FastUFlowLoss(Accelerated, UFlowLoss):
     """
 
     def forward(self, hidden_variables: Sequence[Tensor], jacobians: Tensor) -> Tensor:
-        """0-d; latents (B, C_l, H_l, W_l) and log-determinants (B,)."""
+        """Return the loss, 0-d, of latents (B, C_l, H_l, W_l) and log-determinants (B,)."""
         if self.exact:
             return super().forward(hidden_variables, jacobians)
         energy = sum(0.5 * z.square().flatten(1).sum(1) for z in hidden_variables)
@@ -162,9 +163,10 @@ class FastUFlowLoss(Accelerated, UFlowLoss):
 class FastCflowModel(Accelerated, CflowModel):
     """`anomalib.models.image.cflow.torch_model.CflowModel` on all positions at once.
 
-    What positions contribute to the conditioners is computed once per size of the maps. Unless `exact`, the
-    score of an image is its own: `sigmoid(-log p)`, p the likelihood per dimension, whose log-sigmoid is what
-    training maximises; the mean over scales. The original divides by the largest likelihood of the batch.
+    The contribution of positions to the conditioners is computed once per size of the maps. Unless `exact`,
+    the score of an image depends on itself only: the mean over scales of `sigmoid(-log p)`, where log p is
+    the log-likelihood per dimension, whose log-sigmoid training maximises. The original divides by the
+    largest likelihood of the batch.
     """
 
     network = "encoder"
@@ -178,11 +180,11 @@ class FastCflowModel(Accelerated, CflowModel):
         del self._projections
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made again where it is needed."""
+        """Leave out the projections, which are computed again when needed."""
         return {**super().__getstate__(), "_projections": {}}
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """As the original: maps (B, H, W) of the size of the images."""
+        """Same as the original: maps (B, H, W) of the size of the images."""
         with torch.no_grad():
             likelihoods = list(self.log_likelihoods(images))
             size = tuple(images.shape[-2:])
@@ -202,7 +204,7 @@ class FastCflowModel(Accelerated, CflowModel):
             return _prediction((sum(maps) / len(maps)).squeeze(1))
 
     def log_likelihoods(self, images: Tensor) -> Iterator[Tensor]:
-        """Of each scale's positions per dimension, (B, H_l, W_l)."""
+        """Yield the log-likelihood per dimension of each scale's positions, (B, H_l, W_l)."""
         features = self.encoder.eval()(images)
         for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
             maps = features[layer]
@@ -218,7 +220,7 @@ class FastCflowModel(Accelerated, CflowModel):
         return (log_det - 0.5 * norm) / maps.shape[1] - LOG_ROOT_TWO_PI
 
     def _projection(self, layer: str, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
-        """What the flow takes of the encoding of maps of this size."""
+        """Return the flow's projection of the encoding for maps of this size."""
         size, known = maps.shape[2:], self._projections.get(layer)
         if known is None or known[0] is not flow or known[1] != size:
             known = (flow, size, flow.project(_encoding(self.condition_vector, maps)))
@@ -230,7 +232,7 @@ class FastCflow(Accelerated, Cflow):
     """`anomalib.models.Cflow`, whose training may take all positions of a batch in one optimiser step."""
 
     def training_step(self, batch: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """As the original, or with `one_step` one optimiser step for all positions and scales."""
+        """Same as the original; with `one_step`, one optimiser step for all positions and scales."""
         if not self.one_step:
             return super().training_step(batch, *args, **options)
         optimizer = self.optimizers()
@@ -256,7 +258,7 @@ def _segment(latents: Sequence[Tensor], size: tuple[int, int], null: Null | None
 
 
 def _layer_norm(norm: nn.LayerNorm, maps: Tensor) -> Tensor:
-    """`norm` of maps of another size than the one it was made for: its weights are resized."""
+    """Apply `norm` to maps of any size; its weights are resized if it was made for another."""
     if tuple(maps.shape[1:]) == tuple(norm.normalized_shape):
         return norm(maps)
     weight, bias = (_resized(p[None], tuple(maps.shape[-2:]))[0] for p in (norm.weight, norm.bias))
@@ -270,14 +272,14 @@ def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _likelihood(decoder: nn.Module, maps: Tensor, encoding_channels: int) -> Tensor:
-    """Log-likelihood per dimension of every position, (B * H * W,), by the decoder's own blocks."""
+    """Return every position's log-likelihood per dimension, (B * H * W,), by the decoder's own blocks."""
     encoding = _encoding(encoding_channels, maps).expand(maps.shape[0], -1, -1, -1)
     z, log_det = decoder(to_rows(maps), [to_rows(encoding)])
     return (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - LOG_ROOT_TWO_PI
 
 
 def _encoding(channels: int, maps: Tensor) -> Tensor:
-    """The condition of every position of such maps, (1, channels, H, W)."""
+    """Return the condition of every position of the maps, (1, channels, H, W)."""
     return positional_encoding_2d(channels, *maps.shape[2:])[None].to(maps)
 
 

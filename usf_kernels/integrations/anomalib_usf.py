@@ -25,14 +25,14 @@ from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.ops import anomaly_map
 from usf_kernels.optimization import parameter_groups
 
-# An epoch's predictions come before the calibration at its end.
+# A validation epoch predicts before the calibration at its end, so this warning would be noise.
 warnings.filterwarnings("ignore", "predict: the model is not calibrated", UserWarning, __name__)
 
-HELD_OUT = 256  # normal images of a validation epoch that the null model is fitted to, at most
+HELD_OUT = 256  # normal images of a validation epoch after which no more batches are kept for calibration
 
 
 class Detector(nn.Module):
-    """A `FeatureFlow` with the results that anomalib's models have.
+    """A `FeatureFlow` that returns results in the form of anomalib's models.
 
     Args:
         flow: a model of `usf_kernels.models`.
@@ -42,17 +42,17 @@ class Detector(nn.Module):
         super().__init__()
         self.flow = flow
         self.register_buffer("initialized", torch.tensor(False))
-        self._fused: tuple[FeatureFlow, ...] = ()  # in a tuple, so that it is no submodule
+        self._fused: tuple[FeatureFlow, ...] = ()  # in a tuple, so as not to be a submodule
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Images (B, 3, H, W) in [0, 1]; a graph that is exported has the score and the anomaly map only."""
+        """Score images (B, 3, H, W) in [0, 1]; compiled or exported graphs return score and map only."""
         if torch.compiler.is_compiling():
             maps = anomaly_map(self.flow(images)[0], tuple(images.shape[-2:]))
             return InferenceBatch(pred_score=image_score(maps), anomaly_map=maps)
         return self.predict(images)
 
     def predict(self, images: Tensor, features: Sequence[Tensor] | None = None) -> InferenceBatch:
-        """Scores, maps and the automatic segmentation; an image is anomalous where that finds a region."""
+        """Return scores, maps and the automatic segmentation; an image with a non-empty mask is anomalous."""
         (flow,) = self._fused or (self.flow,)
         found = flow.predict(images, features)
         return InferenceBatch(
@@ -63,7 +63,7 @@ class Detector(nn.Module):
         )
 
     def fuse(self) -> None:
-        """Predict with the inference form of the flow as it is now, until `unfuse`."""
+        """Predict with the inference form of the current flow, until `unfuse`."""
         self._fused = (self.flow.fuse(),)
 
     def unfuse(self) -> None:
@@ -72,7 +72,7 @@ class Detector(nn.Module):
 
 
 class UsfModule(AnomalibModule):
-    """What the three models below share.
+    """Base class of the three models below.
 
     The first batch of normal images initialises the flow (`FeatureFlow.initialize`), the normal images of
     each validation epoch give "val_loss" and calibrate the threshold (`FeatureFlow.calibrate`), and tests and
@@ -80,12 +80,12 @@ class UsfModule(AnomalibModule):
     thresholds fitted to defects; `pred_score` and `anomaly_map` are in [0, 1].
 
     Args:
-        backbone, weights, out_indices: of `usf_kernels.models.create_backbone`.
+        backbone, weights, out_indices: see `usf_kernels.models.create_backbone`.
         coupling: "additive" (uniformly scaling) or "affine".
         linear: "lu" or "permutation".
         lr: largest learning rate of AdamW; linear warm-up, then half a cosine.
-        pre_processor, post_processor, evaluator, visualizer: of anomalib. The pre-processor must leave images
-            in [0, 1]: the backbone normalises them. True resizes to 256 x 256.
+        pre_processor, post_processor, evaluator, visualizer: see anomalib. The pre-processor must leave
+            images in [0, 1], since the backbone normalises them. True resizes to 256 x 256.
         options: the other arguments of the model, such as `steps`.
 
     Raises:
@@ -108,7 +108,7 @@ class UsfModule(AnomalibModule):
         visualizer: Visualizer | bool = True,
         **options: Any,
     ) -> None:
-        # Not the initialisers between: those make anomalib's own networks.
+        # Skip the initialisers in between: they make anomalib's own networks.
         super(self.original, self).__init__(
             pre_processor=pre_processor,
             post_processor=post_processor,
@@ -126,21 +126,21 @@ class UsfModule(AnomalibModule):
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
     def configure_post_processor(self) -> PostProcessor:
-        """None of what anomalib's does by default.
+        """Disable anomalib's normalisation and thresholding.
 
-        Scores and maps are in [0, 1] as they are, and normalised they would be clamped to the range of the
-        validation images: no ranking would be left among defects. Labels and masks are there already, but not
-        from calling the Lightning module itself, which gives what an exported graph gives.
+        Scores and maps are in [0, 1] already; normalising would clamp them to the range of the validation
+        images, which leaves no ranking among defects. Predictions have labels and masks already, but calling
+        the Lightning module itself gives neither, just like an exported graph.
         """
         return PostProcessor(enable_normalization=False, enable_thresholding=False)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """Of Lightning's trainer."""
+        """Arguments of Lightning's trainer."""
         return {"gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW without weight decay, and its schedule where the number of steps is known."""
+        """Return AdamW without weight decay, with a schedule if the number of steps is known."""
         optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.0), lr=self.lr)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -149,7 +149,7 @@ class UsfModule(AnomalibModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """The loss of a batch of normal images."""
+        """Return the loss of a batch of normal images; the first one initialises the flow."""
         flow = self.model.flow
         features = flow.features(batch.image)
         if not self.model.initialized:
@@ -162,7 +162,7 @@ class UsfModule(AnomalibModule):
         return {"loss": loss}
 
     def validation_step(self, batch: Batch, *args: Any, **options: Any) -> Batch:
-        """Scores and maps; the loss of the normal images, whose features `on_validation_epoch_end` needs."""
+        """Predict, log the loss of normal images, and keep their features for `on_validation_epoch_end`."""
         features = self.model.flow.features(batch.image)
         if batch.gt_label is not None and not batch.gt_label.all():
             normal = [maps[batch.gt_label == 0] for maps in features]
@@ -173,7 +173,7 @@ class UsfModule(AnomalibModule):
         return batch.update(**self.model.predict(batch.image, features)._asdict())
 
     def on_validation_epoch_end(self) -> None:
-        """Fit the null model to the normal images, where there were any."""
+        """Fit the null model to the normal images, if there were any."""
         features = [torch.cat(maps) for maps in zip(*self._held_out, strict=True)]
         self._held_out = []
         if features:
@@ -184,7 +184,7 @@ class UsfModule(AnomalibModule):
         self.model.fuse()
 
     def on_test_end(self) -> None:
-        """Leave it."""
+        """Leave the inference form."""
         self.model.unfuse()
 
     def on_predict_start(self) -> None:
@@ -192,12 +192,12 @@ class UsfModule(AnomalibModule):
         self.model.fuse()
 
     def on_predict_end(self) -> None:
-        """Leave it."""
+        """Leave the inference form."""
         self.model.unfuse()
 
 
 def warm_up_and_cosine(step: int, steps: int) -> float:
-    """The learning rate at a step, 0 to `steps`, over the largest: 5 % of the steps up, a cosine to 1 %."""
+    """Return the learning rate at a step over the largest one: 5 % of `steps` up, then a cosine to 1 %."""
     warm = max(1, round(0.05 * steps))
     if step < warm:
         return (step + 1) / warm
@@ -205,18 +205,18 @@ def warm_up_and_cosine(step: int, steps: int) -> float:
 
 
 class UsfFastflow(UsfModule, Fastflow):
-    """`usf_kernels.models.FastFlow`; see `UsfModule`."""
+    """`usf_kernels.models.FastFlow` as an anomalib model; see `UsfModule`."""
 
     flow_class, original = FastFlow, Fastflow
 
 
 class UsfCflow(UsfModule, Cflow):
-    """`usf_kernels.models.CFlow`; see `UsfModule`."""
+    """`usf_kernels.models.CFlow` as an anomalib model; see `UsfModule`."""
 
     flow_class, original = CFlow, Cflow
 
 
 class UsfUflow(UsfModule, Uflow):
-    """`usf_kernels.models.UFlow`; see `UsfModule`."""
+    """`usf_kernels.models.UFlow` as an anomalib model; see `UsfModule`."""
 
     flow_class, original = UFlow, Uflow

@@ -17,7 +17,7 @@ _BASE = ("split_len1", "split_len2", "clamp", "f_clamp")
 
 
 def may_overwrite(*tensors: Tensor) -> bool:
-    """Whether what is computed from these may be written over: no gradients, and all of one dtype."""
+    """Whether results computed from these tensors may be overwritten: no gradients, and all of one dtype."""
     first = tensors[0]
     return (
         not torch.is_grad_enabled()
@@ -29,9 +29,9 @@ def may_overwrite(*tensors: Tensor) -> bool:
 def scale_and_shift(
     x: Tensor, log_scale: Tensor, shift: Tensor, alpha: float, *, inverse: bool, overwrite: bool
 ) -> Tensor:
-    """`x * exp(log_scale) + alpha * shift`, or its inverse; with `overwrite` in the memory of `log_scale`.
+    """Return `x * exp(log_scale) + alpha * shift` or its inverse; `overwrite` may overwrite `log_scale`.
 
-    On a CPU, fresh memory costs more than arithmetic.
+    Overwriting saves fresh memory, which on a CPU costs more than the arithmetic.
     """
     if inverse:
         difference = torch.sub(x, shift, alpha=alpha)
@@ -44,7 +44,7 @@ def scale_and_shift(
 
 
 class TwoSidedMixin(Faster):
-    """In front of a coupling block of FrEIA in a class's bases."""
+    """Mixin for coupling blocks of FrEIA, to stand before them in a class's bases."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)
@@ -53,7 +53,7 @@ class TwoSidedMixin(Faster):
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """As the original: ((y,), log_det (B,))."""
+        """Same as the original: ((y,), log_det (B,))."""
         (x,), c = x, list(c or ()) if self.conditional else []
         halves, log_dets = list(x.split([self.split_len1, self.split_len2], dim=1)), []
         for active in (1, 0) if rev else (0, 1):
@@ -66,14 +66,14 @@ class TwoSidedMixin(Faster):
         return (torch.cat(halves, dim=1),), log_det
 
     def _transform(self, x: Tensor, inputs: Tensor, active: int, rev: bool) -> tuple[Tensor, Tensor | None]:
-        """One half (the first where `active` is 0) transformed, and the log-determinant (B,); None for 0."""
+        """Transform one half (the first if `active` is 0); return it and the log-det (B,), None for 0."""
         raise NotImplementedError
 
 
 class NICEMixin(TwoSidedMixin):
-    """In front of `NICECouplingBlock`; arXiv:1410.8516, section 3.2.
+    """Mixin for `NICECouplingBlock`; arXiv:1410.8516, section 3.2.
 
-    The log-determinant is a tensor of zeros, where the original's is a number.
+    The log-determinant is a tensor of zeros, while the original's is a number.
     """
 
     needs = (*_BASE, "F", "G")
@@ -84,13 +84,13 @@ class NICEMixin(TwoSidedMixin):
 
 
 class _AffineMixin(TwoSidedMixin):
-    """`y = x * exp(s) + t` with `s = clamp * f_clamp(raw)`."""
+    """Mixin for couplings `y = x * exp(s) + t` with `s = clamp * f_clamp(raw)`."""
 
     uniform = False
     _is_atan: bool
 
     def _coefficients(self, inputs: Tensor, active: int) -> tuple[Tensor, Tensor]:
-        """(raw, t) of one half."""
+        """Return (raw, t) of one half."""
         raise NotImplementedError
 
     def begin_fast(self) -> None:
@@ -112,7 +112,7 @@ class _AffineMixin(TwoSidedMixin):
 
 
 class RNVPMixin(_AffineMixin):
-    """In front of `RNVPCouplingBlock`; arXiv:1605.08803, equations 4 and 5."""
+    """Mixin for `RNVPCouplingBlock`; arXiv:1605.08803, equations 4 and 5."""
 
     needs = (*_BASE, "subnet_s1", "subnet_t1", "subnet_s2", "subnet_t2")
 
@@ -123,7 +123,7 @@ class RNVPMixin(_AffineMixin):
 
 
 class GLOWMixin(_AffineMixin):
-    """In front of `GLOWCouplingBlock`; arXiv:1807.03039, table 1."""
+    """Mixin for `GLOWCouplingBlock`; arXiv:1807.03039, table 1."""
 
     needs = (*_BASE, "subnet1", "subnet2")
 

@@ -1,4 +1,4 @@
-"""What the classes share that `replace_blocks` gives to existing instances, and how those pickle."""
+"""Base of the classes that `replace_blocks` gives to existing instances: inference forms, pickling."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from torch.nn.utils.weight_norm import WeightNorm
 from usf_kernels.nn.fusing import fuse_parts
 from usf_kernels.nn.weights import Weights
 
-# Where the classes are that read nothing but parameters and options.
+# Packages whose classes are known to read nothing but their parameters and options.
 KNOWN = ("torch.nn.", "usf_kernels.nn.", "usf_kernels.integrations.")
 
 
 class Faster:
-    """In front of a class of FrEIA or anomalib in a class's bases: the same parameters and checkpoints.
+    """Mixin that stands before a class of FrEIA or anomalib in a class's bases, with the same parameters and
+    checkpoints.
 
-    `restore_blocks` calls `end_fast` of every module that has it, and gives it the first of its classes that
-    has none.
+    `restore_blocks` calls `end_fast` of every module that has it, and gives the module the first class of its
+    bases that does not.
 
     Attributes:
-        needs: names of attributes that every instance of the original has, in the versions that are known.
+        needs: names of attributes that every instance of the original has, in all known versions.
         uniform: whether the log-determinant does not depend on the input.
     """
 
@@ -34,14 +35,14 @@ class Faster:
     uniform = True
 
     def begin_fast(self) -> None:
-        """What an instance needs beyond the original's attributes. Undone by `end_fast`."""
+        """Add the attributes that the original does not have. Undone by `end_fast`."""
 
     def end_fast(self) -> None:
-        """Leave nothing behind."""
+        """Remove all that `begin_fast` added."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """With names for FrEIA's lambda functions, which do not pickle."""
-        inherited = getattr(super(), "__getstate__", None)  # of every class from Python 3.11 on
+        """Return the state with named functions for FrEIA's lambdas, which do not pickle."""
+        inherited = getattr(super(), "__getstate__", None)  # every class has it from Python 3.11 on
         state = self.__dict__ if inherited is None else inherited()
         return {
             name: named(value) if isinstance(value, LambdaType) else value for name, value in state.items()
@@ -49,9 +50,9 @@ class Faster:
 
 
 def runs_as_one(module: nn.Module) -> bool:
-    """Whether nobody could tell an inference form from the module: nothing in it is in training mode (it may
-    draw dropout masks) or of a class of the user's (which may read what only it knows of), and nobody hears
-    of its parts but what makes their weights."""
+    """Whether an inference form may stand in for the module: nothing in it is in training mode (it may draw
+    dropout masks) or of a user's class (which may read anything), and there are no hooks except those of
+    weight_norm and spectral_norm."""
     for part in parts_of(module):
         known = type(part).__module__.startswith(KNOWN)
         if part.training or not known or _is_heard(part):
@@ -60,7 +61,7 @@ def runs_as_one(module: nn.Module) -> bool:
 
 
 def parts_of(*modules: nn.Module) -> list[nn.Module]:
-    """All modules in these; at every call, and `modules()` takes four times as long."""
+    """Return all modules in these. It runs at every call, and `modules()` takes four times as long."""
     found, rest = [], list(modules)
     while rest:
         part = rest.pop()
@@ -74,8 +75,8 @@ class InferenceForm:
     """A fused flow of replaced blocks as they were when it was made.
 
     Args:
-        blocks: which must fold.
-        dtype: of the flow.
+        blocks: blocks that fold.
+        dtype: dtype of the flow.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
@@ -85,7 +86,7 @@ class InferenceForm:
         self.flow = fuse_parts(parts, dtype, self._weights.tensors[0].device)
 
     def is_of(self, blocks: Sequence[nn.Module], dtype: torch.dtype) -> bool:
-        """Whether it is still that of these, as far as that can be seen: see `Weights`."""
+        """Whether this is still the form of these blocks, as far as changes can be noticed: see `Weights`."""
         same = self._rest == self._other(blocks, dtype) and self._parts == parts_of(*blocks)
         return same and not self._weights.outdated
 
@@ -108,12 +109,12 @@ def scale_sigmoid(raw: Tensor) -> Tensor:
 
 
 def scale_softplus(raw: Tensor) -> Tensor:
-    """Its "SOFTPLUS"."""
+    """The "SOFTPLUS" of `AllInOneBlock`."""
     return 0.1 * F.softplus(raw, beta=0.5)
 
 
 def scale_exp(raw: Tensor) -> Tensor:
-    """Its "EXP"."""
+    """The "EXP" of `AllInOneBlock`."""
     return torch.exp(raw)
 
 
@@ -123,12 +124,12 @@ def clamp_atan(raw: Tensor) -> Tensor:
 
 
 def clamp_sigmoid(raw: Tensor) -> Tensor:
-    """Their "SIGMOID"."""
+    """The "SIGMOID" of FrEIA's coupling blocks."""
     return 2.0 * (torch.sigmoid(raw) - 0.5)
 
 
 def identity(raw: Tensor) -> Tensor:
-    """What `NICECouplingBlock` has for a clamp."""
+    """The clamp of `NICECouplingBlock`."""
     return raw
 
 
@@ -136,7 +137,7 @@ NAMED = (scale_sigmoid, scale_softplus, scale_exp, clamp_atan, clamp_sigmoid, id
 
 
 def named(function: Callable) -> Callable:
-    """The function of this file that does what one of FrEIA's lambda functions does; others as they are."""
+    """Return the function of this file that computes what a lambda of FrEIA does; other functions as is."""
     if getattr(function, "__name__", None) != "<lambda>" or not function.__module__.startswith("FrEIA."):
         return function
     probe = torch.tensor([-1.7, 0.0, 0.9], dtype=torch.float64, device="cpu")

@@ -20,13 +20,13 @@ class FlowModule(InvertibleModule):
     Args:
         dims_in: one shape (C, *spatial).
         dims_c: shapes (C_cond, *spatial) of the conditions, which are concatenated for the flow.
-        flow: with `forward(x, cond=None)` and `inverse(z, cond=None)`; the module `flow`.
+        flow: module with `forward(x, cond=None)` and `inverse(z, cond=None)`; becomes the submodule `flow`.
 
     `forward(x_or_z, c=None, rev=False, jac=True) -> ((y,), log_det)` takes a tuple of one (B, C, *spatial)
-    and returns log_det as (B,), that of the direction computed.
+    and returns log_det as (B,), for the direction computed.
 
     Raises:
-        ValueError: more or fewer inputs than one, a condition of other spatial sizes.
+        ValueError: for more or fewer inputs than one, or a condition of other spatial sizes.
     """
 
     folds = True
@@ -38,24 +38,24 @@ class FlowModule(InvertibleModule):
     def forward(
         self, x_or_z: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """Apply, or undo."""
+        """Apply the flow, or its inverse."""
         (x,) = x_or_z
         cond = torch.cat(list(c), dim=1) if c else None
         y, log_det = (self.flow.inverse if rev else self.flow)(x, cond)
-        return (y,), log_det.expand(x.shape[0]).clone()  # which may be written to
+        return (y,), log_det.expand(x.shape[0]).clone()  # callers may write to it
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Those of the input."""
+        """Return the shapes of the input: they do not change."""
         _check_dims(input_dims, ())
         return input_dims
 
     def flow_parts(self) -> Iterator[LinearMap | Coupling]:
-        """As `usf_kernels.nn.folding.parts`."""
+        """Return the parts of the flow, see `usf_kernels.nn.folding.parts`."""
         return parts(self.flow)
 
 
 def _check_dims(dims_in: Dims, dims_c: Dims | None) -> tuple[int, int]:
-    """(channels, channels of the conditions together)."""
+    """Return the number of channels, and that of all conditions together; raise for bad shapes."""
     dims_in, dims_c = list(dims_in), list(dims_c or ())
     if len(dims_in) != 1:
         raise ValueError(f"dims_in: expected the shape of one input, found {dims_in}")
@@ -70,8 +70,8 @@ class LUConv1x1(FlowModule):
 
     Args:
         dims_in: one shape (C, *spatial).
-        dims_c: none; the map has no conditions.
-        bias, diagonal, init: as there, but for a random rotation to begin with.
+        dims_c: None or empty; the map takes no conditions.
+        bias, diagonal, init: see that class; `init` is a random rotation by default.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class USFBlock(FlowModule):
         dims_in: one shape (C, *spatial).
         dims_c: shapes of the conditions.
         subnet_constructor: called as `subnet_constructor(c_in, c_out)`; returns the conditioner.
-        mask, zero_init: as there.
+        mask, zero_init: see that class.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class USFBlock(FlowModule):
 
 
 class FlowStep(FlowModule):
-    """`usf_kernels.nn.FlowStep`: coupling, ActNorm and linear map. As it is by default, additive with an LU
-    map, it is the uniformly scaling form of `AllInOneBlock`.
+    """`usf_kernels.nn.FlowStep`: coupling, ActNorm and linear map. By default, additive with an LU map, it is
+    the uniformly scaling form of `AllInOneBlock`.
 
     Args:
         dims_in: one shape (C, *spatial).
         dims_c: shapes of the conditions.
         subnet_constructor: called as `subnet_constructor(c_in, c_out)`; returns the conditioner.
-        coupling, linear, clamp, act_norm, zero_init: as there.
+        coupling, linear, clamp, act_norm, zero_init: see that class.
     """
 
     def __init__(

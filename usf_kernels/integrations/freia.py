@@ -1,8 +1,8 @@
 """FrEIA's modules on this package's operations, and this package's modules under FrEIA's contract.
 
-All are `InvertibleModule`s for `SequenceINN`, `GraphINN` and `ReversibleGraphNet`, beside FrEIA's own. Those
-named `Fast...` take the arguments of the class that they are named after and have its parameters, results
-and state_dict keys. They have names of their own, so they pickle.
+All are `InvertibleModule`s for `SequenceINN`, `GraphINN` and `ReversibleGraphNet`, beside FrEIA's own. A
+class named `Fast...` takes the arguments of the class that it is named after and has its parameters, results
+and state_dict keys. All are importable by name, so that they pickle.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ __all__ = [
 
 
 class FastAllInOneBlock(AllInOneMixin, AllInOneBlock):
-    """`FrEIA.modules.AllInOneBlock`."""
+    """`FrEIA.modules.AllInOneBlock`, faster."""
 
 
 class FastGLOWCouplingBlock(GLOWMixin, GLOWCouplingBlock):
-    """`FrEIA.modules.GLOWCouplingBlock`."""
+    """`FrEIA.modules.GLOWCouplingBlock`, faster."""
 
 
 class FastNICECouplingBlock(NICEMixin, NICECouplingBlock):
-    """`FrEIA.modules.NICECouplingBlock`."""
+    """`FrEIA.modules.NICECouplingBlock`, faster."""
 
 
 class FastRNVPCouplingBlock(RNVPMixin, RNVPCouplingBlock):
-    """`FrEIA.modules.RNVPCouplingBlock`."""
+    """`FrEIA.modules.RNVPCouplingBlock`, faster."""
 
 
 class FastSequenceINN(SequenceMixin, SequenceINN):
-    """`FrEIA.framework.SequenceINN`."""
+    """`FrEIA.framework.SequenceINN`, faster."""
 
 
 CLASSES = {

@@ -1,4 +1,4 @@
-"""`replace_blocks` and `restore_blocks`: decide everything, then change it, and the way back."""
+"""`replace_blocks`, which decides everything before it changes anything, and `restore_blocks`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from usf_kernels.integrations.all_in_one import AllInOneMixin
 from usf_kernels.integrations.faster import Faster
 from usf_kernels.ops.checks import check_choice, check_clamp
 
-# A module of a package that was never imported has no instances, so nothing is imported for nothing.
+# Integrations are imported only for packages in use: one that was never imported has no instances.
 _PACKAGES = {"FrEIA": "usf_kernels.integrations.freia", "anomalib": "usf_kernels.integrations.anomalib"}
 _UNIFORM = "usf_kernels.integrations.uniform"
 _TESTED = {"FrEIA": "0.2", "anomalib": "2.7"}
@@ -23,12 +23,12 @@ _TESTED = {"FrEIA": "0.2", "anomalib": "2.7"}
 
 @dataclass(frozen=True)
 class Replacement:
-    """What `replace_blocks` did.
+    """Report of `replace_blocks`.
 
     Attributes:
         replaced: names of the modules that have another class now.
-        left: names of those that could have had one, and why they have not.
-        notes: of replaced ones that do not compute what they did, what was kept.
+        left: names of the modules that were considered but not replaced, and why.
+        notes: for replaced modules that no longer compute the same, what was kept.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Replacement:
 
     @property
     def count(self) -> int:
-        """Of the modules replaced."""
+        """Number of modules replaced."""
         return len(self.replaced)
 
     def __str__(self) -> str:
@@ -55,30 +55,30 @@ def replace_blocks(model: nn.Module, *, to: str = "exact", compact: bool = False
     With `to="exact"` they compute the same, faster. `AllInOneBlock`s (every option) and FrEIA's GLOW, NICE
     and RNVP coupling blocks take fewer passes, in training too; a `SequenceINN` of `AllInOneBlock`s runs in
     its inference form (`FlowSequence.fuse`) where all of it is in evaluation mode, without hooks, and no
-    gradients are recorded; what is written through `.data` is seen from the next `train()` or `eval()` on.
-    All parameters stay the objects that they are, so optimisers, wrappers and hooks keep working, and
-    checkpoints go both ways. Permutations must not be edited by hand afterwards; loading them is fine.
+    gradients are recorded; writes through `.data` take effect at the next `train()` or `eval()`. All
+    parameters stay the same objects, so optimisers, wrappers and hooks keep working, and checkpoints go both
+    ways. Permutations must not be edited by hand afterwards; loading them is fine.
 
     With `to="usf"` the flow also becomes uniformly scaling: every `AllInOneBlock` gets an additive coupling
-    and an LU map (`usf_kernels.integrations.uniform` says what of it survives; blocks with `gin_block` are
-    uniformly scaling as they are). It has other parameters and keys afterwards: do it before there is an
-    optimiser or a DistributedDataParallel, then train.
+    and an LU map (`usf_kernels.integrations.uniform` says what it keeps; blocks with `gin_block` are
+    uniformly scaling already). The model has other parameters and keys afterwards: convert it before making
+    an optimiser or a DistributedDataParallel, then train.
 
     Args:
         model: any module; changed in place.
         to: "exact" or "usf".
-        compact: leave dense permutation matrices out of the state_dicts of `AllInOneBlock`s from now on: an
-            index takes their place. Such a checkpoint loads into replaced models only.
+        compact: from now on save an index instead of dense permutation matrices in the state_dicts of
+            `AllInOneBlock`s. Such a checkpoint loads into replaced models only.
 
     Returns:
-        What was replaced, and what was left and why.
+        Report of what was replaced, and what was left and why.
 
     Warns:
-        UserWarning: a version of FrEIA or anomalib that this was not tested with.
+        UserWarning: for a version of FrEIA or anomalib that this was not tested with.
 
     Raises:
-        TypeError: not a module.
-        ValueError: an unknown `to`; nothing in the model that could be replaced. The model is unchanged.
+        TypeError: if it is not a module.
+        ValueError: for an unknown `to`, or if nothing could be replaced. The model is unchanged.
     """
     check_module(model)
     check_choice("to", to, ("exact", "usf"))
@@ -89,7 +89,7 @@ def replace_blocks(model: nn.Module, *, to: str = "exact", compact: bool = False
 
 
 def replace_known(model: nn.Module, to: str = "exact", compact: bool = False) -> Replacement:
-    """`replace_blocks`, for whom there may be nothing to replace."""
+    """Do what `replace_blocks` does, but accept a model with nothing to replace."""
     report, plan = _decide(model, _classes(), to)
     _warn_of_versions({step.original for step in plan})
     for step in plan:
@@ -98,33 +98,33 @@ def replace_known(model: nn.Module, to: str = "exact", compact: bool = False) ->
 
 
 def restore_blocks(model: nn.Module) -> int:
-    """Undo `replace_blocks`: give the modules their original classes back, and what `to="usf"` took away.
+    """Undo `replace_blocks`: give modules back their original classes, and contents that `to="usf"` replaced.
 
-    Parameters are the objects that they were. Those that `to="usf"` put aside have not been trained since.
+    Parameters are the same objects as before. Those that `to="usf"` put aside have not been trained since.
 
     Returns:
-        How many there were.
+        Number of modules restored.
 
     Raises:
-        TypeError: not a module.
+        TypeError: if it is not a module.
     """
     check_module(model)
     replaced = [module for module in model.modules() if hasattr(type(module), "end_fast")]
     for module in replaced:
         fast = type(module)
         module.end_fast()
-        if type(module) is fast:  # those that have other contents have put both back
+        if type(module) is fast:  # `UniformBlock.end_fast` restores class and contents itself
             module.__class__ = next(base for base in fast.__mro__ if not hasattr(base, "end_fast"))
     return len(replaced)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One module of those that will be replaced.
+    """The planned replacement of one module.
 
     Attributes:
-        original: the class that it has where nothing is replaced.
-        fast: the class that it gets; None where it gets `flow`.
+        original: class of the module before any replacement.
+        fast: class that it gets; None where it gets `flow`.
     """
 
     module: nn.Module
@@ -147,7 +147,7 @@ class _Step:
 
 
 def _decide(model: nn.Module, classes: dict[type, type], to: str) -> tuple[Replacement, list[_Step]]:
-    """What will have been done, and the steps; nothing is changed."""
+    """Return the report and the steps that lead to it; nothing is changed yet."""
     originals = {fast: original for original, fast in classes.items()}
     report, plan = Replacement(), []
     for path, module in model.named_modules():
@@ -183,7 +183,7 @@ def _decide(model: nn.Module, classes: dict[type, type], to: str) -> tuple[Repla
 
 
 def _odd_clamp(module: nn.Module) -> bool:
-    """Whether it is an affine block that bounds its log scales by what no coupling here does."""
+    """Whether an affine block has a clamp that no coupling of this package takes."""
     if not hasattr(module, "GIN") or module.GIN:
         return False
     try:
@@ -194,7 +194,7 @@ def _odd_clamp(module: nn.Module) -> bool:
 
 
 def _nothing(model: nn.Module, report: Replacement) -> str:
-    """Why there is nothing to replace, and what to do."""
+    """Return a message saying what was expected, and why there is nothing to replace."""
     if report.left:
         found = "; ".join(f"{name}: {why}" for name, why in report.left.items())
     elif any(isinstance(module, Faster) for module in model.modules()):
@@ -208,14 +208,14 @@ def _nothing(model: nn.Module, report: Replacement) -> str:
 
 
 def _warn_of_versions(originals: set[type]) -> None:
-    """Warn where one of the classes is of a package in a version that this was not tested with."""
+    """Warn if a class belongs to a package version that this was not tested with."""
     for package in sorted({original.__module__.partition(".")[0] for original in originals}):
         found, tested = _version(package), _TESTED[package]
         if found != tested and not found.startswith(tested + "."):
             warnings.warn(
                 f"{package} {found}: replace_blocks is tested with {tested}; compare outputs before and "
                 f"after, or install {package}=={tested}.*",
-                stacklevel=4,  # who called `replace_blocks`, or `accelerate`
+                stacklevel=4,  # the caller of `replace_blocks` or `accelerate`
             )
 
 
@@ -227,13 +227,13 @@ def _version(package: str) -> str:
 
 
 def check_module(model: object) -> None:
-    """Raise TypeError unless it is one."""
+    """Raise TypeError unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
 
 
 def _classes() -> dict[type, type]:
-    """Original class to faster class, a `Faster`, of the packages that are in use."""
+    """Map original classes to faster ones (`Faster`), for the packages that are in use."""
     found: dict[type, type] = {}
     for package, integration in _PACKAGES.items():
         if package in sys.modules:

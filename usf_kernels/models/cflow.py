@@ -21,28 +21,28 @@ Condition = Tensor | Sequence[Tensor]  # (1, D, H, W), or what `FusedFlow.projec
 
 
 class CFlow(FeatureFlow):
-    """One flow per scale that treats every position alone, given where it is.
+    """One flow per scale that treats every position alone, conditioned on where it is.
 
     A flow is a whitening map and then `steps` Glow-like steps, whose conditioners are MLPs on the channels of
     one position and its encoding (`models.encoding`). With the couplings starting as the identity, the
-    flow that `initialize` leaves behind scores exactly as a Mahalanobis distance. The paper's scales are
-    those of strides 8, 16 and 32: `create_backbone("resnet18", out_indices=(2, 3, 4))`.
+    flow that `initialize` leaves behind scores exactly as a Mahalanobis distance. The paper uses the scales
+    of strides 8, 16 and 32: `create_backbone("resnet18", out_indices=(2, 3, 4))`.
 
     Args:
         backbone: from `create_backbone`.
         coupling: "additive" (uniformly scaling) or "affine" (the paper's).
         linear: "lu" or "permutation" (the paper's, with ActNorm).
-        steps: per scale.
+        steps: number of steps per scale.
         hidden_ratio: hidden units of a conditioner per input of it, the encoding's channels included.
-        encoding_channels: of the positional encoding, a multiple of 4.
+        encoding_channels: channels of the positional encoding, a multiple of 4.
         clamp: bound on the log scales of affine couplings.
         noise: standard deviation of the Gaussian noise put on whitened features in training mode. It keeps
             the flow from learning directions in which few training images happen not to vary.
-        position_share: share of the positions that a loss in training mode looks at, in (0, 1]: at random, at
-            every scale, the same ones in all images of a batch. Its mean is the loss of all positions, but
-            for what whole numbers of positions at a scale make of the share.
+        position_share: share of the positions that a loss in training mode looks at, in (0, 1]: drawn at
+            random at every scale, the same in all images of a batch. The mean of such losses is the loss of
+            all positions, up to rounding the share to whole numbers of positions per scale.
         memory: what training keeps for the backward pass, see `usf_kernels.nn.FlowSequence`.
-        memory_budget: bytes that a flow may take without gradients, about, besides its input and output: more
+        memory_budget: bytes, about, that a flow may take without gradients besides its input and output. More
             positions than fit are treated one stretch after the other, with the same results.
 
     `model(images) -> (latents, log_det)`: a list of (B, C_l, H_l, W_l), and the log-determinant summed over
@@ -93,10 +93,10 @@ class CFlow(FeatureFlow):
 
     @torch.no_grad()
     def inverse(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """Latents (B, C_l, H_l, W_l) to the features that have them, on the inference form too.
+        """Return the features of latents (B, C_l, H_l, W_l). Works on the inference form too.
 
         Raises:
-            ValueError: latents of other channels than the features.
+            ValueError: for latents with other channels than the features.
         """
         self._check(latents, "latents")
         return self._leave(self._run(latents, self._conditions(latents), inverse=True)[0])
@@ -145,11 +145,11 @@ class CFlow(FeatureFlow):
         return outputs, total
 
     def _positions_at_a_time(self, maps: Tensor) -> int:
-        """That fit into the memory budget."""
+        """Number of positions that fit into the memory budget."""
         channels, encoding_channels = maps.shape[1], self.options["encoding_channels"]
         hidden = self.options["hidden_ratio"] * (channels / 2 + encoding_channels)
-        # The state, a copy of it and the conditioner's output; its input and hidden units, those in front of
-        # and behind the activation.
+        # The state, a copy of it and the conditioner's output; the conditioner's input, and its hidden units
+        # before and after the activation.
         numbers = 4 * channels + encoding_channels + 2 * hidden
         return max(1, int(self.options["memory_budget"] / (numbers * maps.element_size())))
 
@@ -160,16 +160,16 @@ def in_stretches(
     cond: Condition,
     positions: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`call(maps, cond)` for a call that treats every position alone: so many positions at a time.
+    """Evaluate `call(maps, cond)`, for a call that treats every position alone, in stretches of positions.
 
-    All at once where gradients are recorded, which keep everything anyway, and in traced graphs, which may
-    not depend on the number of positions.
+    All positions are taken at once where gradients are recorded, which keep everything anyway, and in traced
+    graphs, which may not depend on the number of positions.
 
     Args:
-        call: of maps (B, C, H, W) and their condition; returns maps and a log-determinant, which is 0-d and
-            proportional to the positions, or (B,).
-        maps, cond: its arguments.
-        positions: at a time, at least 1: of several images where whole ones fit. None for all of them.
+        call: function of maps (B, C, H, W) and their condition that returns maps and a log-determinant, which
+            is either 0-d and proportional to the number of positions, or (B,).
+        maps, cond: arguments of `call`.
+        positions: most positions at a time, at least 1; whole images where they fit. None for no limit.
     """
     size = maps.shape[2] * maps.shape[3]
     whole = positions is None or torch.compiler.is_compiling() or torch.is_grad_enabled()
@@ -188,7 +188,7 @@ def in_stretches(
 
 
 def _cut(cond: Condition, start: int, stop: int) -> Condition:
-    """Of the positions in this range."""
+    """Condition of the positions from `start` to `stop`."""
     if cond is None:
         return None
     if isinstance(cond, Tensor):

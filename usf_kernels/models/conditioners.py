@@ -1,7 +1,7 @@
 """Conditioners of the density flows: dense for vectors, gated and normalised convolutions for maps.
 
-What stands in a conditioner is not part of the Jacobian of a coupling, so trainable normalisation is
-harmless here, unlike in front of the latents.
+The layers of a conditioner are not part of a coupling's log-determinant, so trainable normalisation is
+harmless here, unlike on the way to the latents.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class GatedResidual(nn.Module):
 
 
 def convolutional_conditioner(hidden: int, layers: int, kernel: int, dims: int) -> Subnet:
-    """Makes conditioners for maps of `dims` spatial dimensions: a convolution to `hidden` channels, `layers`
-    gated residual blocks with a `ChannelNorm` behind each, and a convolution to the output."""
+    """Return a function that makes conditioners for maps of `dims` spatial dimensions: a convolution to
+    `hidden` channels, `layers` gated residual blocks with a `ChannelNorm` each, and an output convolution."""
 
     def make(c_in: int, c_out: int) -> nn.Module:
         convolution = CONVOLUTIONS[dims]
@@ -72,7 +72,7 @@ def convolutional_conditioner(hidden: int, layers: int, kernel: int, dims: int) 
 
 
 def dense_conditioner(hidden: int, layers: int) -> Subnet:
-    """Makes conditioners for vectors: `layers` hidden layers of this width."""
+    """Return a function that makes conditioners for vectors: `layers` hidden layers of width `hidden`."""
 
     def make(c_in: int, c_out: int) -> nn.Module:
         widths = [c_in, *[hidden] * layers]

@@ -2,8 +2,8 @@
 
 L. Ruff et al., "Deep One-Class Classification", ICML 2018 (PMLR 80), equations 3 and 4.
 
-How it is linked to uniformly scaling flows (arXiv:2510.09452): let f be a flow whose log|det| is the same
-for all x, with the base distribution N(c, I/2) in D dimensions. Its negative log-likelihood is
+The link to uniformly scaling flows (arXiv:2510.09452): let f be a flow whose log|det| is the same for all x,
+with the base distribution N(c, I/2) in D dimensions. Its negative log-likelihood is
 
     -log p(x) = |f(x) - c|^2 + (D/2) log(pi) - log|det|
 
@@ -35,12 +35,12 @@ from usf_kernels.ops.checks import (
     compute_dtype,
 )
 
-SMALLEST_CENTRE = 0.1  # of a coordinate: a bias-free network reaches zero by setting weights to zero
-MOMENTUM = 0.1  # of a batch's radius in the running one
+SMALLEST_CENTRE = 0.1  # per coordinate: a bias-free network reaches zero by setting weights to zero
+MOMENTUM = 0.1  # weight of a batch's squared radius in the running one
 
 
 def squared_distance(z: Tensor, centre: Tensor) -> Tensor:
-    """`|z - centre|^2` of every sample, (B,), in float32 at least."""
+    """Return `|z - centre|^2` of every sample, (B,), in float32 at least."""
     return (z - centre).to(compute_dtype(z, centre)).square().flatten(1).sum(1)
 
 
@@ -61,9 +61,9 @@ class Collapse(NamedTuple):
     Attributes:
         collapsed: whether `relative_spread` is below the threshold.
         spread: root mean square distance of the latents from their mean.
-        relative_spread: the same as a share of what it was when the centre was set.
-        effective_dimensions: of the latents, (sum l)^2 / sum l^2 over the eigenvalues l of their covariance:
-            between 1 and their number; 0 where there is no variance at all.
+        relative_spread: spread relative to that at the time when the centre was set.
+        effective_dimensions: (sum l)^2 / sum l^2 over the eigenvalues l of the latents' covariance, between 1
+            and the number of eigenvalues; 0 where there is no variance at all.
         distance: mean distance of the latents from the centre.
     """
 
@@ -80,21 +80,21 @@ class DeepSVDD(nn.Module):
     The centre is the mean latent of the first training batch, away from zero in every coordinate, and never
     moves. In soft-boundary form, the squared radius of a training batch is the (1 - nu)-quantile of its
     squared distances, which minimises that batch's loss over the radius exactly; a running mean of it is kept
-    for `predict`. Weight decay, part of the paper's objective, is the optimiser's.
+    for `predict`. Weight decay, part of the paper's objective, is left to the optimiser.
 
     Args:
-        shape: of one sample: (D,) or D, (C, H, W), (C, D, H, W).
+        shape: shape of one sample: (D,) or D, (C, H, W), (C, D, H, W).
         objective: "one_class" or "soft_boundary".
-        nu: share of the training samples allowed outside, in (0, 1); of the soft boundary.
+        nu: share of the training samples allowed outside a soft boundary, in (0, 1).
         latent: dimensions of the latents.
-        hidden: width of a dense network, or of the first convolution (each next one has twice as many).
+        hidden: width of a dense network, or of the first convolution (doubled by each next one).
         layers: hidden layers; of a convolutional network, each halves the resolution.
         bias: False as in the paper, whose propositions 2 and 3 show how biases allow collapse.
 
     `model(x) -> z` takes (B, *shape) and returns (B, latent).
 
     Raises:
-        TypeError, ValueError: a bad argument; an x of another shape or not floating.
+        TypeError, ValueError: for a bad argument, or an x that is not floating or has another shape.
     """
 
     def __init__(
@@ -132,16 +132,16 @@ class DeepSVDD(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `from_config` needs: plain JSON values."""
+        """Arguments of `from_config`, as plain JSON values."""
         return dict(self.options)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The model that a `config` describes, untrained; raises as the class does."""
+        """Return the untrained model described by `config`; raise as the class does."""
         return cls(**config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Samples (B, *shape) to latents (B, latent)."""
+        """Map samples (B, *shape) to latents (B, latent)."""
         check_samples("x", x, self.shape)
         return self.network(x.to(next(self.network.parameters()).dtype))
 
@@ -167,7 +167,7 @@ class DeepSVDD(nn.Module):
         return self
 
     def loss(self, batch: Tensor) -> Tensor:
-        """The objective on a batch (B, *shape), 0-d. In training mode the first batch sets the centre.
+        """Return the objective on a batch (B, *shape), 0-d. In training mode the first batch sets the centre.
 
         Raises:
             TypeError: on the inference form.
@@ -191,15 +191,15 @@ class DeepSVDD(nn.Module):
         return now
 
     def _radius_of(self, z: Tensor) -> Tensor:
-        """Squared: the largest of those for which the loss of the batch is smallest."""
+        """Return the squared radius that minimises the batch's loss; the largest one of several."""
         distance = squared_distance(z, self.centre)
-        within = math.floor((1 - self.options["nu"]) * len(distance) + 1e-9)  # of a product that is rounded
+        within = math.floor((1 - self.options["nu"]) * len(distance) + 1e-9)  # + 1e-9: rounding
         return distance.kthvalue(min(within + 1, len(distance))).values.to(self.squared_radius.dtype)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Anomaly scores, (B,): squared distances from the centre; less the squared radius for a soft
-        boundary, so that what lies outside is positive.
+        """Return anomaly scores, (B,): squared distances from the centre. For a soft boundary, the squared
+        radius is subtracted, so that samples outside are positive.
 
         Raises:
             RuntimeError: before there is a centre.
@@ -210,14 +210,14 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def collapse(self, samples: Tensor, *, threshold: float = 0.01) -> Collapse:
-        """How far the latents of samples (N, *shape), at least two, have collapsed.
+        """Measure how far the latents of samples (N, *shape) have collapsed.
 
         Args:
-            samples: normal ones.
-            threshold: share of the first spread below which the network counts as collapsed.
+            samples: normal samples, at least two.
+            threshold: share of the initial spread below which the network counts as collapsed.
 
         Raises:
-            ValueError: fewer than two samples.
+            ValueError: for fewer than two samples.
             RuntimeError: before there is a centre.
         """
         self._require_centre()
@@ -228,7 +228,7 @@ class DeepSVDD(nn.Module):
         total = eigenvalues.sum().item()
         relative = (_spread(z) / self.initial_spread.double()).item()
         return Collapse(
-            collapsed=not relative >= threshold,  # no spread at the start is collapse, too
+            collapsed=not relative >= threshold,  # NaN, without any spread at the start, is collapse too
             spread=_spread(z).item(),
             relative_spread=relative,
             effective_dimensions=total**2 / eigenvalues.square().sum().item() if total > 0 else 0.0,
@@ -236,11 +236,11 @@ class DeepSVDD(nn.Module):
         )
 
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
-        """The same model for inference: a copy in evaluation mode without gradients, in another dtype if one
-        is given; centre and radius keep theirs. This model stays as it is.
+        """Return a copy for inference, in evaluation mode and without gradients. A `dtype` is that of the
+        copy's network; centre and radius keep theirs. This model stays as it is.
 
         Raises:
-            TypeError: a dtype that is not floating, or any for an inference form, which keeps its own.
+            TypeError: for a dtype that is not floating, or any on an inference form, which keeps its own.
         """
         check_dtype(dtype)
         check_not_fused_to(self, dtype)
@@ -250,7 +250,7 @@ class DeepSVDD(nn.Module):
         return fused
 
     def _ready(self) -> bool:
-        """A CUDA graph cannot ask; the calls that warm it up have."""
+        """Whether the centre is set. A CUDA graph cannot check that, but its warm-up calls have."""
         return is_capturing() or not bool(self.centre.isnan().any())
 
     def _require_centre(self) -> None:

@@ -17,10 +17,10 @@ from usf_kernels.ops.checks import check_choice, check_int, check_positive
 
 
 class _FromTorch(BaseDistribution):
-    """One of torch.distributions; its parameters are read anew at every call."""
+    """A base distribution made of one of torch.distributions, rebuilt from the parameters at every call."""
 
     def distribution(self) -> Distribution:
-        """The distribution as it is now: of one sample, without a batch shape."""
+        """Return the distribution of one sample at the current parameters, without a batch shape."""
         raise NotImplementedError
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class NormalBase(_FromTorch):
 
     Args:
         shape, loc, trainable: see `BaseDistribution`.
-        scale: of every dimension, positive.
+        scale: initial scale of every dimension, positive.
     """
 
     family: type[Distribution] = Normal
@@ -58,7 +58,7 @@ class NormalBase(_FromTorch):
         self._register("log_scale", torch.full(self.shape, math.log(scale)))
 
     def distribution(self) -> Distribution:
-        """The distribution as it is now."""
+        """Return the distribution at the current parameters."""
         return self._independent(self.loc, self.log_scale.exp())
 
     def _independent(self, *parameters: Tensor) -> Distribution:
@@ -68,7 +68,7 @@ class NormalBase(_FromTorch):
 
 
 class LaplaceBase(NormalBase):
-    """Independent Laplace distributions; arguments as for `NormalBase`. Radial on the L1 norm."""
+    """Independent Laplace distributions, radial in the L1 norm; arguments as for `NormalBase`."""
 
     family = Laplace
 
@@ -92,7 +92,7 @@ class StudentTBase(NormalBase):
         self._register("log_df", torch.full(self.shape, math.log(df)))
 
     def distribution(self) -> Distribution:
-        """The distribution as it is now."""
+        """Return the distribution at the current parameters."""
         return self._independent(self.log_df.exp(), self.loc, self.log_scale.exp())
 
 
@@ -101,8 +101,8 @@ class NormalMixtureBase(_FromTorch):
 
     Args:
         shape, trainable: see `BaseDistribution`.
-        components: their number; they start with equal weights and unit variances.
-        spread: standard deviation of the first means, which torch's global generator draws.
+        components: number of normals, which start with equal weights and unit variances.
+        spread: standard deviation of the initial means, drawn from torch's global generator.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class NormalMixtureBase(_FromTorch):
         self._register("logits", torch.zeros(components))
 
     def distribution(self) -> Distribution:
-        """The distribution as it is now."""
+        """Return the distribution at the current parameters."""
         normals = Independent(self._normals(), len(self.shape), validate_args=False)
         return mixture(self.logits, normals)
 
@@ -126,7 +126,7 @@ class NormalMixtureBase(_FromTorch):
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every sample, (B,)."""
         parts = self._normals().log_prob(self._checked(z)[:, None]).flatten(2)
-        # Inside of the sum: to what is behind one, OpenVINO adds a vector along the wrong axis.
+        # The weights are added before the sum: OpenVINO adds a vector to a sum along the wrong axis.
         weights = torch.log_softmax(self.logits, 0) / max(self.dimensions, 1)
         return (parts + weights[:, None]).sum(2).logsumexp(1)
 
@@ -141,15 +141,15 @@ BASES: dict[str, type[BaseDistribution]] = {
 
 
 def create_base(spec: str | Mapping[str, Any], shape: Sequence[int]) -> BaseDistribution:
-    """A base distribution from its description.
+    """Make a base distribution from its description.
 
     Args:
         spec: "normal", "laplace", "student_t", "radial" or "normal_mixture", or a mapping with such a `name`
             and the options of that distribution.
-        shape: of one sample.
+        shape: shape of one sample.
 
     Raises:
-        TypeError, ValueError: an unknown name or option, a bad value.
+        TypeError, ValueError: for an unknown name or option, or a bad value.
     """
     if not isinstance(spec, (str, Mapping)):
         raise TypeError(f"base: expected a name or a mapping, found {type(spec).__name__}")

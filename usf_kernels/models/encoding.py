@@ -1,4 +1,4 @@
-"""Positional encodings, and how fused flows take them."""
+"""Positional encodings, as maps and in the form that fused flows take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from usf_kernels.ops.native import memory_format
 
 
 def check_encoding_channels(channels: int) -> None:
-    """Raise unless a positional encoding can have so many channels."""
+    """Raise unless a positional encoding can have this number of channels."""
     check_int("encoding_channels", channels, 4)
     if channels % 4:
         raise ValueError(f"encoding_channels: expected a multiple of 4, found {channels}")
@@ -28,17 +28,17 @@ def positional_encoding(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Where a position is, as sines and cosines of its column and row.
+    """Encode each position of a map as sines and cosines of its column and row.
 
-    With D = channels / 2, channels 2i and 2i + 1 are sin and cos of `column / 10000^(2i / D)`, and those from
-    D on the same of the row. It is the 2D form of A. Vaswani et al., "Attention Is All You Need"
+    With D = channels / 2, channels 2i and 2i + 1 are sin and cos of `column / 10000^(2i / D)`, and channels
+    from D on are the same for the row. It is the 2D form of A. Vaswani et al., "Attention Is All You Need"
     (arXiv:1706.03762), section 3.5, on which CFlow conditions (arXiv:2107.12571).
 
     Args:
         channels: a multiple of 4.
-        height, width: of the map.
-        dtype: of the result; it is computed in float32 at least.
-        device: of the result.
+        height, width: size of the map.
+        dtype: dtype of the result; it is computed in float32 at least.
+        device: device of the result.
 
     Returns:
         (channels, height, width), in [-1, 1].
@@ -61,12 +61,12 @@ def positional_encoding(
 
 
 class Encodings:
-    """The positional encodings of one scale: as maps, or as its fused flow takes them.
+    """The positional encodings of one scale, as maps or projected for its fused flow.
 
-    Both are kept, for a few sizes of map, the latter until a weight of the flow changes or moves.
+    Both are cached for a few sizes of map; projections until a weight of the flow changes or moves.
 
     Args:
-        channels: of the encoding.
+        channels: channels of the encoding.
     """
 
     def __init__(self, channels: int) -> None:
@@ -75,7 +75,7 @@ class Encodings:
         self._projected: Kept[tuple[Tensor, ...]] = Kept()
 
     def of(self, maps: Tensor) -> Tensor:
-        """(1, channels, H, W) for maps (B, C, H, W), in their memory format. Not to be written to."""
+        """Return (1, channels, H, W) for maps (B, C, H, W), in their memory format. Not to be written to."""
         key = tuple(maps.shape[2:]), maps.dtype, maps.device, memory_format(maps)
         return self._maps.get(key, (), lambda: self._encode(*key))
 
@@ -86,7 +86,7 @@ class Encodings:
         return encoding.contiguous(memory_format=format_)
 
     def projected(self, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...] | None:
-        """`flow.project` of the encoding; None for a flow without couplings, which takes no condition."""
+        """Return `flow.project` of the encoding; None if the flow takes no condition (has no couplings)."""
         if flow.cond_channels == 0:
             return None
         key = tuple(maps.shape[2:]), maps.device

@@ -1,4 +1,4 @@
-"""Models as ONNX files, for runtimes without PyTorch."""
+"""Export of models as ONNX files, for runtimes without PyTorch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from usf_kernels.ops.checks import check_int
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
-TOLERANCE = 1e-4  # of outputs, relative to the largest one
+TOLERANCE = 1e-4  # largest error, relative to an output's largest value or 1
 LARGEST_FILE = 2**31 - 1  # bytes of a protocol buffer
-BATCH = 2  # of the example: a size of 1 would be taken for a constant
+BATCH = 2  # size of the example batch: 1 would be taken for a constant
 
 
 class ExportedScores(nn.Module):
-    """What an exported model computes: images (B, 3, H, W) to an anomaly map (B, 1, H, W) and one map of
+    """The computation that is exported: images (B, 3, H, W) to an anomaly map (B, 1, H, W) and one map of
     squared norms (B, H_l, W_l) per scale, finest first."""
 
     def __init__(self, model: ScoredModel) -> None:
@@ -52,25 +52,25 @@ def export_onnx(
 
     The input is `images`, float32 (batch, 3, height, width) in [0, 1]; the outputs are `anomaly_map` (batch,
     1, height, width) and, per scale, `squared_norm_0`, `squared_norm_1`, ... (batch, H_l, W_l), finest first.
-    The graph holds operators of the standard ONNX set only. The number of false alarms is not in it: it is
-    computed from the squared norms (`usf_kernels.log_nfa`, which takes NumPy arrays). What that needs is in
-    the file's metadata, as JSON: `usf_kernels.channels`, the latents' channels per scale, and
-    `usf_kernels.null`, the arguments of `Null.from_list`, null for a model that is not calibrated.
+    The graph holds operators of the standard ONNX set only. The number of false alarms is not in it: compute
+    it from the squared norms with `usf_kernels.log_nfa`, which takes NumPy arrays. The values needed for that
+    are in the file's metadata, as JSON: `usf_kernels.channels`, the latents' channels per scale, and
+    `usf_kernels.null`, the arguments of `Null.from_list`, or null for a model that is not calibrated.
 
     Args:
         model: a FastFlow, UFlow, CFlow or Mahalanobis with float32 weights, on any device; or the inference
-            form of one (`fuse`), which is slower where a runtime has convolutions of its own memory format,
-            as ONNX Runtime does. It stays as it is.
+            form of one (`fuse`), which is slower in runtimes with convolutions in a memory format of their
+            own, such as ONNX Runtime. The model is not changed.
         path: the file, written whole or not at all.
-        image_size: (H, W) of the images to trace the model with, and the only one with dynamic_size=False.
-        dynamic_size: leave the images' height and width open; the batch size is open always.
+        image_size: (H, W) to trace the model with, and the only size that dynamic_size=False allows.
+        dynamic_size: leave the images' height and width open; the batch size is always open.
 
     Raises:
         ImportError: without onnx or onnxscript.
-        TypeError: another model; weights that are not float32.
-        ValueError: an image size that the model does not take; a file beyond 2 GiB, which ONNX does not have.
-        RuntimeError: a backbone that cannot be exported, or not for any size; a file with which ONNX Runtime,
-            where that is installed, does not give the model's results.
+        TypeError: for another kind of model, or weights that are not float32.
+        ValueError: for an image size that the model does not take, or a file over 2 GiB, ONNX's limit.
+        RuntimeError: for a backbone that cannot be exported, or only for one size; or if ONNX Runtime, where
+            it is installed, does not reproduce the model's results.
         OSError: naming the file, when it cannot be written.
     """
     _check_packages()
@@ -91,7 +91,7 @@ def _check_packages() -> None:
 
 
 def _scores(model: nn.Module) -> ExportedScores:
-    """A copy on the CPU, in evaluation mode."""
+    """Return the computation to export, with a copy of the model on the CPU, in evaluation mode."""
     if not isinstance(model, ScoredModel):
         raise TypeError(
             f"model: expected a FastFlow, UFlow, CFlow or Mahalanobis, found {type(model).__name__}"
@@ -102,12 +102,12 @@ def _scores(model: nn.Module) -> ExportedScores:
     scores = ExportedScores(deepcopy(model).cpu()).eval().requires_grad_(False)
     for module in scores.modules():
         if hasattr(module, "inplace"):
-            module.inplace = False  # what is in place takes the tracer of open sizes longer than all else
+            module.inplace = False  # with open sizes, tracing in-place operations takes longer than the rest
     return scores
 
 
 def _example(scores: ExportedScores, image_size: tuple[int, int]) -> Tensor:
-    """Images of this size, which the model takes."""
+    """Return random images of this size; raise unless the model takes them."""
     if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
         raise TypeError(f"image_size: expected a pair (height, width), found {image_size!r}")
     for i, side in enumerate(image_size):
@@ -116,7 +116,7 @@ def _example(scores: ExportedScores, image_size: tuple[int, int]) -> Tensor:
     try:
         with torch.no_grad():
             scores(images)
-    except Exception as error:  # a backbone says what it does not take with an exception of any type
+    except Exception as error:  # backbones refuse sizes with exceptions of any type
         size = "x".join(map(str, image_size))
         raise ValueError(f"image_size: the model does not take {size} images: {_reason(error)}") from error
     return images
@@ -128,12 +128,12 @@ def _program(scores: ExportedScores, images: Tensor, dynamic_size: bool) -> ONNX
     names = ["anomaly_map", *(f"squared_norm_{i}" for i in range(len(scores.model.backbone.channels)))]
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's and the backbone's own code
+            warnings.simplefilter("ignore")  # they are about torch's and the backbone's own code
             traced = torch.export.export(scores, (images,), dynamic_shapes=(dims,))
             program = torch.onnx.export(
                 traced, dynamo=True, verbose=False, input_names=["images"], output_names=names
             )
-    except Exception as error:  # what the tracer and the translator do not know, they say in many ways
+    except Exception as error:  # the tracer and the translator fail with exceptions of many types
         hint = "; dynamic_size=False exports it for image_size alone" if dynamic_size else ""
         raise RuntimeError(f"the model cannot be exported{hint}: {_reason(error)}") from error
     _name_dimensions(program, dynamic_size)
@@ -141,7 +141,7 @@ def _program(scores: ExportedScores, images: Tensor, dynamic_size: bool) -> ONNX
 
 
 def _name_dimensions(program: ONNXProgram, dynamic_size: bool) -> None:
-    """Instead of the symbols of the tracer and the terms that it has for the sizes of the outputs."""
+    """Give open dimensions readable names, in place of the tracer's symbols and terms."""
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         dims = list(value.shape)
         dims[0] = "batch"
@@ -165,9 +165,9 @@ def _serialized(program: ONNXProgram) -> bytes:
 
     log = logging.getLogger("onnxscript.optimizer")
     level = log.level
-    log.setLevel(logging.ERROR)  # it has a line for each node that it leaves as it is
+    log.setLevel(logging.ERROR)  # it logs a line for each node that it leaves as it is
     try:
-        # Products of weights are computed here; by default, only those of small ones are.
+        # Compute products of weights now, of any size; the default is to do so for small weights only.
         optimizer.optimize(program.model, input_size_limit=LARGEST_FILE, output_size_limit=LARGEST_FILE)
     finally:
         log.setLevel(level)
@@ -178,7 +178,7 @@ def _serialized(program: ONNXProgram) -> bytes:
 
 
 def _check_results(content: bytes, scores: ExportedScores, images: Tensor) -> None:
-    """Raise unless ONNX Runtime, where that is installed, computes what the model does."""
+    """Raise if ONNX Runtime is installed and does not reproduce the model's results."""
     if importlib.util.find_spec("onnxruntime") is None:
         return
     import onnxruntime
@@ -198,7 +198,7 @@ def _check_results(content: bytes, scores: ExportedScores, images: Tensor) -> No
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error came from."""
+    """First line of the message of an error's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -24,9 +24,9 @@ class FastFlow(FeatureFlow):
     flow that `initialize` leaves behind scores exactly as a Mahalanobis distance, and training improves on
     that. Everything trainable is counted in the log-determinant, so the likelihood is bounded.
 
-    The paper's flows are affine with permutations: `coupling="affine", linear="permutation"`. It leaves some
-    of its settings out; public reimplementations have these, and the numbers of parameters that the paper
-    gives for the ResNets agree. Transformers are made with `final_norm=True`.
+    The paper's flows are affine with permutations: `coupling="affine", linear="permutation"`. The paper omits
+    some settings. Those below are from public reimplementations, and agree with the numbers of parameters
+    that it gives for the ResNets. Create transformers with `final_norm=True`.
 
     | `create_backbone` | steps | kernels | hidden_ratio |
     |---|---|---|---|
@@ -39,7 +39,7 @@ class FastFlow(FeatureFlow):
         backbone: from `create_backbone`.
         coupling: "additive" (uniformly scaling) or "affine" (the paper's).
         linear: "lu" or "permutation" (the paper's, with ActNorm).
-        steps: per scale.
+        steps: number of steps per scale.
         hidden_ratio: hidden channels of a conditioner per input channel of it.
         kernels: sizes of the kernels, repeated over the steps.
         clamp: bound on the log scales of affine couplings.
@@ -83,10 +83,10 @@ class FastFlow(FeatureFlow):
 
     @torch.no_grad()
     def inverse(self, latents: Sequence[Tensor]) -> list[Tensor]:
-        """Latents (B, C_l, H_l, W_l) to the features that have them, on the inference form too.
+        """Return the features of latents (B, C_l, H_l, W_l). Works on the inference form too.
 
         Raises:
-            ValueError: latents of other channels than the features.
+            ValueError: for latents with other channels than the features.
         """
         self._check(latents, "latents")
         return self._leave([flow.inverse(z)[0] for flow, z in zip(self.flows, latents, strict=True)])

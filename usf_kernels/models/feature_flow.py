@@ -1,4 +1,4 @@
-"""What all flows on the features of a frozen backbone share: the likelihood, and how they start."""
+"""Base class of all flows on the features of a frozen backbone: likelihood and initialisation."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from usf_kernels.ops.checks import (
 class FeatureFlow(ScoredModel):
     """A density model of feature pyramids; the latents' norms are the anomaly scores.
 
-    A subclass transforms features (`_transform`) with one FlowSequence per scale, `flows`, or says which its
-    first maps are (`_entries`) and how its flows get their inference form (`_fuse_flows`). Whatever it trains
-    is counted in the log-determinant, so that the likelihood is bounded.
+    A subclass transforms features (`_transform`) with one FlowSequence per scale, `flows`; otherwise it also
+    overrides which maps come first (`_entries`) and how flows get their inference form (`_fuse_flows`). All
+    that it trains must count in the log-determinant, so that the likelihood is bounded.
 
     Args:
         backbone: from `create_backbone`.
@@ -48,24 +48,24 @@ class FeatureFlow(ScoredModel):
         return [flow[0] for flow in self.flows]
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
-        """Latents and log-determinant; noise of this standard deviation is put on whitened features."""
+        """Return latents and log-determinant; noise of this standard deviation is added after whitening."""
         raise NotImplementedError
 
     def _training_transform(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """What the loss of a training step sees: with noise."""
+        """Return latents and log-determinant for the loss of a training step: with noise."""
         return self._transform(features, self.options["noise"])
 
     def _fuse_flows(self, dtype: torch.dtype | None) -> None:
         self.flows = nn.ModuleList(flow.fuse(dtype) for flow in self.flows)
 
     def latents(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Features to latents, one map per scale, and the log-determinant summed over scales."""
+        """Map features to latents, one map per scale, and the log-determinant summed over scales."""
         entered, border_log_det = self._enter(features)
         latents, log_det = self._transform(entered, 0.0)
         return latents, log_det + border_log_det
 
     def loss(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
-        """Negative log-likelihood per dimension, without its constant: 0-d.
+        """Return the negative log-likelihood per dimension, without its constant: 0-d.
 
         `(0.5 * sum z^2 - log|det|) / D`, summed over the scales' dimensions D, averaged over the batch.
 
@@ -81,7 +81,7 @@ class FeatureFlow(ScoredModel):
             latents, log_det = self._transform(entered, 0.0)
         energy = sum(0.5 * z.square().flatten(1).sum(1) for z in latents)
         of_flow = ((energy - log_det) / sum(z[0].numel() for z in latents)).mean()
-        # On its own: latents may be those of a share of the positions, or of maps that were extended.
+        # Averaged separately: latents may cover only a share of the positions, or extended maps.
         return of_flow - border_log_det / sum(maps[0].numel() for maps in features)
 
     @torch.no_grad()
@@ -90,10 +90,10 @@ class FeatureFlow(ScoredModel):
 
         First, channels get the mean and spread near the border of a map that they have inside (`BorderNorm`).
         Then an LU map whitens them: while the couplings are the identity, the flow scores as the Mahalanobis
-        distance does. Where there are ActNorms, every one scales what reaches it to unit variance.
+        distance does. Every ActNorm, where there are any, scales its input to unit variance.
 
         Args:
-            features: of normal training images, or these images (N, 3, H, W).
+            features: features of normal training images, or these images (N, 3, H, W).
             shrinkage: ridge on the covariance, in units of the mean variance.
 
         Returns:
@@ -101,8 +101,8 @@ class FeatureFlow(ScoredModel):
 
         Raises:
             TypeError: on the inference form.
-            ValueError: features of other channels, or of statistics that are not finite. Nothing has
-                changed then.
+            ValueError: for features with other channels, or whose statistics are not finite. The model is
+                unchanged then.
         """
         check_trainable(self, "initialize")
         features = self._features_of(features)
@@ -118,19 +118,19 @@ class FeatureFlow(ScoredModel):
             for norm in norms:
                 norm.forget_()
             if norms:
-                with in_mode(self, training=True):  # in which they take their statistics from a batch
+                with in_mode(self, training=True):  # only there do they take statistics from a batch
                     self._transform(entered, 0.0)
         return self
 
     def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The latents where there are features; a subclass may have extended its maps beyond them."""
+        """Return latents cropped to the features' sizes; a subclass may have extended its maps."""
         latents, _ = self.latents(features)
         sizes = [maps.shape[2:] for maps in features]
         return [z[..., :height, :width] for z, (height, width) in zip(latents, sizes, strict=True)]
 
 
 def check_linear(linear: str) -> None:
-    """Raise unless it names a linear map of these models."""
+    """Raise unless `linear` names a linear map of these models."""
     check_choice("linear", linear, ("lu", "permutation"))
 
 
@@ -181,17 +181,18 @@ def glow_steps(
 
 
 def entry_map(channels: int, linear: str) -> LUConv1x1 | ActNorm:
-    """What stands in front of a flow: a map that can whiten, or one that can only scale and shift."""
+    """Make the map in front of a flow: LU, which can whiten, or ActNorm, which only scales and shifts."""
     return LUConv1x1(channels) if linear == "lu" else ActNorm(channels)
 
 
 def add_noise(z: Tensor, noise: float) -> Tensor:
-    """With Gaussian noise of this standard deviation."""
+    """Add Gaussian noise of this standard deviation."""
     return z + noise * torch.randn_like(z) if noise > 0 else z
 
 
 def convolutional_subnet(kernel: int, hidden_ratio: float) -> Callable[[int, int], nn.Module]:
-    """Convolution, ReLU, convolution: a conditioner with `hidden_ratio` hidden channels per input channel."""
+    """Return a maker of conditioners (convolution, ReLU, convolution) with `hidden_ratio` hidden channels per
+    input channel."""
 
     def make(c_in: int, c_out: int) -> nn.Module:
         hidden = max(1, round(hidden_ratio * c_in))

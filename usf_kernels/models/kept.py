@@ -1,4 +1,4 @@
-"""What is computed from tensors, kept until they change."""
+"""A cache of values computed from tensors, valid until the tensors change."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Value = TypeVar("Value")
 class Kept(Generic[Value]):
     """The values of the last few keys, until a tensor that they come from is written to, replaced or moved.
 
-    They are neither copied nor pickled. Compilers, tracers, transforms and CUDA graphs see them computed, and
-    so does who has tensors of inference mode, whose changes cannot be seen.
+    Values are neither copied nor pickled. They are computed anew, not cached, for compilers, tracers,
+    transforms and CUDA graphs, and for inference tensors, whose changes cannot be noticed.
     """
 
     def __init__(self) -> None:
@@ -33,24 +33,24 @@ class Kept(Generic[Value]):
         return len(self._entries)
 
     def get(self, key: Hashable, tensors: Iterable[Tensor], make: Callable[[], Value]) -> Value:
-        """`make()`, or what it gave for this key while the tensors were as they are."""
+        """Return `make()`, or its earlier value for this key if the tensors have not changed since."""
         tensors = list(tensors)
         if somebody_looks() or is_capturing() or any(t.is_inference() for t in tensors):
             return make()
-        # Views: what a value comes from cannot be freed, and its address not be given to other tensors.
+        # Hold views, so that the memory is not freed and its address not given to other tensors.
         tensors = [t.detach() for t in tensors]
         state = state_of(tensors)
         entry = self._entries.pop(key, None)
         if entry is None or entry.state != state:
             entry = _Entry(tensors, state, _make_ordinary(make))
-        self._entries[key] = entry  # what was used last comes last
-        for old in list(self._entries)[:-MOST]:  # in one piece: other threads keep values too
+        self._entries[key] = entry  # last used, last in order
+        for old in list(self._entries)[:-MOST]:  # a copy of the keys: other threads may add some meanwhile
             self._entries.pop(old, None)
         return entry.value
 
 
 def _make_ordinary(make: Callable[[], Value]) -> Value:
-    """Tensors of inference mode could not take part when a gradient is asked for later."""
+    """Run `make` outside inference mode: inference tensors could not take part in a later gradient."""
     if not torch.is_inference_mode_enabled():
         return make()
     with torch.inference_mode(False), torch.no_grad():

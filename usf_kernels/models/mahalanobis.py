@@ -1,6 +1,7 @@
 """The baseline: full-covariance Mahalanobis distance of features, one Gaussian per scale for all positions.
 
-PaDiM (T. Defard et al., arXiv:2011.08785) without its positions, which textures do not have.
+It is PaDiM (T. Defard et al., arXiv:2011.08785) without a Gaussian per position, since textures look alike
+everywhere.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from usf_kernels.ops.checks import check_trainable
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and covariance (C, C) of features (N, C, H, W) over images and positions, float64."""
+    """Return mean (C,) and covariance (C, C) of features (N, C, H, W) over images and positions, float64."""
     rows = features.transpose(0, 1).flatten(1).double()
-    return rows.mean(1), torch.cov(rows).view(len(rows), len(rows))  # of one channel it is 0-d
+    return rows.mean(1), torch.cov(rows).view(len(rows), len(rows))  # cov of one channel is 0-d
 
 
 class Mahalanobis(ScoredModel):
@@ -45,7 +46,7 @@ class Mahalanobis(ScoredModel):
         First, channels get the mean and spread near the border of a map that they have inside (`BorderNorm`).
 
         Args:
-            features: of the training images, or these images (N, 3, H, W).
+            features: features of the training images, or these images (N, 3, H, W).
             shrinkage: ridge on the covariance, in units of the mean variance.
 
         Returns:
@@ -53,8 +54,8 @@ class Mahalanobis(ScoredModel):
 
         Raises:
             TypeError: on the inference form.
-            ValueError: features of other channels, or of statistics that are not finite. Nothing has
-                changed then.
+            ValueError: for features with other channels, or whose statistics are not finite. The model is
+                unchanged then.
         """
         check_trainable(self, "fit")
         features = self._features_of(features)
@@ -65,7 +66,7 @@ class Mahalanobis(ScoredModel):
         return self
 
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Whitened features, of the same shapes."""
+        """Return whitened features, of the same shapes."""
         entered, _ = self._enter(features)
         return [linear(maps)[0] for linear, maps in zip(self.whitening, entered, strict=True)]
 

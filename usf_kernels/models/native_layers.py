@@ -1,4 +1,4 @@
-"""Layers of frozen networks in the C++ extension, where it is faster than PyTorch."""
+"""Layers of frozen networks that run in the C++ extension where it is faster than PyTorch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from usf_kernels.ops import native
 from usf_kernels.ops.convolution import in_tiles
 from usf_kernels.ops.products import MULTIPLIES, MULTIPLIES_BFLOAT16, WORTH_THREADS, has_amx
 
-NARROWEST_LINEAR = 32  # inputs and outputs: the extension multiplies so many at a time
-NARROWEST_PAIRS = 128  # of convolutions in bfloat16: with 64, going to points takes as long as it saves
+NARROWEST_LINEAR = 32  # inputs and outputs: the extension multiplies this many at a time
+NARROWEST_PAIRS = 128  # channels of bfloat16 convolutions: with 64, transforming tiles costs what it saves
 
 
 class _Native:
-    """On the CPU and without gradients the extension's, with its own copy of the parameters, made anew when
-    they have changed, of which writes through `.data` leave no trace; anything else is PyTorch's. In float32,
-    and in bfloat16 on a processor that multiplies it but has no AMX, which PyTorch uses well. Made by
-    `use_extension_`."""
+    """A layer that runs in the extension on the CPU without gradients, in float32, or in bfloat16 on a
+    processor that multiplies it but has no AMX (which PyTorch uses well); otherwise PyTorch runs it. The
+    extension has a copy of the parameters, renewed when they have changed; writes through `.data` go
+    unnoticed. Made by `use_extension_`."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -36,13 +36,13 @@ class _Native:
             return False
         if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and self._fits_pairs()):
             return False
-        return not any(t.is_inference() for t in given[1:])  # of writes to such parameters nobody learns
+        return not any(t.is_inference() for t in given[1:])  # changes of these go unnoticed
 
     def _fits_pairs(self) -> bool:
         return MULTIPLIES_BFLOAT16 and not has_amx()
 
     def _run(self, rows: Tensor, height: int, width: int) -> Tensor:
-        """(N, inputs), contiguous, to (N, outputs) of the same dtype."""
+        """Map contiguous rows (N, inputs) to (N, outputs) of the same dtype."""
         if self._layer is None or self._layer[0].outdated:
             self._layer = Weights([self]), layer_of(self.weight, self.bias)
         y = rows.new_empty(len(rows), len(self.weight), dtype=torch.float32)
@@ -54,21 +54,20 @@ class _Native:
 
 
 class TiledConv2d(_Native, nn.Conv2d):
-    """`nn.Conv2d` of 3 x 3 kernels that keep the size, by Winograd's minimal filtering F(2 x 2, 3 x 3): 16
-    multiplications for four outputs instead of 36 (arXiv:1509.09308), with rounding errors of the same size.
-    An infinite input may give NaN where a sum over taps is infinite. The result is in channels-last
-    memory."""
+    """A size-preserving 3 x 3 `nn.Conv2d` by Winograd's minimal filtering F(2 x 2, 3 x 3): 16 multiplications
+    for four outputs instead of 36 (arXiv:1509.09308), with rounding errors of the same size. An infinite
+    input may give NaN where a sum over taps is infinite. The result is in channels-last memory."""
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
-        """Whether a module is such a convolution, and worth it."""
+        """Whether a module is such a convolution, and faster in the extension."""
         return type(module) is nn.Conv2d and keeps_size(module) and in_tiles(module.weight)
 
     def _fits_pairs(self) -> bool:
         return min(self.weight.shape[:2]) >= NARROWEST_PAIRS and super()._fits_pairs()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) to (B, C_out, H, W)."""
+        """Map (B, C_in, H, W) to (B, C_out, H, W)."""
         if x.ndim != 4 or x.shape[1] != self.in_channels or not self._fits(x):
             return super().forward(x)
         batch, channels, height, width = x.shape
@@ -78,16 +77,16 @@ class TiledConv2d(_Native, nn.Conv2d):
 
 
 class PackedLinear(_Native, nn.Linear):
-    """`nn.Linear` of many rows, with weights in the order in which they are read."""
+    """An `nn.Linear` for many rows, with weights stored in the order in which they are read."""
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
-        """Whether a module is such a layer, and worth it."""
+        """Whether a module is such a layer, and wide enough to gain from the extension."""
         narrow = type(module) is not nn.Linear or min(module.weight.shape) < NARROWEST_LINEAR
         return MULTIPLIES and not narrow and not hooked(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
+        """Map (..., inputs) to (..., outputs)."""
         few = x.numel() * self.out_features < WORTH_THREADS
         if few or x.shape[-1] != self.in_features or not self._fits(x):
             return super().forward(x)
@@ -96,10 +95,10 @@ class PackedLinear(_Native, nn.Linear):
 
 
 def use_extension_(network: nn.Module) -> bool:
-    """Make a `TiledConv2d` or a `PackedLinear`, in place, of every layer of a network that they take; whether
-    there were convolutions, which want channels-last memory.
+    """Turn every suitable layer of a network into a `TiledConv2d` or `PackedLinear`, in place. Return whether
+    there were such convolutions, which want channels-last memory.
 
-    Parameters, hooks and the state_dict stay what they are. `use_pytorch_` undoes it.
+    Parameters, hooks and the state_dict stay the same. `use_pytorch_` undoes it.
     """
     found = {kind: [m for m in network.modules() if kind.takes(m)] for kind in (TiledConv2d, PackedLinear)}
     for kind, modules in found.items():
@@ -109,7 +108,7 @@ def use_extension_(network: nn.Module) -> bool:
 
 
 def use_pytorch_(network: nn.Module) -> None:
-    """Make them PyTorch's again."""
+    """Undo `use_extension_`: turn the layers into PyTorch's again."""
     for module in network.modules():
         for kind, own in ((TiledConv2d, nn.Conv2d), (PackedLinear, nn.Linear)):
             if type(module) is kind:

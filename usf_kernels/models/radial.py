@@ -1,6 +1,6 @@
 """Radial base distributions on the L1, L2 and Linf norms, with a learned distribution of the norm.
 
-They are those of the uniformly scaling flows of arXiv:2510.09452.
+These are the base distributions of the uniformly scaling flows of arXiv:2510.09452.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class RadialBase(BaseDistribution):
         shape, loc, trainable: see `BaseDistribution`.
         p: 1, 2 or math.inf.
         norm: "gamma" or "log_normal".
-        components: of the mixture.
+        components: number of components of the mixture.
 
-    A latent norm ranks as the likelihood does only where the density falls with the norm, which a learned
-    distribution of the norm is free not to do.
+    The norm of a latent ranks as the likelihood does only where the density falls with the norm; with a
+    learned distribution of the norm, it need not.
     """
 
     def __init__(
@@ -61,23 +61,23 @@ class RadialBase(BaseDistribution):
         self._register("logits", torch.zeros(components))
 
     def norm(self, z: Tensor) -> Tensor:
-        """|z - loc|_p of every sample, (B,)."""
+        """Return |z - loc|_p of every sample, (B,)."""
         z = self._checked(z)
         return torch.linalg.vector_norm((z - self.loc).flatten(1), self.p, dim=1)
 
     def norm_distribution(self) -> Distribution:
-        """Of the norm to the power of 2 (p = 2) or 1, as it is now."""
+        """Return the distribution of the norm, squared if p = 2, at the current parameters."""
         shape = self.log_shape.exp()
         if self.norm_family == "gamma":
             family = TraceableGamma(shape, shape * (-self.log_mean).exp(), validate_args=False)
-        else:  # about as wide, on the logarithmic scale, as a gamma distribution of this shape
+        else:  # on a logarithmic scale about as wide as a gamma distribution of this shape
             family = LogNormal(self.log_mean, shape.rsqrt(), validate_args=False)
         return mixture(self.logits, family)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every sample, (B,)."""
         r = self.norm(z)
-        r = r.clamp_min(torch.finfo(r.dtype).tiny ** 0.45)  # the square of it is positive too
+        r = r.clamp_min(torch.finfo(r.dtype).tiny ** 0.45)  # so that its square is positive too
         log_norm = self.norm_distribution().log_prob(r**self.power)
         return (
             log_norm
@@ -87,7 +87,7 @@ class RadialBase(BaseDistribution):
         )
 
     def _log_volume(self) -> float:
-        """Of the unit ball."""
+        """Log volume of the unit ball."""
         d = self.dimensions
         if self.p == 2:
             return d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)

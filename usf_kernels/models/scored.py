@@ -1,4 +1,4 @@
-"""What every model that scores features of a frozen backbone shares: calibration, scores, checkpoints."""
+"""Base class of models that score features of a frozen backbone: calibration, scores, checkpoints."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ UNCALIBRATED = (
 
 
 class ScoredModel(nn.Module):
-    """Features of a frozen backbone to latents, whose norms are the anomaly scores.
+    """A model that maps features of a frozen backbone to latents, whose norms are the anomaly scores.
 
-    A subclass says which latents are scored (`_scored_latents`) and how the rest of it gets its inference
-    form (`_fuse_flows`).
+    A subclass defines which latents are scored (`_scored_latents`) and how all behind the borders gets its
+    inference form (`_fuse_flows`).
 
     Args:
         backbone: from `create_backbone`.
         options: the other arguments of the subclass, as plain JSON values.
 
     Attributes:
-        latent_channels: of each latent map; the backbone's, where a subclass does not say otherwise.
+        latent_channels: channels of each latent map; the backbone's unless a subclass sets others.
         fused: whether this is an inference form.
 
     Raises:
-        TypeError: for another backbone.
+        TypeError: for a backbone that is not a `Backbone`.
     """
 
     def __init__(self, backbone: Backbone, *, options: Mapping[str, Any]) -> None:
@@ -59,43 +59,43 @@ class ScoredModel(nn.Module):
         )
 
     def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Of the sizes of the features."""
+        """Return the latents to score, with the spatial sizes of `features`."""
         raise NotImplementedError
 
     def _fuse_flows(self, dtype: torch.dtype | None) -> None:
-        """Replace what is behind the borders by its inference form, in place."""
+        """Replace the maps behind the borders by their inference form, in place."""
         raise NotImplementedError
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `from_config` needs: plain JSON values."""
+        """Arguments of `from_config`, as plain JSON values."""
         return {"backbone": self.backbone.config, **self.options}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The model that a `config` describes, untrained; raises as `create_backbone` and the class do."""
+        """Return the untrained model described by `config`; raise as `create_backbone` and the class do."""
         options = dict(config)
         return cls(create_backbone(**options.pop("backbone")), **options)
 
     @property
     def null(self) -> Null | None:
-        """What `calibrate` found, None before."""
+        """The null model that `calibrate` fitted, None before."""
         if self.null_parameters.isnan().any():
             return None
         return Null.from_list(self.null_parameters.tolist(), tail=TAIL, tests=TESTS)
 
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
-        """The same model for inference, faster and without a loss: backbone and flows in inference form.
+        """Return the inference form: the same model, faster and without a loss.
 
         Args:
-            dtype: of the weights, the features and the latents, for example torch.bfloat16; None for their
-                own. Images stay what they are, and squared norms are sums in float32.
+            dtype: dtype of weights, features and latents, for example torch.bfloat16; None keeps theirs.
+                Images keep their dtype, and squared norms are summed in float32.
 
         Returns:
             A copy in evaluation mode, null model included; this model stays as it is.
 
         Raises:
-            TypeError: a dtype for an inference form, which keeps its own.
+            TypeError: for a dtype where this is an inference form already, which keeps its own.
         """
         check_not_fused_to(self, dtype)
         fused = deepcopy(self).eval().requires_grad_(False)
@@ -106,11 +106,11 @@ class ScoredModel(nn.Module):
         return fused
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """What is modelled: the backbone's maps of images (B, 3, H, W) in [0, 1]."""
+        """Return the backbone's maps of images (B, 3, H, W) in [0, 1]."""
         return self.backbone(images)
 
     def forward(self, images: Tensor) -> Any:
-        """Images to what `latents` returns of their features."""
+        """Map images to what `latents` returns for their features."""
         return self.latents(self.features(images))
 
     @torch.no_grad()
@@ -120,12 +120,12 @@ class ScoredModel(nn.Module):
         """Fit the null model of the automatic threshold, and keep it in the state_dict.
 
         Args:
-            features: of held-out normal images, or these images (N, 3, H, W).
-            false_alarms: regions that each of them may show on average; see `usf_kernels.calibrate`.
+            features: features of held-out normal images, or these images (N, 3, H, W).
+            false_alarms: regions that such an image may show on average; see `usf_kernels.calibrate`.
             batch_size: images at a time.
 
         Returns:
-            The fitted `Null`, from now on `model.null`.
+            The fitted `Null`, which is `model.null` from now on.
         """
         null = calibrate(self._squared_norms(features, batch_size), false_alarms=false_alarms)
         self.null_parameters.copy_(torch.tensor(null.to_list(), dtype=torch.float64))
@@ -133,8 +133,8 @@ class ScoredModel(nn.Module):
 
     @torch.no_grad()
     def mean_square(self, features: Tensor | Sequence[Tensor], *, batch_size: int = 32) -> list[float]:
-        """Mean of z^2 per scale: near 1 on held-out normal images if the flow generalises; arguments as of
-        `calibrate`."""
+        """Return the mean of z^2 per scale: near 1 on held-out normal images if the flow generalises. Takes
+        features or images, as `calibrate` does."""
         norms = self._squared_norms(features, batch_size)
         return [u.mean().item() / channels for u, channels in zip(norms, self.latent_channels, strict=True)]
 
@@ -144,7 +144,7 @@ class ScoredModel(nn.Module):
 
         Args:
             batch: images (B, 3, H, W) in [0, 1].
-            features: theirs, where they have been computed already.
+            features: features of the images, if they have been computed already.
             options: log_epsilon, tail, tests, upsample: see `scoring.predict`.
 
         Warns:
@@ -155,10 +155,10 @@ class ScoredModel(nn.Module):
 
     @torch.no_grad()
     def capture(self, images: Tensor) -> Callable[..., Prediction]:
-        """`predict` for batches of one shape, with a CUDA graph from the images to the latents.
+        """Return `predict` for batches of one shape, with a CUDA graph from the images to the latents.
 
-        A fused model on a few small images waits for its launches, which a graph does not; regions are found
-        on the CPU as always. Weights may change where they are, but not move.
+        On a few small images a fused model spends its time on launches, which a graph saves; regions are
+        found on the CPU as always. Weights may change in place, but not move.
 
         Args:
             images: an example of a batch, on the model's CUDA device.
@@ -167,7 +167,7 @@ class ScoredModel(nn.Module):
             A function of a batch and of the options of `predict`.
 
         Raises:
-            ValueError: images on another device; when called, of another shape or dtype.
+            ValueError: for images on another device; in later calls, for another shape or dtype.
         """
         graph = CapturedCall(lambda batch: tuple(self._latents_to_score(self.features(batch))), images)
 
@@ -180,7 +180,7 @@ class ScoredModel(nn.Module):
     def _found_in(self, latents: list[Tensor], batch: Tensor, options: Mapping[str, Any]) -> Prediction:
         null = self.null
         if null is None:
-            warnings.warn(UNCALIBRATED, stacklevel=4)  # who called `predict`: no_grad is in between
+            warnings.warn(UNCALIBRATED, stacklevel=4)  # the caller of `predict`: no_grad is in between
         return predict(latents, tuple(batch.shape[-2:]), null=null, **options)
 
     def extra_repr(self) -> str:
@@ -188,7 +188,7 @@ class ScoredModel(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
     def _features_of(self, data: Tensor | Sequence[Tensor], batch_size: int = 32) -> Sequence[Tensor]:
-        """Features, where images are given those of so many at a time."""
+        """Return features as they are, and compute those of images, so many at a time."""
         if not isinstance(data, Tensor):
             return data
         parts = [self.features(images) for images in data.split(batch_size)]
@@ -207,18 +207,18 @@ class ScoredModel(nn.Module):
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _latents_to_score(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """`_scored_latents` in evaluation mode, whichever the model is in."""
+        """Return `_scored_latents` in evaluation mode, whichever mode the model is in."""
         with in_mode(self, training=False):
             return self._scored_latents(features)
 
     def _enter(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """What is behind the borders sees this of features; and the log-determinant."""
+        """Return features corrected near the border (`BorderNorm`), and the log-determinant of that."""
         self._check(features)
         entered = [border(maps) for border, maps in zip(self.borders, features, strict=True)]
         return [maps for maps, _ in entered], sum(log_det for _, log_det in entered)
 
     def _leave(self, entered: Sequence[Tensor]) -> list[Tensor]:
-        """The features of which `_enter` makes this."""
+        """Return the features that `_enter` maps to `entered`."""
         return [border.inverse(maps) for border, maps in zip(self.borders, entered, strict=True)]
 
     def _check(self, features: Sequence[Tensor], name: str = "features") -> None:

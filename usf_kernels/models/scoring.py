@@ -1,4 +1,4 @@
-"""From latents to what a user acts on; the models and the baseline share it, and so are scored alike."""
+"""Scores, maps and regions from latents; shared by the models and the baseline, so they are scored alike."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from usf_kernels.segmentation import Region, log_nfa, regions
 
 
 class Prediction(NamedTuple):
-    """What a model says about a batch of images of H x W pixels.
+    """Results of a model for a batch of images of H x W pixels.
 
     Attributes:
-        score: (B,), the higher the more anomalous the image, in [0, 1]; see `image_score`.
+        score: (B,) in [0, 1], the higher the more anomalous the image; see `image_score`.
         anomaly_map: (B, 1, H, W) in [0, 1]; see `usf_kernels.anomaly_map`.
         log_nfa: (B, 1, H, W), log10 of the number of false alarms; see `usf_kernels.log_nfa`.
         mask: (B, 1, H, W) bool, the automatic segmentation, `log_nfa <= log_epsilon`.
@@ -33,26 +33,26 @@ class Prediction(NamedTuple):
 
     @property
     def anomalous(self) -> Tensor:
-        """(B,) bool, on the CPU: whether an image has a region; fewer than one like it is expected per clean
-        image, with log_epsilon = 0."""
+        """Whether each image has a region, (B,) bool on the CPU. With log_epsilon = 0, fewer than one such
+        region is expected per clean image."""
         return torch.tensor([len(found) > 0 for found in self.regions], dtype=torch.bool)
 
 
 def image_score(maps: Tensor, share: float = 0.05) -> Tensor:
-    """Mean of the most anomalous pixels of each image.
+    """Return the mean of the most anomalous pixels of each image.
 
-    The maximum, which is usual, rests on one position of one scale and is noisy; the mean over the image
-    drowns small defects.
+    The usual maximum rests on one position of one scale and is noisy; the mean over the whole image drowns
+    small defects.
 
     Args:
         maps: (B, 1, H, W).
-        share: of the pixels that are averaged, in (0, 1]; at least one is.
+        share: share of the pixels that are averaged, in (0, 1]; at least one pixel is.
 
     Returns:
         (B,).
 
     Raises:
-        TypeError, ValueError: another share.
+        TypeError, ValueError: for a share outside (0, 1].
     """
     check_between("share", share, 0, 1, "(]")
     pixels = maps.flatten(1)

@@ -1,4 +1,4 @@
-"""Networks that timm makes, as feature pyramids with weights; `backbones` freezes them."""
+"""Feature pyramids from timm, with their weights; `backbones` freezes them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ EMBEDDED = "tf_efficientnet_lite0"
 
 @contextmanager
 def integer_padding() -> Iterator[None]:
-    """timm's TensorFlow-like padding in integers, while a program is exported. Its own, of the same values,
-    goes through floats; with a symbol for the images' size, what it makes of the size behind a few layers is
-    a term that takes minutes to simplify."""
+    """Compute timm's TensorFlow-like padding in integers, while a program is exported. timm computes the same
+    values in floats; if the images' size is a symbol, the sizes behind a few layers become terms that take
+    minutes to simplify."""
     padding = sys.modules.get("timm.layers.padding")
     if padding is None:
         yield
@@ -36,7 +36,7 @@ def integer_padding() -> Iterator[None]:
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
-    """What has to be added to `size` for a convolution to give ceil(size / stride) outputs."""
+    """Number of positions to add to `size` for a convolution to give ceil(size / stride) outputs."""
     reach = dilation * (kernel - 1) + 1
     if reach == 1:
         return 0
@@ -45,13 +45,13 @@ def same_padding(size: int, kernel: int, stride: int, dilation: int) -> int:
 
 
 class NormalizedTokens(nn.Module):
-    """A transformer's tokens after some of its blocks, through its final norm, as maps.
+    """A transformer that returns its tokens after some blocks, through its final norm, as maps.
 
     timm's own `features_only` form leaves the norm out.
 
     Args:
-        model: of timm, a transformer of one stride.
-        blocks: whose outputs to return; what comes after the last one is dropped.
+        model: a timm transformer of one stride.
+        blocks: blocks whose outputs to return; later ones are dropped.
 
     Raises:
         TypeError: for another kind of model.
@@ -74,11 +74,11 @@ class NormalizedTokens(nn.Module):
 
     @property
     def feature_info(self) -> NormalizedTokens:
-        """Itself: `channels` and `reduction` are timm's names."""
+        """Return self, which has the methods of timm's `feature_info`: `channels` and `reduction`."""
         return self
 
     def channels(self) -> list[int]:
-        """Of each map."""
+        """Number of channels of each map."""
         return [stage["num_chs"] for stage in self.info]
 
     def reduction(self) -> list[int]:
@@ -86,14 +86,14 @@ class NormalizedTokens(nn.Module):
         return [stage["reduction"] for stage in self.info]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """One (B, C, H_l, W_l) map per block."""
+        """Return one (B, C, H_l, W_l) map per block."""
         return self.model.forward_intermediates(
             images, indices=self.blocks, norm=True, intermediates_only=True
         )
 
 
 def import_timm() -> ModuleType:
-    """timm; raises ImportError with the name of the extra."""
+    """Return the module timm; without it, raise an ImportError that names the extra to install."""
     with needs_extra("models", "backbones"):
         import timm
     return timm
@@ -121,7 +121,7 @@ def make_network(
     final_norm: bool,
     input_size: int | None,
 ) -> tuple[nn.Module, tuple[int, ...]]:
-    """(a network that returns a list of maps, the stages that they come from); see `create_backbone`."""
+    """Return a network that gives a list of maps, and the stages of the maps; see `create_backbone`."""
     check_name(name)
     if weights not in ("auto", None) and not Path(weights).is_file():
         raise ValueError(f"weights: no such file: {weights}")
@@ -145,8 +145,8 @@ def make_network(
 
 
 def _check_loaded(network: nn.Module, again: Callable[[], nn.Module], name: str, weights: str | Path) -> None:
-    """Raise unless all of it came from the file: timm leaves random what a file of a pyramid lacks, and that
-    differs from one network to the next."""
+    """Raise unless all weights came from the file. timm leaves those that a pyramid's file lacks random, so
+    they differ between two networks."""
     with torch.random.fork_rng(devices=[]):
         other = again().state_dict()
     for key, value in network.state_dict().items():
@@ -155,7 +155,7 @@ def _check_loaded(network: nn.Module, again: Callable[[], nn.Module], name: str,
 
 
 def _default_stages(name: str) -> tuple[int, ...]:
-    """Strides 4, 8 and 16; all stages of a network that keeps one stride throughout."""
+    """Return the stages of stride 4, 8 and 16, or all stages of a network with one stride throughout."""
     info = _pyramid(name, None, False, {"pretrained": False}).feature_info
     stages = zip(info.out_indices, info.reduction(), strict=True)
     wanted = tuple(index for index, stride in stages if stride in (4, 8, 16))
@@ -178,7 +178,7 @@ def _pyramid(
             raise ValueError(f"final_norm: {name} does not have one for maps of one stride") from error
         if options.get("pretrained_cfg_overlay"):
             path = options["pretrained_cfg_overlay"]["file"]
-            # timm's own words advise to run whatever code the file holds.
+            # timm's own message advises to run whatever code the file holds.
             reason = "no file of weights" if isinstance(error.__context__, UnpicklingError) else error
             raise ValueError(f"weights: {path} is not a checkpoint of {name} ({reason})") from error
         if options["pretrained"]:
@@ -199,7 +199,7 @@ def _embedded_weights() -> dict[str, torch.Tensor]:
 def _in_order(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Rename `found` to the keys of `expected`, which come in the same order, and keep those `wanted`."""
+    """Rename the keys of `found` to those of `expected`, which has the same order; keep those in `wanted`."""
     shapes = [tuple(value.shape) for value in found.values()]
     if shapes != [tuple(value.shape) for value in expected.values()]:
         raise ValueError(

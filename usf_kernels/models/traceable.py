@@ -1,4 +1,4 @@
-"""Distributions of torch whose log densities go through `torch.export` and have an ONNX form."""
+"""Forms of torch's distributions whose log densities pass `torch.export` and have an ONNX form."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SHIFT = 8
 
 
 def log_gamma(x: Tensor) -> Tensor:
-    """`log Gamma(x)` of positive x. ONNX has no operation for it: in exported graphs it is Stirling's series
-    at x + 8 (Abramowitz and Stegun, 6.1.41), less the logarithm of x (x + 1) ... (x + 7)."""
+    """Return `log Gamma(x)` of positive x. ONNX has no operation for it: exported graphs have Stirling's
+    series at x + 8 (Abramowitz and Stegun, 6.1.41), minus the logarithm of x (x + 1) ... (x + 7)."""
     if not torch.compiler.is_exporting():
         return torch.lgamma(x)
     far, product = x + SHIFT, x
@@ -36,18 +36,18 @@ class TraceableGamma(Gamma):
 
 
 def _log_gamma_ratio(x: Tensor) -> Tensor:
-    """`log(gamma(x + 1/2) / gamma(x))`; where both are large, by its series, as their difference cancels."""
+    """Return `log(gamma(x + 1/2) / gamma(x))`, by its series for large x, where the difference cancels."""
     inverse = 1 / x
     series = 0.5 * x.log() - inverse / 8 + inverse**3 / 192 - inverse**5 / 640
     return torch.where(x > 30, series, log_gamma(x + 0.5) - log_gamma(x))
 
 
 class TraceableStudentT(StudentT):
-    """`torch.distributions.StudentT`, which looks at its values when it is made."""
+    """`torch.distributions.StudentT` without the look at values that torch's takes when it is made."""
 
     def __init__(self, df: Tensor, loc: Tensor, scale: Tensor, validate_args: bool = False) -> None:
         self.df, self.loc, self.scale = broadcast_all(df, loc, scale)
-        # A chi-square; torch's own would copy its second parameter from the host.
+        # The chi-square as a gamma: torch's Chi2 would copy its second parameter from the host.
         half = torch.full_like(self.df, 0.5)
         self._chi2 = Gamma(0.5 * self.df, half, validate_args=False)
         Distribution.__init__(self, self.df.size(), validate_args=validate_args)

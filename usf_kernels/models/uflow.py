@@ -24,21 +24,21 @@ from usf_kernels.nn.fusing import fuse_parts
 class UFlow(FeatureFlow):
     """One flow over all scales of a frozen feature pyramid; the latents' norm is the anomaly score.
 
-    From the coarsest scale up: a stage of `steps` Glow-like steps; about half of its channels are the
-    latents of that scale, the others are spread over the positions of the next finer scale (pixel shuffle)
-    and concatenated to its features. The finest scale keeps all of its channels as latents.
+    Each scale, from the coarsest up, has a stage of `steps` Glow-like steps. About half of its output
+    channels are the latents of that scale; the others are spread over the positions of the next finer scale
+    (pixel shuffle) and concatenated to its features. The finest scale keeps all of its channels as latents.
 
-    In front of every scale's features stands a map that `initialize` makes a whitening. With the couplings
-    starting as the identity, the sum of all scales' squared norms is then a Mahalanobis distance, and
-    training improves on that. Everything trainable is counted in the log-determinant, so the likelihood is
-    bounded; the trainable LayerNorm that the authors put between a CNN and the flow is not, and has no place
-    here. Behind it, the affine form has the mathematics of theirs and of anomalib's, channel by channel.
+    Every scale's features first pass a map that `initialize` makes a whitening. With the couplings starting
+    as the identity, the sum of all scales' squared norms is then a Mahalanobis distance, and training
+    improves on that. Everything trainable is counted in the log-determinant, so the likelihood is bounded.
+    The authors' trainable LayerNorm between a CNN and the flow would not be counted, and is left out. Behind
+    it, the affine form computes what theirs and anomalib's do, channel by channel.
 
     Args:
-        backbone: from `create_backbone`, of two scales or more. Every stride is a multiple of the one before.
+        backbone: from `create_backbone`, with at least two scales, every stride a multiple of the one before.
         coupling: "additive" (uniformly scaling) or "affine" (the paper's).
         linear: "lu" or "permutation" (the paper's, with ActNorm).
-        steps: per scale.
+        steps: number of steps per scale.
         hidden_ratio: hidden channels of a conditioner per input channel of it.
         kernels: sizes of the kernels, repeated over the steps: (3, 1) alternates as in the paper.
         clamp: bound on the log scales of affine couplings.
@@ -51,9 +51,9 @@ class UFlow(FeatureFlow):
     where the next finer map has r times the side (r = 2 in most pyramids), the first `C // (2 r^2) * r^2`
     channels of a stage, and never fewer than r^2, go there.
 
-    A map does not always have exactly r times the side of the next one, as with images of odd size. Maps are
-    therefore extended at the bottom and at the right, by replication, until they do, and so are the latents;
-    the extension counts in the likelihood, and not in scores, masks or the null model.
+    A map does not always have exactly r times the side of the next one, for example if the image size is odd.
+    Maps are therefore extended at the bottom and right, by replication, until they do, and so are the
+    latents. The extension counts in the likelihood, but not in scores, masks or the null model.
 
     Raises:
         TypeError, ValueError: for a bad argument, a backbone of one scale, or one with too few channels.
@@ -91,14 +91,14 @@ class UFlow(FeatureFlow):
     def inverse(
         self, latents: Sequence[Tensor], *, sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[Tensor]:
-        """Latents (B, C'_l, H_l, W_l) to the features that have them, (B, C_l, H_l, W_l).
+        """Return the features (B, C_l, H_l, W_l) of latents (B, C'_l, H_l, W_l).
 
         Undoes `latents`, on the inference form too.
 
         Args:
-            latents: finest first.
-            sizes: (H_l, W_l) of the features, where `latents` has extended them (see the class); without
-                them, the extension is taken for a part of the maps.
+            latents: latent maps, finest first.
+            sizes: (H_l, W_l) of the features, needed where `latents` has extended them (see the class);
+                without them, the result includes the extension.
 
         Raises:
             TypeError, ValueError: for latents of another number, shape or dtype.
@@ -128,7 +128,7 @@ class UFlow(FeatureFlow):
             width = self.latent_channels[level] + self.passed[level]
             first = _beside(enter, LinearMap.identity(width - entry.channels))
             self.stages[level] = fuse_parts([first, *parts(stage)], dtype or like.dtype, like.device)
-        self.entries = nn.ModuleList()  # they are in the stages now
+        self.entries = nn.ModuleList()  # folded into the stages
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
         latents, total, spread = [], 0.0, None
@@ -150,7 +150,7 @@ class UFlow(FeatureFlow):
 
 
 def _ratios(strides: Sequence[int]) -> list[int]:
-    """How many times the side of the next coarser map each map has, finest first."""
+    """Return the ratio of each map's side to that of the next coarser one, finest first."""
     fits = all(fine > 0 and coarse >= fine and coarse % fine == 0 for fine, coarse in pairwise(strides))
     if len(strides) < 2 or not fits:
         raise ValueError(
@@ -161,7 +161,7 @@ def _ratios(strides: Sequence[int]) -> list[int]:
 
 
 def _channels(features: Sequence[int], ratios: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(channels of each stage, how many of them go to the next finer scale), finest first."""
+    """Return the channels of each stage and how many of them go to the next finer scale, finest first."""
     channels, passed = [features[-1]], []
     for own, ratio in zip(reversed(features[:-1]), reversed(ratios), strict=True):
         passed.insert(0, _passed(channels[0], ratio))
@@ -180,13 +180,13 @@ def _passed(channels: int, ratio: int) -> int:
 
 
 def _extended(features: Sequence[Tensor], ratios: Sequence[int]) -> list[Tensor]:
-    """Maps whose sides are exactly `ratios` times those of the next, by replication at bottom and right."""
-    factors = [1]  # of each map's side over the coarsest's
+    """Extend maps by replication at bottom and right until their sides are `ratios` times the next one's."""
+    factors = [1]  # each map's side over the coarsest one's
     for ratio in reversed(ratios):
         factors.insert(0, ratio * factors[0])
     height, width = (
         reduce(
-            torch.sym_max,  # of sizes that are symbols too, where a program is exported
+            torch.sym_max,  # takes the symbols that sizes are while a program is exported
             ((maps.shape[dim] + f - 1) // f for maps, f in zip(features, factors, strict=True)),
         )
         for dim in (2, 3)
@@ -198,7 +198,7 @@ def _extended(features: Sequence[Tensor], ratios: Sequence[int]) -> list[Tensor]
 
 
 def _extend(maps: Tensor, dim: int, size: int) -> Tensor:
-    # A program that is exported is for any size: there, nothing may depend on it.
+    # An exported program serves any size: no branch in it may depend on the size.
     if not torch.compiler.is_exporting() and size == maps.shape[dim]:
         return maps
     positions = torch.arange(size, device=maps.device).clamp(max=maps.shape[dim] - 1)
@@ -206,11 +206,11 @@ def _extend(maps: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _gathered(maps: Tensor, ratio: int) -> Tensor:
-    """Undo F.pixel_shuffle; F.pixel_unshuffle leaves an empty batch as it is."""
+    """Undo F.pixel_shuffle, for empty batches too, which F.pixel_unshuffle leaves as they are."""
     blocks = maps.unflatten(3, (-1, ratio)).unflatten(2, (-1, ratio))
     return blocks.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
 def _beside(first: LinearMap, second: LinearMap) -> LinearMap:
-    """Both, each on its own channels."""
+    """Return a map that applies both, each to its own channels."""
     return LinearMap(torch.block_diag(first.matrix, second.matrix), torch.cat([first.bias, second.bias]))

@@ -45,32 +45,32 @@ class DensityFlow(nn.Module):
     """`A_{n+1} . B_n ... B_1`: conjugated blocks `B = A^-1 . C . A`, a linear map, and a base distribution.
 
     `USFlow` has additive couplings C, `NonUSFlow` affine ones; all else is the same. A block starts as the
-    identity, and A_{n+1}, an `LUConv1x1` at any choice of `linear`, holds all scales: after `initialize` the
+    identity, and A_{n+1}, an `LUConv1x1` for any choice of `linear`, holds all scales: after `initialize` the
     untrained flow whitens its data.
 
     Args:
-        shape: of one sample: (D,) or D for vectors, (C, H, W) for images, (C, D, H, W) for volumes.
-        blocks: n.
+        shape: shape of one sample: (D,) or D for vectors, (C, H, W) for images, (C, D, H, W) for volumes.
+        blocks: number of blocks, n.
         mask: "half", "channel" (every other one) or "checkerboard" (every other position; the colours
             alternate from block to block): see `usf_kernels.nn.USFBlock`.
-        linear: the maps A inside blocks: "lu", "householder" or "permutation".
+        linear: kind of the maps A inside blocks: "lu", "householder" or "permutation".
         base: a name or a mapping, see `create_base`.
         hidden: width of a conditioner.
         layers: hidden layers of a dense conditioner (for vectors), gated blocks of a convolutional one.
         kernel: size of the kernels, odd.
-        reflections: of every Householder map.
+        reflections: number of reflections of every Householder map.
         clamp: bound on the log scales of affine couplings.
         prior_scale: s of the log-normal prior on every LU map: independently ln|u_ii| ~ N(0, s0^2), with
             s0 = s / (C * H * W). None for no prior.
-        prior_weight: of the log prior in `loss`, against the mean log-likelihood: 1 / N makes training on N
-            samples a maximum a posteriori estimate, and 1 is what the authors' code does.
+        prior_weight: weight of the log prior in `loss`, against the mean log-likelihood: 1 / N makes training
+            on N samples a maximum a posteriori estimate, and 1 is what the authors' code does.
         memory: what training keeps for the backward pass, see `usf_kernels.nn.FlowSequence`.
 
-    `model(x) -> (z, log_det)` takes (B, *shape) of any floating dtype, and computes in its own; log_det is
-    0-d for a USFlow and (B,) for a NonUSFlow.
+    `model(x) -> (z, log_det)` takes (B, *shape) of any floating dtype, and computes in that of its weights;
+    log_det is 0-d for a USFlow and (B,) for a NonUSFlow.
 
     Raises:
-        TypeError, ValueError: a bad argument; an x of another shape or not floating.
+        TypeError, ValueError: for a bad argument, or an x that is not floating or has another shape.
     """
 
     coupling: str
@@ -160,35 +160,35 @@ class DensityFlow(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `from_config` needs: plain JSON values."""
+        """Arguments of `from_config`, as plain JSON values."""
         return dict(self.options)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The model that a `config` describes, untrained; raises as the class does."""
+        """Return the untrained model described by `config`; raise as the class does."""
         return cls(**config)
 
     @property
     def dimensions(self) -> int:
-        """Of one sample."""
+        """Number of values in one sample."""
         return math.prod(self.shape)
 
     def no_weight_decay(self) -> list[str]:
-        """Names of the base distribution's parameters: zero is no better a location or scale than others."""
+        """Return the names of the base's parameters, for which zero is no better a value than others."""
         return [f"base.{name}" for name, _ in self.base.named_parameters()]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples to latents of the same shape, and the log-determinant."""
+        """Map samples to latents of the same shape, and the log-determinant."""
         check_samples("x", x, self.shape)
         return self.flow(self._in_own_dtype(x))
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents to samples, and the log-determinant of this direction."""
+        """Map latents to samples, and the log-determinant of this direction."""
         check_samples("z", z, self.shape)
         return self.flow.inverse(self._in_own_dtype(z))
 
     def _in_own_dtype(self, x: Tensor) -> Tensor:
-        """Conditioners take no other; an inference form does."""
+        """Cast x to the flow's dtype, the only one that conditioners take; an inference form takes any."""
         return x if self.fused else x.to(next(self.flow.parameters()).dtype)
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class DensityFlow(nn.Module):
         """Set the last map so that the latents of these samples have mean 0 and unit covariance per position.
 
         Args:
-            samples: (N, *shape), training data; with N times the positions well above C.
+            samples: training data (N, *shape); N times the number of positions should be well above C.
             shrinkage: ridge on the covariance, in units of the mean variance.
 
         Returns:
@@ -244,20 +244,20 @@ class DensityFlow(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Anomaly scores, (B,): the negative log-likelihood in nats, which depends on its own sample only."""
+        """Return anomaly scores, (B,): each sample's negative log-likelihood in nats."""
         return -self.log_prob(x)
 
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
-        """The same model for inference: its flow in its inference form, see `usf_kernels.nn.fused`.
+        """Return a copy for inference, with the flow in its inference form, see `usf_kernels.nn.fused`.
 
         Args:
-            dtype: of the flow's weights and the latents, for example torch.bfloat16; None for its own.
+            dtype: dtype of the flow's weights and the latents, for example torch.bfloat16; None keeps it.
 
         Returns:
             A copy in evaluation mode, without a loss and a prior; this model stays as it is.
 
         Raises:
-            TypeError: a dtype for an inference form, which keeps its own.
+            TypeError: for a dtype where this is an inference form already, which keeps its own.
         """
         check_not_fused_to(self, dtype)
         fused = deepcopy(self).eval().requires_grad_(False)
@@ -271,10 +271,10 @@ class DensityFlow(nn.Module):
 
 
 class USFlow(DensityFlow):
-    """A `DensityFlow` with additive couplings: uniformly scaling, so its log-determinant depends on no data
-    and, with a base whose density falls with a norm, that norm of the latents ranks as the likelihood.
+    """A `DensityFlow` with additive couplings. It is uniformly scaling: the log-determinant depends on no
+    data. With a base whose density falls with a norm, that norm of the latents ranks as the likelihood.
 
-    Args: those of `DensityFlow`.
+    Args: see `DensityFlow`.
     """
 
     coupling = "additive"
@@ -283,14 +283,14 @@ class USFlow(DensityFlow):
 class NonUSFlow(DensityFlow):
     """A `DensityFlow` with affine couplings, the counterpart that is not uniformly scaling.
 
-    Args: those of `DensityFlow`.
+    Args: see `DensityFlow`.
     """
 
     coupling = "affine"
 
 
 def check_sample_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """A sample's shape (C, *spatial) as a tuple; raises TypeError or ValueError for anything else."""
+    """Return a sample's shape (C, *spatial) as a tuple; raise TypeError or ValueError for anything else."""
     sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
     if len(sizes) - 1 not in (0, *CONVOLUTIONS):
         raise ValueError(f"shape: expected (C, *spatial) with at most 3 spatial sizes, found {sizes}")
@@ -305,6 +305,6 @@ def check_samples(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _every_other_first(channels: int) -> Permutation:
-    """The even channels, then the odd ones."""
+    """Return the permutation that puts the even channels first, then the odd ones."""
     order = torch.arange(channels)
     return Permutation.of(torch.cat([order[::2], order[1::2]]))

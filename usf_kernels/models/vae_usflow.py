@@ -1,7 +1,7 @@
 """A variational autoencoder whose prior is a uniformly scaling flow.
 
-The extension of arXiv:2510.09452 of autoencoders with a Deep SVDD term in the latent space: there a distance
-from a centre, here the likelihood of a flow, which comes with the term that forbids collapse.
+It extends autoencoders with a Deep SVDD term in the latent space, as arXiv:2510.09452 does: the distance from
+a centre becomes the likelihood of a flow, which comes with the term that forbids collapse.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from usf_kernels.nn.modes import in_mode
 from usf_kernels.ops.checks import check_int, check_positive, check_size, check_trainable, compute_dtype
 
 LOG_VARIANCE_RANGE = (-12.0, 8.0)
-REDUCED, WIDEST = 32, 256  # channels: of the encoder's head, of the decoder
+REDUCED, WIDEST = 32, 256  # channels of the encoder's head, most channels of the decoder
 
 
 class VAEPrediction(NamedTuple):
@@ -30,7 +30,7 @@ class VAEPrediction(NamedTuple):
     Attributes:
         score: (B,), reconstruction + latent.
         reconstruction: (B,), `-log p(x | z)` at the posterior's mean z.
-        latent: (B,), `-log p(z)` there.
+        latent: (B,), `-log p(z)` at that z.
         anomaly_map: (B, 1, H, W), squared error of the reconstruction, summed over colours.
     """
 
@@ -43,24 +43,24 @@ class VAEPrediction(NamedTuple):
 class VAEUSFlow(nn.Module):
     """A VAE on a timm encoder, with transposed convolutions as decoder and a `USFlow` as prior.
 
-    The posterior q(z | x) is a normal with diagonal covariance, made from the last map of the backbone; the
-    likelihood p(x | z) a normal around the decoded image with standard deviation `sigma`. Since sigma is
-    fixed and the Kullback-Leibler divergence not negative, the objective is bounded.
+    The posterior q(z | x) is a normal with diagonal covariance, computed from the last map of the backbone;
+    the likelihood p(x | z) is a normal around the decoded image with standard deviation `sigma`. Since sigma
+    is fixed and the Kullback-Leibler divergence not negative, the objective is bounded.
 
     Args:
         backbone: from `create_backbone`; the last of its maps is used.
-        image_size: side, or (height, width), of the images: multiples of that map's stride, a power of 2.
+        image_size: side or (height, width) of the images, multiples of that map's stride, a power of 2.
         trainable: train the encoder too, starting from the backbone's weights; otherwise it stays frozen,
             and checkpoints do not hold it.
         latent: dimensions of z, at least 2.
-        sigma: of the likelihood.
+        sigma: standard deviation of the likelihood.
         width: channels of the decoder at full resolution; doubled with every halving, up to 256.
-        blocks, hidden, layers: of the flow, see `DensityFlow`.
+        blocks, hidden, layers: options of the flow, see `DensityFlow`.
 
-    `model(images) -> (latents, log_det)`: those of the flow at the posterior's mean, (B, latent) and 0-d.
+    `model(images) -> (latents, log_det)`: the flow's results at the posterior's mean, (B, latent) and 0-d.
 
     Raises:
-        TypeError, ValueError: a bad argument; images of another shape or not floating.
+        TypeError, ValueError: for a bad argument, or images that are not floating or have another shape.
     """
 
     def __init__(
@@ -124,17 +124,17 @@ class VAEUSFlow(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `from_config` needs: plain JSON values."""
+        """Arguments of `from_config`, as plain JSON values."""
         return {"backbone": self._backbone_config, **self.options}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """The model that a `config` describes, untrained; raises as `create_backbone` and the class do."""
+        """Return the untrained model described by `config`; raise as `create_backbone` and the class do."""
         options = dict(config)
         return cls(create_backbone(**options.pop("backbone")), **options)
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of q(z | x), (B, latent) each, for images (B, 3, H, W) in [0, 1]."""
+        """Return mean and log variance of q(z | x), (B, latent) each, for images (B, 3, H, W) in [0, 1]."""
         check_samples("images", images, (3, *self.image_size))
         if self.options["trainable"]:
             features = self.encoder((images - self.mean) / self.std)[-1]
@@ -144,11 +144,11 @@ class VAEUSFlow(nn.Module):
         return mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], the mean of p(x | z), for latents (B, latent)."""
-        return self.decoder(z.to(next(self.decoder.parameters()).dtype))  # a fused prior may have its own
+        """Map latents (B, latent) to the mean of p(x | z), images (B, 3, H, W) in [0, 1]."""
+        return self.decoder(z.to(next(self.decoder.parameters()).dtype))  # a fused prior may have another
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images to the flow's latents and log-determinant, at the posterior's mean."""
+        """Map images to the flow's latents and log-determinant, at the posterior's mean."""
         return self.prior(self.posterior(images)[0])
 
     def elbo(self, images: Tensor) -> Tensor:
@@ -181,15 +181,15 @@ class VAEUSFlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """Draw n images (n, 3, H, W) from the prior, decoded; from torch's global generator."""
+        """Draw n images (n, 3, H, W): latents from the prior (torch's global generator), decoded."""
         return self.decode(self.prior.sample(n))
 
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
-        """The same model for inference: its flow and a frozen backbone in their inference forms, see
+        """Return a copy for inference, with the flow and a frozen backbone in their inference forms, see
         `DensityFlow.fuse`.
 
         Args:
-            dtype: of the flow's weights; None for its own.
+            dtype: dtype of the flow's weights; None keeps it.
 
         Returns:
             A copy in evaluation mode, without a loss; this model stays as it is.
@@ -204,7 +204,7 @@ class VAEUSFlow(nn.Module):
         return self._log_density((images - self.decode(z)).square())
 
     def _log_density(self, squared_error: Tensor) -> Tensor:
-        """log p(x | z), (B,), from the squared errors (B, 3, H, W)."""
+        """Return log p(x | z), (B,), from the squared errors (B, 3, H, W)."""
         variance = self.options["sigma"] ** 2
         values = math.prod(squared_error.shape[1:])
         total = squared_error.flatten(1).sum(1, dtype=compute_dtype(squared_error))
@@ -212,7 +212,8 @@ class VAEUSFlow(nn.Module):
 
 
 def _decoder(latent: int, grid: tuple[int, ...], halvings: int, width: int) -> nn.Module:
-    """From vectors to images: a linear layer to the coarsest map, then transposed convolutions."""
+    """Make the network from latents to images: a linear layer to the coarsest map, then transposed
+    convolutions."""
     widths = [min(WIDEST, width * 2**i) for i in range(halvings, -1, -1)]
     layers: list[nn.Module] = [
         nn.Linear(latent, widths[0] * math.prod(grid)),
