@@ -362,7 +362,7 @@ def test_image_score_is_the_mean_of_the_largest():
         ({"linear": "none"}, "linear.*'none'"),
         ({"steps": -1}, "steps.*-1"),
         ({"hidden_ratio": 0.0}, "hidden_ratio.*0"),
-        ({"kernels": (2,)}, r"kernels.*\[2\]"),
+        ({"kernels": (2,)}, r"kernels.*\(2,\)"),
         ({"kernels": ()}, "kernels"),
         ({"noise": float("nan")}, "noise.*nan"),
     ],

@@ -77,3 +77,17 @@ def test_predicts_like_a_model(images):
 def test_nothing_in_it_is_trainable(images):
     model = Mahalanobis(two()).fit(two()(images))
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_images_do_for_features(images):
+    """In parts: batches of 32 or of what is asked for."""
+    images = images.repeat(2, 1, 1, 1)[:33]
+    model, from_images = Mahalanobis(two()), Mahalanobis(two())
+    features = model.features(images)
+    model.fit(features).calibrate(features)
+    from_images.fit(images).calibrate(images, batch_size=5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(from_images.state_dict()[name], value)
+    assert from_images.mean_square(images) == pytest.approx(model.mean_square(features))
+    for found, expected in zip(from_images(images), model.latents(features), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -236,6 +236,7 @@ def test_errors():
         FlowSequence(steps, memory="low")
     with pytest.raises(ValueError, match="check_every: expected an int at least 0, found -1"):
         FlowSequence(steps, check_every=-1)
+    assert FlowSequence(steps, check_every=3)[1:].check_every == 3
     flow = FlowSequence(steps)
     z, _ = flow(x)
     with pytest.raises(RuntimeError, match="gives first derivatives, one at a time, found create_graph"):

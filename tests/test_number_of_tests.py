@@ -6,7 +6,7 @@ import nfa_oracle as oracle
 import numpy as np
 import pytest
 
-from usf_kernels.number_of_tests import log_number_of_tests
+from usf_kernels.number_of_tests import MOST_KEPT, counts, log_number_of_tests
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ def test_numbers_of_numpy_do_not_overflow(side):
     found = log_number_of_tests([(side, side)])
     assert type(found) is float
     assert found == log_number_of_tests([(int(side), int(side))])
+
+
+def test_counts_of_large_maps_are_not_kept():
+    small, large = (64, 16), (MOST_KEPT, 64)
+    assert counts(small, "per_size") is counts(small, "per_size")
+    first, again = (counts(large, "per_size") for _ in range(2))
+    assert first is not again
+    assert np.array_equal(first[0].by_size, again[0].by_size)

@@ -58,12 +58,15 @@ def test_gather_step_is_the_plain_one(shape, kind, clamp):
     index, scale, bias = draw_exits(shape[1], kind)
     inputs = x, params, scale, bias
     expected = reference.coupling_step(x, params, index, scale, bias, split, clamp, False)
-    actual = coupling_step(x, params, split=split, clamp=clamp, index=index, scale=scale, bias=bias)
-    assert "GatherStep" in type(actual[0].grad_fn).__name__
-    for a, e in zip(actual, expected, strict=True):
-        assert max_error(a, e) < 1e-13
-    for a, e in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
-        assert max_error(a, e) < 1e-12 * (1 + (e.abs().max().item() if e.numel() else 0))
+    expected = [*expected, *gradients(expected, inputs)]
+    for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 1e-13)):
+        given = [v if v is None else v.detach().to(dtype).requires_grad_() for v in inputs]
+        exits = {"index": index, "scale": given[2], "bias": given[3]}
+        actual = coupling_step(*given[:2], split=split, clamp=clamp, **exits)
+        # One function of the extension, or the operations as they are written.
+        assert ("GatherStep" in type(actual[0].grad_fn).__name__) == (dtype == torch.float32)
+        for a, e in zip([*actual, *gradients(actual, given)], expected, strict=True):
+            assert max_error(a, e) < 10 * tolerance * (1 + (e.abs().max().item() if e.numel() else 0))
 
 
 @pytest.mark.parametrize("clamp", CLAMPS)

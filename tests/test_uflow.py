@@ -275,7 +275,7 @@ def test_checkpoint_keeps_the_model(tmp_path):
         ({"linear": "none"}, "linear.*'none'"),
         ({"steps": -1}, "steps.*-1"),
         ({"hidden_ratio": -1.0}, "hidden_ratio.*-1"),
-        ({"kernels": (2,)}, r"kernels.*\[2\]"),
+        ({"kernels": (2,)}, r"kernels.*\(2,\)"),
         ({"noise": -0.1}, "noise.*-0.1"),
         ({"memory": "none"}, "memory.*'none'"),
     ],
