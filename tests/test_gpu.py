@@ -12,7 +12,7 @@ from helpers import assert_within_budget, conv_subnet, max_error, randomise_
 import usf_kernels as usf
 from usf_kernels.nn import FlowSequence, FlowStep, LUConv1x1
 from usf_kernels.ops import dispatch
-from usf_kernels.ops.rows import add_rows, affine_rows, select_rows
+from usf_kernels.ops.row_kernels import add_rows, affine_rows, select_rows
 from usf_kernels.ops.step import coupling_step
 from usf_kernels.training import fit
 

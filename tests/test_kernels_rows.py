@@ -9,10 +9,10 @@ from torch import nn
 
 from usf_kernels import ops
 from usf_kernels.nn import FlowSequence, FlowStep, USFBlock, fused_blocks
-from usf_kernels.nn import rows as nn_rows
 from usf_kernels.nn.stage_extension import StageExtension
-from usf_kernels.ops import rows as ops_rows
-from usf_kernels.ops.rows import add_rows, affine_rows, select_rows
+from usf_kernels.ops import row_kernels
+from usf_kernels.ops import rows as dispatched
+from usf_kernels.ops.row_kernels import add_rows, affine_rows, select_rows
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -197,11 +197,11 @@ def kernel_calls(monkeypatch):
     """Turns the dispatch to the kernels on and off, and lists the operations that they did; without the
     extension, which would run the flow in their place."""
     monkeypatch.setattr(StageExtension, "takes", lambda rows: False)
-    monkeypatch.setattr(nn_rows, "_in_extension", lambda rows: False)
+    monkeypatch.setattr(dispatched, "_in_extension", lambda rows: False)
     calls = []
 
     def noted(name):
-        operation = getattr(ops_rows, name)
+        operation = getattr(row_kernels, name)
 
         def call(*arguments):
             calls.append(name)
@@ -210,10 +210,10 @@ def kernel_calls(monkeypatch):
         return call
 
     for name in ("select_rows", "add_rows", "affine_rows"):
-        monkeypatch.setattr(nn_rows, name, noted(name))
+        monkeypatch.setattr(dispatched, name, noted(name))
 
     def switch(on):
-        monkeypatch.setattr(nn_rows, "runs_kernels", lambda rows: on and rows.dtype != torch.float64)
+        monkeypatch.setattr(dispatched, "runs_kernels", lambda rows: on and rows.dtype != torch.float64)
         calls.clear()
         return calls
 
@@ -288,8 +288,8 @@ def test_exports_see_torch_operations(kernel_calls, monkeypatch):
     kernel_calls(False)
     expected = fused(x)
     # The predicate as it is on a GPU, asked on any device.
-    on_gpu = lambda rows: ops_rows.HAS_TRITON and not torch.compiler.is_exporting()  # noqa: E731
-    monkeypatch.setattr(nn_rows, "runs_kernels", on_gpu)
+    on_gpu = lambda rows: row_kernels.HAS_TRITON and not torch.compiler.is_exporting()  # noqa: E731
+    monkeypatch.setattr(dispatched, "runs_kernels", on_gpu)
     program = torch.export.export(fused, (x,))
     assert "usf_kernels" not in str(program.graph)
     for actual, truth in zip(program.module()(x), expected, strict=True):
@@ -298,9 +298,9 @@ def test_exports_see_torch_operations(kernel_calls, monkeypatch):
 
 def test_kernels_are_for_gpus_only_and_not_for_float64():
     for dtype in (*DTYPES, torch.float64):
-        assert not ops_rows.runs_kernels(torch.empty(1, 1, dtype=dtype))
+        assert not row_kernels.runs_kernels(torch.empty(1, 1, dtype=dtype))
         on_gpu = torch.empty(1, 1, dtype=dtype, device=DEVICE)
-        assert ops_rows.runs_kernels(on_gpu) == (DEVICE == "cuda" and dtype != torch.float64)
+        assert row_kernels.runs_kernels(on_gpu) == (DEVICE == "cuda" and dtype != torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -463,9 +463,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
 
 
 def test_empty_data_and_frozen_models_are_refused():
-    with pytest.raises(ValueError, match="validation_data is empty"):
+    with pytest.raises(ValueError, match="validation_data: expected at least one sample, found none"):
         fit(ToyFlow(2), NoisyImages(4), NoisyImages(0), max_epochs=1)
-    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+    with pytest.raises(ValueError, match="model: expected parameters that require a gradient, found none"):
         fit(ToyFlow(2).requires_grad_(False), NoisyImages(4), max_epochs=1, accelerator="cpu")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from usf_kernels.energy import read_energies
 from usf_kernels.null import Null
-from usf_kernels.ops.checks import check_number
+from usf_kernels.ops.checks import check_between
 from usf_kernels.segmentation import regions
 
 TAIL, TESTS = "exact", "per_size"  # the recommended form of the a-contrario test
@@ -48,9 +49,7 @@ def calibrate(
             number of false alarms is not positive.
     """
     if false_alarms is not None:
-        check_number("false_alarms", false_alarms)
-        if not false_alarms > 0:
-            raise ValueError(f"false_alarms: expected a positive number, found {false_alarms!r}")
+        check_between("false_alarms", false_alarms, 0, math.inf, "(]")
     energies, _ = read_energies(latents)
     fitted = replace(_of_positions(energies), tail=tail, tests=tests)
     if false_alarms is None:

@@ -133,7 +133,7 @@ def _extras() -> dict[str, Any]:
 
 def _operations(torch: Any) -> dict[str, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    from usf_kernels.ops import dispatch, products, rows
+    from usf_kernels.ops import dispatch, products, row_kernels
 
     probe = torch.empty(1, device=device)
     operations = {}
@@ -148,6 +148,6 @@ def _operations(torch: Any) -> dict[str, str]:
     operations[CONDITIONERS] = f"{'C++ for float32' if in_extension else 'PyTorch'} on {device}"
     bfloat16 = f", bfloat16 with {'AMX' if products.has_amx() else 'AVX-512'}"
     loops = f"C++ for float32{bfloat16 if products.MULTIPLIES_BFLOAT16 else ''}"
-    own = loops if device == "cpu" else "Triton" if rows.runs_kernels(probe) else None
+    own = loops if device == "cpu" else "Triton" if row_kernels.runs_kernels(probe) else None
     inference = f"{own} and PyTorch on {device}" if own else f"PyTorch on {device}"
     return operations | {INFERENCE: inference} | dict.fromkeys(NATIVE_OPERATIONS, "C++ on the CPU")

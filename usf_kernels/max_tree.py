@@ -11,7 +11,7 @@ import torch
 
 from usf_kernels import _core
 from usf_kernels.energy import LARGEST_MAP
-from usf_kernels.ops.checks import check_int
+from usf_kernels.ops.checks import check_choice, check_int
 
 _DTYPES = (np.float32, np.float64, np.uint8, np.uint16)
 
@@ -147,9 +147,7 @@ def _read(image: np.ndarray | torch.Tensor, name: str, rank: int, connectivity: 
         raise ValueError(f"{name}: expected shape {shape} with at least one pixel, found {array.shape}")
     if array.shape[-2] * array.shape[-1] > LARGEST_MAP:
         raise ValueError(f"{name}: expected at most {LARGEST_MAP} pixels, found shape {array.shape}")
-    check_int("connectivity", connectivity, 4)
-    if connectivity not in (4, 8):
-        raise ValueError(f"connectivity: expected 4 or 8, found {connectivity}")
+    check_choice("connectivity", check_int("connectivity", connectivity, 0), (4, 8))
     array = np.ascontiguousarray(array)
     if array.dtype.kind == "f" and not _core.all_finite(array):
         raise ValueError(f"{name}: expected finite values, found NaN or infinity")

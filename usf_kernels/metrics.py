@@ -278,18 +278,18 @@ def _array(values: Array) -> np.ndarray:
 
 def _concatenate(parts: Sequence[Array], dtype: type) -> np.ndarray:
     if not parts:
-        raise ValueError("predictions and targets must not be empty")
+        raise ValueError("targets: expected at least one image, found none")
     return np.concatenate([_array(part).astype(dtype) for part in parts])
 
 
 def _pair(scores: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
     scores, targets = _array(scores), _array(targets).astype(bool)
     if scores.shape != targets.shape:
-        raise ValueError(f"scores of shape {scores.shape} do not match targets of shape {targets.shape}")
+        raise ValueError(f"scores: expected the shape of targets, {targets.shape}, found {scores.shape}")
     if scores.dtype != bool:
         scores = scores.astype(np.float64)
         if np.isnan(scores).any():
-            raise ValueError("scores contain NaN")
+            raise ValueError("scores: expected numbers, found NaN")
     return scores, targets
 
 

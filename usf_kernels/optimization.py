@@ -83,7 +83,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if parameter.requires_grad:
             groups[parameter.ndim > 1 and name not in exempt].append(parameter)
     if not any(groups.values()):
-        raise ValueError("model has no parameter that requires a gradient")
+        raise ValueError("model: expected parameters that require a gradient, found none")
     decays = {True: weight_decay, False: 0.0}
     return [{"params": p, "weight_decay": decays[decayed]} for decayed, p in groups.items() if p]
 

@@ -97,7 +97,7 @@ def panel(
         raise ValueError(f"images, targets, kinds, prediction: expected equally many, found {sorted(counts)}")
     rows = choose_rows(kinds, prediction.score) if rows is None else list(rows)
     if not rows:
-        raise ValueError("rows must name at least one image")
+        raise ValueError("rows: expected at least one image, found none")
     with needs_extra("train", "pictures"):
         from matplotlib.figure import Figure
     height, width = images.shape[-2:]

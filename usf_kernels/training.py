@@ -135,7 +135,7 @@ def fit(
         check_int("checkpoint_every", checkpoint_every, 1)
     for name, data in (("train_data", train_data), ("validation_data", validation_data)):
         if data is not None and len(data) == 0:
-            raise ValueError(f"{name} is empty")
+            raise ValueError(f"{name}: expected at least one sample, found none")
     with needs_extra("train", "training"):
         from lightning.fabric import Fabric
         from lightning.pytorch.utilities.seed import isolate_rng

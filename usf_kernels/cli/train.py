@@ -163,7 +163,7 @@ def train(options: argparse.Namespace) -> int:
 def _held_out(options: argparse.Namespace, data: FolderDataset) -> int:
     """Return the number of images to hold out; raise if too few are left."""
     if not 0 < options.held_out < 1:
-        raise ValueError(f"--held-out must lie between 0 and 1, not {options.held_out}")
+        raise ValueError(f"--held-out: expected a number between 0 and 1, found {options.held_out}")
     held_out = max(1, round(options.held_out * len(data)))
     if len(data) - held_out < 2:
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from usf_kernels.data.defects import DEFECTS, render_defect
-from usf_kernels.data.folder import resize_mask
+from usf_kernels.data.folder import resize_image, resize_mask
 from usf_kernels.data.sample import Sample
 from usf_kernels.extras import needs_extra
 from usf_kernels.ops.checks import check_choice, check_int
@@ -95,8 +95,9 @@ class TextureDataset(Dataset[Sample]):
             others = [texture(other) for other in TEXTURES if other != self.name]
             other = self._cut(others[rng.integers(len(others))], rng, self.crop)
             image, mask = render_defect(image, kind, rng, other)
+        grey = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None]
         return Sample(
-            image=_resize(image, self.size).clamp(0, 1).expand(3, -1, -1).contiguous(),
+            image=resize_image(grey, (self.size, self.size)).clamp(0, 1).expand(3, -1, -1).contiguous(),
             mask=resize_mask(torch.from_numpy(mask)[None], (self.size, self.size)),
             label=int(kind != "good"),
             name=f"{self.name}/{self.split}/{index:04d}",
@@ -132,13 +133,3 @@ class TextureDataset(Dataset[Sample]):
         y, x = (np.mgrid[: self.crop, : self.crop] - (self.crop - 1) / 2) * scale
         rows, columns = y0 + np.cos(turn) * y - np.sin(turn) * x, x0 + np.sin(turn) * y + np.cos(turn) * x
         return map_coordinates(self.photograph, (rows, columns), order=3)
-
-
-def _resize(image: np.ndarray, size: int) -> torch.Tensor:
-    """Resize an image (H, W) to a float32 tensor (1, size, size)."""
-    x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None, None]
-    if x.shape[-1] == size:
-        return x[0]
-    return torch.nn.functional.interpolate(
-        x, (size, size), mode="bicubic", align_corners=False, antialias=True
-    )[0]

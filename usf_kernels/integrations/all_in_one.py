@@ -20,7 +20,7 @@ from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.ops import affine_coupling
 from usf_kernels.ops.checks import count_positions
 from usf_kernels.ops.matrices import apply_matrix
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.native import is_observed
 from usf_kernels.ops.step import coupling_step
 
 
@@ -251,7 +251,7 @@ class SequenceMixin(Faster):
     ) -> tuple[Tensor, Tensor]:
         """Same as the original."""
         alone = torch.is_tensor(x_or_z) and not self.force_tuple_output
-        recorded = torch.is_grad_enabled() or somebody_looks()
+        recorded = torch.is_grad_enabled() or is_observed()
         if recorded or not alone or not self.folds:
             return super().forward(x_or_z, c, rev, jac)
         cond = None if self.conditions[0] is None else c[self.conditions[0]]

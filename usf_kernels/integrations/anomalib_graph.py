@@ -12,7 +12,7 @@ from torch import Tensor
 
 from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
 from usf_kernels.nn.fused import FusedFlow
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.native import is_observed
 
 
 class FastGraphINN(Faster, GraphINN):
@@ -50,7 +50,7 @@ class FastGraphINN(Faster, GraphINN):
         x: Any = None,
     ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Same as the original."""
-        recorded = self.training or torch.is_grad_enabled() or somebody_looks()
+        recorded = self.training or torch.is_grad_enabled() or is_observed()
         if recorded or rev or not jac or intermediate_outputs or x is not None or c or self.condition_nodes:
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
         inputs = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)

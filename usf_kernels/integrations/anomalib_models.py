@@ -31,7 +31,7 @@ from usf_kernels.models.native_layers import use_extension_, use_pytorch_
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.maps import to_rows
 from usf_kernels.ops import anomaly_map
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.native import is_observed
 from usf_kernels.segmentation import Null, segment
 
 LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
@@ -208,7 +208,7 @@ class FastCflowModel(Accelerated, CflowModel):
         features = self.encoder.eval()(images)
         for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
             maps = features[layer]
-            if somebody_looks() or not getattr(decoder, "folds", False):
+            if is_observed() or not getattr(decoder, "folds", False):
                 likelihood = _likelihood(decoder, maps, self.condition_vector)
             else:
                 likelihood = self._fused_likelihood(layer, decoder, maps)

@@ -107,7 +107,7 @@ def affine_rows_kernel(
 
 @replayed
 def select_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Launch: see `usf_kernels.ops.rows.select_rows`."""
+    """Launch: see `usf_kernels.ops.row_kernels.select_rows`."""
     count, chosen = rows.shape[0], index.shape[0]
     out = rows.new_empty(count, chosen)
 
@@ -124,7 +124,7 @@ def select_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 @replayed
 def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
-    """Launch: see `usf_kernels.ops.rows.add_rows`."""
+    """Launch: see `usf_kernels.ops.row_kernels.add_rows`."""
     count, chosen = values.shape
 
     def launch_on(target: Tensor, config: Config) -> None:
@@ -142,7 +142,7 @@ def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
 def affine_rows(
     rows: Tensor, index: Tensor, outputs: Tensor, shift: Tensor, clamp: float, inverse: bool
 ) -> Tensor:
-    """Launch: see `usf_kernels.ops.rows.affine_rows`."""
+    """Launch: see `usf_kernels.ops.row_kernels.affine_rows`."""
     count, chosen = rows.shape[0], index.shape[0]
     log_det = rows.new_empty(count, dtype=torch.float32)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from usf_kernels.models.kept import Kept
 from usf_kernels.nn.capture import is_capturing
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.native import is_observed
 
 RINGS = 2  # width in positions of the border that is told from the inside
 SIDE = 2 * RINGS + 1  # rows (or columns) told apart: RINGS near either end, and all others as one
@@ -79,8 +79,8 @@ class BorderNorm(nn.Module):
         return self._kept.get(key, (self.log_scale, self.shift), lambda: self._made(x))
 
     def _made(self, x: Tensor) -> _Maps:
-        # Values must not be read back while somebody looks or a CUDA graph is captured.
-        unseen = not somebody_looks() and not is_capturing()
+        # Values must not be read back while operations are observed or captured.
+        unseen = not is_observed() and not is_capturing()
         if unseen and not (self.log_scale.any() or self.shift.any()):
             return _Maps(None, None, self.log_scale.new_zeros(()))
         ring, place = (of(*x.shape[2:], device=x.device) for of in (ring_of, place_of))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from usf_kernels.nn.capture import is_capturing
 from usf_kernels.nn.weights import state_of
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.native import is_observed
 
 MOST = 4
 Value = TypeVar("Value")
@@ -35,7 +35,7 @@ class Kept(Generic[Value]):
     def get(self, key: Hashable, tensors: Iterable[Tensor], make: Callable[[], Value]) -> Value:
         """Return `make()`, or its earlier value for this key if the tensors have not changed since."""
         tensors = list(tensors)
-        if somebody_looks() or is_capturing() or any(t.is_inference() for t in tensors):
+        if is_observed() or is_capturing() or any(t.is_inference() for t in tensors):
             return make()
         # Hold views, so that the memory is not freed and its address not given to other tensors.
         tensors = [t.detach() for t in tensors]

@@ -32,7 +32,7 @@ class _Native:
         given = [t for t in (x, self.weight, self.bias) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
             return False
-        if not native.fits(*given, dtype=x.dtype) or torch.is_autocast_enabled("cpu"):
+        if not native.accepts(*given, dtype=x.dtype) or torch.is_autocast_enabled("cpu"):
             return False
         if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and self._fits_pairs()):
             return False

@@ -63,7 +63,7 @@ def evaluate(conditioner: nn.Module, x: Tensor, cond: Tensor | None = None) -> T
         return _with_shared(conditioner, x, cond)
     if cond is not None:
         x = torch.cat([x, cond.expand(x.shape[0], *cond.shape[1:])], dim=1)
-    layers = _convolutional_layers(conditioner) if x.ndim == 4 and native.fits(x) else None
+    layers = _convolutional_layers(conditioner) if x.ndim == 4 and native.accepts(x) else None
     if layers and x.shape[1] == layers[0].weight.shape[1] and pays(x, layers):
         return convolutions(x, layers)
     return conditioner(x)
@@ -73,7 +73,7 @@ def _with_shared(conditioner: nn.Sequential, x: Tensor, cond: Tensor) -> Tensor:
     """`evaluate` for a shared cond and a first layer that is pointwise, so that its sum can be split."""
     first = conditioner[0]
     own, shared = first.weight.split([x.shape[1], cond.shape[1]], dim=1)
-    layers = _convolutional_layers(conditioner) if native.fits(x) else None
+    layers = _convolutional_layers(conditioner) if native.accepts(x) else None
     if layers:
         layers[0] = layers[0]._replace(weight=own, bias=None)
         if pays(x, layers):

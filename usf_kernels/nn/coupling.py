@@ -15,7 +15,7 @@ from usf_kernels.ops import additive_coupling, affine_coupling
 from usf_kernels.ops.checks import check_clamp, check_features, check_int, check_shape, compute_dtype
 from usf_kernels.ops.eager import inverse_permutation, per_channel
 from usf_kernels.ops.function import Function
-from usf_kernels.ops.native import batched, memory_format, somebody_looks
+from usf_kernels.ops.native import is_grads_batched, is_observed, memory_format
 from usf_kernels.ops.step import undo_step
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _Fork(Function):
 
     @staticmethod
     def backward(ctx, grad_first: Tensor, grad_all: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
-        if somebody_looks() or torch.is_grad_enabled() or batched(grad_first, grad_all):
+        if is_observed() or torch.is_grad_enabled() or is_grads_batched(grad_first, grad_all):
             first, rest = grad_all[:, : ctx.split], grad_all[:, ctx.split :]
             return torch.cat([first + grad_first, rest], dim=1), None, None, None
         joined = grad_all if ctx.fresh else grad_all.clone()
@@ -151,7 +151,7 @@ class _Coupling(Conditioned):
         """Return (x, the conditioner's output for its passive half); use this x afterwards. Set `fresh` if
         the gradient of that x is a tensor that nobody else holds: it is then overwritten."""
         check_features(name, x, self.channels)
-        copied = somebody_looks() or overwrites(self.subnet)
+        copied = is_observed() or overwrites(self.subnet)
         passive, x = _Fork.apply(x, self.split, fresh, copied)
         return x, self.condition(passive, cond)
 

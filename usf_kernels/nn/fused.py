@@ -14,10 +14,10 @@ from usf_kernels.nn.coupling import check_condition
 from usf_kernels.nn.fused_blocks import add_log_dets
 from usf_kernels.nn.fused_maps import Reorder, squared_norm
 from usf_kernels.nn.maps import to_maps
-from usf_kernels.nn.rows import rows_of
 from usf_kernels.nn.stage_run import StageRun, blocks_of
 from usf_kernels.ops import native
 from usf_kernels.ops.checks import check_features, compute_dtype, count_positions
+from usf_kernels.ops.rows import rows_of
 
 Condition = Tensor | Sequence[Tensor] | None
 
@@ -216,6 +216,6 @@ def _take_dtype(flow: FusedFlow, _: object) -> None:
 
 def _shares_memory(rows: Tensor, x: Tensor) -> bool:
     """Whether rows are views of x; true if that is unknown, as in traced graphs."""
-    if native.somebody_looks():
+    if native.is_observed():
         return True
     return rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()

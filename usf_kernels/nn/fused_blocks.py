@@ -14,11 +14,11 @@ from usf_kernels.nn.folding import Coupling, LinearMap
 from usf_kernels.nn.fused_conditioner import FusedConditioner
 from usf_kernels.nn.fused_maps import Result, Sizes
 from usf_kernels.nn.maps import to_maps
-from usf_kernels.nn.rows import add_, affine_, select
 from usf_kernels.nn.usf_block import CheckerboardCoupling, checkerboard
 from usf_kernels.ops.block import residual_mlp
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.rows import multiplies_in_kernels
+from usf_kernels.ops.row_kernels import multiplies_in_kernels
+from usf_kernels.ops.rows import add_, affine_, select
 
 
 class ProjectedBlock(nn.Module):

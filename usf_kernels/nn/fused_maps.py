@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usf_kernels.nn.folding import LinearMap
-from usf_kernels.nn.rows import select
 from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.rows import select
 
 Result = tuple[Tensor, Tensor | None]
 Sizes = tuple[int, ...]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops.checks import check_features, check_int, compute_dtype
 from usf_kernels.ops.function import Function
-from usf_kernels.ops.native import somebody_looks
+from usf_kernels.ops.native import is_observed
 
 if TYPE_CHECKING:
     from usf_kernels.nn.tape import Tape
@@ -80,7 +80,7 @@ class Permutation(Fusible, nn.Module):
 
     def order(self) -> tuple[Tensor, Tensor]:
         """The index and its inverse, (C,) int64 each."""
-        if not somebody_looks():
+        if not is_observed():
             # DistributedDataParallel writes it at every training step; reading it would wait for a GPU.
             self._restore(look=not self.training)
         return self.index, self.inverse_index

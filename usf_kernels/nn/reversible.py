@@ -23,7 +23,7 @@ from usf_kernels.kernels.plain import rounds_to_tf32
 from usf_kernels.nn.tape import Slot, State, Tape, add, swapped
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.matrices import forming_products
-from usf_kernels.ops.native import batched
+from usf_kernels.ops.native import is_grads_batched
 
 CHECKED_SAMPLES = 8
 
@@ -109,7 +109,7 @@ class _Reversible(torch.autograd.Function):
     @forming_products()
     def backward(ctx, grad_z, grad_log_det):  # noqa: ANN001
         found = "create_graph=True" if torch.is_grad_enabled() else None
-        found = "is_grads_batched=True" if batched(grad_z, grad_log_det) else found
+        found = "is_grads_batched=True" if is_grads_batched(grad_z, grad_log_det) else found
         if found:
             raise RuntimeError(
                 "FlowSequence: memory='reversible' (which 'auto' picks from four steps on) gives first "

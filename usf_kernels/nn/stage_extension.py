@@ -50,8 +50,8 @@ class StageExtension:
             products.MULTIPLIES
             and rows.device.type == "cpu"
             and (rows.dtype == torch.float32 or _in_pairs(rows))
-            and not native.somebody_looks()
-            and native.is_memory(rows)
+            and not native.is_observed()
+            and native.is_materialized(rows)
         )
 
     @staticmethod

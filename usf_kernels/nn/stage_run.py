@@ -63,7 +63,7 @@ class StageRun(nn.Module):
         steps = steps[::-1] if inverse else steps
         # No stretches while tracing, since a graph must not depend on the number of rows, nor for
         # bfloat16, whose products prefer many rows.
-        if native.somebody_looks() or rows.is_cuda or rows.element_size() < 4:
+        if native.is_observed() or rows.is_cuda or rows.element_size() < 4:
             return _one_by_one(steps, rows, sizes, inverse)
         for pointwise, group in groupby(steps, _is_pointwise):
             together = _in_stretches if pointwise else _one_by_one

@@ -20,7 +20,7 @@ from torch.linalg import solve_triangular
 from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import triangular_inverse
-from usf_kernels.ops.native import batched, somebody_looks
+from usf_kernels.ops.native import is_grads_batched, is_observed
 from usf_kernels.ops.triangles import diagonal_of, outer, strict_, times, unit_lower, upper_with
 
 
@@ -39,7 +39,7 @@ def conjugation(
     Returns:
         (split, C) and (C, C - split).
     """
-    run = _plain if somebody_looks() else _Halves.apply
+    run = _plain if is_observed() else _Halves.apply
     return run(lower, upper, signs, log_diagonal, split)
 
 
@@ -97,7 +97,7 @@ class _Halves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_rows: Tensor, of_columns: Tensor) -> tuple:
         lower, upper, signs, log_diagonal, columns = ctx.saved_tensors
-        if differentiates_again() or batched(of_rows, of_columns):
+        if differentiates_again() or is_grads_batched(of_rows, of_columns):
             given = lower, upper, signs, log_diagonal
             found = gradients_through(partial(_plain, split=ctx.split), given, (of_rows, of_columns))
             return *found[:2], None, found[3], None

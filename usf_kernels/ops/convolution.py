@@ -39,10 +39,10 @@ def in_tiles(weight: Tensor) -> bool:
 
 
 def pays(x: Tensor, layers: list[Layer]) -> bool:
-    """Whether `convolutions` should run these (matching) layers: float32 on the CPU, and nobody looks."""
+    """Whether `convolutions` should run these (matching) layers: float32 on the CPU, not observed."""
     return (
         products.MULTIPLIES
-        and native.fits(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
+        and native.accepts(x, *(t for layer in layers for t in (layer.weight, layer.bias)))
         and not torch.is_autocast_enabled("cpu")
         and (any(in_tiles(layer.weight) for layer in layers) or _on_maps(x, layers) or _on_rows(x, layers))
     )
@@ -111,7 +111,7 @@ class _Convolutions(torch.autograd.Function):
         count = len(ctx.relus)
         saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at every access
         (x, *rows), (share, *parameters) = saved[: count + 1], saved[count + 1 :]
-        if differentiates_again() or not native.fits(grad):
+        if differentiates_again() or not native.accepts(grad):
             inputs = x, share, *parameters
             of_x, of_share, *rest = gradients_through(partial(_plain, ctx.relus), inputs, (grad,))
             return of_x, of_share, None, *rest

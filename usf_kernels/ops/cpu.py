@@ -54,7 +54,7 @@ class _AffineCoupling(torch.autograd.Function):
                 return reference.affine_coupling(x, params, *ctx.options)
 
             grads = gradients_through(plain, (x, params), (grad, grad_log_det))
-        elif native.fits(grad, grad_log_det, x, params):
+        elif native.accepts(grad, grad_log_det, x, params):
             grads = native.couple_gradient(grad, grad_log_det, x, params, None, None, *ctx.options)[:2]
         else:
             grads = reference.affine_coupling_gradients(x, params, *ctx.options, grad, grad_log_det)
@@ -81,7 +81,7 @@ class _SquaredNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        if differentiates_again() or not native.fits(grad, z):
+        if differentiates_again() or not native.accepts(grad, z):
             return 2 * grad.unsqueeze(1) * z
         return native.squared_norm_gradient(grad, z)
 

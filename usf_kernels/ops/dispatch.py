@@ -30,7 +30,7 @@ def implementation(op: str, impl: str | None, *tensors: Tensor | None) -> Callab
     """Return the function that runs `op` on these tensors.
 
     `impl=None` takes the Triton kernel on a CUDA or ROCm device, the extension's loops for float32 on the CPU
-    if `op` has some and they may run (`native.fits`), and the PyTorch reference elsewhere. Naming an
+    if `op` has some and they may run (`native.accepts`), and the PyTorch reference elsewhere. Naming an
     implementation forces it, without a fallback. All have the same positional signature. With
     TRITON_INTERPRET=1 in the environment, forced kernels run on CPU tensors too.
 
@@ -66,7 +66,7 @@ def runs_triton(op: str, *tensors: Tensor | None) -> bool:
 
 def runs_loops(op: str, *tensors: Tensor | None) -> bool:
     """Whether `impl=None` takes the extension's loops for these tensors."""
-    return op in _on_cpu and native.fits(*tensors)
+    return op in _on_cpu and native.accepts(*tensors)
 
 
 def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
@@ -105,7 +105,7 @@ def kernel(op: str) -> Callable[[F], F]:
 
 
 def on_cpu(op: str) -> Callable[[F], F]:
-    """Decorator that registers a differentiable function to run `op` where `native.fits`."""
+    """Decorator that registers a differentiable function to run `op` where `native.accepts`."""
 
     def register(function: F) -> F:
         _on_cpu[op] = function
@@ -139,25 +139,25 @@ def define(schema: str, fake: Callable, launcher: str) -> Callable[..., Any]:
     op = getattr(torch.ops.usf_kernels, name).default
 
     def call(*arguments: Any) -> Any:
-        if _nobody_looks(arguments):  # PyTorch's dispatcher takes as long as a kernel
+        if _may_bypass(arguments):  # PyTorch's dispatcher takes as long as a kernel
             return _load(launcher)(*arguments)
         return op(*arguments)
 
     return call
 
 
-def _nobody_looks(arguments: tuple[Any, ...]) -> bool:
+def _may_bypass(arguments: tuple[Any, ...]) -> bool:
     """Whether an operation may bypass PyTorch's dispatcher: all tensors are plain CUDA tensors whose values
     are what lies in memory, no gradients are recorded, and no compiler, transform, mode or tracer has to see
     the operation."""
-    if native.somebody_looks() or torch.is_grad_enabled():
+    if native.is_observed() or torch.is_grad_enabled():
         return False
     for value in arguments:
         if isinstance(value, Tensor) and not (
-            type(value) in native.PLAIN and value.is_cuda and native.is_memory(value)
+            type(value) in native.PLAIN and value.is_cuda and native.is_materialized(value)
         ):
             return False
-        if isinstance(value, (list, tuple)) and not _nobody_looks(tuple(value)):
+        if isinstance(value, (list, tuple)) and not _may_bypass(tuple(value)):
             return False
     return True
 

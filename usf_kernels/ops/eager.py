@@ -20,13 +20,13 @@ from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
 
 
 def by_hand(*tensors: Tensor | None) -> bool:
-    """Whether the functions here may run: CPU tensors, all float32 or all float64, and nobody looks."""
+    """Whether the functions here may run: CPU tensors, all float32 or all float64, not observed."""
     given = [t for t in tensors if t is not None]
     return (
         all(t.device.type == "cpu" and t.dtype == given[0].dtype for t in given)
         and given[0].dtype in (torch.float32, torch.float64)
-        and not native.somebody_looks()
-        and not native.batched(*given)
+        and not native.is_observed()
+        and not native.is_grads_batched(*given)
     )
 
 
@@ -39,7 +39,7 @@ def couple(
     exit_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the coupled x, scaled and shifted per channel if an exit is given, and the log-determinant."""
-    if native.fits(x, params, exit_scale, exit_bias):
+    if native.accepts(x, params, exit_scale, exit_bias):
         found = native.couple(x, params, None, exit_scale, exit_bias, split, clamp, inverse=False)
         if found is not None:
             return found
@@ -50,7 +50,7 @@ def uncoupled_gradients(
     grad: Tensor, grad_log_det: Tensor, x: Tensor, params: Tensor, split: int, clamp: float | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and params from `grad`, the gradient of the coupled x, which may be overwritten."""
-    if native.fits(grad, grad_log_det, x, params):
+    if native.accepts(grad, grad_log_det, x, params):
         grad_params = native.uncouple_gradient_(grad, grad_log_det, x, params, split, clamp)
         if grad_params is not None:
             return grad, grad_params
@@ -77,7 +77,7 @@ def uncouple(
     Tensors may be on any device, but of one dtype; y and `grad` may be overwritten. This uses tanh, as
     `couple` does, and not a sigmoid, so that it undoes the same numbers.
     """
-    if native.fits(y, grad, grad_log_det, params, scale, bias):
+    if native.accepts(y, grad, grad_log_det, params, scale, bias):
         found = native.uncouple(y, grad, grad_log_det, params, index, scale, bias, split, clamp)
         if found is not None:
             return found
@@ -114,7 +114,7 @@ class _GatherStep(torch.autograd.Function):
         clamp: float | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.options, found = (split, clamp), None
-        if native.fits(x, params, scale, bias):
+        if native.accepts(x, params, scale, bias):
             found = native.couple(x, params, index, scale, bias, split, clamp, inverse=False)
         ctx.native = found is not None
         if found is None:
@@ -126,7 +126,7 @@ class _GatherStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple:
         x, params, index, scale, bias = ctx.saved_tensors
-        if ctx.native and native.fits(grad, grad_log_det) and not differentiates_again():
+        if ctx.native and native.accepts(grad, grad_log_det) and not differentiates_again():
             grads = native.couple_gradient(
                 grad, grad_log_det, x, params, index, scale, *ctx.options, inverse=False
             )
@@ -192,7 +192,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         matrix, x, bias = ctx.saved_tensors
-        if differentiates_again() or native.batched(grad):
+        if differentiates_again() or native.is_grads_batched(grad):
             return tuple(gradients_through(apply_matrix, (matrix, x, bias), (grad,)))
         with full_precision(grad):
             return (
@@ -204,7 +204,7 @@ class _Product(torch.autograd.Function):
 
 def channel_sums(value: Tensor) -> Tensor:
     """Sum of (B, C, *spatial) over all dimensions but the channels: (C,)."""
-    if not torch.is_grad_enabled() and native.fits(value):
+    if not torch.is_grad_enabled() and native.accepts(value):
         sums = native.channel_sums(value)
         if sums is not None:
             return sums

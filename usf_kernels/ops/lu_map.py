@@ -19,7 +19,7 @@ from usf_kernels.ops.dispatch import define, differentiates_again, gradients_thr
 from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import LUMatrix
 from usf_kernels.ops.matrices import apply_matrix, lu_matrix, matrix_gradient
-from usf_kernels.ops.native import batched, fits, somebody_looks
+from usf_kernels.ops.native import accepts, is_grads_batched, is_observed
 from usf_kernels.ops.triangles import (
     apply_factor,
     diagonal_of,
@@ -53,7 +53,7 @@ def lu_map(
     Returns:
         matrix (C, C); bias (C,), or None if nothing is added; log-determinant per position, 0-d.
     """
-    run = _plain if somebody_looks() else _Map.apply
+    run = _plain if is_observed() else _Map.apply
     if log_scale is None:
         matrix, _, log_det = run(lower, upper, signs, log_diagonal, None, None, None)
         return matrix, bias, log_det
@@ -124,7 +124,7 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
-        ctx.native, ctx.gradients = native_lu_map.fits(given), None
+        ctx.native, ctx.gradients = native_lu_map.accepts(given), None
         if runs_triton("lu_conv1x1", *given):
             run, ctx.gradients = _launch, _launch_gradients
         elif ctx.native:
@@ -150,7 +150,7 @@ class _Map(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at every access
         given, (matrix, *kept) = saved[:7], saved[7:]
         grads = grad, grad_bias, grad_log_det
-        if differentiates_again() or batched(*grads) or (ctx.native and not fits(*grads)):
+        if differentiates_again() or is_grads_batched(*grads) or (ctx.native and not accepts(*grads)):
             found = gradients_through(_plain, given, grads)
             return *found[:2], None, *found[3:]
         of_bias = None if given[4] is None else grad_bias

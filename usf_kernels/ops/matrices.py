@@ -54,7 +54,7 @@ def _walks(x: Tensor) -> bool:
 def _extension_multiplies(outputs: int, x: Tensor, *others: Tensor | None) -> bool:
     """Whether the extension should multiply the channels of x to give `outputs` channels: in float32 on the
     CPU, where nothing is recorded. For a few rows, PyTorch is faster."""
-    if not products.MULTIPLIES or torch.is_grad_enabled() or not native.fits(x, *others):
+    if not products.MULTIPLIES or torch.is_grad_enabled() or not native.accepts(x, *others):
         return False
     return (x.ndim > 2 and x.stride(1) != 1) or x.numel() * outputs >= products.WORTH_THREADS
 

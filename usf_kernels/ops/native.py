@@ -1,7 +1,7 @@
 """Loops of the extension over float32 tensors on the CPU, each one pass over memory.
 
 Where torch needs a pass and fresh memory for every operation, these read each value once. Callers must ask
-`fits` first. Tensors go to the extension as addresses and strides. It walks contiguous and channels-last
+`accepts` first. Tensors go to the extension as addresses and strides. It walks contiguous and channels-last
 memory, including slices of channels or of the batch; tensors with other strides are copied first.
 """
 
@@ -20,7 +20,7 @@ LARGEST_CLAMP = 80.0  # e^s is then finite: the loops do not check
 PLAIN = (Tensor, nn.Parameter)
 
 
-def somebody_looks() -> bool:
+def is_observed() -> bool:
     """Whether a compiler, a transform, a mode or a tracer would have to see an operation."""
     return (
         torch.compiler.is_compiling()
@@ -31,26 +31,26 @@ def somebody_looks() -> bool:
     )
 
 
-def batched(*tensors: Tensor | None) -> bool:
+def is_grads_batched(*tensors: Tensor | None) -> bool:
     """Whether autograd runs many gradients at once (`is_grads_batched`); they must not be written to."""
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
-def fits(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the extension may read these tensors: plain CPU tensors of this dtype, and nobody looks."""
-    if somebody_looks():
+def accepts(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the extension may read these tensors: plain CPU tensors of this dtype, none observed."""
+    if is_observed():
         return False
     for t in tensors:
-        if t is not None and not (type(t) in PLAIN and t.dtype is dtype and t.is_cpu and is_memory(t)):
+        if t is not None and not (type(t) in PLAIN and t.dtype is dtype and t.is_cpu and is_materialized(t)):
             return False
     return True
 
 
-def is_memory(t: Tensor) -> bool:
+def is_materialized(t: Tensor) -> bool:
     """Whether the values of a tensor are what lies at its address."""
-    # Takes one tensor and does not call `batched`: it runs often, and a loop would cost.
-    batched = torch._C._functorch.is_legacy_batchedtensor(t)
-    return t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor() or batched)
+    # Takes one tensor and does not call `is_grads_batched`: it runs often, and a loop would cost.
+    of_many = torch._C._functorch.is_legacy_batchedtensor(t)
+    return t.layout is torch.strided and not (t.is_neg() or t._is_zerotensor() or of_many)
 
 
 def squared_norm(z: Tensor) -> Tensor:

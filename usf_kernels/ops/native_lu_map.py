@@ -1,7 +1,7 @@
 """An LU map from its parameters, and its gradients, each in one call of the extension.
 
 The dozen operations of `usf_kernels.ops.lu_map` take longer to dispatch than to compute. Callers must ask
-`fits` first.
+`accepts` first.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from usf_kernels.ops.native import address
 Given = tuple[Tensor | None, ...]  # lower, upper, signs, log_diagonal, bias, log_scale, offset
 
 
-def fits(given: Given) -> bool:
+def accepts(given: Given) -> bool:
     """Whether the extension may read these parameters."""
     rows = all(matrix.stride(1) == 1 for matrix in given[:2])
-    return products.MULTIPLIES and rows and native.fits(*given)
+    return products.MULTIPLIES and rows and native.accepts(*given)
 
 
 def lu_map(given: Given) -> tuple[Tensor, Tensor | None, Tensor]:

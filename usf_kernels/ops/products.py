@@ -1,7 +1,7 @@
 """Matrices applied by the extension to the channels of float32 maps or rows on the CPU, which are not copied.
 
 Where PyTorch's library for products does not use the widest vectors of a processor, the extension takes half
-the time. Callers must ask `native.fits` first, and `walks_maps` or `row_stride`.
+the time. Callers must ask `native.accepts` first, and `walks_maps` or `row_stride`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""Operations on chosen columns of rows (N, C), which a fused flow needs around its conditioners.
+"""Rows (N, C), and couplings on some of their channels: by kernels, the extension, or torch operations.
 
-These run kernels only, and are not differentiable: `usf_kernels.nn.rows` chooses between them and others.
+Torch's own index operations on channels-last memory cost as much as the products around them, and its affine
+coupling takes many passes over memory. GPUs run Triton kernels, in compiled graphs too. CPUs run the
+extension, except where a compiler, a tracer, a transform or a mode has to see the operations: then, and in
+graphs for export, torch operations run.
 """
 
 from __future__ import annotations
@@ -8,141 +11,98 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from usf_kernels.kernels.plain import rounds_to_tf32
-from usf_kernels.ops.checks import FLOAT_DTYPES
-from usf_kernels.ops.dispatch import HAS_TRITON, define
+from usf_kernels import _core
+from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.native import LARGEST_CLAMP, is_materialized, is_observed, threads_over
+from usf_kernels.ops.row_kernels import add_rows, affine_rows, runs_kernels, select_rows
 
 
-def runs_kernels(rows: Tensor) -> bool:
-    """Whether these operations take `rows`: any floating dtype but float64, on a CUDA or ROCm device, and not
-    in exported graphs, which must run anywhere."""
+def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
+    """Convert x (B, C, *spatial) to contiguous rows (B * positions, C) of `dtype`; always copy if `copy`."""
+    channels = x.shape[1]
+    scattered = x.is_contiguous() and not x.movedim(1, -1).is_contiguous()
+    if scattered and _in_extension(x) and (x.dtype == dtype or dtype == torch.bfloat16):
+        maps = x.detach().flatten(2)
+        out = x.new_empty(x.shape[0] * maps.shape[2], channels, dtype=dtype)
+        _core.interleave(_bits(maps), _bits(out), threads_over(out))
+        return out
+    rows = x.movedim(1, -1).to(dtype, copy=copy, memory_format=torch.contiguous_format)
+    return rows.reshape(-1, channels).contiguous()
+
+
+def select(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[:, index]`."""
+    if runs_kernels(rows):
+        return select_rows(rows, index)
+    if not _in_extension(rows):
+        return torch.gather(rows, 1, index.expand(rows.shape[0], -1))
+    out = rows.new_empty(rows.shape[0], len(index))
+    _core.select_rows(_bits(rows), index, _bits(out), threads_over(rows))
+    return out
+
+
+def add_(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
+    """`rows[:, index] += factor * values`.
+
+    Raises:
+        ValueError: rows that are not contiguous, which the extension cannot write to.
+    """
+    if runs_kernels(rows):
+        add_rows(rows, index, values, factor)
+    elif not _in_extension(rows):
+        rows.index_add_(1, index, values, alpha=factor)
+    else:
+        _core.add_rows(_bits(_contiguous(rows)), index, _bits(values), factor, threads_over(rows))
+
+
+def affine_(
+    rows: Tensor, index: Tensor, outputs: Tensor, shift: Tensor, clamp: float, inverse: bool
+) -> Tensor:
+    """Affine coupling of the columns `index` of `rows`: `y = (y + shift) * exp(s) + t`, or its inverse.
+
+    `outputs` (N, 2 * len(index)) holds raw, then t; `s = clamp * tanh(raw)`. Returns the log-det of each row,
+    (N,), float32 at least.
+
+    Raises:
+        ValueError: see `add_`.
+    """
+    if runs_kernels(rows):
+        return affine_rows(rows, index, outputs, shift, clamp, inverse)
+    if _in_extension(rows) and clamp <= LARGEST_CLAMP:
+        log_det = rows.new_empty(rows.shape[0], dtype=torch.float32)
+        written = _bits(_contiguous(rows))
+        arguments = (written, index, _bits(outputs), shift.float(), clamp, inverse, log_det)
+        _core.affine_rows(*arguments, threads_over(rows))
+        return log_det
+    raw, translation = outputs.chunk(2, dim=1)
+    log_scale = raw.tanh().mul_(clamp)
+    active = select(rows, index)
+    if inverse:
+        active = active.sub_(translation).mul_(log_scale.neg().exp()).sub_(shift)
+    else:
+        active = active.add_(shift).mul_(log_scale.exp()).add_(translation)
+    rows.index_copy_(1, index, active)
+    total = log_scale.sum(1, dtype=compute_dtype(rows))
+    return -total if inverse else total
+
+
+def _in_extension(rows: Tensor) -> bool:
     return (
-        HAS_TRITON
-        and rows.device.type == "cuda"
-        and rows.dtype != torch.float64
-        and not torch.compiler.is_exporting()
+        rows.device.type == "cpu"
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and not is_observed()
+        and is_materialized(rows)
     )
 
 
-def multiplies_in_kernels(rows: Tensor) -> bool:
-    """Whether two layers and the addition of their result to `rows` are best run as one kernel, on tensor
-    cores. Full float32 products are left to the vendor's library."""
-    if not runs_kernels(rows):
-        return False
-    half = rows.dtype in (torch.bfloat16, torch.float16)
-    # Compiled graphs must not depend on the setting for TF32.
-    return half or (not torch.compiler.is_compiling() and rounds_to_tf32())
+def _contiguous(rows: Tensor) -> Tensor:
+    """Return rows to write to; raise unless contiguous, since results written to a copy would be lost."""
+    if not rows.is_contiguous():
+        raise ValueError(f"rows: expected contiguous rows to write to, found strides {rows.stride()}")
+    return rows
 
 
-def select_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """`rows[:, index]`.
-
-    Args:
-        rows: (N, C) in float32, bfloat16 or float16, at any strides.
-        index: (M,) int64, in 0..C-1 in any order. Its values are not read for checking.
-
-    Returns:
-        (N, M), contiguous.
-
-    Raises:
-        TypeError: another dtype.
-        ValueError: another shape; tensors on several devices.
-    """
-    _check(rows, index)
-    return _select(rows, index)
-
-
-def add_rows(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
-    """`rows[:, index] += factor * values`, computed in float32.
-
-    Args:
-        rows: (N, C) in float32, bfloat16 or float16, at any strides; changed.
-        index: (M,) int64, in 0..C-1 in any order, none twice. Its values are not read for checking.
-        values: (N, M), in any of the dtypes of rows.
-
-    Raises:
-        TypeError, ValueError: as `select_rows`.
-    """
-    _check(rows, index)
-    _check_shape("values", values, rows, (rows.shape[0], index.shape[0]))
-    _add(rows, index, values, factor)
-
-
-def affine_rows(
-    rows: Tensor, index: Tensor, outputs: Tensor, shift: Tensor, clamp: float, inverse: bool
-) -> Tensor:
-    """Affine coupling of the columns `index`, in place: `y = (y + shift) * exp(s) + t`, or its inverse.
-
-    Args:
-        rows, index: as for `add_rows`.
-        outputs: (N, 2 * M), raw, then t; `s = clamp * tanh(raw)`. In any of the dtypes of rows.
-        shift: (M,), in any of the dtypes of rows.
-
-    Returns:
-        The log-determinant of each row in the direction computed, (N,) float32.
-
-    Raises:
-        TypeError, ValueError: as `select_rows`.
-    """
-    _check(rows, index)
-    _check_shape("outputs", outputs, rows, (rows.shape[0], 2 * index.shape[0]))
-    _check_shape("shift", shift, rows, (index.shape[0],))
-    return _affine(rows, index, outputs, shift, clamp, inverse)
-
-
-def _check(rows: Tensor, index: Tensor) -> None:
-    if rows.ndim != 2:
-        raise ValueError(f"rows: expected shape (N, C), found {tuple(rows.shape)}")
-    _check_dtype("rows", rows)
-    if index.dtype != torch.int64 or index.ndim != 1:
-        raise ValueError(
-            f"index: expected int64 of shape (M,), found {index.dtype} of shape {tuple(index.shape)}"
-        )
-    _check_device("index", index, rows)
-
-
-def _check_shape(name: str, value: Tensor, rows: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(value.shape) != expected:
-        raise ValueError(f"{name}: expected shape {expected}, found {tuple(value.shape)}")
-    _check_dtype(name, value)
-    _check_device(name, value, rows)
-
-
-def _check_dtype(name: str, value: Tensor) -> None:
-    if value.dtype not in FLOAT_DTYPES or value.dtype == torch.float64:
-        raise TypeError(f"{name}: expected float32, bfloat16 or float16, found {value.dtype}")
-
-
-def _check_device(name: str, value: Tensor, rows: Tensor) -> None:
-    """Raise unless both are on one device: a kernel would read wrong memory where PyTorch raises."""
-    if value.device != rows.device:
-        raise ValueError(f"{name}: expected a tensor on {rows.device} like rows, found one on {value.device}")
-
-
-# ------------------------------------------------------------------------------------------- as torch ops
-
-
-def _select_fake(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], index.shape[0])
-
-
-def _add_fake(rows: Tensor, index: Tensor, values: Tensor, factor: int) -> None:
-    return None
-
-
-def _affine_fake(
-    rows: Tensor, index: Tensor, outputs: Tensor, shift: Tensor, clamp: float, inverse: bool
-) -> Tensor:
-    return rows.new_empty(rows.shape[0], dtype=torch.float32)
-
-
-_select = define("select_rows(Tensor rows, Tensor index) -> Tensor", _select_fake, "rows.select_rows")
-_add = define(
-    "add_rows(Tensor(a!) rows, Tensor index, Tensor values, int factor) -> ()", _add_fake, "rows.add_rows"
-)
-_affine = define(
-    "affine_rows(Tensor(a!) rows, Tensor index, Tensor outputs, Tensor shift, float clamp, bool inverse) "
-    "-> Tensor",
-    _affine_fake,
-    "rows.affine_rows",
-)
+def _bits(rows: Tensor) -> Tensor:
+    """Contiguous rows, with bfloat16 as int16 of the same bits: NumPy's protocols have no bfloat16."""
+    rows = rows.contiguous()
+    return rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows

@@ -85,7 +85,7 @@ def coupling_step(
     if scale is not None:
         check_shape("scale", scale, (channels,), "(C,)")
         check_shape("bias", bias, (channels,), "(C,)")
-    if impl is None and not inverse and native.fits(x, params, scale, bias):
+    if impl is None and not inverse and native.accepts(x, params, scale, bias):
         return eager.gather_step(x, params, index, scale, bias, split, clamp)
     run = implementation("coupling_step", impl, x, params, scale, bias)
     return run(x, params, index, scale, bias, split, clamp, inverse)

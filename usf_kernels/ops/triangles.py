@@ -39,7 +39,7 @@ def _triangle(matrix: Tensor, diagonal: Tensor, out: Tensor, *, upper: bool) -> 
     """Write the strict triangle and the diagonal to `out`, which may be the matrix itself. Torch alone takes
     three times as long."""
     dense = matrix.stride(1) == 1 and diagonal.is_contiguous() and out.is_contiguous()
-    if dense and native.fits(matrix, diagonal, out):
+    if dense and native.accepts(matrix, diagonal, out):
         of_matrix = matrix.data_ptr(), matrix.stride(0), tuple(matrix.shape)
         memory = diagonal.data_ptr(), out.data_ptr()
         _core.copy_triangle(*of_matrix, upper, *memory, native.threads_over(matrix))
@@ -64,7 +64,7 @@ def apply_factor(
     The triangle is the strict upper or lower one of `matrix` with the given diagonal (None for ones), or its
     transpose.
     """
-    fits = products.MULTIPLIES and not torch.is_grad_enabled() and native.fits(matrix, diagonal, x, bias)
+    fits = products.MULTIPLIES and not torch.is_grad_enabled() and native.accepts(matrix, diagonal, x, bias)
     if fits and ((x.ndim > 2 and products.walks_maps(x)) or products.row_stride(x) is not None):
         return products.factor_product(matrix, diagonal, x, upper=upper, transposed=transposed, bias=bias)
     diagonal = matrix.new_ones(len(matrix)) if diagonal is None else diagonal

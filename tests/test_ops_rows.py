@@ -6,7 +6,7 @@ from helpers import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usf_kernels.nn.rows import add_, affine_, rows_of
+from usf_kernels.ops.rows import add_, affine_, rows_of
 
 SHAPES = [
     (2, 3),
