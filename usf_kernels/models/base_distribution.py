@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily
 
-from usf_kernels.ops.checks import check_float, compute_dtype
+from usf_kernels.models.checks import check_samples
+from usf_kernels.ops.checks import compute_dtype
 
 
 class BaseDistribution(nn.Module):
@@ -50,9 +51,7 @@ class BaseDistribution(nn.Module):
             self.register_buffer(name, value)
 
     def _checked(self, z: Tensor) -> Tensor:
-        check_float("z", z)
-        if z.ndim == 0 or tuple(z.shape[1:]) != self.shape:
-            raise ValueError(f"z: expected shape (B, {str(self.shape)[1:]}, found {tuple(z.shape)}")
+        check_samples("z", z, self.shape)
         return z.to(compute_dtype(z, self.loc))
 
     def forward(self, z: Tensor) -> Tensor:

@@ -22,18 +22,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.models.checks import check_not_fused_to, check_sample_shape, check_samples, check_trainable
 from usf_kernels.models.conditioners import CONVOLUTIONS
-from usf_kernels.models.usflow import check_sample_shape, check_samples
 from usf_kernels.nn.capture import is_capturing
-from usf_kernels.ops.checks import (
-    check_between,
-    check_choice,
-    check_dtype,
-    check_int,
-    check_not_fused_to,
-    check_trainable,
-    compute_dtype,
-)
+from usf_kernels.ops.checks import check_between, check_choice, check_dtype, check_int, compute_dtype
 
 SMALLEST_CENTRE = 0.1  # per coordinate: a bias-free network reaches zero by setting weights to zero
 MOMENTUM = 0.1  # weight of a batch's squared radius in the running one

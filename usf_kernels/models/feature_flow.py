@@ -10,18 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
+from usf_kernels.models.checks import check_trainable
 from usf_kernels.models.mahalanobis import moments
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import ActNorm, FlowStep, LUConv1x1
 from usf_kernels.nn.modes import in_mode, unchanged_on_error
-from usf_kernels.ops.checks import (
-    check_between,
-    check_choice,
-    check_clamp,
-    check_int,
-    check_positive,
-    check_trainable,
-)
+from usf_kernels.ops.checks import check_between, check_choice, check_clamp, check_int, check_positive
 
 
 class FeatureFlow(ScoredModel):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone
+from usf_kernels.models.checks import check_trainable
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import LUConv1x1
 from usf_kernels.nn.modes import unchanged_on_error
-from usf_kernels.ops.checks import check_trainable
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from usf_kernels.calibration import TAIL, TESTS, calibrate
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.border import BorderNorm
+from usf_kernels.models.checks import check_not_fused_to
 from usf_kernels.models.scoring import Prediction, predict
 from usf_kernels.nn.capture import CapturedCall
 from usf_kernels.nn.modes import in_mode
 from usf_kernels.null import Null
 from usf_kernels.ops import squared_norm
-from usf_kernels.ops.checks import check_int, check_not_fused_to
+from usf_kernels.ops.checks import check_int
 
 UNCALIBRATED = (
     "predict: the model is not calibrated, so its masks keep no promise on false alarms; scores and maps do "

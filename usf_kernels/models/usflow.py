@@ -14,7 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from usf_kernels.models.conditioners import CONVOLUTIONS, convolutional_conditioner, dense_conditioner
+from usf_kernels.models.checks import check_not_fused_to, check_sample_shape, check_samples, check_trainable
+from usf_kernels.models.conditioners import convolutional_conditioner, dense_conditioner
 from usf_kernels.models.distributions import create_base
 from usf_kernels.models.mahalanobis import moments
 from usf_kernels.nn import (
@@ -30,15 +31,7 @@ from usf_kernels.nn import (
 )
 from usf_kernels.nn.coupling import Subnet
 from usf_kernels.nn.usf_block import CheckerboardCoupling
-from usf_kernels.ops.checks import (
-    check_between,
-    check_choice,
-    check_clamp,
-    check_float,
-    check_int,
-    check_not_fused_to,
-    check_trainable,
-)
+from usf_kernels.ops.checks import check_between, check_choice, check_clamp, check_int
 
 
 class DensityFlow(nn.Module):
@@ -287,21 +280,6 @@ class NonUSFlow(DensityFlow):
     """
 
     coupling = "affine"
-
-
-def check_sample_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """Return a sample's shape (C, *spatial) as a tuple; raise TypeError or ValueError for anything else."""
-    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    if len(sizes) - 1 not in (0, *CONVOLUTIONS):
-        raise ValueError(f"shape: expected (C, *spatial) with at most 3 spatial sizes, found {sizes}")
-    return tuple(check_int(f"shape[{i}]", size, 1) for i, size in enumerate(sizes))
-
-
-def check_samples(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless x is floating and of shape (B, *shape)."""
-    check_float(name, x)
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(f"{name}: expected shape (B, {', '.join(map(str, shape))}), found {tuple(x.shape)}")
 
 
 def _every_other_first(channels: int) -> Permutation:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels.models.backbones import Backbone, create_backbone
-from usf_kernels.models.usflow import USFlow, check_samples
+from usf_kernels.models.checks import check_samples, check_trainable
+from usf_kernels.models.usflow import USFlow
 from usf_kernels.nn.modes import in_mode
-from usf_kernels.ops.checks import check_int, check_positive, check_size, check_trainable, compute_dtype
+from usf_kernels.ops.checks import check_int, check_positive, check_size, compute_dtype
 
 LOG_VARIANCE_RANGE = (-12.0, 8.0)
 REDUCED, WIDEST = 32, 256  # channels of the encoder's head, most channels of the decoder

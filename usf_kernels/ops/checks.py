@@ -121,15 +121,3 @@ def check_size(size: object) -> tuple[int, int]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"size: expected an int or a pair (height, width), found {size!r}")
     return check_int("size[0]", pair[0], 1), check_int("size[1]", pair[1], 1)
-
-
-def check_trainable(model: object, method: str) -> None:
-    """Raise TypeError if `model` is an inference form: `method` is for training only."""
-    if model.fused:
-        raise TypeError(f"{method}: expected a model to train, found its inference form (`fuse`)")
-
-
-def check_not_fused_to(model: object, dtype: torch.dtype | None) -> None:
-    """Raise TypeError if `model` is an inference form already and a dtype is requested."""
-    if model.fused and dtype is not None:
-        raise TypeError(f"dtype: expected None, since an inference form keeps its own, found {dtype}")
