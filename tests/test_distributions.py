@@ -176,7 +176,7 @@ def test_bad_specs_are_named(spec, error, message):
 
 def test_bad_inputs_are_named():
     base = create_base("normal", (3,))
-    with pytest.raises(ValueError, match=r"z: expected shape \(B, 3,\), found \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"z: expected shape \(B, 3\), found \(2, 4\)"):
         base.log_prob(torch.zeros(2, 4))
     with pytest.raises(TypeError, match=r"z: expected float32.*found torch.int64"):
         base.log_prob(torch.zeros(2, 3, dtype=torch.int64))

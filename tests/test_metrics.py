@@ -189,7 +189,7 @@ def test_evaluate_without_defects_or_without_clean_images_says_nan():
 
 def test_errors_name_the_shapes():
     maps, targets = maps_and_targets(5)
-    with pytest.raises(ValueError, match=r"\(8, 12, 12\).*\(7, 12, 12\)"):
+    with pytest.raises(ValueError, match=r"\(7, 12, 12\), found \(8, 12, 12\)"):
         metrics.aupro(maps, targets[1:])
     with pytest.raises(ValueError, match="NaN"):
         metrics.auroc([float("nan"), 1.0], [0, 1])

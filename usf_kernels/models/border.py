@@ -17,31 +17,27 @@ from usf_kernels.nn.capture import is_capturing
 from usf_kernels.ops.native import is_observed
 
 RINGS = 2  # width in positions of the border that is told from the inside
-SIDE = 2 * RINGS + 1  # rows (or columns) told apart: RINGS near either end, and all others as one
 LARGEST_RATIO = 10.0  # between two spreads
 
 
 class BorderNorm(nn.Module):
     """Give every channel near the border the mean and the spread that it has inside.
 
-    `y = x * scale_r + shift_p`, and y = x inside: an affine map per channel that depends on the position and
-    not on the input. There is one scale per ring r = 0, 1 from the border, but one shift per place p: the
-    four sides and the corners see more of the padding, or none where a stride skips it. (A spread for each
-    of these places was measured too: such flows rank pixels less well, and raise more false alarms.) The map
-    is set by `fit`, not trained; before that it is the identity.
+    `y = x * scale_r + shift_r` for positions r = 0, 1 from the border, and y = x inside: an affine map per
+    channel that depends on the position and not on the input. The map is set by `fit`, not trained; before
+    that it is the identity.
 
     Args:
         channels: number of channels, C.
 
     Attributes:
-        log_scale: (RINGS, C) buffer.
-        shift: (SIDE * SIDE, C) buffer, one row per place, in the order of `place_of`.
+        log_scale, shift: (RINGS, C) buffers.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("log_scale", torch.zeros(RINGS, channels))
-        self.register_buffer("shift", torch.zeros(SIDE * SIDE, channels))
+        self.register_buffer("shift", torch.zeros(RINGS, channels))
         self._kept: Kept[_Maps] = Kept()
 
     @torch.no_grad()
@@ -50,18 +46,16 @@ class BorderNorm(nn.Module):
 
         Maps without positions inside make it the identity.
         """
-        ring, place = (of(*features.shape[2:], device=features.device) for of in (ring_of, place_of))
-        if not (ring == RINGS).any():
+        distance = ring_of(*features.shape[2:], device=features.device)
+        rings = [features[:, :, distance == ring].double() for ring in range(RINGS + 1)]
+        if rings[-1].numel() == 0:
             self.log_scale.zero_(), self.shift.zero_()
             return self
-        rings = (features[:, :, ring == r].double() for r in range(RINGS + 1))
-        spreads = torch.stack([values.std((0, 2), correction=0) for values in rings])
-        places = (features[:, :, place == p].double() for p in range(SIDE * SIDE))
-        means = torch.stack([values.mean((0, 2)) for values in places])
+        spreads = torch.stack([ring.std((0, 2), correction=0) for ring in rings])
+        means = torch.stack([ring.mean((0, 2)) for ring in rings])
         scale = (spreads[-1] / spreads[:-1]).nan_to_num(1.0, 1.0).clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
         self.log_scale.copy_(scale.log())
-        scales = torch.cat([scale, torch.ones_like(scale[:1])])[ring_of(SIDE, SIDE).flatten()]
-        self.shift.copy_(means[SIDE * SIDE // 2] - scales * means)
+        self.shift.copy_(means[-1] - scale * means[:-1])
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,12 +77,10 @@ class BorderNorm(nn.Module):
         unseen = not is_observed() and not is_capturing()
         if unseen and not (self.log_scale.any() or self.shift.any()):
             return _Maps(None, None, self.log_scale.new_zeros(()))
-        ring, place = (of(*x.shape[2:], device=x.device) for of in (ring_of, place_of))
-        scales = torch.cat([self.log_scale.exp(), self.log_scale.new_ones(1, self.log_scale.shape[1])])
-        maps = (
-            table.to(x.dtype)[index].permute(2, 0, 1)[None]
-            for table, index in ((scales, ring), (self.shift, place))
-        )
+        ring = ring_of(*x.shape[2:], device=x.device)
+        inside = self.shift.new_zeros(1, self.shift.shape[1])
+        tables = torch.cat([self.log_scale.exp(), inside + 1]), torch.cat([self.shift, inside])
+        maps = (table.to(x.dtype)[ring].permute(2, 0, 1)[None] for table in tables)
         log_det = sum((ring == r).sum() * self.log_scale[r].sum() for r in range(RINGS))
         return _Maps(*(m.contiguous() if x.is_contiguous() else m for m in maps), log_det)
 
@@ -99,19 +91,6 @@ class _Maps(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
     log_det: Tensor
-
-
-def place_of(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Return (height, width) indices of each position's place: SIDE * SIDE by rows, the middle is inside."""
-    y, x = (_from_ends(size, device) for size in (height, width))
-    return y[:, None] * SIDE + x
-
-
-def _from_ends(size: int, device: torch.device | None) -> Tensor:
-    """Return (size,): 0, 1, ... at the first positions, SIDE - 1, ... at the last ones, RINGS between."""
-    ahead = torch.arange(size, device=device)
-    behind = size - 1 - ahead
-    return torch.where(ahead <= behind, ahead.clamp(max=RINGS), SIDE - 1 - behind.clamp(max=RINGS))
 
 
 def ring_of(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
