@@ -1,9 +1,8 @@
 """A coupling and the channel map behind it, with hand-written gradients, for the CPU.
 
-Fresh memory and passes over it take most of the time there, and tanh costs as much as ten copies. In float32
-a step is one pass in the extension, and its gradient another (`native`). Otherwise a step writes one tensor
-where autograd would write five, and works in place on tensors that it has made itself. Second derivatives,
-function transforms and compilers use the operations of `reference`.
+Fresh memory and passes over it take most of the time there. In float32 a step is one pass in the extension,
+and its gradient another (`native`). Where that has no loop, in float64, and for second derivatives, function
+transforms and compilers, the operations of `reference` are used.
 """
 
 from __future__ import annotations
@@ -30,20 +29,13 @@ def by_hand(*tensors: Tensor | None) -> bool:
     )
 
 
-def couple(
-    x: Tensor,
-    params: Tensor,
-    split: int,
-    clamp: float | None,
-    exit_scale: Tensor | None,
-    exit_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the coupled x, scaled and shifted per channel if an exit is given, and the log-determinant."""
-    if native.accepts(x, params, exit_scale, exit_bias):
-        found = native.couple(x, params, None, exit_scale, exit_bias, split, clamp, inverse=False)
+def couple(x: Tensor, params: Tensor, split: int, clamp: float | None) -> tuple[Tensor, Tensor]:
+    """Return the coupled x and the log-determinant."""
+    if native.accepts(x, params):
+        found = native.couple(x, params, None, None, None, split, clamp, inverse=False)
         if found is not None:
             return found
-    return reference.coupling_step(x, params, None, exit_scale, exit_bias, split, clamp, False)
+    return reference.coupling_step(x, params, None, None, None, split, clamp, False)
 
 
 def uncoupled_gradients(
@@ -99,8 +91,7 @@ def inverse_permutation(index: Tensor) -> Tensor:
 
 
 class _GatherStep(torch.autograd.Function):
-    """The coupling, then a scale, a shift and a permutation. Saves its input and params, and its output
-    unless the extension recomputes it in the backward pass."""
+    """The coupling, then a scale, a shift and a permutation. Saves what it is given, not its output."""
 
     @staticmethod
     def forward(
@@ -118,8 +109,7 @@ class _GatherStep(torch.autograd.Function):
             found = native.couple(x, params, index, scale, bias, split, clamp, inverse=False)
         ctx.native = found is not None
         if found is None:
-            y, log_det = couple(x, params, split, clamp, scale, bias)
-            found = y if index is None else y.index_select(1, index), log_det
+            found = reference.coupling_step(x, params, index, scale, bias, split, clamp, False)
         ctx.save_for_backward(x, params, index, scale, bias)
         return found
 
@@ -154,7 +144,7 @@ class _MatrixStep(torch.autograd.Function):
         split: int,
         clamp: float | None,
     ) -> tuple[Tensor, Tensor]:
-        y, log_det = couple(x, params, split, clamp, None, None)
+        y, log_det = couple(x, params, split, clamp)
         ctx.options = split, clamp
         ctx.save_for_backward(x, params, matrix, bias, y)
         with full_precision(x):
