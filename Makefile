@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 GPU_WORKERS ?= 8
+CMAKE := $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 EXTRAS := demo,anomalib,export,bench,dev
 # Compiled at the first import instead: sixteen thousand files, of which few are ever imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
@@ -27,9 +28,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 install: $(VENV)/extension
 
-# Two stamps, so that a change in csrc rebuilds the extension and nothing else; the first builds none.
-$(VENV)/packages: pyproject.toml constraints.txt
+# Three stamps: a change in csrc rebuilds the extension and nothing else, and `make -j2 install test-cpp` compiles
+# the C++ tests, which need no package, while packages are unpacked.
+$(VENV)/tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(PIP) cmake ninja
+	touch $@
+
+$(VENV)/packages: $(VENV)/tools pyproject.toml constraints.txt
 	PIP_CONSTRAINT=constraints.txt $(PIP) --config-settings=wheel.cmake=false \
 	  --config-settings=wheel.py-api=py3 -e ".[$(EXTRAS)]"
 	$(PIP) --no-build-isolation maxtree==0.2.5 || echo "maxtree does not build here: the bench goes on without it"
@@ -45,12 +51,12 @@ demo: install
 test: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
-test-cpp: install
-	$(BIN)/cmake -S csrc -B build/tests -DUSF_TESTS=ON
-	$(BIN)/cmake --build build/tests --parallel
+test-cpp: $(VENV)/tools
+	$(CMAKE) -B build/tests -DUSF_TESTS=ON
+	$(CMAKE) -B build/sanitized -DUSF_TESTS=ON -DUSF_SANITIZE=ON
+	$(BIN)/cmake --build build/tests
+	$(BIN)/cmake --build build/sanitized
 	$(BIN)/ctest --test-dir build/tests --parallel 2 --output-on-failure
-	$(BIN)/cmake -S csrc -B build/sanitized -DUSF_TESTS=ON -DUSF_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitized --parallel
 	$(BIN)/ctest --test-dir build/sanitized --parallel 2 --output-on-failure
 
 lint: install

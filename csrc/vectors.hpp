@@ -63,8 +63,10 @@ constexpr int rows_of_tile(int lanes) {
 // Calls body.operator()<lanes>(), compiled for the instructions of vectors with this number of lanes.
 #if defined(__x86_64__)
 template <class Body>
-__attribute__((target("avx512f"))) void with_avx512(const Body& body) {
+__attribute__((target("avx512f"))) void with_avx512([[maybe_unused]] const Body& body) {
+#ifndef USF_WITHOUT_AVX512
     body.template operator()<16>();
+#endif
 }
 template <class Body>
 __attribute__((target("avx2,fma"))) void with_avx2(const Body& body) {
