@@ -1,7 +1,10 @@
 """Packages that are missing: the error names what installs them."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +33,14 @@ def test_integrations_name_it(module):
     code = f"{absent}; import usf_kernels.integrations.{module}"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install 'usf-kernels[anomalib]'" in ended.stderr
+
+
+def test_everything_installed_by_name_is_pinned():
+    root = Path(__file__).parents[1]
+    package = tomllib.loads((root / "pyproject.toml").read_text())
+    extras = package["project"]["optional-dependencies"].values()
+    required = [*package["build-system"]["requires"], *package["project"]["dependencies"], *sum(extras, [])]
+    names = {re.split(r"[^\w-]", line)[0] for line in required} - {"usf-kernels"}
+    pinned = (root / "constraints.txt").read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in pinned)
+    assert names <= {line.split("==")[0] for line in pinned}
