@@ -38,9 +38,9 @@ def test_integrations_name_it(module):
 def test_everything_installed_by_name_is_pinned():
     root = Path(__file__).parents[1]
     package = tomllib.loads((root / "pyproject.toml").read_text())
-    extras = package["project"]["optional-dependencies"].values()
-    required = [*package["build-system"]["requires"], *package["project"]["dependencies"], *sum(extras, [])]
-    names = {re.split(r"[^\w-]", line)[0] for line in required} - {"usf-kernels"}
+    groups = [package["build-system"]["requires"], package["project"]["dependencies"]]
+    groups += package["project"]["optional-dependencies"].values()
+    names = {re.split(r"[^\w-]", line)[0] for group in groups for line in group} - {"usf-kernels"}
     pinned = (root / "constraints.txt").read_text().splitlines()[1:]
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in pinned)
     assert names <= {line.split("==")[0] for line in pinned}
