@@ -15,13 +15,13 @@ KEPT = RESULTS / "demo.json"
 PICTURE = "brick.png"
 
 
-def read(path: Path = KEPT) -> dict[str, dict[str, Any]]:
-    """Read the metrics of each texture."""
-    return json.loads(path.read_text(encoding="utf-8"))["textures"]
+def read(path: Path = KEPT) -> dict[str, Any]:
+    """Read the results of the run: the metrics of each `textures`, and the `seconds` it took."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def section(textures: dict[str, dict[str, Any]]) -> str:
-    """Return a table with one line per texture, the baseline in brackets."""
+def section(results: dict[str, Any]) -> str:
+    """Return a table with one line per texture, the baseline in brackets, and how long the run took."""
     header = (
         "texture",
         "pixel AUROC",
@@ -39,9 +39,9 @@ def section(textures: dict[str, dict[str, Any]]) -> str:
             f"{found['miou_automatic']:.3f} / {found['miou_oracle']:.3f}",
             f"{found['false_alarms_per_clean_image']:.2f}",
         )
-        for name, found in textures.items()
+        for name, found in results["textures"].items()
     ]
-    return table(header, lines)
+    return f"{table(header, lines)}\n\nThat run took {results['seconds']:.0f} seconds."
 
 
 def main() -> None:

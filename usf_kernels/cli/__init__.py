@@ -1,8 +1,8 @@
 """The command `usf-kernels`: demo, train, evaluate, calibrate, predict, export, bench, doctor.
 
-Commands import what they need when they run, so that the help and `doctor` are quick and work in an
-installation without extras. An error that a user can mend is one line on stderr and exit code 2; set
-USF_KERNELS_DEBUG=1 to see where it came from.
+Commands import what they need when they run, so that the help and `doctor` work in an installation without
+extras. An error that a user can mend is one line on stderr and exit code 2; set USF_KERNELS_DEBUG=1 to see
+where it came from.
 """
 
 from __future__ import annotations
