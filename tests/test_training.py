@@ -19,7 +19,7 @@ pytest.importorskip("lightning")
 from toy import NoisyImages, ToyFlow, train, train_rank, train_slowly
 
 import usf_kernels as usf
-from usf_kernels import files, sampling, training, training_run
+from usf_kernels import files, run_folder, sampling, training, training_run
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.training import CachedFeatures, fit
 from usf_kernels.training_run import Run
@@ -338,7 +338,7 @@ def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, monkeypa
 
 def test_checkpoints_come_at_intervals_unless_steps_are_counted(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(training_run, "write_checkpoint", lambda path, *_, **__: written.append(path.name))
+    monkeypatch.setattr(run_folder, "write_checkpoint", lambda path, *_, **__: written.append(path.name))
     train(tmp_path, max_epochs=2, checkpoint_every=None)
     assert written.count("last.pt") == 2
     monkeypatch.setattr(training_run, "INTERVAL", 0.0)

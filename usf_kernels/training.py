@@ -19,6 +19,7 @@ from usf_kernels.extras import needs_extra
 from usf_kernels.nn.capture import check_capturable
 from usf_kernels.ops.checks import check_int
 from usf_kernels.optimization import Settings
+from usf_kernels.run_folder import RunFolder
 from usf_kernels.training_run import History, Run
 
 __all__ = ["CachedFeatures", "History", "fit"]
@@ -163,9 +164,10 @@ def fit(
     if capture:
         check_capturable("capture", [fabric.device])
     folder = None if run_dir is None else Path(run_dir)
-    run = Run(fabric, model, settings, History(), folder, checkpoint_every, extra, capture=capture)
+    files = RunFolder(fabric, folder, model, settings, extra)
+    run = Run(fabric, model, settings, History(), files, checkpoint_every, capture=capture)
     if dry_run:
-        run.check(resume)
+        files.check(resume)
         return run.history
     fabric.launch()
     with isolate_rng():  # leave the caller's random generators as they are

@@ -1,37 +1,28 @@
-"""A training run: its loops and checkpoints; called by `training.fit`."""
+"""The loops of a training run, and the state to resume it from; called by `training.fit`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from usf_kernels.checkpoint import (
-    checkpoint_header,
-    load_stored_state,
-    read_checkpoint,
-    stored_state,
-    write_checkpoint,
-)
-from usf_kernels.files import make_folder, remove_leftovers, write_csv
+from usf_kernels.checkpoint import load_stored_state, stored_state
 from usf_kernels.nn import CapturedGradients
 from usf_kernels.optimization import Settings, copy_values, parameter_groups, swapped
 from usf_kernels.progress import training_progress
+from usf_kernels.run_folder import BEST, LAST, RunFolder
 from usf_kernels.sampling import epoch_order, loader, seed_generators
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
 INTERVAL = 60.0  # seconds between two checkpoints within an epoch, unless the caller counts steps
 
 
@@ -62,15 +53,13 @@ class Run:
         model: nn.Module,
         settings: Settings,
         history: History,
-        folder: Path | None,
+        files: RunFolder,
         checkpoint_every: int | None,
-        extra: Mapping[str, Any] | None,
         *,
         capture: bool,
     ) -> None:
         self.fabric, self.model, self.settings, self.history = fabric, model, settings, history
-        self.folder, self.every, self.capture = folder, checkpoint_every, capture
-        self.header = None if folder is None else checkpoint_header(model, extra)
+        self.files, self.every, self.capture = files, checkpoint_every, capture
         self.epoch = self.step = self.bad_epochs = 0  # `step` counts within the epoch
         self.loss_sum = 0.0
         self.finished = False
@@ -92,9 +81,9 @@ class Run:
     ) -> History:
         """Train to the end, from the start or from the last checkpoint."""
         settings, fabric = self.settings, self.fabric
-        last, best = fabric.broadcast(self._open(resume) if fabric.is_global_zero else (None, None))
+        last, best = fabric.broadcast(self.files.open(resume) if fabric.is_global_zero else (None, None))
         if last is not None:
-            load_stored_state(self.model, last, self.folder / LAST)
+            load_stored_state(self.model, last, self.files.path / LAST)
         self.module, self.stepper = fabric.setup(self.model, self.optimizer)
         self.module.mark_forward_method("loss")  # so that DDP sees the call
         loss = partial(_loss, fabric, self.module)
@@ -160,8 +149,8 @@ class Run:
     def _require_finite(self, what: str, value: float, when: str) -> None:
         if math.isfinite(value):
             return
-        best = self.folder is not None and self.history.best_loss is not None
-        kept = f"; the best weights so far are in {self.folder / BEST}" if best else ""
+        best = self.files.path is not None and self.history.best_loss is not None
+        kept = f"; the best weights so far are in {self.files.path / BEST}" if best else ""
         raise FloatingPointError(f"the {what} became {value} {when}: start again with a smaller lr{kept}")
 
     def _end_epoch(
@@ -197,8 +186,7 @@ class Run:
             self.settings.patience is not None and self.bad_epochs >= self.settings.patience
         )
         self.finished = history.stopped_early or self.epoch >= self.settings.max_epochs
-        if self.folder is not None and self.fabric.is_global_zero:
-            write_csv(self.folder / HISTORY, history.rows)
+        self.files.save_history(history.rows)
         self._save()
         return history.rows[-1]
 
@@ -226,8 +214,7 @@ class Run:
             key: value.detach().clone() if isinstance(value, Tensor) else value
             for key, value in stored_state(self.model).items()
         }
-        if self.folder is not None and self.fabric.is_global_zero:
-            write_checkpoint(self.folder / BEST, self.header | {"state": self.best})
+        self.files.save_best(self.best)
 
     def _adopt_best(self) -> None:
         if self.best is not None:
@@ -236,48 +223,10 @@ class Run:
             copy_values(self.average, self.trainable)
         self.model.eval()
 
-    def check(self, resume: bool) -> dict[str, Any] | None:
-        """Raise unless the folder can hold this run; return the checkpoint to resume it from, if any."""
-        if self.folder is None:
-            return None
-        make_folder(self.folder)
-        path = self.folder / LAST
-        if not (resume and path.exists()):
-            return None
-        saved = read_checkpoint(path)
-        if "training" not in saved:
-            raise ValueError(f"{path}: holds a model, but not a training run to resume")
-        with _names_damage(path):
-            held = _identity(saved, saved["training"]["settings"])
-        wanted = _identity(self.header, asdict(self.settings))
-        for key in wanted | held:
-            if held.get(key) != wanted.get(key):
-                raise ValueError(
-                    f"{path}: holds a run with {key}={held.get(key)!r}, not {wanted.get(key)!r}; "
-                    "continue it with its own settings, or start over without resume"
-                )
-        return saved
-
-    def _open(self, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Prepare the folder; return the checkpoint to resume from and the best weights so far, if any."""
-        saved = self.check(resume)
-        if self.folder is None:
-            return None, None
-        remove_leftovers(self.folder, (LAST, BEST, HISTORY))
-        if not resume:
-            for name in (LAST, BEST, HISTORY):
-                (self.folder / name).unlink(missing_ok=True)
-        if saved is None:
-            return None, None
-        with _names_damage(self.folder / LAST):
-            best = saved["training"]["history"]["best_loss"] is not None
-        return saved, read_checkpoint(self.folder / BEST)["state"] if best else None
-
     def _save(self) -> None:
-        if self.folder is None or not self.fabric.is_global_zero:
+        if not self.files.writes:
             return
         training = {
-            "settings": asdict(self.settings),
             "epoch": self.epoch,
             "step": self.step,
             "bad_epochs": self.bad_epochs,
@@ -288,12 +237,11 @@ class Run:
             "precision": self.fabric.strategy.precision.state_dict(),
             "average": self.average,
         }
-        content = self.header | {"state": stored_state(self.model), "training": training}
-        write_checkpoint(self.folder / LAST, content, durable=self.finished)  # a sync per step costs too much
+        self.files.save_last(stored_state(self.model), training)
         self.saved = time.monotonic()
 
     def _restore(self, training: Mapping[str, Any], best: dict[str, Any] | None) -> None:
-        with _names_damage(self.folder / LAST):
+        with self.files.names_damage():
             for name in ("epoch", "step", "bad_epochs", "loss_sum", "finished"):
                 setattr(self, name, training[name])
             vars(self.history).update(training["history"])
@@ -315,20 +263,3 @@ def _gradients(fabric: Fabric, loss: Callable[[Any], Tensor], batch: Any) -> Ten
     value = loss(batch)
     fabric.backward(value)
     return value.detach()
-
-
-def _identity(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that must be equal for a run to continue another one."""
-    extra = {f"extra {name}": value for name, value in content["extra"].items()}
-    return extra | settings | {key: content[key] for key in ("architecture", "config")}
-
-
-@contextmanager
-def _names_damage(path: Path) -> Iterator[None]:
-    """Turn whatever the entries of a damaged checkpoint raise into one error that names the file."""
-    try:
-        yield
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: damaged checkpoint, its training cannot be read ({error!r:.120})"
-        ) from error

@@ -1,0 +1,121 @@
+"""Files of a training run: the state to resume it from, the best weights so far, and its history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from usf_kernels.checkpoint import checkpoint_header, read_checkpoint, write_checkpoint
+from usf_kernels.files import make_folder, remove_leftovers, write_csv
+from usf_kernels.optimization import Settings
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
+
+
+class RunFolder:
+    """Where a run keeps its files, of which one process writes them.
+
+    Args:
+        fabric: says which process that is.
+        path: None keeps nothing.
+        model: the model to be trained.
+        settings: what a run must have in common with the one that it continues.
+        extra: facts kept in the checkpoints, which it must have in common too.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        path: Path | None,
+        model: nn.Module,
+        settings: Settings,
+        extra: Mapping[str, Any] | None,
+    ) -> None:
+        self.fabric, self.path, self.settings = fabric, path, settings
+        self.header = None if path is None else checkpoint_header(model, extra)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.path is not None and self.fabric.is_global_zero
+
+    def check(self, resume: bool) -> dict[str, Any] | None:
+        """Raise unless the folder can hold this run; return the checkpoint to resume it from, if any."""
+        if self.path is None:
+            return None
+        make_folder(self.path)
+        path = self.path / LAST
+        if not (resume and path.exists()):
+            return None
+        saved = read_checkpoint(path)
+        if "training" not in saved:
+            raise ValueError(f"{path}: holds a model, but not a training run to resume")
+        with self.names_damage():
+            held = _identity(saved, saved["training"]["settings"])
+        wanted = _identity(self.header, asdict(self.settings))
+        for key in wanted | held:
+            if held.get(key) != wanted.get(key):
+                raise ValueError(
+                    f"{path}: holds a run with {key}={held.get(key)!r}, not {wanted.get(key)!r}; "
+                    "continue it with its own settings, or start over without resume"
+                )
+        return saved
+
+    def open(self, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Prepare the folder; return the checkpoint to resume from and the best weights so far, if any."""
+        saved = self.check(resume)
+        if self.path is None:
+            return None, None
+        remove_leftovers(self.path, (LAST, BEST, HISTORY))
+        if not resume:
+            for name in (LAST, BEST, HISTORY):
+                (self.path / name).unlink(missing_ok=True)
+        if saved is None:
+            return None, None
+        with self.names_damage():
+            best = saved["training"]["history"]["best_loss"] is not None
+        return saved, read_checkpoint(self.path / BEST)["state"] if best else None
+
+    def save_best(self, state: Mapping[str, Any]) -> None:
+        """Write the best weights so far."""
+        if self.writes:
+            write_checkpoint(self.path / BEST, self.header | {"state": state})
+
+    def save_last(self, state: Mapping[str, Any], training: Mapping[str, Any]) -> None:
+        """Write the weights, and the state of the training that goes on from them."""
+        if self.writes:
+            content = self.header | {
+                "state": state,
+                "training": {"settings": asdict(self.settings), **training},
+            }
+            durable = training["finished"]  # a sync per step costs too much
+            write_checkpoint(self.path / LAST, content, durable=durable)
+
+    def save_history(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Write one line per epoch."""
+        if self.writes:
+            write_csv(self.path / HISTORY, rows)
+
+    @contextmanager
+    def names_damage(self) -> Iterator[None]:
+        """Turn whatever the entries of a damaged checkpoint raise into one error that names the file."""
+        try:
+            yield
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.path / LAST}: damaged checkpoint, its training cannot be read ({error!r:.120})"
+            ) from error
+
+
+def _identity(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that must be equal for a run to continue another one."""
+    extra = {f"extra {name}": value for name, value in content["extra"].items()}
+    return extra | settings | {key: content[key] for key in ("architecture", "config")}
