@@ -20,6 +20,7 @@ from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
 from usf_kernels.ops.lu_conv import LUMatrix
 from usf_kernels.ops.matrices import apply_matrix, lu_matrix, matrix_gradient
 from usf_kernels.ops.native import accepts, is_grads_batched, is_observed
+from usf_kernels.ops.native_lu_map import LUParameters
 from usf_kernels.ops.triangles import (
     apply_factor,
     diagonal_of,
@@ -108,21 +109,22 @@ _gradients_op = define(
 )
 
 
-def _launch(given: native_lu_map.Given) -> tuple[Tensor, Tensor | None, Tensor]:
+def _launch(given: LUParameters) -> tuple[Tensor, Tensor | None, Tensor]:
     matrix, shift, log_det = _map_op(*given)
-    return matrix, None if given[5] is None else shift, log_det
+    return matrix, None if given.log_scale is None else shift, log_det
 
 
-def _launch_gradients(given: native_lu_map.Given, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
-    lower, upper, signs, log_diagonal, _, *exit_values = given
-    found = _gradients_op(lower, upper, signs, log_diagonal, *exit_values, *of_results)
-    optional = log_diagonal, *exit_values
+def _launch_gradients(given: LUParameters, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
+    act_norm = given.log_scale, given.offset
+    found = _gradients_op(*given[:4], *act_norm, *of_results)
+    optional = given.log_diagonal, *act_norm
     return *found[:2], *(None if v is None else f for v, f in zip(optional, found[2:], strict=True))
 
 
 class _Map(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(ctx: Any, *parameters: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        given = LUParameters(*parameters)
         lower, upper, signs, log_diagonal, bias, log_scale, offset = given
         ctx.native, ctx.gradients = native_lu_map.accepts(given), None
         if runs_triton("lu_conv1x1", *given):
@@ -148,26 +150,26 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_bias: Tensor | None, grad_log_det: Tensor) -> tuple:
         saved = ctx.saved_tensors  # read once: a checkpoint recomputes them at every access
-        given, (matrix, *kept) = saved[:7], saved[7:]
+        given, (matrix, *kept) = LUParameters(*saved[:7]), saved[7:]
         grads = grad, grad_bias, grad_log_det
         if differentiates_again() or is_grads_batched(*grads) or (ctx.native and not accepts(*grads)):
             found = gradients_through(_plain, given, grads)
             return *found[:2], None, *found[3:]
-        of_bias = None if given[4] is None else grad_bias
+        of_bias = None if given.bias is None else grad_bias
         if ctx.gradients is not None:
             of_lower, of_upper, of_log_diagonal, *of_exit = ctx.gradients(given, matrix, *grads)
             return of_lower, of_upper, None, of_log_diagonal, of_bias, *of_exit
-        (upper, diagonal, scale), (lower, *_, offset) = kept, given
+        upper, diagonal, scale = kept
         with full_precision(grad):
             of_product, of_log_scale, of_offset = grad, None, None
             if scale is not None:
-                of_product = torch.addr(grad * scale, grad_bias, offset)
+                of_product = torch.addr(grad * scale, grad_bias, given.offset)
                 of_log_scale = (grad * matrix).sum(0) + grad_log_det
                 of_offset = torch.mv(matrix.mT, grad_bias).div_(scale)
             of_lower = outer(of_product, upper, triangle=-1)
-            of_upper = times(unit_lower(lower).mT, of_product, triangle=1)
+            of_upper = times(unit_lower(given.lower).mT, of_product, triangle=1)
         of_log_diagonal = None
-        if given[3] is not None:
+        if given.log_diagonal is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
         strict_(of_lower, upper=False)
         strict_(of_upper, upper=True)
@@ -182,7 +184,7 @@ def apply_factors(x: Tensor, *given: Tensor | None) -> Tensor:
 
 def _factors_plain(x: Tensor, *given: Tensor | None) -> Tensor:
     matrix, bias, _ = _plain(*given)
-    return apply_matrix(matrix, x, given[4] if bias is None else bias)
+    return apply_matrix(matrix, x, LUParameters(*given).bias if bias is None else bias)
 
 
 class _Factors(torch.autograd.Function):
@@ -203,18 +205,18 @@ class _Factors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *given, x, v, w, diagonal, scale = ctx.saved_tensors
+        *parameters, x, v, w, diagonal, scale = ctx.saved_tensors
+        given = LUParameters(*parameters)
         if differentiates_again() or not by_hand(grad):
             of_x, *found = gradients_through(_factors_plain, (x, *given), (grad,))
             return of_x, *found[:2], None, *found[3:]
-        lower, upper, _, log_diagonal, bias, *_ = given
         of_log_diagonal = of_log_scale = of_offset = None
         with full_precision(grad):
-            of_w = apply_factor(lower, None, grad, upper=False, transposed=True)
-            of_v = apply_factor(upper, diagonal, of_w, upper=True, transposed=True)
+            of_w = apply_factor(given.lower, None, grad, upper=False, transposed=True)
+            of_v = apply_factor(given.upper, diagonal, of_w, upper=True, transposed=True)
             of_lower = matrix_gradient(grad, w, triangle=-1)
             of_upper = matrix_gradient(of_w, v, triangle=1)
-        if log_diagonal is not None:
+        if given.log_diagonal is not None:
             of_log_diagonal = of_upper.diagonal() * diagonal
         strict_(of_lower, upper=False)
         strict_(of_upper, upper=True)
@@ -222,5 +224,5 @@ class _Factors(torch.autograd.Function):
             of_offset = channel_sums(of_v)
             of_v *= scale
             of_log_scale = channel_sums(of_v * x)
-        of_bias = None if bias is None else channel_sums(grad)
+        of_bias = None if given.bias is None else channel_sums(grad)
         return of_v, of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset

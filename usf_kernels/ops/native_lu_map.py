@@ -6,6 +6,8 @@ The dozen operations of `usf_kernels.ops.lu_map` take longer to dispatch than to
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,29 +15,39 @@ from usf_kernels import _core
 from usf_kernels.ops import native, products
 from usf_kernels.ops.native import address
 
-Given = tuple[Tensor | None, ...]  # lower, upper, signs, log_diagonal, bias, log_scale, offset
+
+class LUParameters(NamedTuple):
+    """Parameters of an ActNorm and the LU map behind it: the arguments of `usf_kernels.ops.lu_map.lu_map`."""
+
+    lower: Tensor
+    upper: Tensor
+    signs: Tensor
+    log_diagonal: Tensor | None
+    bias: Tensor | None
+    log_scale: Tensor | None
+    offset: Tensor | None
 
 
-def accepts(given: Given) -> bool:
+def accepts(given: LUParameters) -> bool:
     """Whether the extension may read these parameters."""
-    rows = all(matrix.stride(1) == 1 for matrix in given[:2])
+    rows = given.lower.stride(1) == 1 and given.upper.stride(1) == 1
     return products.MULTIPLIES and rows and native.accepts(*given)
 
 
-def lu_map(given: Given) -> tuple[Tensor, Tensor | None, Tensor]:
+def lu_map(given: LUParameters) -> tuple[Tensor, Tensor | None, Tensor]:
     """`usf_kernels.ops.lu_map.lu_map`, except that the bias is None if there is no log_scale."""
-    given = _dense(given)
-    lower, *_, bias, log_scale, _ = given
-    bias = None if log_scale is None else bias
+    given, lower = _dense(given), given.lower
     matrix, log_det, memory = lower.new_empty(lower.shape), lower.new_empty(()), _memory(lower, 2)
-    moved = None if log_scale is None else lower.new_empty(len(lower))
+    bias = moved = None
+    if given.log_scale is not None:
+        bias, moved = given.bias, lower.new_empty(len(lower))
     made = matrix.data_ptr(), address(moved), log_det.data_ptr()
     _core.lu_map(_map(given), address(bias), *made, memory.data_ptr(), _threads(lower))
     return matrix, moved, log_det
 
 
 def gradients(
-    given: Given, matrix: Tensor, grad: Tensor, grad_moved: Tensor | None, grad_log_det: Tensor
+    given: LUParameters, matrix: Tensor, grad: Tensor, grad_moved: Tensor | None, grad_log_det: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of lower, upper, log_diagonal, log_scale and offset; None for those that are None.
 
@@ -43,12 +55,10 @@ def gradients(
         given, matrix: the argument of `lu_map`, and the matrix that it returned.
         grad, grad_moved, grad_log_det: gradients of its results.
     """
-    given = _dense(given)
-    lower, upper, _, log_diagonal, _, log_scale, offset = given
+    given, lower = _dense(given), given.lower
     grad, grad_moved = grad.contiguous(), None if grad_moved is None else grad_moved.contiguous()
-    found = [
-        None if v is None else v.new_empty(v.shape) for v in (lower, upper, log_diagonal, log_scale, offset)
-    ]
+    wanted = lower, given.upper, given.log_diagonal, given.log_scale, given.offset
+    found = [None if v is None else v.new_empty(v.shape) for v in wanted]
     memory = _memory(lower, 3)
     of_results = grad.data_ptr(), address(grad_moved), grad_log_det.data_ptr()
     _core.lu_map_gradients(
@@ -57,16 +67,17 @@ def gradients(
     return tuple(found)
 
 
-def _dense(given: Given) -> Given:
+def _dense(given: LUParameters) -> LUParameters:
     """Return `given` with contiguous vectors."""
-    return (*given[:2], *(None if v is None else v.contiguous() for v in given[2:]))
+    vectors = (None if v is None else v.contiguous() for v in given[2:])
+    return LUParameters(given.lower, given.upper, *vectors)
 
 
-def _map(given: Given) -> tuple:
+def _map(given: LUParameters) -> tuple:
     """Return the map as the extension takes it: its size, factors and vectors."""
-    lower, upper, signs, log_diagonal, _, log_scale, offset = given
-    factors = ((matrix.data_ptr(), matrix.stride(0)) for matrix in (lower, upper))
-    return (len(lower), *factors, *map(address, (signs, log_diagonal, log_scale, offset)))
+    factors = ((matrix.data_ptr(), matrix.stride(0)) for matrix in (given.lower, given.upper))
+    vectors = given.signs, given.log_diagonal, given.log_scale, given.offset
+    return (len(given.lower), *factors, *map(address, vectors))
 
 
 def _memory(like: Tensor, matrices: int) -> Tensor:
