@@ -92,6 +92,21 @@ def test_the_values_that_are_right_are_kept(make, dtype):
     assert_close(predict(fast, images), predict(original, images), dtype)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("exact", [True, False])
+def test_fastflow_ranks_strong_anomalies(exact):
+    """Where a likelihood is far below the rounding error of 1."""
+    model, images = fastflow(), torch.rand(1, 3, *SIZE)
+    ours = copy.deepcopy(model)
+    usf.accelerate(ours, exact=exact)
+    for scale in (5.0, 6.0, 7.0):
+        for norm in (*model.norms, *ours.norms):
+            norm.weight.fill_(scale)
+        expected = model(images).pred_score
+        assert -1e-6 < expected.item() < 0
+        torch.testing.assert_close(ours(images).pred_score, expected, rtol=1e-3, atol=0)
+
+
 def test_what_is_left_is_said():
     model = fastflow()
     known = type(next(module for module in model.modules() if type(module).__name__ == "AllInOneBlock"))

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from toy import ToyDetector
 from usf_kernels import data, files, metrics
 from usf_kernels.checkpoint import save_checkpoint
 from usf_kernels.cli import main
-from usf_kernels.cli.predict import _names
+from usf_kernels.cli.predict import _expand, _names
 from usf_kernels.models import UFlow, create_backbone
 
 toy_models, checkpoint, folder = cli_toys.toy_models, cli_toys.checkpoint, cli_toys.folder  # fixtures
@@ -58,6 +59,24 @@ def test_names_are_the_shortest_that_tell_files_apart():
     assert names("a/grey.png", "a/grey.jpg", "b.png") == ["grey_png", "grey_jpg", "b"]
     assert names("a/b.png", "c/b.png", "c/d.png") == ["a_b", "c_b", "d"]
     assert len(names("a_b.png", "a/b.png")) == 2
+
+
+def test_names_of_files_given_by_way_of_a_parent():
+    assert list(_names([Path("/x/y/../a.png"), Path("/x/y/a.png")])) == ["x_a", "y_a"]
+    given = [Path("/x/y/../a.png"), Path("/x/a.png"), Path("/x/b.png")]
+    assert _expand(given, Path("/out"), recursive=False) == [given[0], given[2]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes")
+def test_names_that_are_long_or_not_utf_8(checkpoint, tmp_path, capsys):
+    long, odd = "x" * 250, os.fsdecode(b"b\xff")
+    for name in ("a", long, odd, "z"):
+        write_image(tmp_path / "in" / f"{name}.png")
+    out = tmp_path / "out"
+    assert main(["predict", str(checkpoint), str(tmp_path / "in"), "--output", str(out)]) == 0
+    found = json.loads((out / "predictions.json").read_text())
+    assert [entry["name"] for entry in found] == ["a", odd, long[:230], "z"]
+    assert all((out / f"{entry['name']}_log_nfa.npy").exists() for entry in found)
 
 
 def test_images_are_decoded_once_and_predicted_in_batches(checkpoint, tmp_path, monkeypatch):

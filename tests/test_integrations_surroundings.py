@@ -303,3 +303,78 @@ def test_forward_mode_derivatives(options):
     for transform in (torch.func.jacfwd, torch.func.hessian):
         found, expected = (transform(lambda v, m=m: m(v)[0].square().sum())(x) for m in (fast, model))
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse_permutation": True}, {"gin_block": True}])
+def test_a_permutation_written_to_is_seen(options):
+    """As DistributedDataParallel does, whose ranks begin with the values of the first."""
+    model, source, x = replaced(sequence(1, **options)), sequence(1, **options), torch.randn(4, 6)
+    with torch.no_grad():
+        for to, value in zip(model.parameters(), source.parameters(), strict=True):
+            to.copy_(value)
+    assert_same(model(x), source(x))
+    with torch.no_grad():
+        assert_same(model(x), source(x))
+
+
+def test_calls_with_the_weights_of_another_model():
+    models, x = [sequence(2) for _ in range(3)], torch.randn(4, 6)
+    ours = replaced(models[0])
+    for model in (*models, models[0]):
+        values = {name: value.detach().clone() for name, value in model.named_parameters()}
+        assert_same(torch.func.functional_call(ours, values, (x,)), model(x))
+    assert_same(ours(x), models[0](x))
+    parameters, buffers = torch.func.stack_module_state(models)
+    parameters = {name: value.detach() for name, value in parameters.items()}
+    together = torch.func.vmap(lambda *state: torch.func.functional_call(ours, state, (x,)))
+    expected = [torch.stack(values) for values in zip(*(model(x) for model in models), strict=True)]
+    assert_same(together(parameters, buffers), expected)
+
+
+def test_a_forward_set_on_an_instance_is_called():
+    model, x = replaced(sequence(2)), torch.randn(4, 6)
+    with torch.no_grad():
+        model(x)
+        for layer in (model[0], model[1].subnet[0]):
+            before, plain = model(x), layer.forward
+            layer.forward = lambda *given, plain=plain, **options: plain(*given, **options)
+            assert_same(model(x), before)
+        model[1].subnet[0].forward = torch.nn.Linear(3, 5)
+        assert_same(model(x), _plain(model, x))
+
+
+def test_a_sequence_in_a_sequence():
+    inner = framework.SequenceINN(6, force_tuple_output=True)
+    inner.append(modules.AllInOneBlock, subnet_constructor=dense)
+    model, x = framework.SequenceINN(6), torch.randn(4, 6)
+    model.append(lambda dims_in, **_: inner)
+    model.eval()
+    with torch.no_grad():
+        assert_same(replaced(model)(x), model(x))
+
+
+def test_a_direction_that_is_a_number():
+    block = modules.AllInOneBlock([(6,)], subnet_constructor=dense, permute_soft=True)
+    x, ours = torch.randn(4, 6), replaced(block)
+    for rev in (0, 1):
+        assert_same(ours((x,), rev=rev)[0], block((x,), rev=rev)[0])
+
+
+def test_a_block_without_values_gets_its_permutation_with_them():
+    block = modules.AllInOneBlock([(6,)], subnet_constructor=dense)
+    ours, x = replaced(copy.deepcopy(block).to("meta")), torch.randn(4, 6)
+    ours.load_state_dict(block.state_dict(), assign=True)
+    assert_same(ours((x,))[0], block((x,))[0])
+
+
+def test_a_parametrized_block_is_not_restored():
+    class Twice(torch.nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    model, x = replaced(sequence(2)), torch.randn(4, 6)
+    torch.nn.utils.parametrize.register_parametrization(model[1], "global_offset", Twice())
+    expected = model(x)
+    with pytest.raises(ValueError, match="ParametrizedFastAllInOneBlock has parametrizations, remove them"):
+        usf.restore_blocks(model)
+    assert_same(model(x), expected)

@@ -328,6 +328,25 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_weights(tmp_path, mo
     assert model.weight.isfinite().all()
 
 
+class Cusp(nn.Module):
+    """A finite loss, of which the gradient at 0 is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def loss(self, batch):
+        return self.weight.abs().sqrt().sum() + 0 * batch.mean()
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": None}, {"precision": "16-mixed"}, {}])
+def test_a_gradient_that_is_not_finite_stops(options):
+    model = Cusp()  # on a CPU, 16-mixed has no gradient scaler that would skip the step
+    with pytest.raises(FloatingPointError, match="norm of the gradient became nan at epoch 1, step 1"):
+        fit(model, torch.ones(16, 2), max_epochs=1, accelerator="cpu", progress=False, **options)
+    assert torch.equal(model.weight, torch.zeros(3))
+
+
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, monkeypatch):
     losses = [float("nan"), 1.7]
     monkeypatch.setattr(Run, "_validate", lambda *_: losses.pop(0))
@@ -401,11 +420,25 @@ def test_a_damaged_run_is_named(tmp_path, damage):
         train(tmp_path, max_epochs=1, resume=True)
 
 
+def test_a_run_that_starts_anew_keeps_nothing_of_another(tmp_path):
+    train(tmp_path, max_epochs=1)
+    (tmp_path / "last.pt").unlink()
+    options = {"max_epochs": 1, "accelerator": "cpu", "progress": False}
+    fit(ToyFlow(4), NoisyImages(22), run_dir=tmp_path, resume=True, **options)
+    assert (tmp_path / "last.pt").exists()
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_facts_that_are_no_numbers_are_equal(tmp_path):
+    for resume in (False, True):
+        train(tmp_path, max_epochs=1, resume=resume, extra={"unknown": float("nan")})
+
+
 def test_a_folder_with_another_run_is_refused(tmp_path):
     train(tmp_path, max_epochs=1)
     with pytest.raises(ValueError, match=r"last\.pt.*max_epochs=1, not 2.*without resume"):
         train(tmp_path, max_epochs=2, resume=True)
-    with pytest.raises(ValueError, match=r"config=\{'channels': 4"):
+    with pytest.raises(ValueError, match=r"config channels=4, not 3"):
         train(tmp_path, max_epochs=1, resume=True, model=ToyFlow(3))
     with pytest.raises(ValueError, match=r"data=None, not 'other'"):
         train(tmp_path, max_epochs=1, resume=True, extra={"data": "other"})

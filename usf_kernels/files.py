@@ -98,11 +98,15 @@ def remove_leftovers(folder: str | Path, names: Sequence[str]) -> None:
                 leftover.unlink()
 
 
+# Names of files need not be UTF-8. What this makes of them is an escape in JSON, and reads as the same name.
+UNDECODED = "backslashreplace"
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically; NaN and infinities, which JSON lacks, become null."""
     text = json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors=UNDECODED))
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -113,7 +117,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors=UNDECODED))
 
 
 def _finite(value: Any) -> Any:

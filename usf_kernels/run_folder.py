@@ -62,9 +62,10 @@ class RunFolder:
             held = _identity(saved, saved["training"]["settings"])
         wanted = _identity(self.header, asdict(self.settings))
         for key in wanted | held:
-            if held.get(key) != wanted.get(key):
+            ours, theirs = wanted.get(key), held.get(key)
+            if ours != theirs and not (ours != ours and theirs != theirs):  # two NaN are the same
                 raise ValueError(
-                    f"{path}: holds a run with {key}={held.get(key)!r}, not {wanted.get(key)!r}; "
+                    f"{path}: holds a run with {key}={theirs!r}, not {ours!r}; "
                     "continue it with its own settings, or start over without resume"
                 )
         return saved
@@ -75,10 +76,9 @@ class RunFolder:
         if self.path is None:
             return None, None
         remove_leftovers(self.path, (LAST, BEST, HISTORY))
-        if not resume:
+        if saved is None:
             for name in (LAST, BEST, HISTORY):
                 (self.path / name).unlink(missing_ok=True)
-        if saved is None:
             return None, None
         with self.names_damage():
             best = saved["training"]["history"]["best_loss"] is not None
@@ -117,5 +117,5 @@ class RunFolder:
 
 def _identity(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that must be equal for a run to continue another one."""
-    extra = {f"extra {name}": value for name, value in content["extra"].items()}
-    return extra | settings | {key: content[key] for key in ("architecture", "config")}
+    parts = {f"{part} {name}": value for part in ("extra", "config") for name, value in content[part].items()}
+    return {"architecture": content["architecture"]} | parts | settings

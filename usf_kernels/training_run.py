@@ -126,11 +126,13 @@ class Run:
         loss = self.gradients(batch).item()
         now = f"at epoch {self.epoch + 1}, step {self.step + 1}"
         self._require_finite("loss", loss, now)
-        if settings.clip_norm is not None:
+        scales = getattr(self.fabric.strategy.precision, "scaler", None) is not None
+        if settings.clip_norm is not None or not scales:
+            largest = math.inf if settings.clip_norm is None else settings.clip_norm
             norm = self.fabric.clip_gradients(
-                self.module, self.stepper, max_norm=settings.clip_norm, error_if_nonfinite=False
+                self.module, self.stepper, max_norm=largest, error_if_nonfinite=False
             )
-            if settings.precision != "16-mixed":  # the gradient scaler skips such a step
+            if not scales:  # a gradient scaler skips such a step
                 self._require_finite("norm of the gradient", norm.item(), now)
         self.stepper.step()
         self.stepper.zero_grad()

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for an error, 130 when interrupted.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     options = build_parser().parse_args(arguments)
     debug = os.environ.get("USF_KERNELS_DEBUG", "") not in ("", "0")
     try:

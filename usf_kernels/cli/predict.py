@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from usf_kernels.cli.options import (
 )
 
 USUAL = 1 - math.exp(-0.5)  # value of the anomaly map where latents have mean square 1, as on normal images
+LONGEST = 230  # bytes of an output's name, before its ending; file systems take 255 with it
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +150,12 @@ def _expand(paths: list[Path], output: Path, recursive: bool) -> list[Path]:
             files.append(path)
     if any(output.resolve() in file.resolve().parents for file in files):
         raise ValueError(f"--output {output}: holds the images; what is written there would be among them")
-    return list(dict.fromkeys(files))
+    return list({_normal(path): path for path in reversed(files)}.values())[::-1]
+
+
+def _normal(path: Path) -> Path:
+    """Return the absolute path without `..`."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def _names(files: list[Path]) -> dict[str, Path]:
@@ -163,10 +170,13 @@ def _names(files: list[Path]) -> dict[str, Path]:
 
 
 def _forms(path: Path) -> list[str]:
-    """Return possible names of a file: its stem, stem and suffix, and both with more and more folders."""
-    parts, suffix = path.absolute().with_suffix("").parts[1:], path.suffix[1:]
+    """Return possible names of a file: its stem, stem and suffix, and both with more and more folders; of one
+    with a name so long that its outputs could not be written, the beginning of its stem."""
+    parts, suffix = _normal(path).with_suffix("").parts[1:], path.suffix[1:]
     stems = ["_".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-    return list(dict.fromkeys(form for stem in stems for form in (stem, f"{stem}_{suffix}")))
+    forms = dict.fromkeys(form for stem in stems for form in (stem, f"{stem}_{suffix}"))
+    fits = [form for form in forms if len(os.fsencode(form)) <= LONGEST]
+    return fits or [os.fsencode(path.stem)[:LONGEST].decode(errors="ignore")]
 
 
 def _write(folder: Path, name: str, prediction: Any, picture: np.ndarray) -> None:

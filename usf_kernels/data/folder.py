@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import zlib
 from collections.abc import Iterable
@@ -96,7 +97,7 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
             return picture
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         known = not isinstance(error, UnidentifiedImageError)  # this message has an object's address
         reason = error if known else "no image of a format that Pillow knows"
         raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
@@ -225,7 +226,7 @@ class FolderDataset(Dataset[Sample]):
         """Return the CRC-32 of the files' names and contents, in order, which identifies a set of images."""
         value = 0
         for path in self.files:
-            value = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), value))
+            value = zlib.crc32(path.read_bytes(), zlib.crc32(os.fsencode(path.name), value))
         return f"{value:08x}"
 
     def _mask(self, path: Path, kind: str, own: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from usf_kernels.integrations.couplings import may_overwrite, scale_and_shift
 from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
@@ -53,20 +53,25 @@ class AllInOneMixin(Faster):
         self._find_order()
 
     def end_fast(self) -> None:
-        for name in ("compact", "_order", "_inverse_order"):
+        for name in ("compact", "_order", "_inverse_order", "_found_in"):
             self.__dict__.pop(name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AllInOneMixin:
+        known = self._knows_order()
         super()._apply(fn, recurse)
+        if not known:
+            self._find_order()
+            return self
         self._order, self._inverse_order = (
             None if index is None else _moved_to(index, self.w_perm.device)
             for index in (self._order, self._inverse_order)
         )
+        self._found_in = self.w_perm, _version(self.w_perm)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.compact and self._order is not None:
+        if self.compact and self._is_indexed():
             destination[prefix + "w_perm"] = self._order.to(torch.int32)
             del destination[prefix + "w_perm_inv"]
 
@@ -89,6 +94,24 @@ class AllInOneMixin(Faster):
         since averaging of models would take their mean."""
         self._order = None if self.householder else index_of(self.w_perm.detach().flatten(1))
         self._inverse_order = None if self._order is None else torch.argsort(self._order)
+        self._found_in = self.w_perm, _version(self.w_perm)
+
+    def _knows_order(self) -> bool:
+        """Whether `w_perm` is what the index was found in, and has not been written to since."""
+        matrix, version = self._found_in
+        return self._order is None or (self.w_perm is matrix and _version(matrix) == version)
+
+    def _is_indexed(self) -> bool:
+        """Whether the permutation may be applied as an index; finds it anew after a write to `w_perm`, as by
+        the broadcast of DistributedDataParallel."""
+        if self._order is None:
+            return False
+        if torch.compiler.is_compiling() or self._knows_order():
+            return True
+        if is_observed():  # for example by `torch.func.vmap`, which replaces it for a call
+            return False
+        self._find_order()
+        return self._order is not None
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
@@ -99,7 +122,7 @@ class AllInOneMixin(Faster):
         c = list(c or ()) if self.conditional else []
         if self.GIN:
             return (self._volume_preserving(x, c, offset, rev),), x.new_zeros(x.shape[0], dtype=scale.dtype)
-        couple = self._by_matrix if self._order is None else self._by_index
+        couple = self._by_index if self._is_indexed() else self._by_matrix
         y, log_det = couple(x, c, scale, offset, rev)
         constant = count_positions(x) * scale.log().sum()
         return (y,), log_det - constant if rev else log_det + constant
@@ -170,7 +193,7 @@ class AllInOneMixin(Faster):
         return self._permuted(y, inverse=False) if not rev or self.reverse_pre_permute else y
 
     def _permuted(self, x: Tensor, *, inverse: bool) -> Tensor:
-        if self._order is None:
+        if not self._is_indexed():
             rotation = self._rotation()
             rotation = rotation.mT if inverse else rotation
             return self.permute_function(x, rotation.reshape(*rotation.shape, *[1] * self.input_rank))
@@ -219,6 +242,11 @@ def _is_index(values: Tensor) -> bool:
     return torch.equal(values.sort().values.long(), torch.arange(len(values), device=values.device))
 
 
+def _version(matrix: Tensor | None) -> int | None:
+    """Return the number of writes to a permutation's matrix; inference tensors count none."""
+    return None if matrix is None or matrix.is_inference() else matrix._version
+
+
 def _moved_to(index: Tensor, device: torch.device) -> Tensor:
     """Move an index to a device. From "meta" it comes without values; weights are to be loaded then."""
     return torch.empty_like(index, device=device) if index.is_meta else index.to(device)
@@ -231,10 +259,18 @@ def _moved(fresh: Tensor, offset: Tensor, sign: int) -> Tensor:
 
 
 def index_of(matrix: Tensor) -> Tensor | None:
-    """Return the index of a permutation matrix, `(matrix @ x)[i] = x[index[i]]`; None for other matrices."""
+    """Return the index of a permutation matrix, `(matrix @ x)[i] = x[index[i]]`; None for other matrices. The
+    index of a matrix without values has none either."""
+    if matrix.is_meta:
+        return torch.empty(len(matrix), dtype=torch.int64, device="meta")
     index = matrix.argmax(1)
     eye = torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
     return index if torch.equal(matrix, eye[index]) else None
+
+
+def can_fold(module: nn.Module) -> bool:
+    """Whether a module is a replaced block with `flow_parts`; a sequence in a sequence is not."""
+    return hasattr(module, "flow_parts") and module.folds
 
 
 class SequenceMixin(Faster):
@@ -263,7 +299,7 @@ class SequenceMixin(Faster):
     def folds(self) -> bool:
         """Whether one inference form can replace the blocks: they fold, and all see the same condition or
         none."""
-        same = len(set(self.conditions)) == 1 and all(getattr(b, "folds", False) for b in self.module_list)
+        same = len(set(self.conditions)) == 1 and all(map(can_fold, self.module_list))
         return same and runs_as_one(self.module_list)
 
     def inference_form(self, dtype: torch.dtype) -> FusedFlow:

@@ -10,6 +10,7 @@ import torch
 from FrEIA.framework import GraphINN
 from torch import Tensor
 
+from usf_kernels.integrations.all_in_one import can_fold
 from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.ops.native import is_observed
@@ -51,7 +52,15 @@ class FastGraphINN(Faster, GraphINN):
     ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Same as the original."""
         recorded = self.training or torch.is_grad_enabled() or is_observed()
-        if recorded or rev or not jac or intermediate_outputs or x is not None or c or self.condition_nodes:
+        if (
+            recorded
+            or rev
+            or not jac
+            or intermediate_outputs
+            or x is not None
+            or c is not None
+            or self.condition_nodes
+        ):
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
         inputs = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
         if len(inputs) != len(self.in_nodes):
@@ -80,7 +89,9 @@ class FastGraphINN(Faster, GraphINN):
         uses = Counter(source for node in self.node_list for source in node.inputs)
         heads: dict[Any, Any] = {}  # last node of a run so far -> its first node
         for node in self.node_list:
-            if not getattr(node.module, "folds", False) or node.conditions or not runs_as_one(node.module):
+            if node.module is None or node.conditions:
+                continue
+            if not can_fold(node.module) or not runs_as_one(node.module):
                 continue
             behind_one = uses[node.inputs[0]] == 1  # else another node needs the value between the two
             head = heads.pop(node.inputs[0][0], node) if behind_one else node

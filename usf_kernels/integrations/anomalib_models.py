@@ -30,7 +30,7 @@ from usf_kernels.integrations.faster import Faster
 from usf_kernels.models.native_layers import use_extension_, use_pytorch_
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.maps import to_rows
-from usf_kernels.ops import anomaly_map
+from usf_kernels.ops import anomaly_map, squared_norm
 from usf_kernels.ops.native import is_observed
 from usf_kernels.segmentation import Null, segment
 
@@ -76,7 +76,7 @@ class FastFastflowModel(Accelerated, FastflowModel):
             return super().forward(input_tensor)
         features = self._get_cnn_features(input_tensor)
         latents = [flow(maps)[0] for flow, maps in zip(self.fast_flow_blocks, features, strict=True)]
-        return _prediction(anomaly_map(latents, tuple(input_tensor.shape[-2:])) - 1)
+        return _prediction(_negative_likelihoods(latents, tuple(input_tensor.shape[-2:])))
 
     def _get_cnn_features(self, input_tensor: Tensor) -> list[Tensor]:
         features = self.feature_extractor.eval()(input_tensor)
@@ -251,6 +251,16 @@ class FastCflow(Accelerated, Cflow):
 
 def _prediction(maps: Tensor, mask: Tensor | None = None) -> InferenceBatch:
     return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps, pred_mask=mask)
+
+
+def _negative_likelihoods(latents: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Return anomalib's map of Fastflow: `usf_kernels.anomaly_map` less 1. Computed as that difference, it
+    would be 0 wherever a likelihood is below the rounding error of 1, and defects would tie."""
+    maps = [
+        F.interpolate((squared_norm(z) / (-2 * z.shape[1])).exp()[:, None], size, mode="bilinear")
+        for z in latents
+    ]
+    return -torch.stack(maps).mean(0)
 
 
 def _segment(latents: Sequence[Tensor], size: tuple[int, int], null: Null | None) -> Tensor:

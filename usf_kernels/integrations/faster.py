@@ -52,7 +52,7 @@ class Faster:
 def runs_as_one(module: nn.Module) -> bool:
     """Whether an inference form may stand in for the module: nothing in it is in training mode (it may draw
     dropout masks) or of a user's class (which may read anything), and there are no hooks except those of
-    weight_norm and spectral_norm."""
+    weight_norm and spectral_norm, and no `forward` set on an instance."""
     for part in parts_of(module):
         known = type(part).__module__.startswith(KNOWN)
         if part.training or not known or _is_heard(part):
@@ -96,7 +96,8 @@ class InferenceForm:
 
 
 def _is_heard(module: nn.Module) -> bool:
-    if module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+    hooks = module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    if hooks or "forward" in module.__dict__:
         return True
     return not all(
         isinstance(hook, (WeightNorm, SpectralNorm)) for hook in module._forward_pre_hooks.values()

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from usf_kernels.integrations.all_in_one import AllInOneMixin
 from usf_kernels.integrations.faster import Faster
@@ -107,9 +108,13 @@ def restore_blocks(model: nn.Module) -> int:
 
     Raises:
         TypeError: if it is not a module.
+        ValueError: if a replaced module has parametrizations; nothing is changed then.
     """
     check_module(model)
     replaced = [module for module in model.modules() if hasattr(type(module), "end_fast")]
+    for module in replaced:
+        if is_parametrized(module):  # its class was made for that, and would be lost
+            raise ValueError(f"model: a {type(module).__name__} has parametrizations, remove them first")
     for module in replaced:
         fast = type(module)
         module.end_fast()

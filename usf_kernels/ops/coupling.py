@@ -46,7 +46,7 @@ def additive_coupling(
     split = check_int("split", split, 0, x.shape[1])
     batch, channels, *spatial = x.shape
     check_shape("shift", shift, (batch, channels - split, *spatial), "(B, C - split, *spatial)")
-    return implementation("additive_coupling", impl, x, shift)(x, shift, split, inverse)
+    return implementation("additive_coupling", impl, x, shift)(x, shift, split, bool(inverse))
 
 
 def masked_additive_coupling(
@@ -123,7 +123,7 @@ def affine_coupling(
     split, clamp = check_int("split", split, 0, x.shape[1]), check_clamp(clamp)
     batch, channels, *spatial = x.shape
     check_shape("params", params, (batch, 2 * (channels - split), *spatial), "(B, 2 * (C - split), *spatial)")
-    return implementation("affine_coupling", impl, x, params)(x, params, split, clamp, inverse)
+    return implementation("affine_coupling", impl, x, params)(x, params, split, clamp, bool(inverse))
 
 
 # ------------------------------------------------------------------------------------------- as torch ops
