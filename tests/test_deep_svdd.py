@@ -186,3 +186,15 @@ def test_no_other_radius_is_better_for_the_batch(nu, samples):
     loss = soft_boundary_loss(z, model.centre, model.squared_radius, nu)
     for other in (z - model.centre).square().sum(1):
         assert loss <= soft_boundary_loss(z, model.centre, other, nu) + 1e-12
+
+
+def test_an_empty_batch_is_refused():
+    model = DeepSVDD(4, objective="soft_boundary").initialize(torch.randn(20, 4))
+    with pytest.raises(ValueError, match="batch: expected at least one sample, found none"):
+        model.loss(torch.zeros(0, 4))
+
+
+def test_an_inference_form_keeps_its_centre():
+    fused = DeepSVDD(4).initialize(torch.randn(20, 4)).fuse()
+    with pytest.raises(TypeError, match="initialize: expected a model to train, found its inference form"):
+        fused.initialize(torch.randn(20, 4))

@@ -192,3 +192,28 @@ def test_student_t_of_any_degrees_of_freedom(df):
         found = TraceableStudentT(*values).log_prob(torch.tensor(0.3, dtype=dtype)).item()
         expected = stats.t.logpdf(torch.tensor(0.3, dtype=dtype).item(), df)
         assert abs(found - expected) < tolerance
+
+
+HALVES = [
+    "normal",
+    "laplace",
+    "student_t",
+    "normal_mixture",
+    {"name": "radial", "components": 2},
+    {"name": "radial", "p": 1, "norm": "log_normal"},
+]
+
+
+@pytest.mark.parametrize("spec", HALVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision(spec, dtype):
+    """Only their storage is rounded: log densities of 784 dimensions are large."""
+    base, z = create_base(spec, (784,)), torch.randn(5, 784)
+    for parameter in (*base.parameters(), *base.buffers()):
+        parameter.detach().add_(0.05 * torch.randn_like(parameter))
+    base = base.to(dtype)
+    expected = copy.deepcopy(base).double().log_prob(z.double())
+    found = base.log_prob(z)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 2e-3
+    assert base.sample(3).dtype == dtype

@@ -9,6 +9,7 @@ import torch
 from helpers import jacobian_log_det, max_error, randomise_
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
 from usf_kernels.models import NonUSFlow, USFlow
@@ -219,6 +220,7 @@ def test_narrow_inference_forms():
         (4, {"mask": "row"}, ValueError, "mask.*'row'"),
         (4, {"linear": "qr"}, ValueError, "linear.*'qr'"),
         (4, {"kernel": 2}, ValueError, "kernel: expected an odd size, found 2"),
+        ((2, 4, 4), {"hidden": 1}, ValueError, "hidden: expected at least 2, found 1"),
         (4, {"base": "cauchy"}, ValueError, "base.*'cauchy'"),
         (4, {"prior_scale": -1.0}, ValueError, "prior_scale.*-1.0"),
         (4, {"prior_weight": math.inf}, ValueError, "prior_weight.*inf"),
@@ -296,3 +298,18 @@ def test_initialize_with_one_channel():
     z = flow(samples)[0]
     assert abs(z.mean()) < 0.3
     assert 0.5 < z.std() < 2
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_forward_mode(count):
+    """Whether or not the batch is large enough to rebuild activations in a backward pass."""
+    model, x = randomise_(USFlow(3, blocks=4, hidden=5)), torch.randn(count, 3)
+    _, expected = torch.func.jvp(model.log_prob, (x,), (x,))
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model.log_prob(forward_ad.make_dual(x, x))).tangent
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_configuration_is_plain_values():
+    config = USFlow(3, blocks=1, prior_scale=np.float32(0.5), prior_weight=np.float32(0.25)).config
+    assert json.loads(json.dumps(config)) == config

@@ -140,3 +140,12 @@ def test_errors(backbone, images):
     sized = create_backbone("tf_efficientnet_lite0", out_indices=(1,), weights=None, input_size=64)
     with pytest.raises(ValueError, match="backbone: expected no input_size for a trainable encoder"):
         VAEUSFlow(sized, trainable=True, **SMALL)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_in_another_dtype(backbone, images, trainable, dtype):
+    model = VAEUSFlow(backbone, trainable=trainable, **SMALL).eval()
+    assert (
+        max_error(model.predict(images.to(dtype)).score, model.predict(images.to(dtype).float()).score) < 1e-2
+    )

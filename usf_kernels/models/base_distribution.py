@@ -71,6 +71,12 @@ class BaseDistribution(nn.Module):
         return f"{self.shape}, trainable={self.trainable}"
 
 
+def wide(parameter: Tensor) -> Tensor:
+    """Return a parameter in the dtype to compute with, float32 at least: log densities are sums of large
+    terms, and gamma functions have no half precision."""
+    return parameter.to(compute_dtype(parameter))
+
+
 def draw(distribution: Distribution, n: int) -> Tensor:
     """Draw n samples. Some torch distributions cannot draw none, so at least one is drawn and dropped."""
     return distribution.sample((max(n, 1),))[:n]

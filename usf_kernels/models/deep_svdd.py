@@ -109,7 +109,7 @@ class DeepSVDD(nn.Module):
         self.options = {
             "shape": list(self.shape),
             "objective": objective,
-            "nu": nu,
+            "nu": float(nu),
             "latent": latent,
             "hidden": hidden,
             "layers": layers,
@@ -145,6 +145,7 @@ class DeepSVDD(nn.Module):
         Returns:
             self.
         """
+        check_trainable(self, "initialize")
         z = self(samples)
         if len(z) == 0:
             raise ValueError("samples: expected at least one, found none")
@@ -163,9 +164,12 @@ class DeepSVDD(nn.Module):
 
         Raises:
             TypeError: on the inference form.
+            ValueError: for an empty batch.
             RuntimeError: in evaluation mode, before there is a centre.
         """
         check_trainable(self, "loss")
+        if len(batch) == 0:
+            raise ValueError("batch: expected at least one sample, found none")
         if self.training and not self._ready():
             self.initialize(batch)
         self._require_centre()

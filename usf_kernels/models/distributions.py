@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Laplace, Normal
 
-from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture
+from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture, wide
 from usf_kernels.models.radial import RadialBase
 from usf_kernels.models.traceable import TraceableStudentT
 from usf_kernels.ops.checks import check_choice, check_int, check_positive
@@ -32,7 +32,7 @@ class _FromTorch(BaseDistribution):
     def sample(self, n: int) -> Tensor:
         """Draw n samples, (n, *shape)."""
         check_int("n", n, 0)
-        return draw(self.distribution(), n)
+        return draw(self.distribution(), n).to(self.loc.dtype)
 
 
 class NormalBase(_FromTorch):
@@ -59,7 +59,7 @@ class NormalBase(_FromTorch):
 
     def distribution(self) -> Distribution:
         """Return the distribution at the current parameters."""
-        return self._independent(self.loc, self.log_scale.exp())
+        return self._independent(wide(self.loc), wide(self.log_scale).exp())
 
     def _independent(self, *parameters: Tensor) -> Distribution:
         return Independent(
@@ -93,7 +93,7 @@ class StudentTBase(NormalBase):
 
     def distribution(self) -> Distribution:
         """Return the distribution at the current parameters."""
-        return self._independent(self.log_df.exp(), self.loc, self.log_scale.exp())
+        return self._independent(wide(self.log_df).exp(), wide(self.loc), wide(self.log_scale).exp())
 
 
 class NormalMixtureBase(_FromTorch):
@@ -118,16 +118,16 @@ class NormalMixtureBase(_FromTorch):
     def distribution(self) -> Distribution:
         """Return the distribution at the current parameters."""
         normals = Independent(self._normals(), len(self.shape), validate_args=False)
-        return mixture(self.logits, normals)
+        return mixture(wide(self.logits), normals)
 
     def _normals(self) -> Normal:
-        return Normal(self.loc + self.means, self.log_scale.exp(), validate_args=False)
+        return Normal(wide(self.loc) + self.means, wide(self.log_scale).exp(), validate_args=False)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every sample, (B,)."""
         parts = self._normals().log_prob(self._checked(z)[:, None]).flatten(2)
         # The weights are added before the sum: OpenVINO adds a vector to a sum along the wrong axis.
-        weights = torch.log_softmax(self.logits, 0) / max(self.dimensions, 1)
+        weights = torch.log_softmax(wide(self.logits), 0) / max(self.dimensions, 1)
         return (parts + weights[:, None]).sum(2).logsumexp(1)
 
 

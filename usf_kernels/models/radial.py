@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Laplace, LogNormal, Normal
 
-from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture
+from usf_kernels.models.base_distribution import BaseDistribution, draw, mixture, wide
 from usf_kernels.models.traceable import TraceableGamma
 from usf_kernels.ops.checks import check_choice, check_int
 
@@ -67,12 +67,12 @@ class RadialBase(BaseDistribution):
 
     def norm_distribution(self) -> Distribution:
         """Return the distribution of the norm, squared if p = 2, at the current parameters."""
-        shape = self.log_shape.exp()
+        shape, log_mean = wide(self.log_shape).exp(), wide(self.log_mean)
         if self.norm_family == "gamma":
-            family = TraceableGamma(shape, shape * (-self.log_mean).exp(), validate_args=False)
+            family = TraceableGamma(shape, shape * (-log_mean).exp(), validate_args=False)
         else:  # on a logarithmic scale about as wide as a gamma distribution of this shape
-            family = LogNormal(self.log_mean, shape.rsqrt(), validate_args=False)
-        return mixture(self.logits, family)
+            family = LogNormal(log_mean, shape.rsqrt(), validate_args=False)
+        return mixture(wide(self.logits), family)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every sample, (B,)."""
@@ -99,14 +99,15 @@ class RadialBase(BaseDistribution):
         check_int("n", n, 0)
         r = draw(self.norm_distribution(), n) ** (1 / self.power)
         # The density of each of these depends on the norm only, so their directions are uniform.
-        zero, one = torch.zeros_like(self.loc), torch.ones_like(self.loc)
+        loc = wide(self.loc)
+        zero, one = torch.zeros_like(loc), torch.ones_like(loc)
         if self.p == math.inf:
             z = 2 * torch.rand((n, *self.shape), dtype=zero.dtype, device=zero.device) - 1
         else:
             z = (Normal if self.p == 2 else Laplace)(zero, one, validate_args=False).sample((n,))
         z = z.flatten(1)
         z = z * (r / torch.linalg.vector_norm(z, self.p, dim=1))[:, None]
-        return z.view(n, *self.shape) + self.loc
+        return (z.view(n, *self.shape) + loc).to(self.loc.dtype)
 
     def extra_repr(self) -> str:
         """The options, for print."""

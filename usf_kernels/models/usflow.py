@@ -93,6 +93,8 @@ class DensityFlow(nn.Module):
         check_choice("linear", linear, ("lu", "householder", "permutation"))
         layers, kernel = check_int("layers", layers, 0), check_int("kernel", kernel, 1)
         reflections, clamp = check_int("reflections", reflections, 1), check_clamp(clamp)
+        if dims and layers and hidden == 1:
+            raise ValueError("hidden: expected at least 2, found 1, which layer norm would make constant")
         if kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd size, found {kernel}")
         if mask == "checkerboard" and dims == 0:
@@ -114,8 +116,8 @@ class DensityFlow(nn.Module):
             "kernel": kernel,
             "reflections": reflections,
             "clamp": clamp,
-            "prior_scale": prior_scale,
-            "prior_weight": prior_weight,
+            "prior_scale": None if prior_scale is None else float(prior_scale),
+            "prior_weight": float(prior_weight),
             "memory": memory,
         }
         if dims == 0:

@@ -92,7 +92,7 @@ class VAEUSFlow(nn.Module):
             "image_size": list(size),
             "trainable": bool(trainable),
             "latent": latent,
-            "sigma": sigma,
+            "sigma": float(sigma),
             "width": width,
             "blocks": blocks,
             "hidden": hidden,
@@ -138,6 +138,7 @@ class VAEUSFlow(nn.Module):
         """Return mean and log variance of q(z | x), (B, latent) each, for images (B, 3, H, W) in [0, 1]."""
         check_samples("images", images, (3, *self.image_size))
         if self.options["trainable"]:
+            images = images.to(next(self.encoder.parameters()).dtype)
             features = self.encoder((images - self.mean) / self.std)[-1]
         else:
             features = self.backbone(images)[-1]

@@ -21,9 +21,11 @@ class ActNorm(Fusible, nn.Module):
 
     The first non-empty batch seen in training mode sets scale and bias so that every channel leaves with
     mean 0 and standard deviation 1 over batch and positions. A channel that is constant there (so also every
-    channel of a single position) keeps scale 1 and is only centred. In eval mode nothing is ever
-    initialised: a fresh ActNorm is the identity. With torch.distributed the statistics are those of the
-    batches of all processes, so every process must take its first training step together with the others.
+    channel of a single position), or varies by less than a millionth of its own or of all channels' values,
+    keeps scale 1 and is only centred. In eval mode nothing is ever initialised: a fresh ActNorm is the
+    identity. With torch.distributed the statistics are those of the batches of all processes, so every
+    process must take its first training step together with the others. A functional call that replaces the
+    parameters before that must replace the buffer, too.
 
     Args:
         channels: C.
@@ -77,7 +79,7 @@ class ActNorm(Fusible, nn.Module):
         for kept, value in ((self.log_scale, log_scale), (self.bias, -mean * log_scale.exp())):
             kept.copy_(torch.where(self.initialized > 0, kept, value))
         self.initialized.fill_(1)
-        # In a functional call with other tensors in their place, the module's own are still to be set.
+        # After a functional call with other tensors in their place, the module's own are still to be set.
         own = self._parameters.get("log_scale")
         self._initialized = own is None or isinstance(own, nn.Parameter)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.conditioner_layers import watched
@@ -217,6 +218,7 @@ class FlowSequence(Fusible, nn.ModuleList):
             len(self) < AUTO_STEPS
             or torch.compiler.is_compiling()  # tested before sizes, on which a graph must not depend
             or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
             or x.numel() < x.shape[1] ** 2
         ):
             return False
