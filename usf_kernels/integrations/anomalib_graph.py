@@ -10,8 +10,8 @@ import torch
 from FrEIA.framework import GraphINN
 from torch import Tensor
 
-from usf_kernels.integrations.all_in_one import can_fold
 from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
+from usf_kernels.integrations.sequence import can_fold
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.ops.native import is_observed
 

@@ -8,8 +8,9 @@ and state_dict keys. All are importable by name, so that they pickle.
 from __future__ import annotations
 
 from usf_kernels.extras import needs_extra
-from usf_kernels.integrations.all_in_one import AllInOneMixin, SequenceMixin
+from usf_kernels.integrations.all_in_one import AllInOneMixin
 from usf_kernels.integrations.couplings import GLOWMixin, NICEMixin, RNVPMixin
+from usf_kernels.integrations.sequence import SequenceMixin
 
 with needs_extra("anomalib", "FrEIA's modules"):
     from FrEIA.framework import SequenceINN
