@@ -65,6 +65,8 @@ def test_names_of_files_given_by_way_of_a_parent():
     assert list(_names([Path("/x/y/../a.png"), Path("/x/y/a.png")])) == ["x_a", "y_a"]
     given = [Path("/x/y/../a.png"), Path("/x/a.png"), Path("/x/b.png")]
     assert _expand(given, Path("/out"), recursive=False) == [given[0], given[2]]
+    again = [*given[1:], given[1]]
+    assert _expand(again, Path("/out"), recursive=False) == given[1:]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes")

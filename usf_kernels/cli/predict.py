@@ -150,7 +150,10 @@ def _expand(paths: list[Path], output: Path, recursive: bool) -> list[Path]:
             files.append(path)
     if any(output.resolve() in file.resolve().parents for file in files):
         raise ValueError(f"--output {output}: holds the images; what is written there would be among them")
-    return list({_normal(path): path for path in reversed(files)}.values())[::-1]
+    once: dict[Path, Path] = {}
+    for path in files:
+        once.setdefault(_normal(path), path)
+    return list(once.values())
 
 
 def _normal(path: Path) -> Path:
