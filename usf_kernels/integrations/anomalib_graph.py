@@ -52,15 +52,8 @@ class FastGraphINN(Faster, GraphINN):
     ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Same as the original."""
         recorded = self.training or torch.is_grad_enabled() or is_observed()
-        if (
-            recorded
-            or rev
-            or not jac
-            or intermediate_outputs
-            or x is not None
-            or c is not None
-            or self.condition_nodes
-        ):
+        conditioned = c is not None or bool(self.condition_nodes)
+        if recorded or conditioned or rev or not jac or intermediate_outputs or x is not None:
             return super().forward(x_or_z, c, rev, jac, intermediate_outputs, x)
         inputs = (x_or_z,) if torch.is_tensor(x_or_z) else tuple(x_or_z)
         if len(inputs) != len(self.in_nodes):
