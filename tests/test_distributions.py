@@ -167,6 +167,8 @@ def test_states_and_specs_survive():
             r"loc: .*broadcast to \(3,\), found shape \(2,\)",
         ),
         ({"name": "normal", "df": 2}, TypeError, "df"),
+        ({"name": "normal", "loc": [0.0, math.nan, 0.0]}, ValueError, "loc: expected finite numbers"),
+        ({"name": "laplace", "trainable": "no"}, TypeError, "trainable: expected True or False, found 'no'"),
     ],
 )
 def test_bad_specs_are_named(spec, error, message):

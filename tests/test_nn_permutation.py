@@ -38,6 +38,9 @@ def test_of_a_given_order():
     assert torch.equal(module.inverse(torch.arange(3.0)[None])[0], torch.tensor([[1.0, 2.0, 0.0]]))
     with pytest.raises(ValueError, match=r"index: expected a permutation, found \[0, 0, 1\]"):
         Permutation.of(torch.tensor([0, 0, 1]))
+    for index in ([1, 0], torch.tensor([1.0, 0.0])):
+        with pytest.raises(TypeError, match=r"index: expected a tensor of int64, found (list|torch.float32)"):
+            Permutation.of(index)
 
 
 def test_a_damaged_state_is_refused():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily
 
 from usf_kernels.models.checks import check_samples
-from usf_kernels.ops.checks import compute_dtype
+from usf_kernels.ops.checks import check_flag, compute_dtype
 
 
 class BaseDistribution(nn.Module):
@@ -33,6 +33,7 @@ class BaseDistribution(nn.Module):
         self, shape: Sequence[int], *, loc: float | Sequence[Any] = 0.0, trainable: bool = False
     ) -> None:
         super().__init__()
+        check_flag("trainable", trainable)
         self.shape, self.trainable = tuple(shape), trainable
         self.dimensions = math.prod(self.shape)
         values = torch.as_tensor(loc, dtype=torch.get_default_dtype())
@@ -42,6 +43,8 @@ class BaseDistribution(nn.Module):
             raise ValueError(
                 f"loc: expected numbers that broadcast to {self.shape}, found shape {tuple(values.shape)}"
             ) from error
+        if not values.is_meta and not values.isfinite().all():
+            raise ValueError(f"loc: expected finite numbers, found {loc}")
         self._register("loc", values.clone())
 
     def _register(self, name: str, value: Tensor) -> None:

@@ -68,8 +68,11 @@ class Permutation(Fusible, nn.Module):
         """Make the permutation `y[:, i] = x[:, index[i]]` from an index (C,) int64.
 
         Raises:
-            ValueError: an index that is no permutation.
+            TypeError, ValueError: an index that is no tensor of int64, or no permutation.
         """
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            found = getattr(index, "dtype", type(index).__name__)
+            raise TypeError(f"index: expected a tensor of int64, found {found}")
         if index.ndim != 1 or not _is_permutation(index):
             raise ValueError(f"index: expected a permutation, found {index.tolist()}")
         permutation = cls(len(index), seed=0).to(index.device)

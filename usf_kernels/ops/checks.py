@@ -80,6 +80,12 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
     return int(value) if isinstance(value, np.integer) else value
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False: any text would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, found {value!r}")
+
+
 def check_number(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a real number of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
