@@ -219,3 +219,14 @@ def test_parameters_in_half_precision(spec, dtype):
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 2e-3
     assert base.sample(3).dtype == dtype
+
+
+@pytest.mark.parametrize("norm", ["gamma", "log_normal"])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_samples_at_infinity_are_the_least_likely(p, norm):
+    """Their norm has no square in float32; a NaN would have no rank among scores."""
+    base = create_base({"name": "radial", "p": p, "norm": norm}, (3,))
+    far = base.log_prob(torch.tensor([1e3, 1e17, 2e19, math.inf]).expand(3, 4).T)
+    assert far.diff().le(0).all()
+    assert far[1] < far[0]
+    assert base.log_prob(torch.full((1, 3), math.nan)).isnan()

@@ -361,3 +361,9 @@ def test_errors():
         FlowSequence([]).fuse()
     with pytest.raises(TypeError, match=r"fuse: expected a flow module of .*, found Linear"):
         FlowSequence([nn.Linear(2, 2)]).fuse()
+
+
+def test_linear_maps_alone_project_any_condition():
+    fused = FlowSequence([LUConv1x1(4), Permutation(4)]).fuse()
+    x, cond = torch.randn(2, 4), torch.randn(2, 3)
+    assert torch.equal(fused(x, fused.project(cond))[0], fused(x, cond)[0])

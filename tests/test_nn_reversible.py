@@ -8,7 +8,15 @@ from helpers import conv_subnet, linear_subnet, randomise_, shapes
 from hypothesis import given, settings
 from torch import nn
 
-from usf_kernels.nn import ActNorm, FlowSequence, FlowStep, LUConv1x1, Permutation
+from usf_kernels.nn import (
+    ActNorm,
+    AdditiveCoupling,
+    Conjugated,
+    FlowSequence,
+    FlowStep,
+    LUConv1x1,
+    Permutation,
+)
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -246,3 +254,59 @@ def test_errors():
         flow[0].linear.lower.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         z.sum().backward()
+
+
+class Wrapped(nn.Module):
+    """A step that is a sequence, but not of this package's class."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x, cond=None):
+        return self.flow(x, cond)
+
+    def inverse(self, z, cond=None):
+        return self.flow.inverse(z, cond)
+
+
+class FlowConditioner(nn.Module):
+    """A conditioner that holds a sequence."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.flow, self.last = (
+            FlowSequence([FlowStep(c_in, subnet=conv_subnet)] * 4),
+            conv_subnet(c_in, c_out),
+        )
+
+    def forward(self, x):
+        return self.last(self.flow(x)[0])
+
+
+def _conjugated(channels, memory):
+    maps = [LUConv1x1(channels, init="orthogonal"), Permutation(channels)] * 2
+    return Conjugated(FlowSequence(maps, memory=memory), AdditiveCoupling(channels, subnet=conv_subnet))
+
+
+@pytest.mark.parametrize("memory", ["auto", "reversible"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        _conjugated,
+        lambda channels, memory: Wrapped(
+            FlowSequence([FlowStep(channels, subnet=conv_subnet, zero_init=False)] * 4, memory=memory)
+        ),
+        lambda channels, memory: FlowStep(channels, subnet=FlowConditioner, zero_init=False),
+    ],
+)
+def test_sequences_inside_of_steps(step, memory):
+    """They are parts of the step: the backward pass replays it once, and records what is in it."""
+    flow = FlowSequence([step(4, memory) for _ in range(4)], memory=memory).double()
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    found = backward(flow, x)
+    for part in flow.modules():
+        if isinstance(part, FlowSequence):
+            part.memory = "standard"
+    expected = backward(flow, x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

@@ -236,3 +236,15 @@ def test_gradients_of_leaves_do_not_share_memory(dtype, batch, split):
         (additive_coupling(x, shift, split=split) * weight).sum().backward()
     assert torch.equal(x.grad, 2 * weight)
     assert torch.equal(shift.grad, 2 * weight[:, split:])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_batched_gradients_without_passive_channels(inverse):
+    x, shift = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+
+    def couple(x, shift):
+        return additive_coupling(x, shift, split=0, inverse=inverse)
+
+    found = torch.autograd.functional.jacobian(couple, (x, shift), vectorize=True)
+    expected = torch.autograd.functional.jacobian(couple, (x, shift))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

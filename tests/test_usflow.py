@@ -313,3 +313,8 @@ def test_forward_mode(count):
 def test_a_configuration_is_plain_values():
     config = USFlow(3, blocks=1, prior_scale=np.float32(0.5), prior_weight=np.float32(0.25)).config
     assert json.loads(json.dumps(config)) == config
+
+
+def test_initialize_needs_a_covariance():
+    with pytest.raises(ValueError, match=r"samples: expected at least two positions.*\(1, 3\)"):
+        USFlow(3, blocks=1).initialize(torch.randn(1, 3))

@@ -77,7 +77,9 @@ class RadialBase(BaseDistribution):
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of every sample, (B,)."""
         r = self.norm(z)
-        r = r.clamp_min(torch.finfo(r.dtype).tiny ** 0.45)  # so that its square is positive too
+        info = torch.finfo(r.dtype)
+        # So that its square is positive and finite too, and a sample at infinity gets no NaN.
+        r = r.clamp(info.tiny**0.45, info.max**0.49)
         log_norm = self.norm_distribution().log_prob(r**self.power)
         return (
             log_norm

@@ -230,9 +230,16 @@ class DensityFlow(nn.Module):
 
         Returns:
             self.
+
+        Raises:
+            TypeError, ValueError: samples of the wrong dtype or shape, or too few for a covariance.
         """
         check_trainable(self, "initialize")
         check_samples("samples", samples, self.shape)
+        if len(samples) * math.prod(self.shape[1:]) < 2:
+            raise ValueError(
+                f"samples: expected at least two positions to fit to, found shape {tuple(samples.shape)}"
+            )
         h, _ = self.flow[:-1](self._in_own_dtype(samples))
         self.flow[-1].whiten_(*moments(h), eps=shrinkage)
         return self

@@ -17,7 +17,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.nn.permutation import Permutation
 from usf_kernels.nn.reversible import ReconstructionCheck, run_reversibly
-from usf_kernels.nn.tape import Tape
+from usf_kernels.nn.tape import Tape, is_replayed
 from usf_kernels.ops.checks import (
     check_choice,
     check_clamp,
@@ -163,7 +163,8 @@ class FlowSequence(Fusible, nn.ModuleList):
             inversion (`usf_kernels.nn.reversible`): memory does not grow with the number of steps, and a pass
             takes 1.2 to 1.5 times as long on a CPU, nearly twice as long on a GPU. There are no second
             derivatives, and other threads must not use the modules during the backward pass. "standard" keeps
-            what autograd keeps, and so does any sequence with hooks on its steps.
+            what autograd keeps, and so does any sequence with hooks on its steps; hooks further inside are
+            called in both passes. A sequence inside of a reversible step is a part of that step.
             "auto" is reversible from four steps on, except under torch.compile, torch.export and torch.func,
             and where a batch has fewer positions than channels: activations then take less memory than the
             parameters.
@@ -221,6 +222,8 @@ class FlowSequence(Fusible, nn.ModuleList):
             or forward_ad._current_level >= 0
             or x.numel() < x.shape[1] ** 2
         ):
+            return False
+        if is_replayed():
             return False
         given = itertools.chain((x, cond), self.parameters())
         if not any(t is not None and t.requires_grad for t in given):

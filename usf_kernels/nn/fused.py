@@ -114,12 +114,12 @@ class FusedFlow(nn.Module):
         Returns:
             One tensor per block, (B or 1, positions, D).
         """
-        check_features("cond", cond, self.cond_channels)
+        blocks = [block for stage in self.stages for block in blocks_of(stage)]
+        # Linear maps alone ignore the condition.
+        check_features("cond", cond, self.cond_channels if blocks else None)
         cond = cond.to(self.dtype)
         with full_precision(cond):
-            return tuple(
-                block.conditioner.project(cond) for stage in self.stages for block in blocks_of(stage)
-            )
+            return tuple(block.conditioner.project(cond) for block in blocks)
 
     def _transform(self, x: Tensor, cond: Condition, *, inverse: bool) -> tuple[Tensor, Tensor]:
         rows, row_log_det = self._run(x, cond, self.stages, inverse=inverse)

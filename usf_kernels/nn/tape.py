@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from usf_kernels.nn.permutation import Permutation
 Slot = tuple[dict[str, Tensor | None], str, Tensor]  # a module's parameters or buffers, a name, a value
 Generators = tuple[Tensor, list[int], list[Tensor]]  # the CPU's state, devices, their states
 _swapped: set[int] = set()
+_here = threading.local()
 SETTLED = (ActNorm, LUConv1x1, Permutation)
 
 
@@ -41,8 +43,13 @@ class Tape:
     def replay(self) -> Iterator[None]:
         """Context to evaluate as the forward pass did (autocast, random numbers, buffers), with a graph."""
         self._state.rewind()
-        with torch.enable_grad(), self._state.restored():
-            yield
+        outer = is_replayed()
+        _here.replayed = True
+        try:
+            with torch.enable_grad(), self._state.restored():
+                yield
+        finally:
+            _here.replayed = outer
 
     def pull(
         self, outputs: Sequence[Tensor], grads: Sequence[Tensor], x: Tensor | None = None
@@ -86,6 +93,12 @@ class Tape:
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Gradient that was pulled back to a parameter; None if there was none."""
         return self._gradients.get(parameter)
+
+
+def is_replayed() -> bool:
+    """Whether this thread evaluates a step again within a reversible backward pass. Sequences inside of the
+    step then keep what autograd keeps: it is needed at once."""
+    return getattr(_here, "replayed", False)
 
 
 def add(total: Tensor | None, value: Tensor) -> Tensor:

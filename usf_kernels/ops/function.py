@@ -15,7 +15,8 @@ def additive_gradients(grad: Tensor, split: int, inverse: bool) -> tuple[Tensor,
     Neither is copied, except to change the sign, or where the slice is dense: autograd may keep dense tensors
     as the gradients of leaves, and would add later gradients into memory that both share.
     """
-    grad_shift = grad[:, split:]
+    # Not `grad[:, split:]`: with a split of 0 that is an alias, which has no rule for batched gradients.
+    grad_shift = grad.narrow(1, split, grad.shape[1] - split)
     if inverse:
         return grad, -grad_shift
     return grad, grad_shift.clone() if split == 0 or len(grad) == 1 else grad_shift
