@@ -120,6 +120,7 @@ def test_what_is_left_is_said():
     blocks = [name for name, module in model.named_modules() if type(module) is Own]
     report = accelerate(model)
     assert "FastflowModel" in report.replaced
+    assert not report.notes
     assert blocks
     assert set(report.left) >= set(blocks)
     assert report.left[blocks[0]] == "a subclass of AllInOneBlock, which may compute something else"
@@ -271,6 +272,19 @@ def test_cflow_trains_with_one_step_per_batch(monkeypatch):
     assert len(steps) == 4
     assert losses[0] == pytest.approx(-logsigmoid(likelihoods).sum().item(), rel=1e-4)
     assert losses == sorted(losses, reverse=True)
+
+
+def test_what_is_corrected_is_said():
+    model = Cflow("resnet18", ("layer2",), pre_trained=False, coupling_blocks=1, condition_vector=16)
+    name = model.name
+    assert accelerate(model).notes == {"model": "scores from 0 to 1, each of one image alone"}
+    assert model.name == name  # anomalib's folder for its results
+    usf.restore_blocks(model)
+    model.post_processor.image_min.fill_(0.5)  # as after a validation
+    with pytest.warns(UserWarning, match=r"fitted to scores on another scale.*Engine.validate"):
+        accelerate(model)
+    usf.restore_blocks(model)
+    assert not accelerate(model, exact=True).notes
 
 
 def test_a_decoder_that_was_left_runs_by_itself():

@@ -18,6 +18,7 @@ from anomalib.engine import Engine
 from anomalib.models import Cflow, Fastflow, Uflow
 from anomalib.models.image.cflow.torch_model import CflowModel
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.callbacks import Callback
 from torchvision.transforms.v2 import Resize
 
 from usf_kernels.integrations.anomalib import UsfCflow, UsfFastflow, UsfUflow
@@ -109,6 +110,38 @@ def test_fit_test_predict_and_checkpoints(model_class, folder, tmp_path):
         assert torch.equal(found.pred_mask, expected.pred_mask)
     assert again.model.initialized
     assert model(images).pred_mask is None  # as in an exported graph
+
+
+class Stop(Callback):
+    """Interrupts at the first batch of one kind of epoch."""
+
+    def __init__(self, hook):
+        setattr(self, f"on_{hook}_batch_end", self.stop)
+
+    def stop(self, *args, **options):
+        raise ZeroDivisionError
+
+
+def test_nothing_is_left_of_an_interrupted_epoch(folder, tmp_path):
+    """Lightning does not call what would clean up."""
+    data, model = data_of(folder), UsfFastflow(steps=1, **OPTIONS)
+    engine_in(tmp_path, max_epochs=1).fit(model, datamodule=data)
+    expected = model.model.flow.null
+    for method in ("test", "validate"):
+        hook = method.replace("validate", "validation")
+        engine = engine_in(tmp_path, callbacks=[Stop(hook)])
+        with pytest.raises(ZeroDivisionError):
+            getattr(engine, method)(model, datamodule=data)
+    engine_in(tmp_path).validate(model, datamodule=data, verbose=False)
+    assert model.model.flow.null == expected
+    images = torch.rand(2, 3, SIDE, SIDE)
+    stale = model.eval().model(images).anomaly_map
+    with torch.no_grad():
+        model.model.flow.flows[0][0].upper.mul_(2)
+    found = model.model(images).anomaly_map
+    model.model.unfuse()
+    assert torch.equal(found, model.model(images).anomaly_map)
+    assert not torch.allclose(found, stale)
 
 
 def test_the_first_batch_initialises_once(folder, tmp_path):

@@ -138,6 +138,17 @@ def test_tokens_through_the_final_norm(name, block):
     assert len(kept.blocks) == block + 1  # the rest would only take memory
 
 
+def test_networks_with_their_channels_at_the_end():
+    """Swin and its like return (B, H, W, C)."""
+    backbone = create_backbone("mambaout_femto", weights=None, out_indices=(0, 1))
+    maps = backbone(torch.rand(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(2, 48, 16, 24), (2, 96, 8, 12)]
+    images = backbone._normalised(torch.rand(1, 3, 64, 96))
+    assert backbone.network(images)[0].shape == (1, 16, 24, 48)  # or timm does it itself by now
+    for found, expected in zip(backbone.fuse()(images), backbone(images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_images_are_resized_to_the_input_size():
     backbone = create_backbone("cait_xxs24_224", out_indices=(0,), weights=None, input_size=64)
     images = torch.rand(2, 3, 50, 90)

@@ -22,9 +22,9 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
     - With convolutional backbones images may have any height and width, not only multiples of the strides.
     - Scores and maps are the original's up to rounding. Unless `exact`, three errors are corrected: Cflow's
       score of an image depended on the others in its batch (now it is `sigmoid(-log p)`, in [0, 1], so
-      thresholds that were fitted to the old values must be fitted again); U-Flow's mask was the complement
-      of a test of blocks (now `pred_mask` is the component tree's); U-Flow's loss summed one of its terms
-      over the batch (now it is the mean over images).
+      normalisation and thresholds that were fitted to the old values must be fitted again); U-Flow's mask
+      was the complement of a test of blocks (now `pred_mask` is the component tree's); U-Flow's loss summed
+      one of its terms over the batch (now it is the mean over images).
 
     Args:
         model: any module; changed in place.
@@ -38,14 +38,20 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
     Raises:
         TypeError: if it is not a module.
         ValueError: if nothing in it could be replaced; the model is unchanged.
+
+    Warns:
+        UserWarning: for a Cflow whose post-processor was fitted to the original's scores.
     """
     check_module(model)
     classes = _models()
     found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
     report = (replace_known if found else replace_blocks)(model)
     for name, module in found:
-        report.replaced.append(name or type(module).__name__)
-        module.__class__ = classes[type(module)]
+        fast, title = classes[type(module)], name or type(module).__name__
+        report.replaced.append(title)
+        if fast.correction and not exact:
+            report.notes[title] = fast.correction
+        module.__class__ = fast
         module.begin_fast(exact=exact, one_step=one_step)
     return report
 

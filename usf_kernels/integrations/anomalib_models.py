@@ -7,6 +7,7 @@ Graphs traced for a compiler or for export have the blocks' own operations and n
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -111,6 +112,7 @@ class FastUflowModel(Accelerated, UflowModel):
     """
 
     network = "feature_extractor"
+    correction = "predicts the mask of the component tree"
     null: Null | None = None
 
     def end_fast(self) -> None:
@@ -133,6 +135,8 @@ class FastUflowModel(Accelerated, UflowModel):
 class FastAnomalyMapGenerator(Accelerated, AnomalyMapGenerator):
     """`anomalib.models.image.uflow.anomaly_map.AnomalyMapGenerator` whose mask marks what is anomalous."""
 
+    correction = "its mask marks what is anomalous"
+
     def compute_anomaly_mask(self, z: Sequence[Tensor], *args: Any, **options: Any) -> Tensor:
         """Return the component tree's mask, (B, 1, H, W) bool.
 
@@ -152,6 +156,8 @@ class FastUFlowLoss(Accelerated, UFlowLoss):
     The original sums one term over the batch, so that the variance of the latents settles at 1 / batch size.
     """
 
+    correction = "means over the batch of both terms"
+
     def forward(self, hidden_variables: Sequence[Tensor], jacobians: Tensor) -> Tensor:
         """Return the loss, 0-d, of latents (B, C_l, H_l, W_l) and log-determinants (B,)."""
         if self.exact:
@@ -170,6 +176,7 @@ class FastCflowModel(Accelerated, CflowModel):
     """
 
     network = "encoder"
+    correction = "scores from 0 to 1, each of one image alone"
 
     def begin_fast(self, **options: bool) -> None:
         super().begin_fast(**options)
@@ -230,6 +237,22 @@ class FastCflowModel(Accelerated, CflowModel):
 
 class FastCflow(Accelerated, Cflow):
     """`anomalib.models.Cflow`, whose training may take all positions of a batch in one optimiser step."""
+
+    @property
+    def name(self) -> str:
+        """The original's name: anomalib keeps results in a folder of this name."""
+        return Cflow.__name__
+
+    def begin_fast(self, *, exact: bool, one_step: bool) -> None:
+        super().begin_fast(exact=exact, one_step=one_step)
+        fitted = getattr(self.post_processor, "image_min", None)
+        if not exact and fitted is not None and not fitted.isnan():
+            warnings.warn(
+                "accelerate: this Cflow's normalisation and thresholds were fitted to scores on another "
+                "scale, and clamp the corrected ones to 0 or 1: fit them again with Engine.validate, or "
+                "keep the scores with exact=True",
+                stacklevel=3,  # the caller of `accelerate`
+            )
 
     def training_step(self, batch: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
         """Same as the original; with `one_step`, one optimiser step for all positions and scales."""

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import Resize
 from usf_kernels.models import CFlow, FastFlow, UFlow, create_backbone, image_score
 from usf_kernels.models.backbones import EMBEDDED
 from usf_kernels.models.feature_flow import FeatureFlow
+from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import anomaly_map
 from usf_kernels.optimization import parameter_groups
 
@@ -42,7 +43,8 @@ class Detector(nn.Module):
         super().__init__()
         self.flow = flow
         self.register_buffer("initialized", torch.tensor(False))
-        self._fused: tuple[FeatureFlow, ...] = ()  # in a tuple, so as not to be a submodule
+        # In a tuple, so as not to be a submodule: the inference form, and the weights that it was made of.
+        self._fused: tuple[()] | tuple[FeatureFlow, Weights] = ()
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images (B, 3, H, W) in [0, 1]; compiled or exported graphs return score and map only."""
@@ -53,7 +55,9 @@ class Detector(nn.Module):
 
     def predict(self, images: Tensor, features: Sequence[Tensor] | None = None) -> InferenceBatch:
         """Return scores, maps and the automatic segmentation; an image with a non-empty mask is anomalous."""
-        (flow,) = self._fused or (self.flow,)
+        if self._fused and self._fused[1].outdated:  # left behind by a test that was interrupted
+            self.unfuse()
+        flow = self._fused[0] if self._fused else self.flow
         found = flow.predict(images, features)
         return InferenceBatch(
             pred_score=found.score,
@@ -64,7 +68,7 @@ class Detector(nn.Module):
 
     def fuse(self) -> None:
         """Predict with the inference form of the current flow, until `unfuse`."""
-        self._fused = (self.flow.fuse(),)
+        self._fused = (self.flow.fuse(), Weights(self.flow.modules()))
 
     def unfuse(self) -> None:
         """Predict with the flow itself."""
@@ -171,6 +175,10 @@ class UsfModule(AnomalibModule):
             if sum(len(maps[0]) for maps in self._held_out) < HELD_OUT:
                 self._held_out.append(normal)
         return batch.update(**self.model.predict(batch.image, features)._asdict())
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what a validation that was interrupted has kept."""
+        self._held_out = []
 
     def on_validation_epoch_end(self) -> None:
         """Fit the null model to the normal images, if there were any."""

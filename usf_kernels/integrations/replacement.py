@@ -29,7 +29,7 @@ class Replacement:
     Attributes:
         replaced: names of the modules that have another class now.
         left: names of the modules that were considered but not replaced, and why.
-        notes: for replaced modules that no longer compute the same, what was kept.
+        notes: for replaced modules that no longer compute the same, what was kept or what differs.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -203,7 +203,9 @@ def _nothing(model: nn.Module, report: Replacement) -> str:
     if report.left:
         found = "; ".join(f"{name}: {why}" for name, why in report.left.items())
     elif any(isinstance(module, Faster) for module in model.modules()):
-        found = "only modules that are replaced already (restore_blocks undoes that)"
+        found = (
+            "only modules that are replaced already (restore_blocks undoes that, also to give other options)"
+        )
     else:
         found = "none"
     return (

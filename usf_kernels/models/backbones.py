@@ -56,6 +56,7 @@ class Backbone(nn.Module):
         self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(network.feature_info.reduction())
         self.input_size = input_size
+        self._channels_at_end = getattr(network, "output_fmt", "NCHW") == "NHWC"  # as Swin returns its maps
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -112,11 +113,12 @@ class Backbone(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         with integer_padding() if exporting else nullcontext():
             try:
-                return list(self.network(x))
+                maps = list(self.network(x))
             except AssertionError as error:  # raised by timm's networks that take one size only
                 raise ValueError(
                     f"images: the backbone does not take {tuple(images.shape)}: {error}"
                 ) from error
+        return [m.movedim(-1, 1) for m in maps] if self._channels_at_end else maps
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Return images normalised as the network takes them, in its dtype."""
