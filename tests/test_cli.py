@@ -35,6 +35,8 @@ def test_outputs_are_checked_before_the_work(checkpoint, folder, tmp_path, monke
     assert error.endswith("file: Not a folder\n")
     error = fails(capsys, "export", checkpoint, tmp_path / "none" / "x.onnx")
     assert error.endswith(f"{tmp_path / 'none'}: No such folder\n")
+    if os.path.exists("/dev/null"):
+        assert fails(capsys, "export", checkpoint, "/dev/null").endswith("/dev/null: Not a regular file\n")
 
 
 def test_export_leaves_its_checkpoint_alone(checkpoint, tmp_path, capsys):
@@ -208,6 +210,8 @@ USAGE_ERRORS = (
     "train x --precision 64-true",
     "train x --image-size abc",
     "train x --epochs 1.5",
+    "train x --image-size 40000",
+    "train x --batch-size 99999999999999999999",
     "demo --textures sand",
 )
 
@@ -221,6 +225,14 @@ def test_usage_errors_end_with_2(arguments, capsys):
     assert "usage: usf-kernels" in error
     for word, message in (("size abc", "must be like 256 or 256x320"), ("1.5", "must be a whole number")):
         assert word not in arguments or message in error
+
+
+def test_empty_paths_are_refused(capsys):
+    """An empty variable of a shell would be the current folder."""
+    for arguments in (["predict", "model.pt", ""], ["train", ""], ["export", "", "x.onnx"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "must not be empty" in capsys.readouterr().err
 
 
 def test_version(capsys):

@@ -206,6 +206,21 @@ def test_a_finished_run_stays_until_the_next_one_starts(train_words, folder, tmp
     assert (tmp_path / "run" / "model.pt").read_bytes() == finished
 
 
+def test_the_model_of_a_replaced_run_is_kept_until_there_is_another(train_words, tmp_path, monkeypatch):
+    model, before = tmp_path / "run" / "model.pt", tmp_path / "run" / "previous.pt"
+    assert main(train_words) == 0
+    finished, loss = model.read_bytes(), ToyDetector.loss
+    monkeypatch.setattr(ToyDetector, "loss", lambda self, batch: loss(self, batch) * float("nan"))
+    for _ in range(2):
+        assert main(train_words) == 2
+        assert not model.exists()
+        assert before.read_bytes() == finished
+    monkeypatch.setattr(ToyDetector, "loss", loss)
+    assert main(train_words) == 0
+    assert model.exists()
+    assert not before.exists()
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
@@ -243,6 +258,11 @@ def test_evaluation_without_masks_is_of_images(checkpoint, folder, tmp_path, cap
     results = json.loads((out / "results.json").read_text())
     assert (results["image_auroc"], results["false_alarms_per_clean_image"]) == (1.0, 0.0)
     assert results["pixel_auroc"] is results["aupro"] is results["miou_automatic"] is None
+    shutil.rmtree(folder / "test" / "good")
+    assert main(["evaluate", str(checkpoint), str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "nan: needs masks, in" in said
+    assert "nan: needs clean and defective images, in" in said
 
 
 def test_more_false_alarms_than_promised_are_said(checkpoint, folder, capsys, monkeypatch):
@@ -285,5 +305,12 @@ def test_checkpoints_of_a_run_have_no_threshold_yet(train_words, tmp_path, capsy
     levels = {name: load_checkpoint(tmp_path / "run" / f"{name}.pt").level for name in ("last", "model")}
     assert levels == {"last": 0.0, "model": 0.75}
     capsys.readouterr()
-    run = tmp_path / "run" / "last.pt"
-    assert "holds a run to be resumed" in fails(capsys, "calibrate", run, tmp_path / "widgets/train/good")
+    model, run = (tmp_path / "run" / name for name in ("model.pt", "last.pt"))
+    before, normal = run.read_bytes(), tmp_path / "widgets/train/good"
+    for words in (
+        ("calibrate", run, normal),
+        ("calibrate", model, normal, "--output", run),
+        ("export", model, run),
+    ):
+        assert f"{run}: holds a run to be resumed" in fails(capsys, *words)
+    assert run.read_bytes() == before

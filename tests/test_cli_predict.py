@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -219,3 +220,35 @@ def test_one_unreadable_image_takes_none_of_its_batch(checkpoint, tmp_path, caps
     assert "1 of 5 images are left out: " in error
     found = json.loads((out / "predictions.json").read_text())
     assert [entry["name"] for entry in found] == ["a", "c", "d", "e"]
+
+
+def test_termination_leaves_what_is_done(checkpoint, tmp_path, monkeypatch, capsys):
+    """As schedulers and containers end a program."""
+    predict, calls = ToyDetector.predict, []
+
+    def predict_two(self, images, **options):
+        calls.append(1)
+        if len(calls) > 2:
+            signal.raise_signal(signal.SIGTERM)
+        return predict(self, images, **options)
+
+    monkeypatch.setattr(ToyDetector, "predict", predict_two)
+    for name in "abc":
+        write_image(tmp_path / "in" / f"{name}.png")
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["predict", checkpoint, tmp_path / "in", "--batch-size", "1", "--output", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "usf-kernels: terminated\n"
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["name"] for entry in found] == ["a", "b"]
+
+
+def test_rows_in_a_pipe_are_whole(checkpoint, tmp_path, capsys):
+    image = tmp_path / ("l" * 100) / ("m" * 100) / "a.png"
+    write_image(image)
+    assert main(["predict", str(checkpoint), str(image), "--output", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if line.startswith(str(image))]
+    assert len(row.split()) == 4
+    assert not any(line.endswith(" ") for line in lines)

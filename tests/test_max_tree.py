@@ -76,6 +76,8 @@ def test_tensors_give_what_arrays_give():
     for name in ("parent", "level", "node"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     np.testing.assert_array_equal(component_tree(image.T).node, component_tree(image.T.contiguous()).node)
+    negated = torch._neg_view(image)
+    np.testing.assert_array_equal(component_tree(negated).node, component_tree(-image).node)
     assert len(component_tree(torch.arange(6).reshape(2, 3).to(torch.uint16))) == 6
 
 

@@ -193,6 +193,11 @@ def test_errors_name_the_shapes():
         metrics.aupro(maps, targets[1:])
     with pytest.raises(ValueError, match="NaN"):
         metrics.auroc([float("nan"), 1.0], [0, 1])
+    for wrong in ([2, 0], [-1, 1], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match="targets: expected bool, or 0 and 1, found"):
+            metrics.auroc([1.0, 2.0], wrong)
+    with pytest.raises(ValueError, match=r"masks: expected bool, or 0 and 1, found 0.3"):
+        metrics.mean_iou([[[0.0, 0.3]]], [[[0, 1]]])
     with pytest.raises(ValueError, match="fpr_limit"):
         metrics.aupro(maps, targets, fpr_limit=0.0)
     with pytest.raises(ValueError, match="targets of shape"):

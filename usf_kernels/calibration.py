@@ -37,7 +37,8 @@ def calibrate(
     Args:
         latents: as in `log_nfa`: one tensor per scale, latents (N, C, H, W) or their squared norms (N, H, W);
             keep the latter when the latents of all images do not fit in memory.
-        false_alarms: most regions at log_epsilon = 0 per image, on average; None fits positions only.
+        false_alarms: most regions at log_epsilon = 0 per image, on average; None fits positions only. Scales
+            are at most halved for it, however many regions are allowed.
         tail, tests: form of the test that counts the regions, as in `log_nfa`.
 
     Returns:

@@ -34,8 +34,7 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
         OSError: naming `path`, when there is no space, no permission or no folder, or it is a device or pipe.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    _check_kind(path)
     temporary = path.with_name(f"{_hidden(path.name)}{secrets.token_hex(8)}.tmp")
     try:
         try:
@@ -55,6 +54,11 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_kind(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def _hidden(name: str) -> str:
@@ -79,9 +83,11 @@ def check_writable(path: str | Path) -> None:
     """Raise before the work is done what `atomic_write` would raise after it.
 
     Raises:
-        OSError: naming the file, if it is a folder; naming its folder, if that is missing or takes no files.
+        OSError: naming the file, if it is a folder, device or pipe; naming its folder, if that is missing or
+            takes no files.
     """
     path = Path(path)
+    _check_kind(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a folder", str(path))
     if not path.parent.is_dir():

@@ -165,7 +165,7 @@ def _as_array(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
             raise TypeError(f"{name}: {expected}, found {image.dtype}; pass {name}.float()")
         if image.dtype not in (torch.float32, torch.float64, torch.uint8, torch.uint16):
             raise TypeError(f"{name}: {expected}, found {image.dtype}")
-        return image.detach().numpy()
+        return image.detach().resolve_neg().numpy()
     if not isinstance(image, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array or a torch tensor, found {type(image).__name__}")
     if image.dtype not in _DTYPES:

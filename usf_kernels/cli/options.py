@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from usf_kernels.data import Sample
     from usf_kernels.models.feature_flow import FeatureFlow
 
+LARGEST = 1 << 15  # side of an image
 METRICS = {
     "image_auroc": "image AUROC",
     "pixel_auroc": "pixel AUROC",
@@ -28,10 +30,17 @@ METRICS = {
 }
 
 
+def nonempty_path(text: str) -> Path:
+    """Parse a path; an empty one, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     """Parse a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2^31 - 1, not {text}")
     return int(text)
 
 
@@ -56,8 +65,10 @@ def seed(text: str) -> int:
 def image_size(text: str) -> tuple[int, int]:
     """Parse `256` or `256x320` (height x width)."""
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"must be like 256 or 256x320 (height x width), not {text!r}")
+    if len(parts) > 2 or not all(part.isdecimal() and 1 <= int(part) <= LARGEST for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"must be like 256 or 256x320 (height x width), each at most {LARGEST}, not {text!r}"
+        )
     return int(parts[0]), int(parts[-1])
 
 
@@ -84,13 +95,33 @@ def size_of_images(options: argparse.Namespace, *, required: bool) -> tuple[int,
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Declare `checkpoint` and `--weights`, for commands that load a model."""
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=nonempty_path)
     parser.add_argument(
         "--weights",
         action="append",
         metavar="FILE",
         help="of the backbone, once for each of its networks; default: from where training had them",
     )
+
+
+def check_output(output: Path) -> None:
+    """Raise before the work is done if a file cannot be written, or is a training run to be resumed.
+
+    Raises:
+        ValueError, OSError: naming the file.
+    """
+    from usf_kernels.checkpoint import read_checkpoint
+    from usf_kernels.files import check_writable
+
+    check_writable(output)
+    if not output.exists():
+        return
+    try:
+        held = read_checkpoint(output)
+    except (ValueError, OSError):  # a file of another kind
+        return
+    if "training" in held:
+        raise ValueError(f"{output}: holds a run to be resumed, which would be lost; name another output")
 
 
 def add_inference(parser: argparse.ArgumentParser) -> None:
@@ -195,27 +226,33 @@ def features_of(
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table, with rich where it is installed; numbers with three decimals."""
+    """Print a table, on a terminal with rich where it is installed; numbers with three decimals.
+
+    A terminal's width folds long cells. In a pipe or a file, every row is one line whatever its length.
+    """
     cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-        print(title)
-        for row in [list(columns), *cells]:
-            first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            print("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+    if not sys.stdout.isatty() or find_spec("rich") is None:
+        _print_plainly(title, [list(columns), *cells])
         return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in cells:
         table.add_row(*map(escape, row))
-    # Wrap to the width of a terminal only; in a pipe or a log file, rows stay in one piece.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console().print(table)
+
+
+def _print_plainly(title: str, rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(title)
+    for row in rows:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from usf_kernels.cli.options import (
     add_log_epsilon,
     image_size,
     load_for_inference,
+    nonempty_path,
     positive,
     print_table,
     progress,
@@ -48,9 +49,11 @@ def add_parser(commands: Any) -> None:
         "end.",
     )
     add_checkpoint(parser)
-    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument("images", type=nonempty_path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--recursive", action="store_true", help="take the folders inside of folders too")
-    parser.add_argument("--output", type=Path, default=Path("runs/predict"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=nonempty_path, default=Path("runs/predict"), help="default: %(default)s"
+    )
     parser.add_argument("--image-size", type=image_size, help="size to predict at; default: the training's")
     parser.add_argument("--batch-size", type=positive, default=8, help="default: %(default)s")
     add_log_epsilon(parser)

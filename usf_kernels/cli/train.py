@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from usf_kernels.cli.options import (
     features_of,
     image_size,
+    nonempty_path,
     pick_device,
     positive,
     positive_number,
@@ -32,10 +34,13 @@ def add_parser(commands: Any) -> None:
         help="train a flow on the normal images of a folder",
         description="Train a flow on FOLDER/train/good. A part is held out: its likelihood stops "
         "the training and calibrates the threshold. Writes model.pt, history.csv and a state to resume from. "
-        "A run that is in OUTPUT already is replaced, unless it is resumed.",
+        "A run that is in OUTPUT already is replaced, unless it is resumed; its model is kept as previous.pt "
+        "until the new one is written.",
     )
-    parser.add_argument("folder", type=Path, help="holds train/good")
-    parser.add_argument("--output", type=Path, default=Path("runs/train"), help="default: %(default)s")
+    parser.add_argument("folder", type=nonempty_path, help="holds train/good")
+    parser.add_argument(
+        "--output", type=nonempty_path, default=Path("runs/train"), help="default: %(default)s"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT")
     parser.add_argument(
         "--backbone", default="tf_efficientnet_lite0", help="a timm name; default: %(default)s"
@@ -138,24 +143,26 @@ def train(options: argparse.Namespace) -> int:
     model.initialize(rest)
     # Find errors in the held-out images before training. It uses a copy: checkpoints have no threshold yet.
     deepcopy(model).calibrate([maps[:8] for maps in held])
-    state = options.output / "last.pt"
+    state, result = options.output / "last.pt", options.output / "model.pt"
+    before = options.output / "previous.pt"
     if state.exists() and not options.resume and rank_zero_only.rank == 0:
         print(f"{options.output}: the run there is replaced; --resume would have continued it")
-        (options.output / "model.pt").unlink(missing_ok=True)  # it belongs to that run
+        if result.exists():  # it is of that run, so it must not pass for a result of this one
+            os.replace(result, before)
     try:
         history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if state.exists():
-            raise KeyboardInterrupt("continue with --resume") from None
+            interrupt.args = ("continue with --resume",)
         raise
     if rank_zero_only.rank != 0:  # only one of several processes writes
         return 0
     model = model.cpu()
     model.calibrate(held, false_alarms=options.false_alarms)
-    save_checkpoint(options.output / "model.pt", model, extra=extra | {"folder": str(options.folder)})
+    save_checkpoint(result, model, extra=extra | {"folder": str(options.folder)})
+    before.unlink(missing_ok=True)
     print(
-        f"{options.output / 'model.pt'}: epoch {history.best_epoch} of {len(history.rows)}, "
-        f"held-out loss {history.best_loss:.4f}"
+        f"{result}: epoch {history.best_epoch} of {len(history.rows)}, held-out loss {history.best_loss:.4f}"
     )
     return 0
 
