@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "buffer.hpp"
 #include "half.hpp"
 #include "team.hpp"
 
@@ -121,6 +122,8 @@ void interleave(const From* maps, std::int64_t apart, std::int64_t images, std::
             const int width = static_cast<int>(std::min<std::int64_t>(tile, channels - c));
             for (std::int64_t p = begin; p < end; p += tile) {
                 const int length = static_cast<int>(std::min<std::int64_t>(tile, end - p));
+                for (std::int64_t next = c + tile; next < std::min(c + 2 * tile, channels); ++next)
+                    prefetch(maps + image * apart + next * positions + p);
                 transpose(maps + image * apart + c * positions + p, positions, width, length,
                           rows + (image * positions + p) * channels + c, channels);
             }
