@@ -1,5 +1,6 @@
 // Processing of a tile of a product's sums while it is in registers. A tile is a few rows times two vectors
-// of outputs, of which only the first `width` belong to the product.
+// of outputs, of which only the first `width` belong to the product. Its loops are unrolled and take no
+// address of the sums: with an index that is not constant, GCC would keep the sums in memory from the start.
 #pragma once
 
 #include <algorithm>
