@@ -47,8 +47,10 @@ def test_items_keep_their_contract(split):
         defective = split == "test" and i % 2 == 1
         assert sample.label == int(defective) == int(sample.kind != "good") == int(sample.mask.any())
     assert sample.name == f"gravel/{split}/0011"
-    with pytest.raises(IndexError):
-        data[12]
+    assert torch.equal(data[-1].image, data[11].image)
+    for outside in (12, -13):
+        with pytest.raises(IndexError):
+            data[outside]
 
 
 def test_items_are_fixed_by_the_seed_and_their_number():

@@ -84,8 +84,9 @@ class TextureDataset(Dataset[Sample]):
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.count:
-            raise IndexError(f"index: expected 0..{self.count - 1}, found {index}")
+        if not -self.count <= index < self.count:
+            raise IndexError(f"index: expected less than {self.count}, found {index}")
+        index %= self.count  # as a sequence counts from the end
         stream = [self.seed, TEXTURES.index(self.name), list(BANDS).index(self.split), index]
         rng = np.random.default_rng(stream)
         image = self._augmented_crop(rng) if self.augment else self._cut(self.photograph, rng, self.crop)

@@ -57,7 +57,7 @@ def anomaly_map(
         size: (H, W) of the map, or one int for a square.
         interpolate: "likelihood" resizes exp(-u / 2C), which is what the authors' code does; "latent" is the
             printed equation, where z itself is resized before it is squared. The second is computed exactly
-            from inner products of neighbouring pixels; no C x H x W tensor is made.
+            from inner products of neighbouring pixels, which must not overflow; no C x H x W tensor is made.
         impl: None picks by device; "reference" or "triton" force one.
 
     Returns:
