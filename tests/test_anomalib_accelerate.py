@@ -283,6 +283,7 @@ def test_what_is_corrected_is_said():
     model.post_processor.image_min.fill_(0.5)  # as after a validation
     with pytest.warns(UserWarning, match=r"fitted to scores on another scale.*Engine.validate"):
         accelerate(model)
+    assert type(model.model).__name__ == "FastCflowModel"  # all of it, also where warnings are errors
     usf.restore_blocks(model)
     assert not accelerate(model, exact=True).notes
 

@@ -207,7 +207,7 @@ def test_a_finished_run_stays_until_the_next_one_starts(train_words, folder, tmp
 
 
 def test_the_model_of_a_replaced_run_is_kept_until_there_is_another(train_words, tmp_path, monkeypatch):
-    model, before = tmp_path / "run" / "model.pt", tmp_path / "run" / "previous.pt"
+    model, before = tmp_path / "run" / "model.pt", tmp_path / "run" / "model.replaced.pt"
     assert main(train_words) == 0
     finished, loss = model.read_bytes(), ToyDetector.loss
     monkeypatch.setattr(ToyDetector, "loss", lambda self, batch: loss(self, batch) * float("nan"))

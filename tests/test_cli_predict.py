@@ -235,7 +235,13 @@ def test_termination_leaves_what_is_done(checkpoint, tmp_path, monkeypatch, caps
     monkeypatch.setattr(ToyDetector, "predict", predict_two)
     for name in "abc":
         write_image(tmp_path / "in" / f"{name}.png")
-    before = signal.getsignal(signal.SIGTERM)
+    before, write = signal.getsignal(signal.SIGTERM), files.write_json
+
+    def write_json(*given):  # a second one, as of `timeout`, which signals a process and its group
+        signal.raise_signal(signal.SIGTERM)
+        write(*given)
+
+    monkeypatch.setattr(files, "write_json", write_json)
     words = ["predict", checkpoint, tmp_path / "in", "--batch-size", "1", "--output", tmp_path / "out"]
     assert main([str(word) for word in words]) == 143
     assert signal.getsignal(signal.SIGTERM) is before
@@ -252,3 +258,10 @@ def test_rows_in_a_pipe_are_whole(checkpoint, tmp_path, capsys):
     (row,) = [line for line in lines if line.startswith(str(image))]
     assert len(row.split()) == 4
     assert not any(line.endswith(" ") for line in lines)
+
+
+def test_names_with_line_breaks_are_one_line(checkpoint, tmp_path, capsys):
+    image = tmp_path / "a\nb.png"
+    write_image(image)
+    assert main(["predict", str(checkpoint), str(image), "--output", str(tmp_path / "out")]) == 0
+    assert f"{tmp_path}/a\\nb.png" in capsys.readouterr().out

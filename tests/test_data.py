@@ -49,7 +49,7 @@ def test_items_keep_their_contract(split):
     assert sample.name == f"gravel/{split}/0011"
     assert torch.equal(data[-1].image, data[11].image)
     for outside in (12, -13):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"index: expected -12..11, found {outside}"):
             data[outside]
 
 

@@ -7,6 +7,7 @@ import torch
 from helpers import conv_subnet, linear_subnet, randomise_, shapes
 from hypothesis import given, settings
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from usf_kernels.nn import (
     ActNorm,
@@ -273,6 +274,8 @@ class Wrapped(nn.Module):
 class FlowConditioner(nn.Module):
     """A conditioner that holds a sequence."""
 
+    checkpointed = False
+
     def __init__(self, c_in, c_out):
         super().__init__()
         self.flow, self.last = (
@@ -281,7 +284,13 @@ class FlowConditioner(nn.Module):
         )
 
     def forward(self, x):
+        if self.checkpointed:
+            return self.last(checkpoint(lambda v: self.flow(v)[0], x, use_reentrant=False))
         return self.last(self.flow(x)[0])
+
+
+class CheckpointedConditioner(FlowConditioner):
+    checkpointed = True
 
 
 def _conjugated(channels, memory):
@@ -298,6 +307,7 @@ def _conjugated(channels, memory):
             FlowSequence([FlowStep(channels, subnet=conv_subnet, zero_init=False)] * 4, memory=memory)
         ),
         lambda channels, memory: FlowStep(channels, subnet=FlowConditioner, zero_init=False),
+        lambda channels, memory: FlowStep(channels, subnet=CheckpointedConditioner, zero_init=False),
     ],
 )
 def test_sequences_inside_of_steps(step, memory):

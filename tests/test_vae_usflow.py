@@ -149,3 +149,13 @@ def test_images_in_another_dtype(backbone, images, trainable, dtype):
     assert (
         max_error(model.predict(images.to(dtype)).score, model.predict(images.to(dtype).float()).score) < 1e-2
     )
+
+
+def test_encoders_with_their_channels_at_the_end(images):
+    """A trainable one is the same network as a frozen one, without the backbone around it."""
+    backbone = create_backbone("mambaout_femto", weights=None, out_indices=(0, 1))
+    frozen, trainable = (VAEUSFlow(backbone, trainable=t, **SMALL).eval() for t in (False, True))
+    trainable.head.load_state_dict(frozen.head.state_dict())
+    expected = frozen.posterior(images)
+    for model in (trainable, trainable.fuse()):
+        torch.testing.assert_close(model.posterior(images), expected, rtol=1e-4, atol=1e-4)

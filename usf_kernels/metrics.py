@@ -36,7 +36,7 @@ def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor
         images that a metric needs.
 
     Raises:
-        ValueError: when predictions and targets do not match.
+        ValueError: when predictions and targets do not match, or a target is not 0 or 1.
     """
     batches = [predictions] if hasattr(predictions, "anomaly_map") else list(predictions)
     targets = [targets] if isinstance(targets, Tensor) else list(targets)
@@ -169,7 +169,8 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
         A number in [0, 1]; NaN without a region or without a normal pixel.
 
     Raises:
-        ValueError: for differing or other shapes, NaN scores, or a limit out of range.
+        ValueError: for differing or other shapes, NaN scores, a target that is not 0 or 1, or a limit out of
+            range.
     """
     with needs_extra("train", "this metric"):
         from skimage.measure import label
@@ -235,7 +236,7 @@ def oracle_mean_iou(maps: Array, targets: Array) -> tuple[float, float]:
         The mean IoU in [0, 1] and the threshold; NaN and NaN without an anomalous image.
 
     Raises:
-        ValueError: for differing or other shapes, or NaN scores.
+        ValueError: for differing or other shapes, NaN scores, or a target that is not 0 or 1.
     """
     maps, targets = _images(maps, targets)
     anomalous = targets.any((1, 2))
@@ -285,9 +286,13 @@ def _concatenate(name: str, parts: Sequence[Array]) -> np.ndarray:
 def _binary(name: str, values: Array) -> np.ndarray:
     """Return values as bool; raise unless each is 0 or 1. A label of -1 or NaN would count as positive."""
     values = _array(values)
+    if values.dtype == bool:
+        return values
     wrong = values[(values != 0) & (values != 1)]
     if wrong.size:
-        raise ValueError(f"{name}: expected bool, or 0 and 1, found {wrong[0]}")
+        raise ValueError(
+            f"{name}: expected bool, or 0 and 1, found {wrong[0]} (of 0 and 255, pass {name} > 0)"
+        )
     return values.astype(bool)
 
 

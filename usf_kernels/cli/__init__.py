@@ -77,19 +77,22 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _terminating() -> Iterator[None]:
-    """Context in which SIGTERM raises `Terminated`."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+    """Context in which SIGTERM raises `Terminated`, once: what is written then must not be interrupted again.
+    Another handler, or none on purpose, is left as it is."""
+    main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 
     def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop) or signal.SIG_DFL
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def one_line(error: BaseException) -> str:

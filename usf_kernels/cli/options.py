@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,8 @@ def nonempty_path(text: str) -> Path:
 
 def positive(text: str) -> int:
     """Parse a whole number above 0."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2^31 - 1, not {text}")
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2^63 - 1, not {text}")
     return int(text)
 
 
@@ -108,19 +109,13 @@ def check_output(output: Path) -> None:
     """Raise before the work is done if a file cannot be written, or is a training run to be resumed.
 
     Raises:
-        ValueError, OSError: naming the file.
+        ValueError, OSError: naming the file; also for a checkpoint that cannot be read.
     """
     from usf_kernels.checkpoint import read_checkpoint
     from usf_kernels.files import check_writable
 
     check_writable(output)
-    if not output.exists():
-        return
-    try:
-        held = read_checkpoint(output)
-    except (ValueError, OSError):  # a file of another kind
-        return
-    if "training" in held:
+    if is_zipfile(output) and "training" in read_checkpoint(output):  # as torch.save writes it
         raise ValueError(f"{output}: holds a run to be resumed, which would be lost; name another output")
 
 
@@ -230,7 +225,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
     A terminal's width folds long cells. In a pipe or a file, every row is one line whatever its length.
     """
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    cells = [
+        [f"{cell:.3f}" if isinstance(cell, float) else printable(str(cell)) for cell in row] for row in rows
+    ]
     if not sys.stdout.isatty() or find_spec("rich") is None:
         _print_plainly(title, [list(columns), *cells])
         return
@@ -245,6 +242,11 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in cells:
         table.add_row(*map(escape, row))
     Console().print(table)
+
+
+def printable(text: str) -> str:
+    """Return text on one line: names of files may have line breaks."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _print_plainly(title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> None:
         help="train a flow on the normal images of a folder",
         description="Train a flow on FOLDER/train/good. A part is held out: its likelihood stops "
         "the training and calibrates the threshold. Writes model.pt, history.csv and a state to resume from. "
-        "A run that is in OUTPUT already is replaced, unless it is resumed; its model is kept as previous.pt "
-        "until the new one is written.",
+        "A run that is in OUTPUT already is replaced, unless it is resumed; its model is kept as "
+        "model.replaced.pt until the new one is written.",
     )
     parser.add_argument("folder", type=nonempty_path, help="holds train/good")
     parser.add_argument(
@@ -144,11 +144,12 @@ def train(options: argparse.Namespace) -> int:
     # Find errors in the held-out images before training. It uses a copy: checkpoints have no threshold yet.
     deepcopy(model).calibrate([maps[:8] for maps in held])
     state, result = options.output / "last.pt", options.output / "model.pt"
-    before = options.output / "previous.pt"
+    before = options.output / "model.replaced.pt"
     if state.exists() and not options.resume and rank_zero_only.rank == 0:
         print(f"{options.output}: the run there is replaced; --resume would have continued it")
         if result.exists():  # it is of that run, so it must not pass for a result of this one
             os.replace(result, before)
+            print(f"{before}: its model, until there is a new one")
     try:
         history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
     except KeyboardInterrupt as interrupt:

@@ -85,7 +85,7 @@ class TextureDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         if not -self.count <= index < self.count:
-            raise IndexError(f"index: expected less than {self.count}, found {index}")
+            raise IndexError(f"index: expected {-self.count}..{self.count - 1}, found {index}")
         index %= self.count  # as a sequence counts from the end
         stream = [self.seed, TEXTURES.index(self.name), list(BANDS).index(self.split), index]
         rng = np.random.default_rng(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 
 from torch import nn
@@ -53,6 +54,13 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
             report.notes[title] = fast.correction
         module.__class__ = fast
         module.begin_fast(exact=exact, one_step=one_step)
+    if any(module.outdated for _, module in found):
+        warnings.warn(
+            "accelerate: this Cflow's normalisation and thresholds were fitted to scores on another scale, "
+            "and clamp the corrected ones to 0 or 1: fit them again with Engine.validate, or keep the scores "
+            "with exact=True",
+            stacklevel=2,
+        )
     return report
 
 

@@ -7,7 +7,6 @@ Graphs traced for a compiler or for export have the blocks' own operations and n
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -243,16 +242,11 @@ class FastCflow(Accelerated, Cflow):
         """The original's name: anomalib keeps results in a folder of this name."""
         return Cflow.__name__
 
-    def begin_fast(self, *, exact: bool, one_step: bool) -> None:
-        super().begin_fast(exact=exact, one_step=one_step)
-        fitted = getattr(self.post_processor, "image_min", None)
-        if not exact and fitted is not None and not fitted.isnan():
-            warnings.warn(
-                "accelerate: this Cflow's normalisation and thresholds were fitted to scores on another "
-                "scale, and clamp the corrected ones to 0 or 1: fit them again with Engine.validate, or "
-                "keep the scores with exact=True",
-                stacklevel=3,  # the caller of `accelerate`
-            )
+    @property
+    def outdated(self) -> bool:
+        """Whether the post-processor was fitted to the original's scores, which are on another scale."""
+        smallest = getattr(self.post_processor, "image_min", None)
+        return not self.exact and smallest is not None and not smallest.isnan()
 
     def training_step(self, batch: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
         """Same as the original; with `one_step`, one optimiser step for all positions and scales."""

@@ -30,11 +30,13 @@ class Faster:
         needs: names of attributes that every instance of the original has, in all known versions.
         uniform: whether the log-determinant does not depend on the input.
         correction: what `accelerate` makes differ from the original, unless `exact`; empty for nothing.
+        outdated: whether statistics inside were fitted to values that are corrected now.
     """
 
     needs: tuple[str, ...] = ()
     uniform = True
     correction = ""
+    outdated = False
 
     def begin_fast(self) -> None:
         """Add the attributes that the original does not have. Undone by `end_fast`."""

@@ -34,7 +34,7 @@ class BaseDistribution(nn.Module):
     ) -> None:
         super().__init__()
         check_flag("trainable", trainable)
-        self.shape, self.trainable = tuple(shape), trainable
+        self.shape, self.trainable = tuple(shape), bool(trainable)
         self.dimensions = math.prod(self.shape)
         values = torch.as_tensor(loc, dtype=torch.get_default_dtype())
         try:
@@ -44,7 +44,8 @@ class BaseDistribution(nn.Module):
                 f"loc: expected numbers that broadcast to {self.shape}, found shape {tuple(values.shape)}"
             ) from error
         if not values.is_meta and not values.isfinite().all():
-            raise ValueError(f"loc: expected finite numbers, found {loc}")
+            wrong = values[~values.isfinite()][0].item()
+            raise ValueError(f"loc: expected finite numbers, found {wrong}")
         self._register("loc", values.clone())
 
     def _register(self, name: str, value: Tensor) -> None:

@@ -78,8 +78,8 @@ class RadialBase(BaseDistribution):
         """Log density of every sample, (B,)."""
         r = self.norm(z)
         info = torch.finfo(r.dtype)
-        # So that its square is positive and finite too, and a sample at infinity gets no NaN.
-        r = r.clamp(info.tiny**0.45, info.max**0.49)
+        # So that its power is positive and finite too, and the density at infinity a number.
+        r = r.clamp(info.tiny**0.45, info.max ** (0.98 / self.power))
         log_norm = self.norm_distribution().log_prob(r**self.power)
         return (
             log_norm

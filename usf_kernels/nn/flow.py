@@ -17,7 +17,7 @@ from usf_kernels.nn.fusible import Fusible
 from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.nn.permutation import Permutation
 from usf_kernels.nn.reversible import ReconstructionCheck, run_reversibly
-from usf_kernels.nn.tape import Tape, is_replayed
+from usf_kernels.nn.tape import Tape, goes_back
 from usf_kernels.ops.checks import (
     check_choice,
     check_clamp,
@@ -223,7 +223,7 @@ class FlowSequence(Fusible, nn.ModuleList):
             or x.numel() < x.shape[1] ** 2
         ):
             return False
-        if is_replayed():
+        if goes_back():
             return False
         given = itertools.chain((x, cond), self.parameters())
         if not any(t is not None and t.requires_grad for t in given):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 from usf_kernels.kernels.plain import rounds_to_tf32
-from usf_kernels.nn.tape import Slot, State, Tape, add, swapped
+from usf_kernels.nn.tape import Slot, State, Tape, add, going_back, swapped
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.matrices import forming_products
 from usf_kernels.ops.native import is_grads_batched
@@ -136,7 +136,7 @@ class _Reversible(torch.autograd.Function):
             # Buffers are put back as they were, too: after a functional call, modules hold their own again.
             own += [slot for slot in ctx.buffers[i] if slot[0].get(slot[1]) is not slot[2]]
             own += ctx.states[i].buffers
-            with swapped(own):
+            with swapped(own), going_back():
                 z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape)
             z, grad_z = z.to(dtype), grad_z.to(dtype)
             for index in indices:

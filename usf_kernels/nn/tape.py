@@ -43,13 +43,8 @@ class Tape:
     def replay(self) -> Iterator[None]:
         """Context to evaluate as the forward pass did (autocast, random numbers, buffers), with a graph."""
         self._state.rewind()
-        outer = is_replayed()
-        _here.replayed = True
-        try:
-            with torch.enable_grad(), self._state.restored():
-                yield
-        finally:
-            _here.replayed = outer
+        with torch.enable_grad(), self._state.restored():
+            yield
 
     def pull(
         self, outputs: Sequence[Tensor], grads: Sequence[Tensor], x: Tensor | None = None
@@ -95,10 +90,21 @@ class Tape:
         return self._gradients.get(parameter)
 
 
-def is_replayed() -> bool:
-    """Whether this thread evaluates a step again within a reversible backward pass. Sequences inside of the
-    step then keep what autograd keeps: it is needed at once."""
-    return getattr(_here, "replayed", False)
+@contextlib.contextmanager
+def going_back() -> Iterator[None]:
+    """Context of a reversible backward pass."""
+    outer = goes_back()
+    _here.goes_back = True
+    try:
+        yield
+    finally:
+        _here.goes_back = outer
+
+
+def goes_back() -> bool:
+    """Whether this thread is in a reversible backward pass. Sequences inside of the steps, or of checkpointed
+    parts of them, then keep what autograd keeps: it is needed at once."""
+    return getattr(_here, "goes_back", False)
 
 
 def add(total: Tensor | None, value: Tensor) -> Tensor:

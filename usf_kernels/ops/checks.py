@@ -82,7 +82,7 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 
 def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless `value` is True or False: any text would count as True."""
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, found {value!r}")
 
 
