@@ -51,10 +51,11 @@ struct MatrixView {
     MatrixView from(std::int64_t output) const { return {at(output, 0), stride, transposed}; }
 };
 
+constexpr int rows_ahead = 3, numbers_of_line = 16;  // floats in a line of the cache
+
 // Fills all panels from a matrix whose outputs lie side by side. A row is copied to several panels at a time,
 // so that neighbouring numbers are read together and written to few places. Rows are too far apart for the
-// processor to foresee the next one, so it is told some rows before.
-constexpr int rows_ahead = 3, numbers_of_line = 16;
+// processor to foresee the next one, so it is told `rows_ahead` before.
 inline void copy_panels(const float* from, std::int64_t stride, int outputs, int inputs, int width,
                         float* panels) {
     const auto copy = [&](int first, int last, auto count) USF_LAMBDA {

@@ -1,4 +1,4 @@
-"""Faster classes for anomalib's Fastflow, Cflow and Uflow, from torch model to loss; see `accelerate`.
+"""Faster classes for anomalib's models, from model to loss, here Fastflow's and Uflow's; see `accelerate`.
 
 Instances keep their parameters, buffers, hooks and place; only their class changes, and so their `forward`.
 Graphs traced for a compiler or for export have the blocks' own operations and no masks.
@@ -6,15 +6,13 @@ Graphs traced for a compiler or for export have the blocks' own operations and n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.models.image.cflow.lightning_model import Cflow
 from anomalib.models.image.cflow.torch_model import CflowModel
-from anomalib.models.image.cflow.utils import positional_encoding_2d
 from anomalib.models.image.fastflow.torch_model import FastflowModel
 from anomalib.models.image.uflow.anomaly_map import AnomalyMapGenerator
 from anomalib.models.image.uflow.feature_extraction import LayerNormFeatureExtractor
@@ -25,43 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from usf_kernels.calibration import TAIL, TESTS
+from usf_kernels.integrations.anomalib_accelerated import Accelerated, prediction
+from usf_kernels.integrations.anomalib_cflow import FastCflow, FastCflowModel
 from usf_kernels.integrations.anomalib_graph import FastGraphINN
-from usf_kernels.integrations.faster import Faster
-from usf_kernels.models.native_layers import use_extension_, use_pytorch_
-from usf_kernels.nn.fused import FusedFlow
-from usf_kernels.nn.maps import to_rows
 from usf_kernels.ops import anomaly_map, squared_norm
-from usf_kernels.ops.native import is_observed
 from usf_kernels.segmentation import Null, segment
-
-LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
-
-
-class Accelerated(Faster):
-    """Mixin for classes of anomalib, to stand before them in a class's bases.
-
-    Attributes:
-        exact: keep the original's values where `accelerate` would correct them.
-        one_step: train Cflow with one optimiser step per batch of images.
-        network: attribute name of the frozen network in front of the flows; empty for none.
-    """
-
-    exact = False
-    one_step = False
-    network = ""
-
-    def begin_fast(self, *, exact: bool, one_step: bool) -> None:
-        """Set the options and run the frozen network in the extension. Undone by `end_fast`."""
-        self.exact, self.one_step = exact, one_step
-        if self.network and use_extension_(network := getattr(self, self.network)):
-            network.to(memory_format=torch.channels_last)
-
-    def end_fast(self) -> None:
-        """Undo `begin_fast`."""
-        for name in ("exact", "one_step"):
-            self.__dict__.pop(name, None)
-        if self.network:
-            use_pytorch_(getattr(self, self.network).to(memory_format=torch.contiguous_format))
 
 
 class FastFastflowModel(Accelerated, FastflowModel):
@@ -76,7 +42,7 @@ class FastFastflowModel(Accelerated, FastflowModel):
             return super().forward(input_tensor)
         features = self._get_cnn_features(input_tensor)
         latents = [flow(maps)[0] for flow, maps in zip(self.fast_flow_blocks, features, strict=True)]
-        return _prediction(_negative_likelihoods(latents, tuple(input_tensor.shape[-2:])))
+        return prediction(_negative_likelihoods(latents, tuple(input_tensor.shape[-2:])))
 
     def _get_cnn_features(self, input_tensor: Tensor) -> list[Tensor]:
         features = self.feature_extractor.eval()(input_tensor)
@@ -128,7 +94,7 @@ class FastUflowModel(Accelerated, UflowModel):
             return super().forward(image)
         latents, size = self.latents(image), tuple(image.shape[-2:])
         mask = None if self.exact else _segment(latents, size, self.null)
-        return _prediction(anomaly_map(latents, size), mask)
+        return prediction(anomaly_map(latents, size), mask)
 
 
 class FastAnomalyMapGenerator(Accelerated, AnomalyMapGenerator):
@@ -165,111 +131,6 @@ class FastUFlowLoss(Accelerated, UFlowLoss):
         return (energy - jacobians).mean()
 
 
-class FastCflowModel(Accelerated, CflowModel):
-    """`anomalib.models.image.cflow.torch_model.CflowModel` on all positions at once.
-
-    The contribution of positions to the conditioners is computed once per size of the maps. Unless `exact`,
-    the score of an image depends on itself only: the mean over scales of `sigmoid(-log p)`, where log p is
-    the log-likelihood per dimension, whose log-sigmoid training maximises. The original divides by the
-    largest likelihood of the batch.
-    """
-
-    network = "encoder"
-    correction = "scores from 0 to 1, each of one image alone"
-
-    def begin_fast(self, **options: bool) -> None:
-        super().begin_fast(**options)
-        self._projections: dict[str, tuple[FusedFlow, torch.Size, tuple[Tensor, ...]]] = {}
-
-    def end_fast(self) -> None:
-        super().end_fast()
-        del self._projections
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the projections, which are computed again when needed."""
-        return {**super().__getstate__(), "_projections": {}}
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Same as the original: maps (B, H, W) of the size of the images."""
-        with torch.no_grad():
-            likelihoods = list(self.log_likelihoods(images))
-            size = tuple(images.shape[-2:])
-            if self.exact:
-                return _prediction(
-                    self.anomaly_map_generator(
-                        distribution=[scale.flatten() for scale in likelihoods],
-                        height=[scale.shape[1] for scale in likelihoods],
-                        width=[scale.shape[2] for scale in likelihoods],
-                        image_size=size,
-                    )
-                )
-            maps = [
-                F.interpolate(torch.sigmoid(-scale)[:, None], size, mode="bilinear", align_corners=True)
-                for scale in likelihoods
-            ]
-            return _prediction((sum(maps) / len(maps)).squeeze(1))
-
-    def log_likelihoods(self, images: Tensor) -> Iterator[Tensor]:
-        """Yield the log-likelihood per dimension of each scale's positions, (B, H_l, W_l)."""
-        features = self.encoder.eval()(images)
-        for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
-            maps = features[layer]
-            if is_observed() or not getattr(decoder, "folds", False):
-                likelihood = _likelihood(decoder, maps, self.condition_vector)
-            else:
-                likelihood = self._fused_likelihood(layer, decoder, maps)
-            yield likelihood.view(maps.shape[0], *maps.shape[2:])  # `len` would be a constant in exports
-
-    def _fused_likelihood(self, layer: str, decoder: nn.Module, maps: Tensor) -> Tensor:
-        flow = decoder.inference_form(maps.dtype).take_positions()
-        norm, log_det = flow.squared_norm_and_log_det(maps, self._projection(layer, flow, maps))
-        return (log_det - 0.5 * norm) / maps.shape[1] - LOG_ROOT_TWO_PI
-
-    def _projection(self, layer: str, flow: FusedFlow, maps: Tensor) -> tuple[Tensor, ...]:
-        """Return the flow's projection of the encoding for maps of this size."""
-        size, known = maps.shape[2:], self._projections.get(layer)
-        if known is None or known[0] is not flow or known[1] != size:
-            known = (flow, size, flow.project(_encoding(self.condition_vector, maps)))
-            self._projections[layer] = known
-        return known[2]
-
-
-class FastCflow(Accelerated, Cflow):
-    """`anomalib.models.Cflow`, whose training may take all positions of a batch in one optimiser step."""
-
-    @property
-    def name(self) -> str:
-        """The original's name: anomalib keeps results in a folder of this name."""
-        return Cflow.__name__
-
-    @property
-    def outdated(self) -> bool:
-        """Whether the post-processor was fitted to the original's scores, which are on another scale."""
-        smallest = getattr(self.post_processor, "image_min", None)
-        return not self.exact and smallest is not None and not smallest.isnan()
-
-    def training_step(self, batch: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
-        """Same as the original; with `one_step`, one optimiser step for all positions and scales."""
-        if not self.one_step:
-            return super().training_step(batch, *args, **options)
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        features = self.model.encoder(batch.image)
-        losses = []
-        for layer, decoder in zip(self.model.pool_layers, self.model.decoders, strict=True):
-            maps = features[layer].detach()
-            losses.append(-F.logsigmoid(_likelihood(decoder, maps, self.model.condition_vector)))
-        self.manual_backward(sum(loss.mean() for loss in losses))
-        optimizer.step()
-        total = sum(loss.detach().sum() for loss in losses)
-        self.log("train_loss", total.item(), on_epoch=True, prog_bar=True, logger=True)
-        return {"loss": total}
-
-
-def _prediction(maps: Tensor, mask: Tensor | None = None) -> InferenceBatch:
-    return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps, pred_mask=mask)
-
-
 def _negative_likelihoods(latents: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Return anomalib's map of Fastflow: `usf_kernels.anomaly_map` less 1. Computed as that difference, it
     would be 0 wherever a likelihood is below the rounding error of 1, and defects would tie."""
@@ -296,18 +157,6 @@ def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _likelihood(decoder: nn.Module, maps: Tensor, encoding_channels: int) -> Tensor:
-    """Return every position's log-likelihood per dimension, (B * H * W,), by the decoder's own blocks."""
-    encoding = _encoding(encoding_channels, maps).expand(maps.shape[0], -1, -1, -1)
-    z, log_det = decoder(to_rows(maps), [to_rows(encoding)])
-    return (log_det - 0.5 * z.square().sum(1)) / z.shape[1] - LOG_ROOT_TWO_PI
-
-
-def _encoding(channels: int, maps: Tensor) -> Tensor:
-    """Return the condition of every position of the maps, (1, channels, H, W)."""
-    return positional_encoding_2d(channels, *maps.shape[2:])[None].to(maps)
 
 
 MODELS: dict[type, type] = {
