@@ -39,7 +39,6 @@ class Backbone(nn.Module):
         channels: number of channels of each map, finest first.
         strides: input pixels per position of each map.
         input_size: (height, width) to which images are resized; None if they are not resized.
-        channels_at_end: whether the network's own maps are (B, H_l, W_l, C_l), as those of Swin are.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class Backbone(nn.Module):
         self.channels: tuple[int, ...] = tuple(network.feature_info.channels())
         self.strides: tuple[int, ...] = tuple(network.feature_info.reduction())
         self.input_size = input_size
-        self.channels_at_end = getattr(network, "output_fmt", "NCHW") == "NHWC"
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -114,12 +112,11 @@ class Backbone(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         with integer_padding() if exporting else nullcontext():
             try:
-                maps = list(self.network(x))
+                return list(self.network(x))
             except AssertionError as error:  # raised by timm's networks that take one size only
                 raise ValueError(
                     f"images: the backbone does not take {tuple(images.shape)}: {error}"
                 ) from error
-        return [m.movedim(-1, 1) for m in maps] if self.channels_at_end else maps
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Return images normalised as the network takes them, in its dtype."""

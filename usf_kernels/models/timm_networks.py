@@ -92,6 +92,19 @@ class NormalizedTokens(nn.Module):
         )
 
 
+class ChannelsFirst(nn.Module):
+    """A timm pyramid whose own maps are (B, H_l, W_l, C_l), as those of Swin; returns (B, C_l, H_l, W_l)."""
+
+    def __init__(self, pyramid: nn.Module) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.feature_info, self.pretrained_cfg = pyramid.feature_info, pyramid.pretrained_cfg
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the maps of all stages."""
+        return [maps.movedim(-1, 1) for maps in self.pyramid(images)]
+
+
 def import_timm() -> ModuleType:
     """Return the module timm; without it, raise an ImportError that names the extra to install."""
     with needs_extra("models", "backbones"):
@@ -170,7 +183,8 @@ def _pyramid(
         if final_norm:
             return NormalizedTokens(timm.create_model(name, num_classes=0, **options), stages)
         chosen = {} if stages is None else {"out_indices": stages}
-        return timm.create_model(name, features_only=True, **chosen, **options)
+        pyramid = timm.create_model(name, features_only=True, **chosen, **options)
+        return ChannelsFirst(pyramid) if getattr(pyramid, "output_fmt", "NCHW") == "NHWC" else pyramid
     except (AssertionError, IndexError) as error:
         raise ValueError(f"out_indices: {name} has no stages {stages}") from error
     except Exception as error:

@@ -109,7 +109,6 @@ class VAEUSFlow(nn.Module):
             )
         if trainable:
             self.encoder = deepcopy(backbone.network).requires_grad_(True)
-            self._channels_at_end = backbone.channels_at_end
             self.register_buffer("mean", backbone.mean.clone(), persistent=False)
             self.register_buffer("std", backbone.std.clone(), persistent=False)
         else:
@@ -141,7 +140,6 @@ class VAEUSFlow(nn.Module):
         if self.options["trainable"]:
             images = images.to(next(self.encoder.parameters()).dtype)
             features = self.encoder((images - self.mean) / self.std)[-1]
-            features = features.movedim(-1, 1) if self._channels_at_end else features
         else:
             features = self.backbone(images)[-1]
         mean, log_variance = self.head(features).chunk(2, dim=1)
