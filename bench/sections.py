@@ -96,8 +96,8 @@ def _blocks(rows: list[table.Row]) -> Iterator[str]:
         yield prose(
             f"The same blocks and the limits of the machine: {roofline[0].removeprefix('!')}. It counts the "
             "FLOPs of each form as it is defined, so dots may lie above the roof: Winograd's filtering takes "
-            "16 multiplications where a 3 x 3 kernel has 36, fused forms merge C x C products into what is "
-            "next to them, and the product that draws the roof, of 2,048 x 2,048 matrices, is not the "
+            "9 or 16 multiplications where a 3 x 3 kernel has 36, fused forms merge C x C products into what "
+            "is next to them, and the product that draws the roof, of 2,048 x 2,048 matrices, is not the "
             "fastest one."
         )
 

@@ -74,7 +74,7 @@ float* memory_at(std::optional<Address> address) {
 // Tensors are passed as addresses; `usf_kernels.ops.convolution` has checked their shapes.
 void bind_convolutions(nb::module_& m) {
     using namespace nb::literals;
-    m.attr("FEWEST_CHANNELS") = Winograd::fewest;
+    m.attr("FEWEST_CHANNELS") = fewest_channels;
     m.def(
         "convolve",
         [](const Sizes& sizes, const Rows& rows, Address weight, const std::tuple<int, int>& channels,

@@ -50,8 +50,17 @@ struct Scratch {
     std::vector<float> affine, log_det;
     std::vector<const float*> pointers, condition;
     std::vector<float*> rows;
-    std::vector<WinogradTile> tiles;
+    std::vector<WinogradTile<2>> tiles;
+    std::vector<WinogradTile<4>> large_tiles;
     Floats points[2];
+
+    template <int side>
+    std::vector<WinogradTile<side>>& tiles_of() {
+        if constexpr (side == 2)
+            return tiles;
+        else
+            return large_tiles;
+    }
 };
 inline Scratch& scratch_of_thread() {
     static thread_local Scratch scratch;

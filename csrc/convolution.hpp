@@ -20,7 +20,7 @@ inline const std::shared_ptr<Floats>& kernel_memory() {
 // out = ending(convolution + bias + condition) for all rows of a call, contiguous; the bias may be null.
 inline void convolution(const Kernel& kernel, const float* bias, Ending ending, const Inputs& in,
                         const Call& call, float* out) {
-    const TileRows rows(call.maps);
+    const TileRows<2> rows(call.maps);
     if (rows.count == 0) return;
     const int width = Panels::best_width(), threads = call.threads;
     if (threads > 1 && kernel.outputs >= 2 * threads * width && rows.count * rows.tiles <= kernel.outputs) {
@@ -32,17 +32,22 @@ inline void convolution(const Kernel& kernel, const float* bias, Ending ending, 
                 std::min(static_cast<int>(panels * (group + 1) / threads) * width, kernel.outputs);
             Kernel own = kernel;
             own.data += first * kernel.output, own.outputs = last - first;
-            const Winograd winograd(own, bias ? bias + first : nullptr, 1, kernel_memory());
+            const Winograd<2> winograd(own, bias ? bias + first : nullptr, 1, kernel_memory());
             const Stretch all = rows.stretch(call, 0, rows.count);
             const float* const* const beside = call.conditions ? rows_of_condition(0, all) : nullptr;
             if (beside)
                 for (const float*& row : all.scratch.condition) row += first;
-            find_tiles(kernel.inputs, kernel.outputs, in, all, out + first, beside);
+            find_tiles<2>(kernel.inputs, kernel.outputs, in, all, out + first, beside);
             convolve(all.scratch.tiles, winograd, ending, all.scratch.points[0], all.scratch.points[1]);
         });
         return;
     }
-    apply(Winograd(kernel, bias, threads, kernel_memory()), ending, in, call, out);
+    const TileRows<4> large(call.maps);
+    constexpr std::int64_t fewest = 256;  // tiles worth transforming a kernel to 36 points instead of 16
+    if (large.count * large.tiles >= fewest && Filters::large_tiles_pay(kernel, call.maps))
+        apply(Winograd<4>(kernel, bias, threads, kernel_memory()), ending, in, call, out);
+    else
+        apply(Winograd<2>(kernel, bias, threads, kernel_memory()), ending, in, call, out);
 }
 
 }  // namespace usf

@@ -40,25 +40,51 @@ inline void narrow(float value, BFloat16& out) {
 }
 
 #ifdef USF_AVX512
+// Loads and stores of 16 numbers, or of those of some lanes. Masked stores take longer than whole ones on
+// some processors, whatever the mask.
+USF_AVX512 inline __m512 load16(const float* from) {
+    return _mm512_loadu_ps(from);
+}
 USF_AVX512 inline __m512 load16(const float* from, __mmask16 lanes) {
     return _mm512_maskz_loadu_ps(lanes, from);
 }
+USF_AVX512 inline __m512 widened(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+USF_AVX512 inline __m512 load16(const BFloat16* from) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
 USF_AVX512 inline __m512 load16(const BFloat16* from, __mmask16 lanes) {
-    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    return widened(_mm256_maskz_loadu_epi16(lanes, from));
 }
-USF_AVX512 inline void store16(float* to, __mmask16 lanes, __m512 values) {
-    _mm512_mask_storeu_ps(to, lanes, values);
-}
-USF_AVX512 inline void store16(BFloat16* to, __mmask16 lanes, __m512 values) {
+USF_AVX512 inline __m256i narrowed(__m512 values) {
     const __m512i bits = _mm512_castps_si512(values);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i out = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
     out = _mm512_mask_or_epi32(out, is_nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16));
+}
+USF_AVX512 inline void store16(float* to, __m512 values) {
+    _mm512_storeu_ps(to, values);
+}
+USF_AVX512 inline void store16(float* to, __mmask16 lanes, __m512 values) {
+    _mm512_mask_storeu_ps(to, lanes, values);
+}
+USF_AVX512 inline void store16(BFloat16* to, __m512 values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(values));
+}
+USF_AVX512 inline void store16(BFloat16* to, __mmask16 lanes, __m512 values) {
+    _mm256_mask_storeu_epi16(to, lanes, narrowed(values));
 }
 #endif
+
+// The channels that a half has among 16 neighbouring ones, for AVX-512.
+struct Sixteen {
+    int channel, first, count;  // the first of the 16, and the range of the half's
+    std::uint16_t mask;
+    bool whole;  // whether neither the row nor the half ends within 16 lanes
+};
 
 // How AVX2 gathers and scatters the channels that a half has among 8 neighbouring ones.
 struct alignas(32) Octet {
@@ -86,6 +112,7 @@ public:
         const bool ascending = std::is_sorted(index_.begin(), index_.end());
         wide_ = ascending && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
         const bool shuffles = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        if (wide_) divide_by_sixteen();
         if (ascending && shuffles && size > 0) divide();
 #endif
     }
@@ -136,32 +163,52 @@ private:
 
     static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 
+    void divide_by_sixteen() {
+        int taken = 0;
+        for (int c = 0; c < channels_; c += 16) {
+            const std::uint16_t mask = masks_[c / 16];
+            const int count = std::popcount(mask);
+            if (!mask) continue;
+            sixteens_.push_back({c, taken, count, mask, c + 16 <= channels_ && taken + 16 <= size()});
+            taken += count;
+        }
+    }
+    // Whole vectors reach beyond a row, into rows that are written later. The last rows, as many as a vector
+    // could span, must not be written so.
     template <class From, class To>
     USF_AVX512 void take_wide(const From* state, std::int64_t rows, To* to, std::ptrdiff_t stride) const {
         for (std::int64_t r = 0; r < rows; ++r, state += channels_, to += stride) {
-            To* at = to;
-            for (std::size_t g = 0; g < masks_.size(); ++g) {
-                const __mmask16 mask = masks_[g];
-                const int count = std::popcount(masks_[g]);
-                store16(at, first(count), _mm512_maskz_compress_ps(mask, load16(state + 16 * g, mask)));
-                at += count;
+            for (const Sixteen& some : sixteens_) {
+                const From* const from = state + some.channel;
+                To* const at = to + some.first;
+                if (some.whole || rows - r > 16)
+                    store16(at, _mm512_maskz_compress_ps(some.mask, load16(from)));
+                else
+                    store16(at, first(some.count),
+                            _mm512_maskz_compress_ps(some.mask, load16(from, some.mask)));
             }
         }
     }
     template <bool adds, class From, class To>
     USF_AVX512 void update_wide(const From* from, std::ptrdiff_t stride, float factor, std::int64_t rows,
                                 To* state) const {
+        const __m512 factors = _mm512_set1_ps(factor);
         for (std::int64_t r = 0; r < rows; ++r, from += stride, state += channels_) {
-            const From* at = from;
-            for (std::size_t g = 0; g < masks_.size(); ++g) {
-                const __mmask16 mask = masks_[g];
-                const int count = std::popcount(masks_[g]);
-                To* const row = state + 16 * g;
-                __m512 values = _mm512_maskz_expand_ps(mask, load16(at, first(count)));
-                if constexpr (adds)
-                    values = _mm512_fmadd_ps(values, _mm512_set1_ps(factor), load16(row, mask));
-                store16(row, mask, values);
-                at += count;
+            for (const Sixteen& some : sixteens_) {
+                const From* const at = from + some.first;
+                To* const row = state + some.channel;
+                const __mmask16 mask = some.mask;
+                if (some.whole || rows - r > 16) {
+                    const __m512 before = load16(row), values = _mm512_maskz_expand_ps(mask, load16(at));
+                    if constexpr (adds)
+                        store16(row, _mm512_mask3_fmadd_ps(values, factors, before, mask));
+                    else
+                        store16(row, _mm512_mask_mov_ps(before, mask, values));
+                } else {
+                    __m512 values = _mm512_maskz_expand_ps(mask, load16(at, first(some.count)));
+                    if constexpr (adds) values = _mm512_fmadd_ps(values, factors, load16(row, mask));
+                    store16(row, mask, values);
+                }
             }
         }
     }
@@ -184,9 +231,7 @@ private:
     USF_AVX2 static __m256i lanes(const std::int32_t* eight) {
         return _mm256_load_si256(reinterpret_cast<const __m256i*>(eight));
     }
-    // Whole vectors reach beyond a row, into rows that are written later. The last rows, as many as a vector
-    // could span, must not be written so.
-    static constexpr std::int64_t beyond = 8;
+    static constexpr std::int64_t beyond = 8;  // rows, as above
     USF_AVX2 void take_shuffled(const float* state, std::int64_t rows, float* to,
                                 std::ptrdiff_t stride) const {
         for (std::int64_t r = 0; r < rows; ++r, state += channels_, to += stride) {
@@ -228,6 +273,7 @@ private:
         }
     }
     std::vector<Octet> octets_;
+    std::vector<Sixteen> sixteens_;
 #endif
 
     std::vector<std::int64_t> index_;

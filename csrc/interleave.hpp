@@ -28,8 +28,11 @@ USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int c
                                To* to, std::int64_t to_stride) {
     const auto first = [](int n) { return static_cast<__mmask16>((1u << n) - 1); };
     __m512 a[tile], b[tile];
-    for (int c = 0; c < tile; ++c)
-        a[c] = c < channels ? load16(from + c * from_stride, first(positions)) : _mm512_setzero_ps();
+    if (channels == tile && positions == tile)
+        for (int c = 0; c < tile; ++c) a[c] = load16(from + c * from_stride);
+    else
+        for (int c = 0; c < tile; ++c)
+            a[c] = c < channels ? load16(from + c * from_stride, first(positions)) : _mm512_setzero_ps();
     for (int c = 0; c < tile; c += 2) {
         b[c] = _mm512_unpacklo_ps(a[c], a[c + 1]);
         b[c + 1] = _mm512_unpackhi_ps(a[c], a[c + 1]);
@@ -56,7 +59,10 @@ USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int c
         b[8 + k] = _mm512_shuffle_f32x4(even, even_next, 0xdd);
         b[12 + k] = _mm512_shuffle_f32x4(odd, odd_next, 0xdd);
     }
-    for (int p = 0; p < positions; ++p) store16(to + p * to_stride, first(channels), b[p]);
+    if (channels == tile)
+        for (int p = 0; p < positions; ++p) store16(to + p * to_stride, b[p]);
+    else
+        for (int p = 0; p < positions; ++p) store16(to + p * to_stride, first(channels), b[p]);
 }
 #endif
 

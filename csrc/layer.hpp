@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "call.hpp"
+#include "filters.hpp"
 #include "product.hpp"
 #include "rows.hpp"
 #include "team.hpp"
@@ -40,19 +41,17 @@ public:
         return std::visit([](const auto& weights) { return weights.outputs(); }, weights_);
     }
     const Weights& weights() const { return std::get<Weights>(weights_); }
-    const Winograd* winograd() const { return std::get_if<Winograd>(&weights_); }  // null for none
-    bool takes_words() const { return !winograd() && weights().pairs(); }
+    const Filters* filters() const { return std::get_if<Filters>(&weights_); }  // null for none
+    bool takes_words() const { return !filters() && weights().pairs(); }
 
 private:
-    using Either = std::variant<Weights, Winograd>;
+    using Either = std::variant<Weights, Filters>;
 
     static Either of(const float* matrix, const float* bias, int outputs, int inputs, int height, int width,
                      bool pairs) {
         if (pairs && has_amx()) return Weights(matrix, bias, outputs, inputs, pairs, height * width);
-        if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= Winograd::fewest) {
-            const Winograd winograd({matrix, outputs, inputs / 9, inputs, 1, inputs / 9}, bias);
-            return pairs ? winograd.in_pairs() : winograd;
-        }
+        if (height == 3 && width == 3 && std::min(outputs, inputs / 9) >= fewest_channels)
+            return Filters(matrix, bias, outputs, inputs / 9, pairs);
         return Weights(matrix, bias, outputs, inputs, pairs && height * width == 1);
     }
     Either weights_;
@@ -68,10 +67,12 @@ inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int th
     return std::max<std::int64_t>(1, (units + each - 1) / each);
 }
 
-// Rows of tiles: pairs of rows of each map, the last of which may be a single row.
+// Rows of tiles: some rows of each map, of which the last ones may be fewer.
+template <int side>
 struct TileRows {
     Maps maps;
-    std::int64_t each = (maps.height + 1) / 2, tiles = (maps.width + 1) / 2;  // rows per map, tiles per row
+    std::int64_t each = (maps.height + side - 1) / side;  // rows per map
+    std::int64_t tiles = (maps.width + side - 1) / side;  // per row
     std::int64_t count = maps.rows() == 0 ? 0 : maps.images * each;
 
     explicit TileRows(const Maps& maps) : maps(maps) {}
@@ -79,7 +80,7 @@ struct TileRows {
         return std::max<std::int64_t>(1, some_tiles / std::max<std::int64_t>(tiles, 1));
     }
     std::int64_t first_row(std::int64_t i) const {
-        return i / each * maps.positions() + i % each * Winograd::side * maps.width;
+        return i / each * maps.positions() + i % each * side * maps.width;
     }
     // The calling thread's scratch, where a single row has many times as many tiles as should be together.
     void free_if_much(std::int64_t some_tiles) const {
@@ -104,11 +105,11 @@ void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
     });
 }
 
-// The same for stretches of whole rows of tiles, pairs of a map's rows.
-template <class Body>
-void for_stretches_of(const Winograd& winograd, const Call& call, std::int64_t numbers, Body&& body) {
-    const TileRows rows(call.maps);
-    numbers = 4 * numbers + Winograd::points * (winograd.inputs() + winograd.outputs());  // per tile
+// The same for stretches of whole rows of tiles.
+template <int side, class Body>
+void for_stretches_of(const Winograd<side>& winograd, const Call& call, std::int64_t numbers, Body&& body) {
+    const TileRows<side> rows(call.maps);
+    numbers = side * side * numbers + winograd.points * (winograd.inputs() + winograd.outputs());  // per tile
     const std::int64_t tiles = std::max(least_rows, cache_numbers / numbers);
     const std::int64_t length = stretch_length(rows.count, rows.holding(tiles), call.threads);
     team_for((rows.count + length - 1) / length, call.threads, [&](std::int64_t i) {
@@ -120,38 +121,42 @@ void for_stretches_of(const Winograd& winograd, const Call& call, std::int64_t n
 // The same for stretches of the kind that the layer takes.
 template <class Body>
 void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers, Body&& body) {
-    if (const Winograd* const winograd = layer.winograd())
-        for_stretches_of(*winograd, call, numbers, body);
+    if (const Filters* const filters = layer.filters())
+        filters->visit(call.maps,
+                       [&](const auto& winograd) { for_stretches_of(winograd, call, numbers, body); });
     else
         for_stretches(call, numbers, body);
 }
 
 // Lists the tiles of a stretch of whole rows of tiles. `out` holds the stretch's outputs, `beside` a row for
 // each of its rows; both may be null.
-inline void find_tiles(int inputs, int outputs, const Inputs& all, const Stretch& on, float* out,
-                       const float* const* beside) {
+template <int side>
+void find_tiles(int inputs, int outputs, const Inputs& all, const Stretch& on, float* out,
+                const float* const* beside) {
+    constexpr int patch = side + 2;
     const auto [images, height, width] = on.call.maps;
     float* const zeros = on.scratch.zeros.at_least(inputs);
     std::fill_n(zeros, inputs, 0.0f);
-    on.scratch.tiles.clear();
+    std::vector<WinogradTile<side>>& tiles = on.scratch.template tiles_of<side>();
+    tiles.clear();
     for (std::int64_t row = on.first; row < on.first + on.rows;) {
         const std::int64_t top = row / width % height;
-        for (std::int64_t left = 0; left < width; left += Winograd::side) {
-            WinogradTile& tile = on.scratch.tiles.emplace_back();
-            for (int i = 0; i < Winograd::points; ++i) {
-                const std::int64_t dy = i / Winograd::patch - 1, x = left + i % Winograd::patch - 1;
+        for (std::int64_t left = 0; left < width; left += side) {
+            WinogradTile<side>& tile = tiles.emplace_back();
+            for (int i = 0; i < patch * patch; ++i) {
+                const std::int64_t dy = i / patch - 1, x = left + i % patch - 1;
                 const bool inside = top + dy >= 0 && top + dy < height && x >= 0 && x < width;
                 tile.from[i] = inside ? all.data + (row + dy * width + x) * all.stride : zeros;
             }
-            for (int i = 0; i < 4; ++i) {
-                const std::int64_t dy = i / Winograd::side, x = left + i % Winograd::side;
+            for (int i = 0; i < side * side; ++i) {
+                const std::int64_t dy = i / side, x = left + i % side;
                 const bool inside = top + dy < height && x < width;
                 const std::int64_t at = row - on.first + dy * width + x;
                 tile.to[i] = inside && out ? out + at * outputs : nullptr;
                 tile.beside[i] = inside && beside ? beside[at] : nullptr;
             }
         }
-        row += std::min<std::int64_t>(Winograd::side, height - top) * width;
+        row += std::min<std::int64_t>(side, height - top) * width;
     }
 }
 
@@ -198,15 +203,19 @@ inline const float* const* rows_of_condition(int index, const Stretch& on) {
 }
 
 // Computes the outputs of a stretch; `all` are the inputs of all rows.
-inline void apply(const Winograd& winograd, Ending ending, const Inputs& all, const Stretch& on, float* out,
-                  const float* const* beside) {
-    find_tiles(winograd.inputs(), winograd.outputs(), all, on, out, beside);
-    convolve(on.scratch.tiles, winograd, ending, on.scratch.points[0], on.scratch.points[1]);
+template <int side>
+void apply(const Winograd<side>& winograd, Ending ending, const Inputs& all, const Stretch& on, float* out,
+           const float* const* beside) {
+    find_tiles<side>(winograd.inputs(), winograd.outputs(), all, on, out, beside);
+    convolve(on.scratch.template tiles_of<side>(), winograd, ending, on.scratch.points[0],
+             on.scratch.points[1]);
 }
 inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, float* out, int condition) {
     const float* const* const shares = layer.conditioned ? rows_of_condition(condition, on) : nullptr;
-    if (const Winograd* const winograd = layer.winograd())
-        return apply(*winograd, layer.ending(), all, on, out, shares);
+    if (const Filters* const filters = layer.filters())
+        return filters->visit(on.call.maps, [&](const auto& winograd) {
+            apply(winograd, layer.ending(), all, on, out, shares);
+        });
     const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
                       shares};
     if (layer.taps() > 1)
@@ -238,7 +247,8 @@ inline Inputs apply_to_rows(const Layer& layer, const Inputs& in, const Stretch&
 }
 
 // Computes the outputs of all rows.
-inline void apply(const Winograd& winograd, Ending ending, const Inputs& in, const Call& call, float* out) {
+template <int side>
+void apply(const Winograd<side>& winograd, Ending ending, const Inputs& in, const Call& call, float* out) {
     const std::int64_t width = winograd.outputs();
     for_stretches_of(winograd, call, in.stride + width, [&](const Stretch& on) {
         const float* const* const beside = call.conditions ? rows_of_condition(0, on) : nullptr;

@@ -199,7 +199,7 @@ inline void outer_product(const OuterProduct& product, std::int64_t images, std:
             });
     };
     if (outputs >= fewest_rows * threads) {
-        const PositionBlocks blocks(images, positions, chain, 1);
+        const PositionBlocks blocks(images, positions, long_chain, 1);
         team_for(threads, threads, [&](std::int64_t group) {
             const int first = product.first_row(static_cast<int>(group), threads),
                       last = product.first_row(static_cast<int>(group) + 1, threads);
@@ -210,7 +210,7 @@ inline void outer_product(const OuterProduct& product, std::int64_t images, std:
     // Each group sums over a part of the positions; the sums are added up afterwards.
     static thread_local Floats memory;
     const std::int64_t size = std::int64_t{outputs} * inputs;
-    const PositionBlocks blocks(images, positions, chain, threads);
+    const PositionBlocks blocks(images, positions, long_chain, threads);
     const int groups = workers_for(blocks.count, threads);
     float* const sums = groups > 1 ? memory.at_least((groups - 1) * size) : nullptr;
     team_for(groups, threads, [&](std::int64_t group) {

@@ -18,6 +18,10 @@
 
 namespace usf {
 
+// Number of terms that are added up one by one before their sum is added to the total: the rounding errors of
+// a sum grow as the square root of the length of such chains.
+constexpr int long_chain = 256;
+
 // A matrix [outputs, inputs] in panels of two vectors of outputs, input after input, and a bias. Both are
 // padded to whole panels; the padding takes part in the computation, and its results are dropped.
 struct Panels {
@@ -26,6 +30,7 @@ struct Panels {
     int outputs, inputs, width;
     int depth = inputs;  // inputs of the panels in memory, of which these may be a part
     bool pairs = false;  // whether they hold pairs of bfloat16 numbers; `inputs` and `depth` are then words
+    int chain = long_chain;
 
     const float* panel(int first_output) const {
         return data + static_cast<std::ptrdiff_t>(first_output) * depth;

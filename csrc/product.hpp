@@ -86,17 +86,13 @@ USF_INLINE const float* add_products(V (&sums)[count][2], const Source& in, int 
     return panel;
 }
 
-// Number of terms that are added up one by one before their sum is added to the total: the rounding errors of
-// a sum grow as the square root of the length of such chains.
-constexpr std::ptrdiff_t chain = 256;
-
 template <class Arithmetic, int vectors, class V, int count, bool several, class Source, class Finish>
 USF_INLINE void multiply_tile(const Source& in, const Panels& weights, int row, int column,
                               const Finish& finish) {
     constexpr int lanes = sizeof(V) / sizeof(float);
     const float* panel = weights.panel(column);
     const std::ptrdiff_t ahead = std::ptrdiff_t{2} * lanes * weights.depth;  // the next panel
-    const std::ptrdiff_t inputs = weights.inputs / in.taps();
+    const std::ptrdiff_t inputs = weights.inputs / in.taps(), chain = weights.chain;
     V total[count][2] = {};
     if constexpr (several) {
         const int taps_each = static_cast<int>(std::max<std::ptrdiff_t>(chain / inputs, 1));
@@ -163,7 +159,7 @@ void multiply_in(const Source& in, int rows, const Panels& weights, const Finish
 
 template <class Arithmetic, class Source, class Finish>
 void multiply_with(const Source& in, int rows, const Panels& weights, const Finish& finish) {
-    if (weights.inputs <= chain)
+    if (weights.inputs <= weights.chain)
         multiply_in<Arithmetic, false>(in, rows, weights, finish);
     else
         multiply_in<Arithmetic, true>(in, rows, weights, finish);

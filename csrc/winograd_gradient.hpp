@@ -23,10 +23,10 @@ USF_INLINE void gradient_to_points(V* g, int step) {
 
 // Transforms the gradients of a tile's outputs, which are the rows beside it (null for zeros), to the points.
 template <int lanes>
-USF_INLINE void enter_gradients(const WinogradTile& tile, std::ptrdiff_t apart, int channel, float* to) {
+USF_INLINE void enter_gradients(const WinogradTile<2>& tile, std::ptrdiff_t apart, int channel, float* to) {
     using V = typename Vector<lanes>::type;
     using U = typename Vector<lanes>::unaligned;
-    V g[Winograd::points];
+    V g[TileSizes<2>::points];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
         g[i / 2 * 4 + i % 2] =
@@ -36,11 +36,11 @@ USF_INLINE void enter_gradients(const WinogradTile& tile, std::ptrdiff_t apart, 
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) gradient_to_points(g + 4 * i, 1);
 #pragma GCC unroll 16
-    for (int i = 0; i < Winograd::points; ++i) *reinterpret_cast<U*>(to + i * apart) = g[i];
+    for (int i = 0; i < TileSizes<2>::points; ++i) *reinterpret_cast<U*>(to + i * apart) = g[i];
 }
 
 // Transforms inputs of tiles to panels of [inputs, tiles] at each point, gradients to [tiles, outputs].
-inline void enter_both(const std::vector<WinogradTile>& tiles, int inputs, int outputs, int lanes,
+inline void enter_both(const std::vector<WinogradTile<2>>& tiles, int inputs, int outputs, int lanes,
                        float* panels, float* gradients) {
     with_lanes(lanes, [&]<int widest>() USF_LAMBDA {
         constexpr int width = 2 * widest;
@@ -100,19 +100,19 @@ struct KernelPart {
 // of which there must be at least one; `length` rows of tiles are taken at a time.
 inline void gradient_at_points(const Inputs& x, const Call& call, int inputs, const KernelPart& part,
                                std::int64_t length, float* out) {
-    const TileRows rows(call.maps);
+    const TileRows<2> rows(call.maps);
     const int outputs = part.outputs(), lanes = best_lanes(), padded = Panels::padded(inputs, 2 * lanes);
     for (std::int64_t first = part.first_row; first < part.last_row; first += length) {
         const Stretch on = rows.stretch(call, first, std::min(first + length, part.last_row));
         const float* const* const gradients = rows_of_condition(0, on);
         for (const float*& row : on.scratch.condition) row += part.first;
-        find_tiles(inputs, outputs, x, on, nullptr, gradients);
+        find_tiles<2>(inputs, outputs, x, on, nullptr, gradients);
         const int count = static_cast<int>(on.scratch.tiles.size());
         const std::ptrdiff_t panel = std::ptrdiff_t{count} * padded, row = std::ptrdiff_t{count} * outputs;
-        float* const panels = on.scratch.points[0].at_least(Winograd::points * panel);
-        float* const columns = on.scratch.points[1].at_least(Winograd::points * row);
+        float* const panels = on.scratch.points[0].at_least(TileSizes<2>::points * panel);
+        float* const columns = on.scratch.points[1].at_least(TileSizes<2>::points * row);
         enter_both(on.scratch.tiles, inputs, outputs, lanes, panels, columns);
-        for (int point = 0; point < Winograd::points; ++point) {
+        for (int point = 0; point < TileSizes<2>::points; ++point) {
             const Columns from{columns + point * row, outputs};
             const Panels weights{panels + point * panel, nullptr, inputs, count, 2 * lanes};
             float* const to = out + std::ptrdiff_t{point} * outputs * inputs;
@@ -129,7 +129,7 @@ inline void gradient_at_points(const Inputs& x, const Call& call, int inputs, co
 inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int outputs, const Maps& maps,
                             int threads, float* out) {
     static thread_local Floats memory;
-    const TileRows rows(maps);
+    const TileRows<2> rows(maps);
     if (rows.count == 0) {
         std::fill_n(out, std::int64_t{9} * outputs * inputs, 0.0f);
         return;
@@ -144,7 +144,7 @@ inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int
             const int first = static_cast<int>(outputs * group / threads),
                       last = static_cast<int>(outputs * (group + 1) / threads);
             const std::size_t apart = static_cast<std::size_t>(last - first) * inputs;
-            float* const sums = scratch_of_thread().outputs[0].at_least(Winograd::points * apart);
+            float* const sums = scratch_of_thread().outputs[0].at_least(TileSizes<2>::points * apart);
             gradient_at_points(x, call, inputs, {0, rows.count, first, last}, rows.holding(together), sums);
             for (int o = first; o < last; ++o)
                 kernels_from_points(sums + std::ptrdiff_t{o - first} * inputs, apart, inputs,
@@ -154,7 +154,7 @@ inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int
         return;
     }
     const int groups = static_cast<int>(std::min<std::int64_t>(rows.count, threads));
-    const std::size_t apart = static_cast<std::size_t>(outputs) * inputs, size = Winograd::points * apart;
+    const std::size_t apart = static_cast<std::size_t>(outputs) * inputs, size = TileSizes<2>::points * apart;
     float* const sums = memory.at_least(groups * size);
     team_for(groups, threads, [&](std::int64_t group) {
         gradient_at_points(x, call, inputs,
@@ -165,7 +165,7 @@ inline void kernel_gradient(const Inputs& x, const Inputs& grad, int inputs, int
     team_for(outputs, threads, [&](std::int64_t output) {
         const std::size_t first = static_cast<std::size_t>(output) * inputs;
         for (int group = 1; group < groups; ++group)
-            for (int point = 0; point < Winograd::points; ++point) {
+            for (int point = 0; point < TileSizes<2>::points; ++point) {
                 float* const to = sums + point * apart + first;
                 for (int i = 0; i < inputs; ++i) to[i] += to[group * size + i];
             }

@@ -31,6 +31,10 @@ def draw(inputs=24, outputs=40, bias=True):
     return conv, tiled
 
 
+def rms(x):
+    return x.square().mean().sqrt()
+
+
 def runs_in_tiles(conv, x):
     """The result, of which it is known that the extension made it."""
     conv._layer = None
@@ -52,6 +56,25 @@ def test_matches_float64(shape, bias):
         y = runs_in_tiles(tiled, view)
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert max_error(y, truth) < 2e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 9, 9), (1, 300, 12, 31), (3, 64, 22, 16)])
+@torch.no_grad()
+def test_large_tiles_are_nearly_as_accurate_as_sums_over_taps(shape):
+    conv, tiled = draw(shape[1], 64)
+    x = torch.randn(shape)
+    truth = copy.deepcopy(conv).double()(x.double())
+    y, plain = runs_in_tiles(tiled, x), conv(x)
+    assert rms(y - truth) < 5 * rms(plain - truth)
+    assert max_error(y, truth) < 12 * max_error(plain, truth)
+
+
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch():
+    _, tiled = draw(64, 64)
+    for side in (8, 20):  # small tiles, large ones
+        x = torch.randn(9, 64, side, side)
+        assert torch.equal(tiled(x)[4:5], tiled(x[4:5]))
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ void test_convolution(int inputs, int outputs, int height, int width) {
     std::vector<float> found[2];
     for (const bool pairs : {false, true}) {
         const Layer layer(matrix.data(), bias.data(), outputs, 9 * inputs, false, false, 3, 3, pairs);
-        CHECK(layer.winograd() && layer.winograd()->pairs() == pairs);
+        CHECK(layer.filters() && layer.filters()->pairs() == pairs);
         found[pairs].assign(rows * outputs, std::numeric_limits<float>::quiet_NaN());
         apply(layer, Inputs{in.data(), inputs}, Call{maps, 2}, found[pairs].data());
     }

@@ -12,13 +12,13 @@ using namespace usf;
 
 namespace winograd_test {
 
-// Against the sum over taps in float64, and the layer by products of taps; in memory with gaps between rows.
+// A layer against the sum over taps in float64; in memory with gaps between rows.
 void test(const Maps& maps, int inputs, int outputs, bool relu, std::int64_t condition_images) {
     const auto matrix = noise(std::size_t{9} * inputs * outputs, 0.5f / std::sqrt(9.0f * inputs));
     const auto bias = noise(outputs, 0.3f), share = noise(condition_images * maps.positions() * outputs);
     const bool conditioned = condition_images > 0;
     const Layer layer(matrix.data(), bias.data(), outputs, 9 * inputs, relu, conditioned, 3, 3);
-    CHECK((layer.winograd() != nullptr) == (std::min(inputs, outputs) >= 16));
+    CHECK((layer.filters() != nullptr) == (std::min(inputs, outputs) >= 16));
     CHECK(layer.outputs() == outputs);
     const int stride = inputs + 3;
     const auto x = noise(maps.rows() * stride);
@@ -47,17 +47,16 @@ void test(const Maps& maps, int inputs, int outputs, bool relu, std::int64_t con
     }
 }
 
-// With a kernel that is new: what a layer finds.
+// With a kernel that is new: what small tiles find with one that is kept.
 void test_new_kernel(const Maps& maps, int inputs, int outputs, int threads) {
     const auto matrix = noise(std::size_t{9} * inputs * outputs, 0.5f / std::sqrt(9.0f * inputs));
     const auto bias = noise(outputs, 0.3f), share = noise(maps.rows() * outputs),
                x = noise(maps.rows() * inputs);
-    const Layer layer(matrix.data(), bias.data(), outputs, 9 * inputs, true, true, 3, 3);
     const Condition condition{share.data(), maps.images, outputs};
     const Call call{maps, threads, &condition};
     std::vector<float> expected(maps.rows() * outputs, NAN), found = expected;
-    apply(layer, Inputs{x.data(), inputs}, call, expected.data());
     const Kernel kernel{matrix.data(), outputs, inputs, 9 * std::ptrdiff_t{inputs}, 1, inputs};
+    apply(Winograd<2>(kernel, bias.data()), Ending::relu, Inputs{x.data(), inputs}, call, expected.data());
     convolution(kernel, bias.data(), Ending::relu, Inputs{x.data(), inputs}, call, found.data());
     CHECK(found == expected);
 }
@@ -100,20 +99,30 @@ void test_gradients(const Maps& maps, int inputs, int outputs, int threads) {
     for (std::size_t i = 0; i < kernel.size(); ++i) CHECK(std::abs(gradient[i] - of_kernel[i]) <= 1e-5);
 }
 
-// Values that are not finite stay near where they were, and ReLU does not hide them.
-void test_not_a_number() {
-    const int channels = 20;
+// Values that are not finite stay near where they were, within tiles, and ReLU does not hide them.
+void test_not_a_number(int side, int reach) {
+    const int channels = 40;
     const auto matrix = noise(9 * channels * channels), bias = noise(channels);
     const Layer layer(matrix.data(), bias.data(), channels, 9 * channels, true, false, 3, 3);
-    const Maps maps{1, 12, 12};
+    const Maps maps{1, side, side};
     std::vector<float> x = noise(maps.rows() * channels), y(maps.rows() * channels);
-    x[(5 * 12 + 5) * channels + 7] = NAN;
+    x[(5 * side + 5) * channels + 7] = NAN;
     apply(layer, Inputs{x.data(), channels}, Call{maps, 1}, y.data());
-    for (int row = 0; row < 144; ++row) {
-        const int far = std::max(std::abs(row / 12 - 5), std::abs(row % 12 - 5));
+    for (int row = 0; row < side * side; ++row) {
+        const int far = std::max(std::abs(row / side - 5), std::abs(row % side - 5));
         if (far <= 1) CHECK(std::isnan(y[row * channels]));
-        if (far > 2) CHECK(!std::isnan(y[row * channels]));
+        if (far > reach) CHECK(!std::isnan(y[row * channels]));
     }
+}
+
+// When tiles are large.
+void test_choice() {
+    const auto pay = [](int channels, const Maps& maps) {
+        return Filters::large_tiles_pay({nullptr, channels, 100, 900, 1, 100}, maps);
+    };
+    CHECK(pay(32, {1, 9, 9}) && pay(32, {1, 12, 12}) && pay(32, {1, 4, 40}));
+    CHECK(!pay(31, {1, 12, 12}) && !pay(32, {100, 8, 8}));  // few channels, few tiles in a map
+    CHECK(!pay(32, {1, 1, 100}) && !pay(32, {1, 0, 100}));  // mostly outside of the map
 }
 
 }  // namespace winograd_test
@@ -141,6 +150,8 @@ int test_winograd(int, char*[]) {
         test_gradients({2, 3, 0}, 16, 16, 2);
         test_gradients({2, 0, 3}, 16, 16, 2);
         test_gradients({1, 40, 40}, 20, 33, 2);
+        test_gradients({1, 40, 40}, 40, 33, 2);  // large tiles
+        test_gradients({3, 21, 22}, 37, 50, 3);
         test_gradients({1, 8, 8}, 20, 100, 2);  // few tiles
         test_gradients({2, 5, 7}, 37, 150, 3);
         test_gradients({1, 23, 25}, 17, 100, 2);
@@ -148,7 +159,13 @@ int test_winograd(int, char*[]) {
         test_new_kernel({0, 3, 3}, 16, 130, 2);
         test_new_kernel({1, 8, 8}, 20, 130, 2);
         test_new_kernel({2, 5, 7}, 43, 200, 3);
-        test_not_a_number();
+        test({2, 9, 9}, 32, 40, false, 0);  // large tiles, with remainders of 1, 2 and 3 rows and columns
+        test({1, 14, 15}, 43, 37, true, 1);
+        test({2, 3, 41}, 37, 33, true, 2);
+        test({1, 12, 12}, 300, 32, true, 0);
+        test_not_a_number(8, 2);
+        test_not_a_number(12, 4);
+        test_choice();
     }
     return failures != 0;
 }
