@@ -21,6 +21,7 @@ from usf_kernels.ops.products import has_amx
 
 PACKAGES = ("torch", "triton", "numpy", "anomalib", "FrEIA", "timm", "higra", "scikit-image", "maxtree")
 RESULTS = Path(__file__).parent / "results"
+CPU_INFO = Path("/proc/cpuinfo")
 COPY = "copy"
 SIDE = {"cpu": 2048, "cuda": 8192}  # side of the matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
@@ -55,15 +56,21 @@ def result_files(pattern: str = "*.csv", folder: Path = RESULTS) -> list[Path]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the maker's name of a device; for a processor also the vectors that torch uses, and AMX."""
+    """Return the maker's name of a device; for a processor also the vectors that torch uses, and AMX.
+
+    Hypervisors hide the number of a processor's model: then its family and model are in the name.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        with open("/proc/cpuinfo") as info:
-            name = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    name = re.sub(r"\((R|TM)\)", "", name)
+        first = CPU_INFO.read_text().split("\n\n")[0]
+        info = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.MULTILINE))
+        name = info["model name"]
+    except (OSError, KeyError):
+        info, name = {}, platform.processor() or platform.machine()
+    name = re.sub(r"\((R|TM)\)", "", name).strip()
+    if {"cpu family", "model"} <= info.keys() and not re.search(r"\d", name):
+        name = f"{name} family {info['cpu family']} model {info['model']}"
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' if has_amx() else ''}"
 
 

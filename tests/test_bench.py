@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import registry, run, table
+from bench import machine, registry, run, table
 from bench.blocks import SHAPES
 from bench.flows import FORMS, Shape, our_flow, peer_flow, truth
 from bench.measure import CPU, Neighbours, alternate, first_call
@@ -269,6 +269,24 @@ def test_relative_error():
     assert close_to(lambda: torch.ones(1, 3), "float32", slack=10)(off) is None
     assert "shape" in close_to(lambda: torch.ones(1, 3), "float32")(torch.ones(1, 2))
     assert "relative error 1" in close_to(lambda: torch.ones(1, 3), "float32")((torch.zeros(4, 3), 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("AMD EPYC", "AMD EPYC family 25 model 17"),
+        ("Intel(R) Xeon(R) Processor", "Intel Xeon Processor family 25 model 17"),
+        ("AMD EPYC 9654", "AMD EPYC 9654"),
+    ],
+)
+def test_processors_without_a_number_are_told_apart(tmp_path, monkeypatch, model, name):
+    info = tmp_path / "cpuinfo"
+    core = f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {model}\nflags\t\t: a: b\n\n"
+    info.write_text(core + core.replace("17", "18"))
+    monkeypatch.setattr(machine, "CPU_INFO", info)
+    assert machine.device_name(torch.device("cpu")).startswith(f"{name}, ")
+    info.unlink()
+    assert machine.device_name(torch.device("cpu"))
 
 
 def test_a_wrong_log_determinant_is_noticed():
