@@ -95,7 +95,7 @@ def test_anomalib_is_shown_in_its_faster_memory_format():
 
 def test_float32_has_a_second_roof():
     wide, narrow = (axis.lines for axis in roofline(list(measured())).axes)
-    assert list(wide[-1].get_ydata()) == [2.25 * 150] * 2
+    assert list(wide[-1].get_ydata()) == [4 * 150] * 2
     assert len(wide) == len(narrow) + 1
 
 
