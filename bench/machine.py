@@ -69,7 +69,8 @@ def device_name(device: torch.device) -> str:
     except (OSError, KeyError):
         info, name = {}, platform.processor() or platform.machine()
     name = re.sub(r"\((R|TM)\)", "", name).strip()
-    if {"cpu family", "model"} <= info.keys() and not re.search(r"\d", name):
+    numbered = re.search(r"\d", re.sub(r"@.*|version.*", "", name))
+    if {"cpu family", "model"} <= info.keys() and not numbered:
         name = f"{name} family {info['cpu family']} model {info['model']}"
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{', AMX' if has_amx() else ''}"
 

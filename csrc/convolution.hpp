@@ -23,6 +23,12 @@ inline void convolution(const Kernel& kernel, const float* bias, Ending ending, 
     const TileRows<2> rows(call.maps);
     if (rows.count == 0) return;
     const int width = Panels::best_width(), threads = call.threads;
+    // Kernels that are kept go by the size of a map alone. One that is new has to pay for its transform, in
+    // all maps together.
+    const TileRows<4> large(call.maps);
+    constexpr std::int64_t fewest_large = 256;  // tiles worth 36 points instead of 16
+    if (large.count * large.tiles >= fewest_large && Filters::large_tiles_pay(kernel, call.maps))
+        return apply(Winograd<4>(kernel, bias, threads, kernel_memory()), ending, in, call, out);
     if (threads > 1 && kernel.outputs >= 2 * threads * width && rows.count * rows.tiles <= kernel.outputs) {
         // Few tiles: each thread computes some outputs of all tiles, and transforms only their kernels.
         const std::int64_t panels = (kernel.outputs + width - 1) / width;
@@ -42,12 +48,7 @@ inline void convolution(const Kernel& kernel, const float* bias, Ending ending, 
         });
         return;
     }
-    const TileRows<4> large(call.maps);
-    constexpr std::int64_t fewest = 256;  // tiles worth transforming a kernel to 36 points instead of 16
-    if (large.count * large.tiles >= fewest && Filters::large_tiles_pay(kernel, call.maps))
-        apply(Winograd<4>(kernel, bias, threads, kernel_memory()), ending, in, call, out);
-    else
-        apply(Winograd<2>(kernel, bias, threads, kernel_memory()), ending, in, call, out);
+    apply(Winograd<2>(kernel, bias, threads, kernel_memory()), ending, in, call, out);
 }
 
 }  // namespace usf

@@ -16,9 +16,9 @@
 
 namespace usf {
 
-// Tiles have 2 x 2 or 4 x 4 outputs; kernels for both are made when they are first used. Copies of this share
-// them. With `pairs`, which the processor must be able to multiply, tiles are small: bfloat16 has too few
-// digits for large ones.
+// Tiles have 2 x 2 or 4 x 4 outputs. A kernel at the points of each is made when it is first used, and kept,
+// as is the kernel itself. Copies of this share all. With `pairs`, which the processor must be able to
+// multiply, tiles are small: bfloat16 has too few digits for large ones.
 class Filters {
 public:
     // The matrix is [outputs, 9 * inputs], one tap after the other.
@@ -27,28 +27,31 @@ public:
         shared_->matrix.assign(matrix, matrix + std::ptrdiff_t{9} * outputs * inputs);
         if (bias) shared_->bias.assign(bias, bias + outputs);
         shared_->outputs = outputs, shared_->inputs = inputs, shared_->pairs = pairs;
+        if (!pairs) return;
+        shared_->two.of(*shared_, 1);
+        shared_->matrix = {};
     }
     int outputs() const { return shared_->outputs; }
     bool pairs() const { return shared_->pairs; }
 
-    // Calls body(winograd).
+    // Calls body(winograd). Of the maps, their size alone decides which, so that an image's results do not
+    // depend on the batch that it is in. The first call for a kind must not come from a member of a team.
     template <class Body>
-    void visit(const Maps& maps, Body&& body) const {
-        if (!pairs() && large_tiles_pay(shared_->kernel(), maps))
-            body(shared_->large.of(*shared_));
+    void visit(const Call& call, Body&& body) const {
+        if (!pairs() && large_tiles_pay(shared_->kernel(), call.maps))
+            body(shared_->four.of(*shared_, call.threads));
         else
-            body(shared_->small.of(*shared_));
+            body(shared_->two.of(*shared_, call.threads));
     }
 
     // Whether large tiles take less time than small ones. Not for a few channels, where their transforms take
-    // what they save, or a few tiles only, each of which would read 36 matrices instead of 16. Of the maps,
-    // their size alone decides, so that an image's results do not depend on the batch that it is in.
+    // what they save, or a few tiles of a map only, each of which would read 36 matrices instead of 16.
     static bool large_tiles_pay(const Kernel& kernel, const Maps& maps) {
-        constexpr int fewest_channels = 32, fewest_tiles = 9;
+        constexpr int fewest_tiles = 9;
         const auto tiles = [&](int side) {
             return (maps.height + side - 1) / side * ((maps.width + side - 1) / side);
         };
-        return std::min(kernel.outputs, kernel.inputs) >= fewest_channels && tiles(4) >= fewest_tiles &&
+        return std::min(kernel.outputs, kernel.inputs) >= fewest_of_large && tiles(4) >= fewest_tiles &&
                tiles(4) * TileSizes<4>::points < tiles(2) * TileSizes<2>::points;
     }
 
@@ -59,9 +62,9 @@ private:
         std::once_flag once;
         std::optional<Winograd<side>> winograd;
 
-        const Winograd<side>& of(const Shared& all) {
+        const Winograd<side>& of(const Shared& all, int threads) {
             std::call_once(once, [&] {
-                Winograd<side> made(all.kernel(), all.bias.empty() ? nullptr : all.bias.data());
+                Winograd<side> made(all.kernel(), all.bias.empty() ? nullptr : all.bias.data(), threads);
                 winograd.emplace(all.pairs ? made.in_pairs() : std::move(made));
             });
             return *winograd;
@@ -71,8 +74,8 @@ private:
         std::vector<float> matrix, bias;
         int outputs, inputs;
         bool pairs;
-        Made<2> small;
-        Made<4> large;
+        Made<2> two;
+        Made<4> four;
 
         Kernel kernel() const {
             return {matrix.data(), outputs, inputs, std::ptrdiff_t{9} * inputs, 1, inputs};

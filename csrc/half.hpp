@@ -119,7 +119,7 @@ public:
     int size() const { return static_cast<int>(index_.size()); }
     int channels() const { return channels_; }
 
-    // to[r, j] = state[r, index[j]]
+    // to[r, j] = state[r, index[j]]. What is between the rows of `to` may be overwritten.
     template <class From, class To>
     void take(const From* state, std::int64_t rows, To* to, std::ptrdiff_t stride) const {
 #ifdef USF_AVX512
@@ -130,7 +130,8 @@ public:
         for (std::int64_t r = 0; r < rows; ++r, state += channels_, to += stride)
             for (int j = 0; j < size(); ++j) narrow(widen(state[index_[j]]), to[j]);
     }
-    // state[r, index[j]] = from[r, j]
+    // state[r, index[j]] = from[r, j]. Here and below, other channels of the rows may be written with what
+    // they are: no other thread may change them meanwhile.
     template <class From, class To>
     void put(const From* from, std::ptrdiff_t stride, std::int64_t rows, To* state) const {
         update<false>(from, stride, 1, rows, state);
@@ -175,13 +176,14 @@ private:
     }
     // Whole vectors reach beyond a row, into rows that are written later. The last rows, as many as a vector
     // could span, must not be written so.
+    static constexpr std::int64_t beyond_wide = 16;  // rows
     template <class From, class To>
     USF_AVX512 void take_wide(const From* state, std::int64_t rows, To* to, std::ptrdiff_t stride) const {
         for (std::int64_t r = 0; r < rows; ++r, state += channels_, to += stride) {
             for (const Sixteen& some : sixteens_) {
                 const From* const from = state + some.channel;
                 To* const at = to + some.first;
-                if (some.whole || rows - r > 16)
+                if (some.whole || rows - r > beyond_wide)
                     store16(at, _mm512_maskz_compress_ps(some.mask, load16(from)));
                 else
                     store16(at, first(some.count),
@@ -198,7 +200,7 @@ private:
                 const From* const at = from + some.first;
                 To* const row = state + some.channel;
                 const __mmask16 mask = some.mask;
-                if (some.whole || rows - r > 16) {
+                if (some.whole || rows - r > beyond_wide) {
                     const __m512 before = load16(row), values = _mm512_maskz_expand_ps(mask, load16(at));
                     if constexpr (adds)
                         store16(row, _mm512_mask3_fmadd_ps(values, factors, before, mask));

@@ -122,8 +122,7 @@ void for_stretches_of(const Winograd<side>& winograd, const Call& call, std::int
 template <class Body>
 void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers, Body&& body) {
     if (const Filters* const filters = layer.filters())
-        filters->visit(call.maps,
-                       [&](const auto& winograd) { for_stretches_of(winograd, call, numbers, body); });
+        filters->visit(call, [&](const auto& winograd) { for_stretches_of(winograd, call, numbers, body); });
     else
         for_stretches(call, numbers, body);
 }
@@ -133,7 +132,7 @@ void for_stretches_of(const Layer& layer, const Call& call, std::int64_t numbers
 template <int side>
 void find_tiles(int inputs, int outputs, const Inputs& all, const Stretch& on, float* out,
                 const float* const* beside) {
-    constexpr int patch = side + 2;
+    constexpr int patch = TileSizes<side>::patch;
     const auto [images, height, width] = on.call.maps;
     float* const zeros = on.scratch.zeros.at_least(inputs);
     std::fill_n(zeros, inputs, 0.0f);
@@ -213,9 +212,8 @@ void apply(const Winograd<side>& winograd, Ending ending, const Inputs& all, con
 inline void apply(const Layer& layer, const Inputs& all, const Stretch& on, float* out, int condition) {
     const float* const* const shares = layer.conditioned ? rows_of_condition(condition, on) : nullptr;
     if (const Filters* const filters = layer.filters())
-        return filters->visit(on.call.maps, [&](const auto& winograd) {
-            apply(winograd, layer.ending(), all, on, out, shares);
-        });
+        return filters->visit(
+            on.call, [&](const auto& winograd) { apply(winograd, layer.ending(), all, on, out, shares); });
     const Store store{out, layer.outputs(), layer.weights().bias(), layer.relu ? Ending::relu : Ending::plain,
                       shares};
     if (layer.taps() > 1)

@@ -30,7 +30,7 @@ struct Panels {
     int outputs, inputs, width;
     int depth = inputs;  // inputs of the panels in memory, of which these may be a part
     bool pairs = false;  // whether they hold pairs of bfloat16 numbers; `inputs` and `depth` are then words
-    int chain = long_chain;
+    int chain = long_chain;  // terms that are added up one by one, but in AMX's tiles
 
     const float* panel(int first_output) const {
         return data + static_cast<std::ptrdiff_t>(first_output) * depth;

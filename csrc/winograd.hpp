@@ -1,8 +1,8 @@
-// 3 x 3 convolutions with 16 products for 4 outputs, where a sum over taps takes 36: Winograd's minimal
-// filtering F(2 x 2, 3 x 3) (A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks",
-// arXiv:1509.09308, section 4.1). Maps are covered by tiles of 2 x 2 outputs. Each sees 4 x 4 inputs, which
-// are transformed to 16 points, and so is the kernel. At each point the tiles are rows of a matrix product.
-// F(4 x 4, 3 x 3) takes 36 products for 16 outputs.
+// 3 x 3 convolutions with fewer products than a sum over taps takes: Winograd's minimal filtering (A. Lavin
+// and S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, section 4). Maps are
+// covered by tiles of 2 x 2 outputs, each of which sees 4 x 4 inputs, or of 4 x 4 outputs, which see 6 x 6.
+// The inputs are transformed to as many points, 16 or 36, and so is the kernel. At each point the tiles are
+// rows of a matrix product. So 4 outputs take 16 products instead of 36, or 16 outputs 36 instead of 144.
 #pragma once
 
 #include <array>
@@ -32,6 +32,8 @@ USF_INLINE void to_points(V* d, int step) {
         d[3 * step] = d[step] - d[3 * step];
         d[0] = first, d[step] = second, d[2 * step] = third;
     } else {
+        constexpr float inner = Points::inner, outer = Points::outer, inner2 = Points::inner2,
+                        outer2 = Points::outer2;
         const V d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
         const V even_inner = d4 - outer2 * d2, odd_inner = inner * (d3 - outer2 * d1);
         const V even_outer = d4 - inner2 * d2, odd_outer = outer * (d3 - inner2 * d1);
@@ -49,6 +51,8 @@ USF_INLINE void from_points(V* m, int step) {
         m[0] += both;
         m[step] = apart - m[3 * step];
     } else {
+        constexpr float inner = Points::inner, outer = Points::outer, inner2 = Points::inner2,
+                        outer2 = Points::outer2;
         const V even_inner = m[step] + m[2 * step], odd_inner = inner * (m[step] - m[2 * step]);
         const V even_outer = m[3 * step] + m[4 * step], odd_outer = outer * (m[3 * step] - m[4 * step]);
         m[0] += even_inner + even_outer;
@@ -62,7 +66,7 @@ template <int lanes, int side, class T>
 USF_INLINE void enter_channels(const WinogradTile<side>& tile, std::ptrdiff_t apart, int channel, T* to) {
     using V = typename Vector<lanes>::type;
     using U = typename Vector<lanes>::unaligned;
-    constexpr int patch = side + 2;
+    constexpr int patch = TileSizes<side>::patch;
     V d[patch * patch];
 #pragma GCC unroll 6
     for (int x = 0; x < patch; ++x) {
@@ -84,7 +88,7 @@ USF_INLINE void leave_channels(const float* from, std::ptrdiff_t apart, const fl
                                int channel, const WinogradTile<side>& tile) {
     using V = typename Vector<lanes>::type;
     using U = typename Vector<lanes>::unaligned;
-    constexpr int patch = side + 2;
+    constexpr int patch = TileSizes<side>::patch;
     V m[patch * patch];
 #pragma GCC unroll 6
     for (int x = 0; x < patch; ++x) {

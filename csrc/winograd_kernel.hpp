@@ -28,9 +28,11 @@ template <int side_>
 struct TileSizes {
     static constexpr int side = side_, outputs = side * side, patch = side + 2, points = patch * patch;
 };
-// A tile of 4 x 4 outputs takes the polynomials of its rows and columns at 0, +-inner, +-outer and infinity.
+// Tiles of 4 x 4 outputs take the polynomials of their rows and columns at 0, +-inner, +-outer and infinity.
 // With 1 and 2, which are usual, rounding errors would be twice as large.
-constexpr float inner = 0.625f, outer = 1.5f, inner2 = inner * inner, outer2 = outer * outer;
+struct Points {
+    static constexpr float inner = 0.625f, outer = 1.5f, inner2 = inner * inner, outer2 = outer * outer;
+};
 
 // Transforms three taps, `step` numbers apart, to points, for `count` outputs each.
 template <int side>
@@ -44,6 +46,8 @@ USF_INLINE void taps_to_points(const float* __restrict taps, std::size_t step, i
             to[apart + o] = even + odd, to[2 * apart + o] = even - odd;
         }
     } else {
+        constexpr float inner = Points::inner, outer = Points::outer, inner2 = Points::inner2,
+                        outer2 = Points::outer2;
         constexpr float at_0 = 1 / (inner2 * outer2), at_inner = 1 / (2 * inner2 * (inner2 - outer2)),
                         at_outer = 1 / (2 * outer2 * (outer2 - inner2));
         for (int o = 0; o < count; ++o) {
@@ -76,13 +80,14 @@ USF_CLONES void kernel_to_points(const Kernel& kernel, int input, int first_outp
 // those of sums over taps.
 constexpr int short_chain = 64;
 
-constexpr int fewest_channels = 16;  // with fewer, the transforms take longer than they save
+constexpr int fewest_channels = 16,
+              fewest_of_large = 32;  // with fewer, the transforms take longer than they save
 
 // A kernel at all points, and a bias, which may be null.
 template <int side_>
-class Winograd : public TileSizes<side_> {
+class Winograd {
 public:
-    using TileSizes<side_>::points;
+    static constexpr int points = TileSizes<side_>::points;
     // `memory`, if given, must not be used by others during the lifetime of this and its copies.
     Winograd(const Kernel& kernel, const float* bias, int threads = 1,
              std::shared_ptr<Floats> memory = std::make_shared<Floats>())

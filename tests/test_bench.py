@@ -276,6 +276,7 @@ def test_relative_error():
     [
         ("AMD EPYC", "AMD EPYC family 25 model 17"),
         ("Intel(R) Xeon(R) Processor", "Intel Xeon Processor family 25 model 17"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel Xeon CPU @ 2.20GHz family 25 model 17"),
         ("AMD EPYC 9654", "AMD EPYC 9654"),
     ],
 )

@@ -35,6 +35,37 @@ std::vector<Example> examples() {
     return found;
 }
 
+// Rows that are apart, few of them, and nothing written behind the last one.
+template <class T>
+void test_apart() {
+    for (const auto& [channels, index] : examples())
+        for (const int some : {1, 15, 16, 17, 18, 40}) {
+            const int n = static_cast<int>(index.size()), stride = n + 3;
+            const Half half(index.data(), n, channels);
+            const std::vector<T> before = noise<T>(some * channels, 1);
+            const std::vector<float> guard = noise(64);
+            std::vector<float> taken((some - 1) * stride + n);
+            taken.insert(taken.end(), guard.begin(), guard.end());
+            const auto end = taken.end() - 64;
+            std::vector<T> state = before;
+            state.resize(before.size() + 64);
+            half.take(before.data(), some, taken.data(), stride);
+            CHECK(std::equal(end, taken.end(), guard.begin()));
+            half.add(taken.data(), stride, 1.0f, some, state.data());
+            std::vector<bool> changes(channels, false);
+            for (int j = 0; j < n; ++j) changes[index[j]] = true;
+            for (int r = 0; r < some; ++r) {
+                for (int j = 0; j < n; ++j)
+                    CHECK(taken[r * stride + j] == widen(before[r * channels + index[j]]));
+                for (int c = 0; c < channels; ++c) {
+                    const float old = widen(before[r * channels + c]);
+                    CHECK(widen(state[r * channels + c]) == (changes[c] ? 2 * old : old));
+                }
+            }
+            for (std::size_t i = before.size(); i < state.size(); ++i) CHECK(widen(state[i]) == 0);
+        }
+}
+
 template <class T>
 void test_halves(float tolerance) {
     for (const auto& [channels, index] : examples()) {
@@ -117,6 +148,8 @@ void test_functions() {
 int test_rows(int, char*[]) {
     using namespace rows_test;
     test_functions();
+    test_apart<float>();
+    test_apart<BFloat16>();
     test_halves<float>(1e-6f);
     test_halves<BFloat16>(2e-2f);
     test_affine<float>(2e-6f);

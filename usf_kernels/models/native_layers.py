@@ -55,11 +55,12 @@ class _Native:
 
 class TiledConv2d(_Native, nn.Conv2d):
     """A size-preserving 3 x 3 `nn.Conv2d` by Winograd's minimal filtering (arXiv:1509.09308). The result is
-    in channels-last memory. An infinite input may give NaN where a sum over taps is infinite.
+    in channels-last memory.
 
     F(2 x 2, 3 x 3) takes 16 multiplications for four outputs instead of 36, with rounding errors of the size
     of PyTorch's. In float32, with at least 32 channels and maps of some 9 x 9 at least, F(4 x 4, 3 x 3) takes
-    36 for sixteen outputs instead of 144, with rounding errors three to four times as large."""
+    36 for sixteen outputs instead of 144, with errors three to four times as large in root mean square.
+    An input that is not finite may give NaN in all outputs of its tiles."""
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
