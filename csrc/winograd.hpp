@@ -32,8 +32,7 @@ USF_INLINE void to_points(V* d, int step) {
         d[3 * step] = d[step] - d[3 * step];
         d[0] = first, d[step] = second, d[2 * step] = third;
     } else {
-        constexpr float inner = Points::inner, outer = Points::outer, inner2 = Points::inner2,
-                        outer2 = Points::outer2;
+        using namespace points_of_four;
         const V d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step];
         const V even_inner = d4 - outer2 * d2, odd_inner = inner * (d3 - outer2 * d1);
         const V even_outer = d4 - inner2 * d2, odd_outer = outer * (d3 - inner2 * d1);
@@ -51,8 +50,7 @@ USF_INLINE void from_points(V* m, int step) {
         m[0] += both;
         m[step] = apart - m[3 * step];
     } else {
-        constexpr float inner = Points::inner, outer = Points::outer, inner2 = Points::inner2,
-                        outer2 = Points::outer2;
+        using namespace points_of_four;
         const V even_inner = m[step] + m[2 * step], odd_inner = inner * (m[step] - m[2 * step]);
         const V even_outer = m[3 * step] + m[4 * step], odd_outer = outer * (m[3 * step] - m[4 * step]);
         m[0] += even_inner + even_outer;

@@ -30,9 +30,9 @@ struct TileSizes {
 };
 // Tiles of 4 x 4 outputs take the polynomials of their rows and columns at 0, +-inner, +-outer and infinity.
 // With 1 and 2, which are usual, rounding errors would be twice as large.
-struct Points {
-    static constexpr float inner = 0.625f, outer = 1.5f, inner2 = inner * inner, outer2 = outer * outer;
-};
+namespace points_of_four {
+constexpr float inner = 0.625f, outer = 1.5f, inner2 = inner * inner, outer2 = outer * outer;
+}
 
 // Transforms three taps, `step` numbers apart, to points, for `count` outputs each.
 template <int side>
@@ -46,8 +46,7 @@ USF_INLINE void taps_to_points(const float* __restrict taps, std::size_t step, i
             to[apart + o] = even + odd, to[2 * apart + o] = even - odd;
         }
     } else {
-        constexpr float inner = Points::inner, outer = Points::outer, inner2 = Points::inner2,
-                        outer2 = Points::outer2;
+        using namespace points_of_four;
         constexpr float at_0 = 1 / (inner2 * outer2), at_inner = 1 / (2 * inner2 * (inner2 - outer2)),
                         at_outer = 1 / (2 * outer2 * (outer2 - inner2));
         for (int o = 0; o < count; ++o) {
