@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "call.hpp"
+#include "tile_rows.hpp"
 #include "winograd.hpp"
 
 #ifdef USF_PRODUCTS
@@ -48,11 +50,9 @@ public:
     // what they save, or a few tiles of a map only, each of which would read 36 matrices instead of 16.
     static bool large_tiles_pay(const Kernel& kernel, const Maps& maps) {
         constexpr int fewest_tiles = 9;
-        const auto tiles = [&](int side) {
-            return (maps.height + side - 1) / side * ((maps.width + side - 1) / side);
-        };
-        return std::min(kernel.outputs, kernel.inputs) >= fewest_of_large && tiles(4) >= fewest_tiles &&
-               tiles(4) * TileSizes<4>::points < tiles(2) * TileSizes<2>::points;
+        const std::int64_t large = TileRows<4>(maps).tiles_of_map(), small = TileRows<2>(maps).tiles_of_map();
+        return std::min(kernel.outputs, kernel.inputs) >= fewest_of_large && large >= fewest_tiles &&
+               large * TileSizes<4>::points < small * TileSizes<2>::points;
     }
 
 private:

@@ -110,10 +110,12 @@ public:
         }
 #ifdef USF_AVX512
         const bool ascending = std::is_sorted(index_.begin(), index_.end());
-        wide_ = ascending && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
         const bool shuffles = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        if (wide_) divide_by_sixteen();
-        if (ascending && shuffles && size > 0) divide();
+        if (ascending && wide)
+            divide_by_sixteen();
+        else if (ascending && shuffles && size > 0)
+            divide();
 #endif
     }
     int size() const { return static_cast<int>(index_.size()); }
@@ -123,7 +125,7 @@ public:
     template <class From, class To>
     void take(const From* state, std::int64_t rows, To* to, std::ptrdiff_t stride) const {
 #ifdef USF_AVX512
-        if (wide_) return take_wide(state, rows, to, stride);
+        if (!sixteens_.empty()) return take_wide(state, rows, to, stride);
         if constexpr (both_float<From, To>)
             if (!octets_.empty()) return take_shuffled(state, rows, to, stride);
 #endif
@@ -146,7 +148,7 @@ private:
     template <bool adds, class From, class To>
     void update(const From* from, std::ptrdiff_t stride, float factor, std::int64_t rows, To* state) const {
 #ifdef USF_AVX512
-        if (wide_) return update_wide<adds>(from, stride, factor, rows, state);
+        if (!sixteens_.empty()) return update_wide<adds>(from, stride, factor, rows, state);
         if constexpr (both_float<From, To>)
             if (!octets_.empty()) return update_shuffled<adds>(from, stride, factor, rows, state);
 #endif
@@ -281,7 +283,6 @@ private:
     std::vector<std::int64_t> index_;
     std::vector<std::uint16_t> masks_;
     int channels_;
-    [[maybe_unused]] bool wide_ = false;
 };
 
 }  // namespace usf

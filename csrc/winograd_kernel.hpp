@@ -24,10 +24,11 @@ struct Kernel {
 };
 
 // Sizes of a filtering with tiles of side x side outputs.
-template <int side_>
+template <int side>
 struct TileSizes {
-    static constexpr int side = side_, outputs = side * side, patch = side + 2, points = patch * patch;
+    static constexpr int outputs = side * side, patch = side + 2, points = patch * patch;
 };
+
 // Tiles of 4 x 4 outputs take the polynomials of their rows and columns at 0, +-inner, +-outer and infinity.
 // With 1 and 2, which are usual, rounding errors would be twice as large.
 namespace points_of_four {
@@ -75,18 +76,19 @@ USF_CLONES void kernel_to_points(const Kernel& kernel, int input, int first_outp
         taps_to_points<side>(columns[0][y], patch * widest, width, to + y * patch * apart, apart);
 }
 
-// Large tiles cancel more, and so add up fewer terms one by one. Their errors are then three to four times
-// those of sums over taps.
+// Large tiles cancel more, and so add up fewer terms one by one. The root mean square of their errors is then
+// three to four times that of sums over taps.
 constexpr int short_chain = 64;
 
-constexpr int fewest_channels = 16,
-              fewest_of_large = 32;  // with fewer, the transforms take longer than they save
+// Channels: with fewer, the transforms of small tiles, or of large ones, take longer than they save.
+constexpr int fewest_channels = 16, fewest_of_large = 32;
 
 // A kernel at all points, and a bias, which may be null.
 template <int side_>
 class Winograd {
 public:
     static constexpr int points = TileSizes<side_>::points;
+
     // `memory`, if given, must not be used by others during the lifetime of this and its copies.
     Winograd(const Kernel& kernel, const float* bias, int threads = 1,
              std::shared_ptr<Floats> memory = std::make_shared<Floats>())

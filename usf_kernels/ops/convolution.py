@@ -1,11 +1,11 @@
 """Sequences of convolutions and ReLUs as one operation, where the extension is faster than PyTorch.
 
-Kernels of 3 x 3 run by Winograd's minimal filtering (arXiv:1509.09308), and so do both of their
-gradients: 16 multiplications where a sum over taps takes 36, with rounding errors of the same size. With
-32 channels at least and many positions in all maps of a batch, outputs and the gradients of inputs take 9
-for 36, with errors three to four times as large in root mean square. A value that is not finite may give
-NaN in all outputs of its tiles, up to three positions away. Values between two layers stay in channels-
-last memory, and a ReLU and its gradient are applied as a result is written.
+Kernels of 3 x 3 run by Winograd's minimal filtering (arXiv:1509.09308), and so do both of their gradients:
+16 multiplications where a sum over taps takes 36, with rounding errors of the same size. With 32 channels
+at least and many positions in all maps of a batch, outputs and the gradients of inputs take 9 for 36, with
+errors three to four times as large in root mean square. A value that is not finite may give NaN in all
+outputs of its tiles, up to three positions away. Values between two layers stay in channels-last memory,
+and a ReLU and its gradient are applied as a result is written.
 Kernels of 1 x 1 are products on rows or, if all layers are 1 x 1, on maps in place.
 """
 
