@@ -1,9 +1,14 @@
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
+#include <tuple>
 #include <vector>
 
+#include "anomaly_map.hpp"
 #include "bindings.hpp"
 #include "coupling_gradients.hpp"
 #include "norms.hpp"
@@ -53,6 +58,28 @@ void bind_ops(nb::module_& m) {
                           reinterpret_cast<const float*>(diagonal), reinterpret_cast<float*>(out), threads);
         },
         "matrix"_a, "stride"_a, "sizes"_a, "upper"_a, "diagonal"_a, "out"_a, "threads"_a);
+    m.def(
+        "pixel_products",
+        [](std::uintptr_t rows, const std::array<std::int64_t, 4>& sizes, std::uintptr_t out, int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto [batch, height, width, channels] = sizes;
+            pixel_products(reinterpret_cast<const float*>(rows), batch, height, width, channels,
+                           reinterpret_cast<float*>(out), threads);
+        },
+        "rows"_a, "sizes"_a, "out"_a, "threads"_a);
+    m.def(
+        "anomaly_map",
+        [](const std::vector<std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>>& scales,
+           bool with_neighbours, const std::array<std::int64_t, 3>& sizes, std::uintptr_t out, int threads) {
+            nb::gil_scoped_release unlocked;
+            std::vector<Scale> maps;
+            for (const auto& [address, channels, height, width] : scales)
+                maps.push_back(
+                    {reinterpret_cast<const float*>(address), with_neighbours, channels, height, width});
+            const auto [batch, height, width] = sizes;
+            anomaly_map(maps, batch, height, width, reinterpret_cast<float*>(out), threads);
+        },
+        "scales"_a, "with_neighbours"_a, "sizes"_a, "out"_a, "threads"_a);
     // All functions below return false, without writing anything, if there is no loop here for the strides.
     m.def(
         "squared_norm",

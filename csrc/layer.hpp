@@ -68,12 +68,13 @@ inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int th
 }
 
 // Calls body for stretches of rows that stay in the cache, with `numbers` numbers per row. Their length is a
-// multiple of a product's tiles.
+// multiple of the rows that keep a product's units busy; one of whole tiles would give threads unequal
+// shares.
 template <class Body>
 void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
-    constexpr std::int64_t tile = 12;
+    constexpr std::int64_t some = 4;
     const std::int64_t rows = call.maps.rows(), most = std::max(least_rows, cache_numbers / numbers);
-    const std::int64_t length = (stretch_length(rows, most, call.threads) + tile - 1) / tile * tile;
+    const std::int64_t length = (stretch_length(rows, most, call.threads) + some - 1) / some * some;
     team_for((rows + length - 1) / length, call.threads, [&](std::int64_t i) {
         const std::int64_t first = i * length;
         body(Stretch{call, first, static_cast<int>(std::min(length, rows - first)), scratch_of_thread()});

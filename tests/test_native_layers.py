@@ -8,7 +8,7 @@ import torch
 from helpers import layouts, max_error
 from torch import nn
 
-from usf_kernels.models import create_backbone, native_layers
+from usf_kernels.models import FastFlow, create_backbone, native_layers
 from usf_kernels.models.native_layers import (
     NARROWEST_PAIRS,
     PackedLinear,
@@ -299,3 +299,11 @@ def test_parameters_of_inference_mode_are_pytorchs():
     assert torch.equal(module(x), plain(x))
     plain.weight.normal_()  # of which nothing tells
     assert torch.equal(module(x), plain(x))
+
+
+def test_backbones_fused_in_inference_mode_run_in_the_extension():
+    model = FastFlow(create_backbone("test_resnet.r160_in1k", weights=None)).eval()
+    with torch.inference_mode():
+        fused = model.fuse()
+    assert not any(p.is_inference() for p in (*fused.parameters(), *fused.buffers()))
+    assert not any(p.requires_grad for p in fused.parameters())

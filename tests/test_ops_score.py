@@ -74,6 +74,29 @@ def test_several_scales_within_budget(dtype, size, interpolate):
     assert_within_budget(actual, naive_map([z.to(wide) for z in latents], size, interpolate), truth)
 
 
+@pytest.mark.parametrize("interpolate", ["likelihood", "latent"])
+def test_loops_of_the_extension(interpolate):
+    """Where gradients are recorded, PyTorch's operations run instead."""
+    latents = [torch.randn(3, 70, 40, 33), torch.randn(3, 5, 1, 9), torch.randn(3, 2, 7, 1)]
+    size = (150, 210)  # several tasks per image
+    expected = anomaly_map([z.double() for z in latents], size, interpolate=interpolate)
+    for maps in (latents, [z.contiguous(memory_format=torch.channels_last) for z in latents]):
+        found = anomaly_map(maps, size, interpolate=interpolate)
+        assert max_error(found, expected) < 1e-6
+        for i in range(3):
+            alone = anomaly_map([z[i : i + 1] for z in maps], size, interpolate=interpolate)
+            assert torch.equal(alone, found[i : i + 1])
+    leaf = latents[0].clone().requires_grad_()
+    recorded = anomaly_map([leaf, *latents[1:]], size, interpolate=interpolate)
+    assert max_error(recorded.detach(), expected) < 2e-6
+    recorded.sum().backward()
+    assert leaf.grad.abs().max() > 0
+    latents[0][1, 0, 2, 3] = torch.nan
+    assert anomaly_map(latents, size, interpolate=interpolate).isnan().any((1, 2, 3)).tolist() == [
+        False, True, False,
+    ]  # fmt: skip
+
+
 def test_two_readings_differ_between_pixels_and_agree_on_them():
     z = torch.randn(1, 3, 4, 4, dtype=torch.float64)
     assert max_error(anomaly_map(z, 4), anomaly_map(z, 4, interpolate="latent")) < 1e-14

@@ -66,6 +66,8 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: the features that a flow models must not move."""
         return super().train(False)
 
+    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
+    @torch.no_grad()
     def fuse(self, dtype: torch.dtype | None = None) -> Backbone:
         """Return a channels-last copy for inference, with batch norms folded into the convolutions in front.
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from usf_kernels.models.kept import Kept
+from usf_kernels.nn.capture import is_capturing
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.ops.checks import check_int
-from usf_kernels.ops.native import memory_format
+from usf_kernels.ops.native import is_observed, memory_format
 
 
 def check_encoding_channels(channels: int) -> None:
@@ -90,7 +91,9 @@ class Encodings:
         if flow.cond_channels == 0:
             return None
         key = tuple(maps.shape[2:]), maps.device
-        return self._projected.get(key, flow.parameters(), lambda: self._project(flow, *key))
+        if is_observed() or is_capturing():
+            return self._project(flow, *key)
+        return self._projected.get(key, flow.weights, lambda: self._project(flow, *key))
 
     def _project(self, flow: FusedFlow, size: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
         return flow.project(positional_encoding(self.channels, *size, dtype=flow.dtype, device=device)[None])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels.nn.capture import is_capturing
-from usf_kernels.nn.weights import state_of
+from usf_kernels.nn.weights import Weights, state_of
 from usf_kernels.ops.native import is_observed
 
 MOST = 4
@@ -32,14 +32,16 @@ class Kept(Generic[Value]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: Hashable, tensors: Iterable[Tensor], make: Callable[[], Value]) -> Value:
-        """Return `make()`, or its earlier value for this key if the tensors have not changed since."""
-        tensors = list(tensors)
+    def get(self, key: Hashable, tensors: Iterable[Tensor] | Weights, make: Callable[[], Value]) -> Value:
+        """Return `make()`, or its earlier value for this key if the tensors have not changed since. A module
+        with many tensors can keep a `Weights` of them, which is another object once they have changed."""
+        weights = tensors if isinstance(tensors, Weights) else None
+        tensors = [] if weights else list(tensors)
         if is_observed() or is_capturing() or any(t.is_inference() for t in tensors):
             return make()
         # Hold views, so that the memory is not freed and its address not given to other tensors.
         tensors = [t.detach() for t in tensors]
-        state = state_of(tensors)
+        state = weights or state_of(tensors)
         entry = self._entries.pop(key, None)
         if entry is None or entry.state != state:
             entry = _Entry(tensors, state, _make_ordinary(make))

@@ -85,6 +85,8 @@ class ScoredModel(nn.Module):
             return None
         return Null.from_list(self.null_parameters.tolist(), tail=TAIL, tests=TESTS)
 
+    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
+    @torch.no_grad()
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return the inference form: the same model, faster and without a loss.
 

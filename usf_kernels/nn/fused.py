@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from usf_kernels.nn.fused_blocks import add_log_dets
 from usf_kernels.nn.fused_maps import Reorder, squared_norm
 from usf_kernels.nn.maps import to_maps
 from usf_kernels.nn.stage_run import StageRun, blocks_of
+from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import native
 from usf_kernels.ops.checks import check_features, compute_dtype, count_positions
 from usf_kernels.ops.rows import rows_of
@@ -44,6 +46,7 @@ class FusedFlow(nn.Module):
         # Log-det of the linear maps; a Python float keeps its digits whatever the dtype.
         self.log_det_per_position = log_det
         self.register_buffer("_like", torch.zeros((), device="cpu"), persistent=False)
+        self._weights: Weights | None = None
         self._ranks = {
             rank for stage in stages for block in blocks_of(stage) for rank in block.conditioner.ranks()
         }
@@ -101,6 +104,13 @@ class FusedFlow(nn.Module):
             log_det += row_log_det
         sizes = (x.shape[0], *x.shape[2:])
         return norm.view(sizes), log_det.view(sizes)
+
+    @property
+    def weights(self) -> Weights:
+        """The weights of all stages as they are: the same object as long as they do not change."""
+        if self._weights is None or self._weights.outdated:
+            self._weights = Weights(self.stages.modules())
+        return self._weights
 
     def capture(self, x: Tensor, cond: Tensor | None = None) -> CapturedCall:
         """Record `forward` as a CUDA graph for inputs of these shapes and dtypes: see `CapturedCall`."""
@@ -194,6 +204,9 @@ class FusedFlow(nn.Module):
                 f"cond: expected what `project` returns, (1 or {x.shape[0]}, {positions}, D) for each D of "
                 f"{widths}, found {found}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weights": None}  # a snapshot of these tensors, not of a copy's
 
     def get_extra_state(self) -> Tensor:
         """Entry of the state_dict besides buffers: the log-determinant of the linear maps, 0-d float64."""

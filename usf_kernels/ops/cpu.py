@@ -5,6 +5,7 @@ Second derivatives, and tensors that the extension may not read, use the operati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,12 @@ class _SquaredNorm(torch.autograd.Function):
 @on_cpu("squared_norm")
 def squared_norm(z: Tensor) -> Tensor:
     return _SquaredNorm.apply(z) if _records(z) else native.squared_norm(z)
+
+
+@on_cpu("anomaly_map")
+def anomaly_map(latents: Sequence[Tensor], size: tuple[int, int], interpolate: str) -> Tensor:
+    run = reference.anomaly_map if _records(*latents) else native.anomaly_map
+    return run(latents, size, interpolate)
 
 
 if products.MULTIPLIES:  # `apply_matrix` uses the extension where nothing is recorded

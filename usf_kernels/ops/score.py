@@ -10,7 +10,7 @@ from torch import Tensor
 
 from usf_kernels.kernels.layout import empty_output
 from usf_kernels.ops import reference
-from usf_kernels.ops.checks import check_choice, check_features, check_size
+from usf_kernels.ops.checks import check_choice, check_features, check_size, compute_dtype
 from usf_kernels.ops.dispatch import (
     define,
     differentiates_again,
@@ -83,6 +83,8 @@ def anomaly_map(
             raise ValueError(f"latents[{i}]: expected batch size {batch} as latents[0], found {z.shape[0]}")
     height_width = check_size(size)
     check_choice("interpolate", interpolate, ("likelihood", "latent"))
+    if impl is None and latents[0].is_cpu:  # the extension's loops take float32
+        latents = [z.to(compute_dtype(*latents)) for z in latents]
     return implementation("anomaly_map", impl, *latents)(latents, height_width, interpolate)
 
 

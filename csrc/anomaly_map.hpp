@@ -1,0 +1,166 @@
+// Anomaly maps of latents at several scales, resized and averaged in one pass over the result.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "coupling_loops.hpp"
+
+namespace usf {
+
+// Small maps of inner products of a scale's latents, [batch, height, width] each.
+struct Scale {
+    const float* own;  // of every pixel with itself: its squared norm
+    // Of every pixel with its right and its lower neighbour, and half the sum of those along the diagonals
+    // between the four; of pixels at the end of an axis, of no meaning. All follow `own`, in this order.
+    bool with_neighbours;
+    std::int64_t channels, height, width;
+};
+
+// Of every output along a resized axis, its two sources and their weights (align_corners=False).
+struct Resize {
+    std::vector<std::int32_t> first, second;
+    std::vector<float> near, far;
+
+    Resize(std::int64_t from, std::int64_t to) : first(to), second(to), near(to), far(to) {
+        const double ratio = static_cast<double>(from) / static_cast<double>(to);
+        for (std::int64_t i = 0; i < to; ++i) {
+            const double place = std::clamp((i + 0.5) * ratio - 0.5, 0.0, static_cast<double>(from - 1));
+            first[i] = static_cast<std::int32_t>(place);
+            second[i] = static_cast<std::int32_t>(std::min<std::int64_t>(first[i] + 1, from - 1));
+            far[i] = static_cast<float>(place - first[i]);
+            near[i] = 1 - far[i];
+        }
+    }
+};
+
+USF_INLINE float dot(const float* a, const float* b, std::int64_t n) {
+    constexpr int lanes = 32;
+    float part[lanes] = {};
+    std::int64_t c = 0;
+    for (; c + lanes <= n; c += lanes)
+        for (int lane = 0; lane < lanes; ++lane) part[lane] += a[c + lane] * b[c + lane];
+    for (int lane = 0; c < n; ++c, ++lane) part[lane] += a[c] * b[c];
+    return fold(part);
+}
+
+// Inner products of a row of `width` pixels, [width, channels], with the same row and the next one (the same
+// again if it is the last). Writes own, right, down and diagonals, `apart` numbers from each other.
+USF_CLONES inline void products_of_row(const float* row, const float* next, std::int64_t width,
+                                       std::int64_t channels, std::int64_t apart, float* out) {
+    for (std::int64_t x = 0; x < width; ++x, row += channels, next += channels, ++out) {
+        const std::int64_t step = x + 1 < width ? channels : 0;
+        out[0] = dot(row, row, channels);
+        out[apart] = dot(row, row + step, channels);
+        out[2 * apart] = dot(row, next, channels);
+        out[3 * apart] = 0.5f * (dot(row, next + step, channels) + dot(row + step, next, channels));
+    }
+}
+
+// Writes the four maps of latents [batch, height, width, channels].
+inline void pixel_products(const float* z, std::int64_t batch, std::int64_t height, std::int64_t width,
+                           std::int64_t channels, float* out, int threads) {
+    const std::int64_t line = width * channels;
+    team_for(batch * height, threads, [&](std::int64_t i) {
+        const float* const row = z + i * line;
+        products_of_row(row, i % height + 1 < height ? row + line : row, width, channels,
+                        batch * height * width, out + i * width);
+    });
+}
+
+// 1 - exp(-u / 2C)
+USF_CLONES inline void to_anomalies(const float* norms, std::int64_t n, std::int64_t channels, float* out) {
+    const float factor = -0.5f / static_cast<float>(channels);
+    for (std::int64_t i = 0; i < n; ++i) out[i] = -fast_expm1(factor * norms[i]);
+}
+
+// out = near * a + far * b
+USF_CLONES inline void blend(const float* a, const float* b, float near, float far, std::int64_t n,
+                             float* __restrict out) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = near * a[i] + far * b[i];
+}
+// The squared norm of near * a + far * b, from the squared norms of a and b and their product.
+USF_CLONES inline void blend_norms(const float* a, const float* b, const float* product, float near,
+                                   float far, std::int64_t n, float* __restrict out) {
+    for (std::int64_t i = 0; i < n; ++i)
+        out[i] = near * near * a[i] + far * far * b[i] + 2 * near * far * product[i];
+}
+
+USF_CLONES inline void add_resized(const float* row, const Resize& to, float* __restrict out) {
+    const std::int32_t *const first = to.first.data(), *const second = to.second.data();
+    const float *const near = to.near.data(), *const far = to.far.data();
+    const std::int64_t n = std::ssize(to.first);
+    for (std::int64_t i = 0; i < n; ++i) out[i] += near[i] * row[first[i]] + far[i] * row[second[i]];
+}
+// Adds 1 - exp(-u / 2C) for the resized squared norms u.
+USF_CLONES inline void add_resized_norms(const float* norms, const float* products, std::int64_t channels,
+                                         const Resize& to, float* __restrict out) {
+    const std::int32_t *const first = to.first.data(), *const second = to.second.data();
+    const float *const near = to.near.data(), *const far = to.far.data();
+    const std::int64_t n = std::ssize(to.first);
+    const float factor = -0.5f / static_cast<float>(channels);
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float a = near[i], b = far[i];
+        const float norm =
+            a * a * norms[first[i]] + b * b * norms[second[i]] + 2 * a * b * products[first[i]];
+        // Where the corners cancel, rounding may leave a negative number.
+        out[i] -= fast_expm1(factor * (norm < 0 ? 0 : norm));
+    }
+}
+USF_CLONES inline void divide(float by, std::int64_t n, float* out) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] /= by;
+}
+
+// Adds row y of a resized scale to `out`. Rows are blended first, then columns. Squared norms of resized
+// latents are quadratic in these, hence the products with neighbours; other maps hold anomalies already.
+inline void add_row(const Scale& scale, std::int64_t batch, std::int64_t image, const Resize& rows,
+                    const Resize& columns, std::int64_t y, float* scratch, float* out) {
+    const std::int64_t width = scale.width, apart = batch * scale.height * width;
+    const float* const map = scale.own + image * scale.height * width;
+    const float *a = map + rows.first[y] * width, *b = map + rows.second[y] * width;
+    const float near = rows.near[y], far = rows.far[y];
+    if (!scale.with_neighbours) {
+        blend(a, b, near, far, width, scratch);
+        return add_resized(scratch, columns, out);
+    }
+    float* const products = scratch + width;
+    blend_norms(a, b, a + 2 * apart, near, far, width, scratch);
+    blend_norms(a + apart, b + apart, a + 3 * apart, near, far, width, products);
+    add_resized_norms(scratch, products, scale.channels, columns, out);
+}
+
+// Writes the average over the scales, [batch, height, width].
+inline void anomaly_map(const std::vector<Scale>& scales, std::int64_t batch, std::int64_t height,
+                        std::int64_t width, float* out, int threads) {
+    std::vector<Resize> rows, columns;
+    std::vector<std::vector<float>> anomalies(scales.size());
+    std::vector<Scale> maps = scales;
+    std::int64_t widest = 0;
+    for (std::size_t i = 0; i < scales.size(); ++i) {
+        const Scale& scale = scales[i];
+        rows.emplace_back(scale.height, height);
+        columns.emplace_back(scale.width, width);
+        widest = std::max(widest, scale.width);
+        if (scale.with_neighbours) continue;
+        // Bilinear weights sum to one: 1 - exp(.) may be resized in place of exp(.).
+        anomalies[i].resize(batch * scale.height * scale.width);
+        to_anomalies(scale.own, std::ssize(anomalies[i]), scale.channels, anomalies[i].data());
+        maps[i].own = anomalies[i].data();
+    }
+    const std::int64_t each = std::max<std::int64_t>(1, stretch_elements / width);  // rows per task
+    const std::int64_t tasks = (height + each - 1) / each;
+    team_for(batch * tasks, threads, [&](std::int64_t task) {
+        std::vector<float> scratch(2 * widest);
+        const std::int64_t image = task / tasks, first = task % tasks * each;
+        for (std::int64_t y = first; y < std::min(first + each, height); ++y) {
+            float* const row = out + (image * height + y) * width;
+            std::fill_n(row, width, 0.0f);
+            for (std::size_t i = 0; i < maps.size(); ++i)
+                add_row(maps[i], batch, image, rows[i], columns[i], y, scratch.data(), row);
+            divide(static_cast<float>(maps.size()), width, row);
+        }
+    });
+}
+
+}  // namespace usf
