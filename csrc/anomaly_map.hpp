@@ -35,16 +35,6 @@ struct Resize {
     }
 };
 
-USF_INLINE float dot(const float* a, const float* b, std::int64_t n) {
-    constexpr int lanes = 32;
-    float part[lanes] = {};
-    std::int64_t c = 0;
-    for (; c + lanes <= n; c += lanes)
-        for (int lane = 0; lane < lanes; ++lane) part[lane] += a[c + lane] * b[c + lane];
-    for (int lane = 0; c < n; ++c, ++lane) part[lane] += a[c] * b[c];
-    return fold(part);
-}
-
 // Inner products of a row of `width` pixels, [width, channels], with the same row and the next one (the same
 // again if it is the last). Writes own, right, down and diagonals, `apart` numbers from each other.
 USF_CLONES inline void products_of_row(const float* row, const float* next, std::int64_t width,

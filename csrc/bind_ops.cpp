@@ -11,6 +11,7 @@
 #include "anomaly_map.hpp"
 #include "bindings.hpp"
 #include "coupling_gradients.hpp"
+#include "inverse.hpp"
 #include "norms.hpp"
 #include "sums.hpp"
 #include "triangle.hpp"
@@ -80,6 +81,15 @@ void bind_ops(nb::module_& m) {
             anomaly_map(maps, batch, height, width, reinterpret_cast<float*>(out), threads);
         },
         "scales"_a, "with_neighbours"_a, "sizes"_a, "out"_a, "threads"_a);
+#ifdef USF_PRODUCTS
+    m.def(
+        "invert",
+        [](std::uintptr_t matrix, std::int64_t n, std::uintptr_t out, int threads) {
+            nb::gil_scoped_release unlocked;
+            return invert(reinterpret_cast<const float*>(matrix), n, reinterpret_cast<float*>(out), threads);
+        },
+        "matrix"_a, "n"_a, "out"_a, "threads"_a);
+#endif
     // All functions below return false, without writing anything, if there is no loop here for the strides.
     m.def(
         "squared_norm",

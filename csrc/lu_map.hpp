@@ -50,15 +50,8 @@ inline double sum_of_logs(const float* values, int count) {
     return total;
 }
 
-// Sum of a * b, in many short sums, so that rounding errors grow little with the number of channels.
-USF_CLONES inline float dot(const float* a, const float* b, int count) {
-    constexpr int lanes = 32;
-    float part[lanes] = {};
-    int i = 0;
-    for (; i + lanes <= count; i += lanes)
-        for (int lane = 0; lane < lanes; ++lane) part[lane] += a[i + lane] * b[i + lane];
-    for (int lane = 0; i < count; ++i, ++lane) part[lane] += a[i] * b[i];
-    return fold(part);
+USF_CLONES inline float image_of_row(const float* row, const float* x, int count) {
+    return dot(row, x, count);
 }
 
 USF_CLONES inline void multiply_by(const float* factors, int count, float* __restrict row) {
@@ -81,7 +74,7 @@ inline float lu_map(const LuParameters& given, const float* bias, float* matrix,
             const int first = static_cast<int>(block) * some;
             for (int o = first; o < std::min(first + some, channels); ++o) {
                 float* const row = matrix + std::int64_t{o} * channels;
-                moved[o] = dot(row, given.offset, channels) + (bias ? bias[o] : 0.0f);
+                moved[o] = image_of_row(row, given.offset, channels) + (bias ? bias[o] : 0.0f);
                 multiply_by(scale.data(), channels, row);
             }
         });

@@ -44,15 +44,7 @@ inline void norms_of_maps(const float* z, std::int64_t stride, std::int64_t chan
 // Squared norms of one row after the other.
 USF_CLONES inline void norms_of_rows(const float* z, std::int64_t stride, std::int64_t rows,
                                      std::int64_t channels, float* out) {
-    constexpr int lanes = 32;
-    for (std::int64_t r = 0; r < rows; ++r, z += stride) {
-        float part[lanes] = {};
-        std::int64_t c = 0;
-        for (; c + lanes <= channels; c += lanes)
-            for (int lane = 0; lane < lanes; ++lane) part[lane] += z[c + lane] * z[c + lane];
-        for (int lane = 0; c < channels; ++c, ++lane) part[lane] += z[c] * z[c];
-        out[r] = fold(part);
-    }
+    for (std::int64_t r = 0; r < rows; ++r, z += stride) out[r] = dot(z, z, channels);
 }
 
 // Writes the squared norms to out [batch, positions]; returns false for a layout without a loop here.

@@ -61,8 +61,8 @@ inline void widen_to(const float* from, std::int64_t n, float* to) {
 }
 
 // Adds up partial sums by halves.
-template <int lanes>
-USF_INLINE float fold(float (&part)[lanes]) {
+template <class T, int lanes>
+USF_INLINE T fold(T (&part)[lanes]) {
     for (int half = lanes / 2; half > 0; half /= 2)
         for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
     return part[0];
@@ -76,6 +76,17 @@ USF_INLINE float sum(const float* values, std::int64_t n) {
     for (; j + lanes <= n; j += lanes)
         for (int lane = 0; lane < lanes; ++lane) part[lane] += values[j + lane];
     for (int lane = 0; j < n; ++j, ++lane) part[lane] += values[j];
+    return fold(part);
+}
+
+// Inner product, in as many short sums.
+template <int lanes = 32, class A, class B>
+USF_INLINE B dot(const A* a, const B* b, std::int64_t n) {
+    B part[lanes] = {};
+    std::int64_t j = 0;
+    for (; j + lanes <= n; j += lanes)
+        for (int lane = 0; lane < lanes; ++lane) part[lane] += a[j + lane] * b[j + lane];
+    for (int lane = 0; j < n; ++j, ++lane) part[lane] += a[j] * b[j];
     return fold(part);
 }
 

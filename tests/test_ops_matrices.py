@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from usf_kernels.nn import FlowStep
 from usf_kernels.ops import matrices, native_lu_map, products
-from usf_kernels.ops.matrices import apply_matrix, matrix_gradient
+from usf_kernels.ops.matrices import accurate_inverse, apply_matrix, matrix_gradient
 
 TRIANGLES = {-1: torch.tril, 0: torch.clone, 1: torch.triu}
 needs_products = pytest.mark.skipif(not products.MULTIPLIES, reason="built without products")
@@ -142,3 +142,25 @@ def test_training_takes_the_extension(monkeypatch, memory_format):
     step(x)[0].square().sum().backward()
     assert [taken.count(name) for name in ("outer_product", "lu_map", "gradients")] == [1, 1, 1]
     assert ("row_product" in taken) == (memory_format == torch.channels_last)
+
+
+@needs_products
+@given(st.integers(1, 80))
+def test_inverses_are_rounded_once(channels):
+    scale = channels**-0.5
+    lower = torch.tril(scale * torch.randn(channels, channels), -1) + torch.eye(channels)
+    upper = torch.triu(scale * torch.randn(channels, channels), 1) + torch.diag(torch.rand(channels) + 0.5)
+    matrix = (lower @ upper).mT.contiguous().mT  # in either memory order
+    found, truth = products.inverse(matrix), torch.linalg.inv(matrix.double())
+    assert torch.equal(found, accurate_inverse(matrix))
+    assert (found - truth).abs().max() <= 2**-24 * truth.abs().max()
+
+
+def test_inverses_that_need_rows_exchanged_are_pytorchs():
+    matrix = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    assert products.inverse(matrix) is None
+    assert torch.equal(accurate_inverse(matrix), torch.tensor([[0.0, 1.0], [0.5, 0.0]]))
+    assert accurate_inverse(torch.zeros(0, 0)).shape == (0, 0)
+    leaf = torch.eye(3).requires_grad_()
+    accurate_inverse(leaf).sum().backward()
+    assert torch.equal(leaf.grad, -torch.ones(3, 3))

@@ -114,6 +114,10 @@ def lu_inverse(lower: Tensor, upper: Tensor) -> Tensor:
 def accurate_inverse(matrix: Tensor) -> Tensor:
     """Invert in float64 the rounded product: inverses of its factors would be up to 25 times further from
     undoing it, and every step of a reversible backward pass adds to the error."""
+    if products.MULTIPLIES and native.accepts(matrix) and not matrix.requires_grad:
+        inverse = products.inverse(matrix)
+        if inverse is not None:
+            return inverse
     device = "cpu" if matrix.device.type == "mps" else matrix.device  # MPS has no float64
     # `inv_ex` does not wait for a GPU to report a singular matrix; the results are then not finite.
     return torch.linalg.inv_ex(matrix.to(device, torch.float64)).inverse.to(matrix)

@@ -89,6 +89,14 @@ def map_product(
     return y
 
 
+def inverse(matrix: Tensor) -> Tensor | None:
+    """Invert a matrix (C, C) in float64 without exchanging rows, two to three times as fast as LAPACK with
+    them; None where that loses digits, which it does not for products of an LU map's factors."""
+    matrix, out = matrix.contiguous(), matrix.new_empty(matrix.shape)
+    done = _core.invert(matrix.data_ptr(), len(matrix), out.data_ptr(), threads_for(len(matrix) ** 3))
+    return out if done else None
+
+
 def row_product(
     matrix: Tensor,
     x: Tensor,
