@@ -21,16 +21,16 @@ struct Scale {
 // Of every output along a resized axis, its two sources and their weights (align_corners=False).
 struct Resize {
     std::vector<std::int32_t> first, second;
-    std::vector<float> near, far;
+    std::vector<float> of_first, of_second;
 
-    Resize(std::int64_t from, std::int64_t to) : first(to), second(to), near(to), far(to) {
+    Resize(std::int64_t from, std::int64_t to) : first(to), second(to), of_first(to), of_second(to) {
         const double ratio = static_cast<double>(from) / static_cast<double>(to);
         for (std::int64_t i = 0; i < to; ++i) {
             const double place = std::clamp((i + 0.5) * ratio - 0.5, 0.0, static_cast<double>(from - 1));
             first[i] = static_cast<std::int32_t>(place);
             second[i] = static_cast<std::int32_t>(std::min<std::int64_t>(first[i] + 1, from - 1));
-            far[i] = static_cast<float>(place - first[i]);
-            near[i] = 1 - far[i];
+            of_second[i] = static_cast<float>(place - first[i]);
+            of_first[i] = 1 - of_second[i];
         }
     }
 };
@@ -65,33 +65,35 @@ USF_CLONES inline void to_anomalies(const float* norms, std::int64_t n, std::int
     for (std::int64_t i = 0; i < n; ++i) out[i] = -fast_expm1(factor * norms[i]);
 }
 
-// out = near * a + far * b
-USF_CLONES inline void blend(const float* a, const float* b, float near, float far, std::int64_t n,
+// out = of_first * a + of_second * b
+USF_CLONES inline void blend(const float* a, const float* b, float of_first, float of_second, std::int64_t n,
                              float* __restrict out) {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = near * a[i] + far * b[i];
+    for (std::int64_t i = 0; i < n; ++i) out[i] = of_first * a[i] + of_second * b[i];
 }
-// The squared norm of near * a + far * b, from the squared norms of a and b and their product.
-USF_CLONES inline void blend_norms(const float* a, const float* b, const float* product, float near,
-                                   float far, std::int64_t n, float* __restrict out) {
+// The squared norm of of_first * a + of_second * b, from the squared norms of a and b and their product.
+USF_CLONES inline void blend_norms(const float* a, const float* b, const float* product, float of_first,
+                                   float of_second, std::int64_t n, float* __restrict out) {
     for (std::int64_t i = 0; i < n; ++i)
-        out[i] = near * near * a[i] + far * far * b[i] + 2 * near * far * product[i];
+        out[i] =
+            of_first * of_first * a[i] + of_second * of_second * b[i] + 2 * of_first * of_second * product[i];
 }
 
 USF_CLONES inline void add_resized(const float* row, const Resize& to, float* __restrict out) {
     const std::int32_t *const first = to.first.data(), *const second = to.second.data();
-    const float *const near = to.near.data(), *const far = to.far.data();
+    const float *const of_first = to.of_first.data(), *const of_second = to.of_second.data();
     const std::int64_t n = std::ssize(to.first);
-    for (std::int64_t i = 0; i < n; ++i) out[i] += near[i] * row[first[i]] + far[i] * row[second[i]];
+    for (std::int64_t i = 0; i < n; ++i)
+        out[i] += of_first[i] * row[first[i]] + of_second[i] * row[second[i]];
 }
 // Adds 1 - exp(-u / 2C) for the resized squared norms u.
 USF_CLONES inline void add_resized_norms(const float* norms, const float* products, std::int64_t channels,
                                          const Resize& to, float* __restrict out) {
     const std::int32_t *const first = to.first.data(), *const second = to.second.data();
-    const float *const near = to.near.data(), *const far = to.far.data();
+    const float *const of_first = to.of_first.data(), *const of_second = to.of_second.data();
     const std::int64_t n = std::ssize(to.first);
     const float factor = -0.5f / static_cast<float>(channels);
     for (std::int64_t i = 0; i < n; ++i) {
-        const float a = near[i], b = far[i];
+        const float a = of_first[i], b = of_second[i];
         const float norm =
             a * a * norms[first[i]] + b * b * norms[second[i]] + 2 * a * b * products[first[i]];
         // Where the corners cancel, rounding may leave a negative number.
@@ -109,14 +111,14 @@ inline void add_row(const Scale& scale, std::int64_t batch, std::int64_t image, 
     const std::int64_t width = scale.width, apart = batch * scale.height * width;
     const float* const map = scale.own + image * scale.height * width;
     const float *a = map + rows.first[y] * width, *b = map + rows.second[y] * width;
-    const float near = rows.near[y], far = rows.far[y];
+    const float of_first = rows.of_first[y], of_second = rows.of_second[y];
     if (!scale.with_neighbours) {
-        blend(a, b, near, far, width, scratch);
+        blend(a, b, of_first, of_second, width, scratch);
         return add_resized(scratch, columns, out);
     }
     float* const products = scratch + width;
-    blend_norms(a, b, a + 2 * apart, near, far, width, scratch);
-    blend_norms(a + apart, b + apart, a + 3 * apart, near, far, width, products);
+    blend_norms(a, b, a + 2 * apart, of_first, of_second, width, scratch);
+    blend_norms(a + apart, b + apart, a + 3 * apart, of_first, of_second, width, products);
     add_resized_norms(scratch, products, scale.channels, columns, out);
 }
 

@@ -79,7 +79,7 @@ USF_INLINE float sum(const float* values, std::int64_t n) {
     return fold(part);
 }
 
-// Inner product, in as many short sums.
+// Inner product, in many short sums.
 template <int lanes = 32, class A, class B>
 USF_INLINE B dot(const A* a, const B* b, std::int64_t n) {
     B part[lanes] = {};

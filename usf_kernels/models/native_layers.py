@@ -1,7 +1,8 @@
-"""Layers of frozen networks that run in the C++ extension where it is faster than PyTorch."""
+"""Layers of frozen networks that run faster than PyTorch's: in the C++ extension, or in the cache."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -98,13 +99,21 @@ class PackedLinear(_Native, nn.Linear):
         return self._run(rows, 1, len(rows)).view(*x.shape[:-1], self.out_features)
 
 
+def _kinds() -> list[type[nn.Module]]:
+    if "timm.models.cait" not in sys.modules:  # timm is an extra, and takes long to import
+        return [TiledConv2d, PackedLinear]
+    from usf_kernels.models.talking_heads import CachedTalkingHeads
+
+    return [TiledConv2d, PackedLinear, CachedTalkingHeads]
+
+
 def use_extension_(network: nn.Module) -> bool:
-    """Turn every suitable layer of a network into a `TiledConv2d` or `PackedLinear`, in place. Return whether
-    there were such convolutions, which want channels-last memory.
+    """Turn every suitable layer of a network into a `TiledConv2d`, `PackedLinear` or `CachedTalkingHeads`, in
+    place. Return whether there were such convolutions, which want channels-last memory.
 
     Parameters, hooks and the state_dict stay the same. `use_pytorch_` undoes it.
     """
-    found = {kind: [m for m in network.modules() if kind.takes(m)] for kind in (TiledConv2d, PackedLinear)}
+    found = {kind: [m for m in network.modules() if kind.takes(m)] for kind in _kinds()}
     for kind, modules in found.items():
         for module in modules:
             module.__class__ = kind
@@ -112,9 +121,8 @@ def use_extension_(network: nn.Module) -> bool:
 
 
 def use_pytorch_(network: nn.Module) -> None:
-    """Undo `use_extension_`: turn the layers into PyTorch's again."""
+    """Undo `use_extension_`: turn the layers into PyTorch's, or timm's, again."""
     for module in network.modules():
-        for kind, own in ((TiledConv2d, nn.Conv2d), (PackedLinear, nn.Linear)):
-            if type(module) is kind:
-                module.__class__ = own
-                module.__dict__.pop("_layer", None)
+        if type(module) in _kinds():
+            module.__class__ = type(module).__bases__[-1]
+            module.__dict__.pop("_layer", None)
