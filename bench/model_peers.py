@@ -174,7 +174,7 @@ def fastflow(backbone: str, side: int) -> Peer:
 
 
 def uflow(backbone: str, side: int) -> Peer:
-    """Make U-Flow; for MS-CaiT only its flow, which must be given features."""
+    """Make U-Flow; for "MS-CaiT" only its flow, which must be given features, for "ms_cait" all of it."""
     import timm
     from anomalib.models.image.uflow import torch_model
 
@@ -188,7 +188,8 @@ def uflow(backbone: str, side: int) -> Peer:
         return create(*arguments, **{**options, "pretrained": False})
 
     with patch.object(timm, "create_model", without_weights):  # it has no option against trained weights
-        return Uflow(torch_model.UflowModel((side, side), backbone=backbone))
+        name = "mcait" if backbone == "ms_cait" else backbone
+        return Uflow(torch_model.UflowModel((side, side), backbone=name))
 
 
 def cflow(backbone: str, side: int, rows: int = ROWS) -> Peer:

@@ -36,6 +36,7 @@ class Spec:
         side: side of the images.
         final_norm: put maps through the norm with which the network ends, as the papers do with transformers.
         given: (channels, strides) of features where there is no backbone, and only the flow is timed.
+        forms: (coupling, linear) of our models.
     """
 
     model: str
@@ -44,11 +45,12 @@ class Spec:
     side: int = 256
     final_norm: bool = False
     given: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    forms: tuple[tuple[str, str], ...] = FORMS
 
     @property
     def title(self) -> str:
         """Name of the model, to be read by people."""
-        return f"{self.model} {self.backbone} {self.side}^2"
+        return f"{self.model} {self.backbone.replace('ms_cait', 'MS-CaiT')} {self.side}^2"
 
     def ours(self, coupling: str, linear: str, memory: str = "standard") -> FeatureFlow:
         """Make our model, in evaluation mode, with couplings that are not the identity; always the same."""
@@ -65,8 +67,9 @@ class Spec:
     @cached_property
     def _backbone(self) -> models.Backbone:
         if self.given is None:
+            stages = self.stages or None
             return models.create_backbone(
-                self.backbone, weights=None, out_indices=self.stages, final_norm=self.final_norm
+                self.backbone, weights=None, out_indices=stages, final_norm=self.final_norm
             )
         network = nn.Module()
         channels, strides = self.given
@@ -94,6 +97,8 @@ SPECS = (
     Spec("CFlow", "resnet18", (2, 3, 4)),
     Spec("CFlow", "wide_resnet50_2", (2, 3, 4)),
 )
+# With its 400 million weights: once from images, in one form, since a process holds about ten copies of them.
+LARGE = Spec("UFlow", "ms_cait", side=448, forms=FORMS[:1])
 
 Inputs = list[Tensor]  # one batch of images, or features
 
@@ -164,7 +169,7 @@ def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
     device = inputs[0].device
     narrow = [x.to(memory_format=torch.channels_last) for x in inputs]
     first = [x[:1] for x in inputs]
-    for coupling, linear in FORMS:
+    for coupling, linear in spec.forms:
         model = spec.ours(coupling, linear)
         check = partial(_right, run, deepcopy(model), first)
         model, name = model.to(device), f"{coupling}, {linear.replace('lu', 'LU')}"
@@ -201,7 +206,7 @@ def _inference(run: Run, spec: Spec, inputs: Inputs) -> Iterator[Provider]:
 def _training(spec: Spec, inputs: Inputs) -> Iterator[Provider]:
     """Yield all providers of forward and backward from images on, without the optimiser."""
     device = inputs[0].device
-    for coupling, linear in FORMS:
+    for coupling, linear in spec.forms:
         for mode, memory in MODES.items():
             model = spec.ours(coupling, linear, memory).to(device).train()
             yield Provider(
@@ -279,6 +284,9 @@ def _cases() -> Iterator[Case]:
                     seconds=8.0,
                     quick=batch == 1 and spec.backbone == "resnet18",
                 )
+    columns = {"batch": 1, "side": LARGE.side}
+    run = partial(_providers, LARGE, "", 1)
+    yield Case(f"{LARGE.title}, batch 1", run, columns, seconds=8.0, quick=False)
 
 
 SUBJECT = Subject(
