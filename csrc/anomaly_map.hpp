@@ -28,7 +28,8 @@ struct Resize {
         for (std::int64_t i = 0; i < to; ++i) {
             const double place = std::clamp((i + 0.5) * ratio - 0.5, 0.0, static_cast<double>(from - 1));
             first[i] = static_cast<std::int32_t>(place);
-            second[i] = static_cast<std::int32_t>(std::min<std::int64_t>(first[i] + 1, from - 1));
+            // Where nothing is resized, values that are not finite stay where they are.
+            second[i] = from == to ? first[i] : std::min(first[i] + 1, static_cast<std::int32_t>(from - 1));
             of_second[i] = static_cast<float>(place - first[i]);
             of_first[i] = 1 - of_second[i];
         }

@@ -393,3 +393,33 @@ def test_calibration_needs_images_and_keeps_the_mode(backbone, images):
     with pytest.raises(ValueError, match="features: expected maps with"):
         model.calibrate([maps[:, :1] for maps in model.features(images)])
     assert model.training
+
+
+def test_projections_follow_stages_that_are_replaced(backbone, images):
+    fused, other = (cflow(backbone, images).fuse() for _ in range(2))
+    with torch.no_grad():
+        for weight in other.flows.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    features = fused.features(images)
+    expected, _ = other.latents(features)
+    fused.latents(features)
+    for mine, theirs in zip(fused.flows, other.flows, strict=True):
+        mine.stages = theirs.stages
+    for found, z in zip(fused.latents(features)[0], expected, strict=True):
+        assert torch.equal(found, z)
+
+
+def test_conditioners_of_fused_flows_may_be_replaced(backbone, images):
+    fused, other = cflow(backbone, images).fuse(), cflow(backbone, images).fuse()
+    with torch.no_grad():
+        for weight in other.flows.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    features = fused.features(images)
+    before, _ = fused.latents(features)
+    for mine, theirs in zip(fused.flows.modules(), other.flows.modules(), strict=True):
+        if hasattr(mine, "conditioner"):
+            mine.conditioner = theirs.conditioner
+    found, _ = fused.latents(features)
+    assert not torch.equal(found[0], before[0])
+    for a, b in zip(found, copy.deepcopy(fused).latents(features)[0], strict=True):
+        assert torch.equal(a, b)

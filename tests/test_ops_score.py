@@ -97,6 +97,14 @@ def test_loops_of_the_extension(interpolate):
     ]  # fmt: skip
 
 
+def test_values_that_are_not_finite_stay_where_nothing_is_resized():
+    z = torch.randn(1, 5, 8, 6)
+    z[0, 2, 3, 4] = torch.nan
+    found, expected = (anomaly_map(z, (8, 6), impl=impl) for impl in (None, "reference"))
+    assert found.isnan().sum() == 1
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def test_two_readings_differ_between_pixels_and_agree_on_them():
     z = torch.randn(1, 3, 4, 4, dtype=torch.float64)
     assert max_error(anomaly_map(z, 4), anomaly_map(z, 4, interpolate="latent")) < 1e-14

@@ -318,3 +318,11 @@ def test_a_configuration_is_plain_values():
 def test_initialize_needs_a_covariance():
     with pytest.raises(ValueError, match=r"samples: expected at least two positions.*\(1, 3\)"):
         USFlow(3, blocks=1).initialize(torch.randn(1, 3))
+
+
+def test_fused_in_inference_mode():
+    model = make(USFlow, 6)
+    with torch.inference_mode():
+        fused = model.fuse()
+    assert not any(t.is_inference() for t in fused.state_dict().values())
+    fused.load_state_dict(fused.state_dict())

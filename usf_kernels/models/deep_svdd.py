@@ -231,6 +231,8 @@ class DeepSVDD(nn.Module):
             distance=squared_distance(z, self.centre).sqrt().mean().item(),
         )
 
+    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
+    @torch.no_grad()
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return a copy for inference, in evaluation mode and without gradients. A `dtype` is that of the
         copy's network; centre and radius keep theirs. This model stays as it is.

@@ -249,6 +249,8 @@ class DensityFlow(nn.Module):
         """Return anomaly scores, (B,): each sample's negative log-likelihood in nats."""
         return -self.log_prob(x)
 
+    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
+    @torch.no_grad()
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return a copy for inference, with the flow in its inference form, see `usf_kernels.nn.fused`.
 

@@ -186,6 +186,8 @@ class VAEUSFlow(nn.Module):
         """Draw n images (n, 3, H, W): latents from the prior (torch's global generator), decoded."""
         return self.decode(self.prior.sample(n))
 
+    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
+    @torch.no_grad()
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return a copy for inference, with the flow and a frozen backbone in their inference forms, see
         `DensityFlow.fuse`.

@@ -37,6 +37,8 @@ class FusedFlow(nn.Module):
         TypeError, ValueError: an x or cond of the wrong shape or dtype.
     """
 
+    _weights: Weights | None = None
+
     def __init__(
         self, stages: Sequence[nn.Module], *, channels: int, cond_channels: int, log_det: float
     ) -> None:
@@ -46,7 +48,6 @@ class FusedFlow(nn.Module):
         # Log-det of the linear maps; a Python float keeps its digits whatever the dtype.
         self.log_det_per_position = log_det
         self.register_buffer("_like", torch.zeros((), device="cpu"), persistent=False)
-        self._weights: Weights | None = None
         self._ranks = {
             rank for stage in stages for block in blocks_of(stage) for rank in block.conditioner.ranks()
         }
@@ -107,9 +108,9 @@ class FusedFlow(nn.Module):
 
     @property
     def weights(self) -> Weights:
-        """The weights of all stages as they are: the same object as long as they do not change."""
+        """The weights as they are: the same object as long as they do not change."""
         if self._weights is None or self._weights.outdated:
-            self._weights = Weights(self.stages.modules())
+            self._weights = Weights(self.modules())
         return self._weights
 
     def capture(self, x: Tensor, cond: Tensor | None = None) -> CapturedCall:

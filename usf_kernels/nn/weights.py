@@ -44,13 +44,15 @@ class _Weight(NamedTuple):
 
 
 class Weights:
-    """Snapshot of the parameters and buffers of modules, without those of their children.
+    """Snapshot of the parameters and buffers of modules, and of what their children are.
 
     Attributes:
         tensors: all of them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
         self._weights = [
             _Weight(
                 owner,
@@ -70,9 +72,9 @@ class Weights:
 
     @property
     def outdated(self) -> bool:
-        """Whether any weight has been written to or replaced. Writes through `.data` leave no trace; nor do
-        writes to inference tensors, which therefore always count as written to."""
-        if self._unseen_steps != _unseen_steps:
+        """Whether any weight has been written to, or it or a child replaced. Writes through `.data` leave no
+        trace; nor do writes to inference tensors, which therefore always count as written to."""
+        if self._unseen_steps != _unseen_steps or any(now != then for now, then in self._children):
             return True
         for owner, name, tensor, _, address, version in self._weights:  # unpacked: it runs at every call
             if owner.get(name) is not tensor or version is None:
