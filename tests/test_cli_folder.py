@@ -155,6 +155,20 @@ def test_an_interrupted_training_says_how_to_go_on(train_words, monkeypatch, cap
     assert without_warnings(capsys.readouterr().err) == "usf-kernels: interrupted\n"
 
 
+def test_a_run_without_its_state_starts_anew_and_says_so(train_words, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(train_words) == 0
+    weights = (run / "model.pt").read_bytes()
+    (run / "last.pt").unlink()
+    capsys.readouterr()
+    assert main([*train_words, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert f"{run / 'last.pt'}: no such file, so there is nothing to resume; the run starts anew" in said
+    assert f"{run / 'model.replaced.pt'}: its model, until there is a new one" in said
+    assert (run / "model.pt").read_bytes() == weights
+    assert not (run / "model.replaced.pt").exists()
+
+
 def test_evaluate_says_where_it_wrote_and_what_nan_means(checkpoint, folder, tmp_path, capsys):
     for path in (folder / "test" / "good").iterdir():
         path.unlink()

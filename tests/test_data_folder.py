@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from usf_kernels.data import FolderDataset, ImageFiles, read_image
-from usf_kernels.data.folder import resize_mask
+from usf_kernels.data.folder import is_image, resize_mask
 from usf_kernels.max_tree import component_tree
 
 
@@ -92,6 +92,16 @@ def test_the_checksum_is_that_of_names_and_contents(folder):
     changed = FolderDataset(moved).checksum()
     first.rename(first.with_name("0.png"))
     assert len({before, changed, FolderDataset(moved).checksum()}) == 3
+
+
+def test_animations_are_their_first_picture(tmp_path):
+    first, second = (Image.new("P", (4, 3), color) for color in (0, 1))
+    first.putpalette([255, 0, 0, 0, 0, 255])
+    second.putpalette([255, 0, 0, 0, 0, 255])
+    path = tmp_path / "a.gif"
+    first.save(path, save_all=True, append_images=[second])
+    assert is_image(path)
+    assert read_image(path)[:, 0, 0].tolist() == [1, 0, 0]
 
 
 def test_read_image_takes_every_mode(tmp_path):

@@ -145,9 +145,12 @@ def train(options: argparse.Namespace) -> int:
     deepcopy(model).calibrate([maps[:8] for maps in held])
     state, result = options.output / "last.pt", options.output / "model.pt"
     before = options.output / "model.replaced.pt"
-    if state.exists() and not options.resume and rank_zero_only.rank == 0:
-        print(f"{options.output}: the run there is replaced; --resume would have continued it")
-        if result.exists():  # it is of that run, so it must not pass for a result of this one
+    if rank_zero_only.rank == 0 and not (options.resume and state.exists()):
+        if options.resume:
+            print(f"{state}: no such file, so there is nothing to resume; the run starts anew")
+        elif state.exists():
+            print(f"{options.output}: the run there is replaced; --resume would have continued it")
+        if result.exists():  # it is of another run, so it must not pass for a result of this one
             os.replace(result, before)
             print(f"{before}: its model, until there is a new one")
     try:

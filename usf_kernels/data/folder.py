@@ -26,7 +26,7 @@ NORMAL = ("good", "ok")  # names of folders of normal images; the second is BTAD
 TWELVE_BITS = 4095
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF files, and its value for inverted greys
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # lossless formats
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
