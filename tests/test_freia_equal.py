@@ -127,6 +127,18 @@ def test_under_autocast_and_with_a_subnet_in_another_dtype(recorded):
             torch.testing.assert_close(found, expected, rtol=0, atol=atol, check_dtype=False)
 
 
+@pytest.mark.parametrize("soft", [{"permute_soft": True}, {"learned_householder_permutation": 2}])
+def test_inverse_of_a_soft_permutation_leaves_autocast(soft):
+    theirs = modules.AllInOneBlock([(6, 3, 3)], subnet_constructor=subnet_of(2), **soft)
+    ours = freia.FastAllInOneBlock([(6, 3, 3)], subnet_constructor=subnet_of(2), **soft)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = ours((x,), rev=True)[0][0], theirs((x,), rev=True)[0][0]
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
 class Repeat(nn.Module):
     def __init__(self, times):
         super().__init__()

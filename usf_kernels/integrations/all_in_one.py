@@ -158,7 +158,8 @@ class AllInOneMixin(Faster):
     ) -> tuple[Tensor, Tensor]:
         rotation, split = self._rotation(), self.splits[0]
         if rev:
-            x = apply_matrix(rotation.mT / scale[:, None], x, -offset / scale)
+            # The original divides by the scale outside of autocast.
+            x = apply_matrix(rotation.mT / scale[:, None], x, -offset / scale).to(scale.dtype)
         elif self.reverse_pre_permute:
             x = apply_matrix(rotation.mT, x, None)
         params = self._params(x[:, :split], c)
