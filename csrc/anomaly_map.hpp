@@ -9,12 +9,12 @@
 
 namespace usf {
 
-// Small maps of inner products of a scale's latents, [batch, height, width] each.
+// A scale of latents, by small maps [batch, height, width] of inner products: of every pixel with itself,
+// which is its squared norm, and for latents that are to be resized behind it with its right and its lower
+// neighbour, and half the sum of those along the diagonals between the four; of pixels at the end of an axis,
+// of no meaning.
 struct Scale {
-    const float* own;  // of every pixel with itself: its squared norm
-    // Of every pixel with its right and its lower neighbour, and half the sum of those along the diagonals
-    // between the four; of pixels at the end of an axis, of no meaning. All follow `own`, in this order.
-    bool with_neighbours;
+    float* maps;
     std::int64_t channels, height, width;
 };
 
@@ -60,10 +60,10 @@ inline void pixel_products(const float* z, std::int64_t batch, std::int64_t heig
     });
 }
 
-// 1 - exp(-u / 2C)
-USF_CLONES inline void to_anomalies(const float* norms, std::int64_t n, std::int64_t channels, float* out) {
+// 1 - exp(-u / 2C) of squared norms u, in their place.
+USF_CLONES inline void to_anomalies(float* norms, std::int64_t n, std::int64_t channels) {
     const float factor = -0.5f / static_cast<float>(channels);
-    for (std::int64_t i = 0; i < n; ++i) out[i] = -fast_expm1(factor * norms[i]);
+    for (std::int64_t i = 0; i < n; ++i) norms[i] = -fast_expm1(factor * norms[i]);
 }
 
 // out = of_first * a + of_second * b
@@ -106,14 +106,14 @@ USF_CLONES inline void divide(float by, std::int64_t n, float* out) {
 }
 
 // Adds row y of a resized scale to `out`. Rows are blended first, then columns. Squared norms of resized
-// latents are quadratic in these, hence the products with neighbours; other maps hold anomalies already.
-inline void add_row(const Scale& scale, std::int64_t batch, std::int64_t image, const Resize& rows,
-                    const Resize& columns, std::int64_t y, float* scratch, float* out) {
+// latents are quadratic in these, hence the products with neighbours; otherwise maps hold anomalies already.
+inline void add_row(const Scale& scale, bool latent, std::int64_t batch, std::int64_t image,
+                    const Resize& rows, const Resize& columns, std::int64_t y, float* scratch, float* out) {
     const std::int64_t width = scale.width, apart = batch * scale.height * width;
-    const float* const map = scale.own + image * scale.height * width;
+    const float* const map = scale.maps + image * scale.height * width;
     const float *a = map + rows.first[y] * width, *b = map + rows.second[y] * width;
     const float of_first = rows.of_first[y], of_second = rows.of_second[y];
-    if (!scale.with_neighbours) {
+    if (!latent) {
         blend(a, b, of_first, of_second, width, scratch);
         return add_resized(scratch, columns, out);
     }
@@ -123,23 +123,18 @@ inline void add_row(const Scale& scale, std::int64_t batch, std::int64_t image, 
     add_resized_norms(scratch, products, scale.channels, columns, out);
 }
 
-// Writes the average over the scales, [batch, height, width].
-inline void anomaly_map(const std::vector<Scale>& scales, std::int64_t batch, std::int64_t height,
-                        std::int64_t width, float* out, int threads) {
+// Writes the average over the scales, [batch, height, width]. Resizes latents or their anomalies, which then
+// overwrite the squared norms.
+inline void anomaly_map(const std::vector<Scale>& scales, bool latent, std::int64_t batch,
+                        std::int64_t height, std::int64_t width, float* out, int threads) {
     std::vector<Resize> rows, columns;
-    std::vector<std::vector<float>> anomalies(scales.size());
-    std::vector<Scale> maps = scales;
     std::int64_t widest = 0;
-    for (std::size_t i = 0; i < scales.size(); ++i) {
-        const Scale& scale = scales[i];
+    for (const Scale& scale : scales) {
         rows.emplace_back(scale.height, height);
         columns.emplace_back(scale.width, width);
         widest = std::max(widest, scale.width);
-        if (scale.with_neighbours) continue;
         // Bilinear weights sum to one: 1 - exp(.) may be resized in place of exp(.).
-        anomalies[i].resize(batch * scale.height * scale.width);
-        to_anomalies(scale.own, std::ssize(anomalies[i]), scale.channels, anomalies[i].data());
-        maps[i].own = anomalies[i].data();
+        if (!latent) to_anomalies(scale.maps, batch * scale.height * scale.width, scale.channels);
     }
     const std::int64_t each = std::max<std::int64_t>(1, stretch_elements / width);  // rows per task
     const std::int64_t tasks = (height + each - 1) / each;
@@ -149,9 +144,9 @@ inline void anomaly_map(const std::vector<Scale>& scales, std::int64_t batch, st
         for (std::int64_t y = first; y < std::min(first + each, height); ++y) {
             float* const row = out + (image * height + y) * width;
             std::fill_n(row, width, 0.0f);
-            for (std::size_t i = 0; i < maps.size(); ++i)
-                add_row(maps[i], batch, image, rows[i], columns[i], y, scratch.data(), row);
-            divide(static_cast<float>(maps.size()), width, row);
+            for (std::size_t i = 0; i < scales.size(); ++i)
+                add_row(scales[i], latent, batch, image, rows[i], columns[i], y, scratch.data(), row);
+            divide(static_cast<float>(scales.size()), width, row);
         }
     });
 }

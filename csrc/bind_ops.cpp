@@ -71,16 +71,15 @@ void bind_ops(nb::module_& m) {
     m.def(
         "anomaly_map",
         [](const std::vector<std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>>& scales,
-           bool with_neighbours, const std::array<std::int64_t, 3>& sizes, std::uintptr_t out, int threads) {
+           bool latent, const std::array<std::int64_t, 3>& sizes, std::uintptr_t out, int threads) {
             nb::gil_scoped_release unlocked;
             std::vector<Scale> maps;
             for (const auto& [address, channels, height, width] : scales)
-                maps.push_back(
-                    {reinterpret_cast<const float*>(address), with_neighbours, channels, height, width});
+                maps.push_back({reinterpret_cast<float*>(address), channels, height, width});
             const auto [batch, height, width] = sizes;
-            anomaly_map(maps, batch, height, width, reinterpret_cast<float*>(out), threads);
+            anomaly_map(maps, latent, batch, height, width, reinterpret_cast<float*>(out), threads);
         },
-        "scales"_a, "with_neighbours"_a, "sizes"_a, "out"_a, "threads"_a);
+        "scales"_a, "latent"_a, "sizes"_a, "out"_a, "threads"_a);
 #ifdef USF_PRODUCTS
     m.def(
         "invert",

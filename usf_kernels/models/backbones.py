@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 from usf_kernels.models.batch_norms import fold_batch_norms
 from usf_kernels.models.native_layers import use_extension_
 from usf_kernels.models.timm_networks import EMBEDDED, integer_padding, make_network, own_size
+from usf_kernels.nn.modes import makes_weights
 from usf_kernels.ops.checks import check_dtype, check_int
 
 # U-Flow's pair (arXiv:2211.12353): CaiT-M48 after block 40 and CaiT-S24 after block 20, counted from 0.
@@ -66,8 +67,7 @@ class Backbone(nn.Module):
         """Stay in evaluation mode: the features that a flow models must not move."""
         return super().train(False)
 
-    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
-    @torch.no_grad()
+    @makes_weights
     def fuse(self, dtype: torch.dtype | None = None) -> Backbone:
         """Return a channels-last copy for inference, with batch norms folded into the convolutions in front.
 

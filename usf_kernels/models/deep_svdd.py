@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from usf_kernels.models.checks import check_not_fused_to, check_sample_shape, check_samples, check_trainable
 from usf_kernels.models.conditioners import CONVOLUTIONS
 from usf_kernels.nn.capture import is_capturing
+from usf_kernels.nn.modes import makes_weights
 from usf_kernels.ops.checks import check_between, check_choice, check_dtype, check_int, compute_dtype
 
 SMALLEST_CENTRE = 0.1  # per coordinate: a bias-free network reaches zero by setting weights to zero
@@ -231,8 +232,7 @@ class DeepSVDD(nn.Module):
             distance=squared_distance(z, self.centre).sqrt().mean().item(),
         )
 
-    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
-    @torch.no_grad()
+    @makes_weights
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return a copy for inference, in evaluation mode and without gradients. A `dtype` is that of the
         copy's network; centre and radius keep theirs. This model stays as it is.

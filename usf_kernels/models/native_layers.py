@@ -122,7 +122,8 @@ def use_extension_(network: nn.Module) -> bool:
 
 def use_pytorch_(network: nn.Module) -> None:
     """Undo `use_extension_`: turn the layers into PyTorch's, or timm's, again."""
+    kinds = _kinds()
     for module in network.modules():
-        if type(module) in _kinds():
+        if type(module) in kinds:
             module.__class__ = type(module).__bases__[-1]
             module.__dict__.pop("_layer", None)

@@ -16,7 +16,7 @@ from usf_kernels.models.border import BorderNorm
 from usf_kernels.models.checks import check_not_fused_to
 from usf_kernels.models.scoring import Prediction, predict
 from usf_kernels.nn.capture import CapturedCall
-from usf_kernels.nn.modes import in_mode
+from usf_kernels.nn.modes import in_mode, makes_weights
 from usf_kernels.null import Null
 from usf_kernels.ops import squared_norm
 from usf_kernels.ops.checks import check_int
@@ -85,8 +85,7 @@ class ScoredModel(nn.Module):
             return None
         return Null.from_list(self.null_parameters.tolist(), tail=TAIL, tests=TESTS)
 
-    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
-    @torch.no_grad()
+    @makes_weights
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return the inference form: the same model, faster and without a loss.
 

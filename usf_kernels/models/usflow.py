@@ -30,6 +30,7 @@ from usf_kernels.nn import (
     USFBlock,
 )
 from usf_kernels.nn.coupling import Subnet
+from usf_kernels.nn.modes import makes_weights
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import check_between, check_choice, check_clamp, check_int
 
@@ -249,8 +250,7 @@ class DensityFlow(nn.Module):
         """Return anomaly scores, (B,): each sample's negative log-likelihood in nats."""
         return -self.log_prob(x)
 
-    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
-    @torch.no_grad()
+    @makes_weights
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return a copy for inference, with the flow in its inference form, see `usf_kernels.nn.fused`.
 

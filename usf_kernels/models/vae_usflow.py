@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from usf_kernels.models.backbones import Backbone, create_backbone
 from usf_kernels.models.checks import check_samples, check_trainable
 from usf_kernels.models.usflow import USFlow
-from usf_kernels.nn.modes import in_mode
+from usf_kernels.nn.modes import in_mode, makes_weights
 from usf_kernels.ops.checks import check_int, check_positive, check_size, compute_dtype
 
 LOG_VARIANCE_RANGE = (-12.0, 8.0)
@@ -186,8 +186,7 @@ class VAEUSFlow(nn.Module):
         """Draw n images (n, 3, H, W): latents from the prior (torch's global generator), decoded."""
         return self.decode(self.prior.sample(n))
 
-    @torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
-    @torch.no_grad()
+    @makes_weights
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return a copy for inference, with the flow and a frozen backbone in their inference forms, see
         `DensityFlow.fuse`.

@@ -21,6 +21,7 @@ from usf_kernels.nn.fused_blocks import (
     ProjectedBlock,
 )
 from usf_kernels.nn.fused_maps import Exchange, Product, Reorder, Shift
+from usf_kernels.nn.modes import makes_weights
 from usf_kernels.nn.stage_run import StageRun, blocks_of, joins
 from usf_kernels.nn.usf_block import CheckerboardCoupling
 from usf_kernels.ops.checks import check_dtype
@@ -28,8 +29,7 @@ from usf_kernels.ops.checks import check_dtype
 WORST_CONDITION = 1e4  # largest for maps that blocks undo: rounding would show beyond it
 
 
-@torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
-@torch.no_grad()
+@makes_weights
 def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     """The inference form of a flow module of this package: see `FusedFlow`.
 
@@ -53,8 +53,7 @@ def fuse_flow(flow: nn.Module, dtype: torch.dtype | None = None) -> FusedFlow:
     return fuse_parts(list(parts(flow)), dtype, next((t.device for t in tensors), None))
 
 
-@torch.inference_mode(False)  # inference tensors have no versions, which tell of changes
-@torch.no_grad()
+@makes_weights
 def fuse_parts(
     flow: Sequence[LinearMap | Coupling], dtype: torch.dtype, device: torch.device | None
 ) -> FusedFlow:

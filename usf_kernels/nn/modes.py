@@ -1,14 +1,23 @@
-"""Contexts that change a module for a while: its mode, or its values in case of an error."""
+"""Contexts that change a module or PyTorch for a while: modes, or values in case of an error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from usf_kernels.nn.act_norm import ActNorm
+
+F = TypeVar("F", bound=Callable)
+
+
+def makes_weights(function: F) -> F:
+    """Decorator that runs a function without gradients and outside of inference mode: inference tensors have
+    no versions, which tell of changes."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @contextmanager

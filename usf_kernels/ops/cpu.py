@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usf_kernels import _core
 from usf_kernels.kernels.plain import full_precision
 from usf_kernels.ops import native, products, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, on_cpu
 from usf_kernels.ops.function import additive_gradients
 from usf_kernels.ops.matrices import apply_matrix
+from usf_kernels.ops.rows import rows_of
 
 
 class _AdditiveCoupling(torch.autograd.Function):
@@ -94,8 +96,24 @@ def squared_norm(z: Tensor) -> Tensor:
 
 @on_cpu("anomaly_map")
 def anomaly_map(latents: Sequence[Tensor], size: tuple[int, int], interpolate: str) -> Tensor:
-    run = reference.anomaly_map if _records(*latents) else native.anomaly_map
-    return run(latents, size, interpolate)
+    if _records(*latents):
+        return reference.anomaly_map(latents, size, interpolate)
+    batch, latent = len(latents[0]), interpolate == "latent"
+    out = latents[0].new_empty(batch, 1, *size)
+    if out.numel() > 0:
+        maps = [_pixel_products(z) if latent else native.squared_norm(z) for z in latents]
+        scales = [(m.data_ptr(), *z.shape[1:]) for m, z in zip(maps, latents, strict=True)]
+        _core.anomaly_map(scales, latent, (batch, *size), out.data_ptr(), native.threads_over(out))
+    return out
+
+
+def _pixel_products(z: Tensor) -> Tensor:
+    """Inner products of pixels with themselves and with neighbours, (4, B, H, W): csrc/anomaly_map.hpp."""
+    batch, channels, height, width = z.shape
+    rows, out = rows_of(z, z.dtype, copy=False), z.new_empty(4, batch, height, width)
+    sizes = batch, height, width, channels
+    _core.pixel_products(rows.data_ptr(), sizes, out.data_ptr(), native.threads_over(z))
+    return out
 
 
 if products.MULTIPLIES:  # `apply_matrix` uses the extension where nothing is recorded

@@ -72,30 +72,6 @@ def squared_norm_gradient(grad: Tensor, z: Tensor) -> Tensor:
     return out
 
 
-def anomaly_map(latents: Sequence[Tensor], size: tuple[int, int], interpolate: str) -> Tensor:
-    """`usf_kernels.ops.anomaly_map`."""
-    batch, latent = latents[0].shape[0], interpolate == "latent"
-    out = latents[0].new_empty(batch, 1, *size)
-    if out.numel() == 0:
-        return out
-    maps = [_pixel_products(z) if latent else squared_norm(z) for z in latents]
-    scales = [(m.data_ptr(), *z.shape[1:]) for m, z in zip(maps, latents, strict=True)]
-    _core.anomaly_map(scales, latent, (batch, *size), out.data_ptr(), threads_over(out))
-    return out
-
-
-def _pixel_products(z: Tensor) -> Tensor:
-    """Inner products of pixels with themselves and with neighbours, (4, B, H, W): csrc/anomaly_map.hpp."""
-    pixels, maps = z.movedim(1, -1), z.detach().flatten(2)
-    if z.is_contiguous() and not pixels.is_contiguous():
-        pixels = z.new_empty(pixels.shape)
-        _core.interleave(maps, pixels.view(-1, z.shape[1]), threads_over(z))
-    pixels = pixels.contiguous()
-    out = z.new_empty(4, *pixels.shape[:3])
-    _core.pixel_products(pixels.data_ptr(), pixels.shape, out.data_ptr(), threads_over(z))
-    return out
-
-
 def channel_sums(x: Tensor) -> Tensor | None:
     """Sums per channel, (C,), as accurate as in float64; None for strides that have no loop."""
     sums = x.new_empty(x.shape[1])

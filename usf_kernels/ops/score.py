@@ -84,7 +84,8 @@ def anomaly_map(
     height_width = check_size(size)
     check_choice("interpolate", interpolate, ("likelihood", "latent"))
     if impl is None and latents[0].is_cpu:  # the extension's loops take float32
-        latents = [z.to(compute_dtype(*latents)) for z in latents]
+        wide = compute_dtype(*latents)
+        latents = [z.to(wide) for z in latents]
     return implementation("anomaly_map", impl, *latents)(latents, height_width, interpolate)
 
 
