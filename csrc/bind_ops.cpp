@@ -14,6 +14,7 @@
 #include "inverse.hpp"
 #include "norms.hpp"
 #include "sums.hpp"
+#include "talking_heads.hpp"
 #include "triangle.hpp"
 
 namespace usf {
@@ -88,6 +89,22 @@ void bind_ops(nb::module_& m) {
             return invert(reinterpret_cast<const float*>(matrix), n, reinterpret_cast<float*>(out), threads);
         },
         "matrix"_a, "n"_a, "out"_a, "threads"_a);
+    m.def(
+        "talking_heads",
+        [](std::int64_t images, const std::array<int, 3>& sizes, std::uintptr_t qkv, bool bfloat16,
+           std::uintptr_t before, std::uintptr_t after, std::uintptr_t bias, std::uintptr_t out,
+           int threads) {
+            nb::gil_scoped_release unlocked;
+            const auto floats = [](std::uintptr_t at) { return reinterpret_cast<const float*>(at); };
+            const auto [tokens, heads, width] = sizes;
+            const TalkingHeads by{tokens, heads, width, floats(before), floats(after), floats(bias)};
+            if (bfloat16)
+                talking_heads(by, reinterpret_cast<const BFloat16*>(qkv), images,
+                              reinterpret_cast<BFloat16*>(out), threads);
+            else
+                talking_heads(by, floats(qkv), images, reinterpret_cast<float*>(out), threads);
+        },
+        "images"_a, "sizes"_a, "qkv"_a, "bfloat16"_a, "before"_a, "after"_a, "bias"_a, "out"_a, "threads"_a);
 #endif
     // All functions below return false, without writing anything, if there is no loop here for the strides.
     m.def(

@@ -64,7 +64,19 @@ void bind_stage_run(nb::module_& m) {
                 const Inputs in{rows.data(), static_cast<std::ptrdiff_t>(rows.shape(1))};
                 apply(layer, in, Call{maps, threads}, out.data());
             },
-            "rows"_a.noconvert(), "out"_a.noconvert(), "height"_a, "width"_a, "threads"_a);
+            "rows"_a.noconvert(), "out"_a.noconvert(), "height"_a, "width"_a, "threads"_a)
+        .def(
+            "run_bfloat16",
+            [](const Layer& layer, std::uintptr_t rows, std::int64_t count, std::uintptr_t out, int threads) {
+                const auto whole = [](int numbers) { return 2 * words_of(numbers) == numbers; };
+                if (!layer.takes_words() || layer.taps() > 1 || !whole(layer.weights().inputs()) ||
+                    !whole(layer.outputs()))
+                    throw std::invalid_argument("expected a linear layer of whole words");
+                nb::gil_scoped_release unlocked;
+                apply(layer, reinterpret_cast<const BFloat16*>(rows), Call{{1, count, 1}, threads},
+                      reinterpret_cast<BFloat16*>(out));
+            },
+            "rows"_a, "count"_a, "out"_a, "threads"_a);
     nb::class_<StageRun>(m, "StageRun")
         .def(nb::init<int>(), "channels"_a)
         .def(

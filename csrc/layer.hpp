@@ -235,5 +235,16 @@ inline void apply(const Layer& layer, const Inputs& in, const Call& call, float*
                      [&](const Stretch& on) { apply(layer, in, on, out + on.first * width, condition); });
 }
 
+// The same for rows in bfloat16 and a linear layer of pairs, whose inputs and outputs fill whole words.
+inline void apply(const Layer& layer, const BFloat16* rows, const Call& call, BFloat16* out) {
+    const std::int64_t inputs = layer.weights().inputs(), width = layer.outputs(), words = inputs / 2;
+    for_stretches(call, (inputs + width) / 2, [&](const Stretch& on) {
+        const auto* const from = reinterpret_cast<const float*>(rows + on.first * inputs);
+        multiply(Inputs{from, words, true}, on.rows, layer.weights(),
+                 StoreAs<BFloat16>{out + on.first * width, width, layer.weights().bias(), layer.ending(),
+                                   nullptr});
+    });
+}
+
 }  // namespace usf
 #endif

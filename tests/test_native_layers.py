@@ -116,13 +116,13 @@ def test_gradients_other_precisions_and_compilers_are_pytorchs():
 def test_bfloat16_is_the_extensions_where_pytorch_has_no_amx(monkeypatch):
     torch.manual_seed(0)
     conv = nn.Conv2d(NARROWEST_PAIRS, NARROWEST_PAIRS + 2, 3, padding=1).bfloat16()
-    linear = nn.Linear(96, 70).bfloat16()
-    use_extension_(nn.Sequential(conv, linear))
+    linear, in_words = nn.Linear(96, 70).bfloat16(), nn.Linear(96, 64).bfloat16()
+    use_extension_(nn.Sequential(conv, linear, in_words))
     maps = torch.randn(2, NARROWEST_PAIRS, 7, 9).bfloat16()
     rows = torch.randn(150, 96).bfloat16()
-    for layer, x in ((conv, maps), (linear, rows)):
+    for layer, x in ((conv, maps), (linear, rows), (in_words, rows), (in_words, rows.mT.contiguous().mT)):
+        layer._layer = None
         truth = copy.deepcopy(layer).double()(x.double())
-        assert layer._layer is None
         monkeypatch.setattr(native_layers, "has_amx", lambda: True)
         pytorchs = layer(x)
         assert layer._layer is None

@@ -8,6 +8,7 @@ import torch
 from helpers import max_error
 
 from usf_kernels.models import native_layers
+from usf_kernels.ops import products
 
 pytest.importorskip("timm")
 from timm.models.cait import TalkingHeadAttn
@@ -32,20 +33,57 @@ def calls(monkeypatch):
     return found
 
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def is_as_accurate(plain, module, x):
+    """Whether the errors are at most twice those of timm's code, which is not called."""
+    dtype = module.proj_l.weight.dtype
+    truth = copy.deepcopy(plain).double()(x.double())
+    x, theirs = x.to(dtype), plain.to(dtype)(x.to(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(TalkingHeadAttn, "forward")
+        ours = module(x)
+    assert ours.dtype == dtype
+    assert ours.shape == theirs.shape
+    return max_error(ours, truth) <= 2 * max_error(theirs, truth) + 1e-15
+
+
 @pytest.mark.parametrize("rows", [1, 4, 100])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_same_values_in_any_number_of_pieces(monkeypatch, calls, rows, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_values_in_any_number_of_pieces(monkeypatch, rows, dtype):
+    monkeypatch.setattr(talking_heads, "_fits", lambda *given: False)
     plain, module = draw()
     x = torch.randn(2, 11, 24)
-    truth = plain.double()(x.double())
-    plain, module, x = plain.to(dtype), module.to(dtype), x.to(dtype)
-    monkeypatch.setattr(talking_heads, "CACHED", rows * 3 * 11 * x.element_size())
-    theirs = plain(x)
-    calls.clear()
-    ours = module(x)
-    assert not calls
-    assert ours.dtype == dtype
-    assert max_error(ours, truth) <= 2 * max_error(theirs, truth) + 1e-15
+    monkeypatch.setattr(talking_heads, "CACHED", rows * 3 * 11 * x.to(dtype).element_size())
+    assert is_as_accurate(plain, module.to(dtype), x)
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 48), (1, 784, 768), (3, 1, 240)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_values_in_the_extension(monkeypatch, shape, dtype):
+    if dtype == torch.bfloat16 and (not products.MULTIPLIES_BFLOAT16 or products.has_amx()):
+        pytest.skip("PyTorch computes this")
+    monkeypatch.setattr(talking_heads, "_pytorch", None)
+    plain, module = draw(shape[-1], shape[-1] // 48)
+    assert is_as_accurate(plain, module.to(dtype), torch.randn(shape))
+
+
+def test_what_the_extension_takes(monkeypatch):
+    def fits(x, heads=2):
+        return talking_heads._fits(x, heads)
+
+    x = torch.zeros(1, 5, 96)
+    assert fits(x) == products.MULTIPLIES
+    assert not fits(x.double())
+    assert not fits(x[:0])
+    assert not fits(x.half())
+    monkeypatch.setattr(products, "MULTIPLIES_BFLOAT16", True)
+    monkeypatch.setattr(products, "has_amx", lambda: False)
+    assert fits(x.bfloat16()) == products.MULTIPLIES
+    assert not fits(x.bfloat16(), heads=4)  # of 8 channels
+    monkeypatch.setattr(products, "has_amx", lambda: True)
+    assert not fits(x.bfloat16())
 
 
 def test_no_images():

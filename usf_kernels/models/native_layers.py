@@ -16,6 +16,7 @@ from usf_kernels.ops.convolution import in_tiles
 from usf_kernels.ops.products import MULTIPLIES, MULTIPLIES_BFLOAT16, WORTH_THREADS, has_amx
 
 NARROWEST_LINEAR = 32  # inputs and outputs: the extension multiplies this many at a time
+WORDS = 32  # of a multiple of so many numbers in bfloat16, rows are read and written as they are
 NARROWEST_PAIRS = 128  # channels of bfloat16 convolutions: with 64, transforming tiles costs what it saves
 
 
@@ -46,8 +47,13 @@ class _Native:
         """Map contiguous rows (N, inputs) to (N, outputs) of the same dtype."""
         if self._layer is None or self._layer[0].outdated:
             self._layer = Weights([self]), layer_of(self.weight, self.bias)
+        layer, threads = self._layer[1], torch.get_num_threads()
+        if rows.dtype == torch.bfloat16 and all(size % WORDS == 0 for size in self.weight.shape):  # linear
+            y = rows.new_empty(len(rows), len(self.weight))
+            layer.run_bfloat16(rows.data_ptr(), len(rows), y.data_ptr(), threads)
+            return y
         y = rows.new_empty(len(rows), len(self.weight), dtype=torch.float32)
-        self._layer[1].run(rows.float(), y, height, width, torch.get_num_threads())
+        layer.run(rows.float(), y, height, width, threads)
         return y.to(rows.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
