@@ -36,8 +36,9 @@ def read(path: Path) -> list[Row]:
     """
     rows = read_columns(path, FIELDS)
     for number, row in enumerate(rows, 2):
-        if not _is_time(row["p50_ms"]):
-            raise ValueError(f"{path}, row {number}: expected a time in p50_ms, found {row['p50_ms']!r}")
+        for name in ("p50_ms", "section_us"):
+            if not _is_time(row[name]) and (row[name] or name == "p50_ms"):
+                raise ValueError(f"{path}, row {number}: expected a time in {name}, found {row[name]!r}")
     return rows
 
 

@@ -86,13 +86,19 @@ def test_other_threads_are_told_and_forgiven(compared):
     assert "(2.00x, with 1 threads, not 2)" in printed
 
 
+def _row_with(**values):
+    cells = (values.get(name, "") for name in table.FIELDS)
+    return "\n".join([",".join(table.FIELDS), ",".join(cells)]).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"", "expected the columns"),
         (b"\xff\xfe\x00", "expected a CSV file"),
         (",".join(table.FIELDS).encode() + b"\na,b\n", "row 2: expected"),
-        (",".join(table.FIELDS).encode() + b"\n" + b"," * (len(table.FIELDS) - 1), "row 2: expected a time"),
+        (_row_with(), "row 2: expected a time"),
+        (_row_with(p50_ms="1", section_us="soon"), "row 2: expected a time in section_us, found 'soon'"),
     ],
 )
 def test_damaged_files_are_named(compared, tmp_path, capsys, content, said):

@@ -24,7 +24,7 @@ from usf_kernels.ops.checks import (
     promoted_dtype,
 )
 from usf_kernels.ops.conjugation import conjugation
-from usf_kernels.ops.eager import by_hand, channel_sums, per_channel
+from usf_kernels.ops.eager import by_hand, channel_sums
 from usf_kernels.ops.linear import linear
 from usf_kernels.ops.lu_map import apply_factors, lu_map
 from usf_kernels.ops.matrices import accurate_inverse, apply_matrix, factors_pay, matrix_gradient
@@ -242,9 +242,9 @@ class LUConv1x1(Fusible, nn.Module):
             with torch.enable_grad():
                 matrix, bias, log_det = self.map(wide, act_norm)
                 log_det = count_positions(z) * log_det
-            if bias is not None:
-                z.sub_(per_channel(bias.detach(), z))
-            x = apply_matrix(accurate_inverse(matrix.detach()), z, None).to(out)
+            inverse = accurate_inverse(matrix.detach())
+            offset = None if bias is None else -torch.mv(inverse, bias.detach())
+            x = apply_matrix(inverse, z, offset).to(out)
             outputs, grads = [matrix, log_det], [matrix_gradient(grad_z, x.to(wide)), tape.grad_log_det]
             if bias is not None:
                 outputs.append(bias)
