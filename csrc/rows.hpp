@@ -36,20 +36,40 @@ inline float fast_exp(float x) {
     return (rest + 1.0f) * power;
 }
 
+// 2^x within 2 units in the last place for |x| <= 126, and as if x were 126 or -126 beyond. It takes two
+// thirds of the time of `fast_exp`. NaN gives NaN.
+USF_INLINE float power_of_two(float x) {
+    constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+    const float within = std::min(std::max(x, -126.0f), 126.0f), shifted = within + to_integer;
+    const float r = within - (shifted - to_integer);
+    float p = 1.535336188e-4f;  // minimax on [-1/2, 1/2]
+    p = p * r + 1.339887440e-3f;
+    p = p * r + 9.618437357e-3f;
+    p = p * r + 5.550332471e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472028e-1f;
+    p = p * r + 1.0f;
+    return p * std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
+}
+constexpr float log2_e = 1.44269504f;
+
 // tanh x with an absolute error of at most 2^-22. NaN gives NaN.
-inline float fast_tanh(float x) {
-    const float power = fast_exp(std::min(std::max(2 * x, -30.0f), 30.0f));
+USF_INLINE float fast_tanh(float x) {
+    const float power = power_of_two(std::min(std::max(2 * log2_e * x, -43.0f), 43.0f));
     return (power - 1) / (power + 1);
 }
 
-// s = clamp * tanh(raw), then values = (values + shift) * exp(s) + translation, or the inverse of that.
+// s = clamp * tanh(raw), then values = (values + shift) * exp(s) + translation, or the inverse of that. The
+// relative error of exp(s) is a few times that of s times |s|, as with any exponential.
 USF_CLONES inline void affine(float* values, const float* raw, const float* translation, const float* shift,
                               float* s, int n, float clamp, bool inverse) {
     for (int j = 0; j < n; ++j) s[j] = clamp * fast_tanh(raw[j]);
     if (inverse) {
-        for (int j = 0; j < n; ++j) values[j] = (values[j] - translation[j]) * fast_exp(-s[j]) - shift[j];
+        for (int j = 0; j < n; ++j)
+            values[j] = (values[j] - translation[j]) * power_of_two(-log2_e * s[j]) - shift[j];
     } else {
-        for (int j = 0; j < n; ++j) values[j] = (values[j] + shift[j]) * fast_exp(s[j]) + translation[j];
+        for (int j = 0; j < n; ++j)
+            values[j] = (values[j] + shift[j]) * power_of_two(log2_e * s[j]) + translation[j];
     }
 }
 

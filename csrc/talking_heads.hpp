@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -66,20 +65,6 @@ void mix(const float* weights, int heads, const float* from, std::ptrdiff_t apar
         for (; j < count; j += lanes)
             mix_columns<lanes, 1>(weights, heads, from + j, apart, to + j, to_apart);
     });
-}
-
-// 2^x within 2 units in the last place for x <= 0; 2^-126 below that.
-USF_INLINE float power_of_two(float x) {
-    constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
-    const float from = std::max(x, -126.0f), shifted = from + to_integer, r = from - (shifted - to_integer);
-    float p = 1.535336188e-4f;  // minimax on [-1/2, 1/2]
-    p = p * r + 1.339887440e-3f;
-    p = p * r + 9.618437357e-3f;
-    p = p * r + 5.550332471e-2f;
-    p = p * r + 2.402264791e-1f;
-    p = p * r + 6.931472028e-1f;
-    p = p * r + 1.0f;
-    return p * std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
 }
 
 // Puts 2^(value - largest value) in the place of each value; returns the sum.

@@ -132,10 +132,13 @@ void test_functions() {
         const float value = static_cast<float>(x);
         CHECK(std::abs(fast_tanh(value) - std::tanh(double(value))) <= 3e-7);
         CHECK(std::abs(fast_exp(value) / std::exp(double(value)) - 1) <= 3e-7);
+        const double power = std::exp2(std::clamp<double>(7 * value, -126, 126));
+        CHECK(std::abs(power_of_two(7 * value) / power - 1) <= 2.4e-7);
     }
     constexpr float infinity = std::numeric_limits<float>::infinity();
     CHECK(fast_tanh(infinity) == 1.0f && fast_tanh(-infinity) == -1.0f);
     CHECK(std::isnan(fast_tanh(std::nanf(""))) && std::isnan(fast_exp(std::nanf(""))));
+    CHECK(power_of_two(0) == 1 && std::isnan(power_of_two(std::nanf(""))));
     BFloat16 half_way;
     narrow(1.00390625f, half_way);  // between 1 and 1.0078125: to the even one
     CHECK(widen(half_way) == 1.0f);
