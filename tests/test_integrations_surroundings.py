@@ -130,6 +130,17 @@ def test_what_is_written_through_data_is_seen_in_the_next_mode():
         assert_same(model(x), _plain(model, x))
 
 
+def test_other_modes_in_every_forward_pass_keep_the_inference_form():
+    model, x = replaced(sequence()), torch.randn(8, 6)
+    with torch.no_grad():
+        model(x)
+        form = model._fused
+        model.train()
+        model.eval()
+        model(x)
+    assert model._fused is form is not None
+
+
 @pytest.mark.parametrize("part", ["block", "layer"])
 def test_hooks_are_called(part):
     model, x, calls = replaced(sequence()), torch.randn(2, 6), []

@@ -33,8 +33,9 @@ class FastGraphINN(Faster, GraphINN):
         self.__dict__.pop("_fused", None)
 
     def train(self, mode: bool = True) -> FastGraphINN:
-        """Same as the original; also drops the fused flows, so that writes through `.data` take effect."""
-        self._fused = {}
+        """Same as the original; also has writes through `.data` looked for."""
+        for form in (self._fused or {}).values():
+            form.suspect()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -55,8 +55,9 @@ class SequenceMixin(Faster):
         return self._fused.flow
 
     def train(self, mode: bool = True) -> SequenceMixin:
-        """Same as the original; also drops the inference form, so that writes through `.data` take effect."""
-        self.__dict__.pop("_fused", None)
+        """Same as the original; also has writes through `.data` looked for."""
+        if self._fused is not None:
+            self._fused.suspect()
         return super().train(mode)
 
     def end_fast(self) -> None:
