@@ -336,7 +336,7 @@ def test_names_are_unique_and_every_shape_is_there():
 
 
 def test_rows_survive_a_round_trip(tmp_path):
-    row = dict.fromkeys(table.FIELDS, "a, b") | {"p50_ms": "1.5"}
+    row = dict.fromkeys(table.FIELDS, "a, b") | {"p50_ms": "1.5", "section_us": "3"}
     table.write(tmp_path / "rows.csv", [row])
     assert table.read(tmp_path / "rows.csv") == [row]
     with open(tmp_path / "rows.csv") as file:
