@@ -33,7 +33,7 @@ class FastGraphINN(Faster, GraphINN):
         self.__dict__.pop("_fused", None)
 
     def train(self, mode: bool = True) -> FastGraphINN:
-        """Same as the original; also has writes through `.data` looked for."""
+        """Same as the original; the next call also looks for writes through `.data`."""
         for form in (self._fused or {}).values():
             form.suspect()
         return super().train(mode)

@@ -55,7 +55,7 @@ class SequenceMixin(Faster):
         return self._fused.flow
 
     def train(self, mode: bool = True) -> SequenceMixin:
-        """Same as the original; also has writes through `.data` looked for."""
+        """Same as the original; the next call also looks for writes through `.data`."""
         if self._fused is not None:
             self._fused.suspect()
         return super().train(mode)

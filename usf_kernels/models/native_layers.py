@@ -48,7 +48,7 @@ class _Native:
         if self._layer is None or self._layer[0].outdated:
             self._layer = Weights([self]), layer_of(self.weight, self.bias)
         layer, threads = self._layer[1], torch.get_num_threads()
-        if rows.dtype == torch.bfloat16 and all(size % WORDS == 0 for size in self.weight.shape):  # linear
+        if rows.dtype == torch.bfloat16 and all(size % WORDS == 0 for size in self.weight.shape):  # not 3 x 3
             y = rows.new_empty(len(rows), len(self.weight))
             layer.run_bfloat16(rows.data_ptr(), len(rows), y.data_ptr(), threads)
             return y
