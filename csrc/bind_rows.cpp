@@ -10,7 +10,7 @@ namespace usf {
 template <class T>
 using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Index = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Numbers = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 Half half_of(const Index& index, std::size_t channels) {
     return Half(index.data(), static_cast<int>(index.shape(0)), static_cast<int>(channels));
@@ -47,7 +47,7 @@ void bind_value_type(nb::module_& m) {
         "state"_a.noconvert(), "index"_a.noconvert(), "values"_a.noconvert(), "factor"_a, "threads"_a);
     m.def(
         "affine_rows",
-        [](Array state, Index index, Array outputs, Floats shift, float clamp, bool inverse, Floats log_det,
+        [](Array state, Index index, Array outputs, Numbers shift, float clamp, bool inverse, Numbers log_det,
            int threads) {
             nb::gil_scoped_release unlocked;
             affine_rows(data_of<T>(state), state.shape(0), half_of(index, state.shape(1)),

@@ -15,15 +15,9 @@
 
 namespace usf {
 
-// Clang rejects assembly with longer vectors than those of the enclosing function, even if that is inlined
-// into a function for longer vectors.
-#if defined(__x86_64__) && !defined(__clang__)
-#define USF_PAIRS 1
-#endif
-
 // Whether this processor has the instruction, and the compiler accepts it.
 inline bool multiplies_pairs() {
-#ifdef USF_PAIRS
+#ifdef USF_VECTOR_ASSEMBLY
     return best_lanes() == 16 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
@@ -33,7 +27,7 @@ inline bool multiplies_pairs() {
 // Calls body.operator()<lanes>(), compiled for the vectors of processors that have the instruction.
 template <class Body>
 void with_pairs([[maybe_unused]] const Body& body) {
-#ifdef USF_PAIRS
+#ifdef USF_VECTOR_ASSEMBLY
     with_avx512(body);
 #endif
 }
@@ -65,7 +59,7 @@ struct Pairs {
     template <int vectors, class V>
     static USF_INLINE void add([[maybe_unused]] V (&sums)[2], [[maybe_unused]] const float* x,
                                [[maybe_unused]] const V& left, [[maybe_unused]] const V& right) {
-#ifdef USF_PAIRS
+#ifdef USF_VECTOR_ASSEMBLY
         typedef std::int32_t Words __attribute__((vector_size(sizeof(V))));
         typedef std::int32_t Word __attribute__((may_alias));
         const Words both = *reinterpret_cast<const Word*>(x) - Words{};
@@ -84,7 +78,7 @@ USF_INLINE void store(typename Vector<lanes>::type values, float* to) {
 }
 template <int lanes>
 USF_INLINE void store(typename Vector<lanes>::type values, BFloat16* to) {
-#ifdef USF_PAIRS
+#ifdef USF_VECTOR_ASSEMBLY
     if constexpr (lanes == 16) {
         std::uint16_t __attribute__((vector_size(2 * lanes))) rounded;
         asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(values));

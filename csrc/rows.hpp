@@ -3,75 +3,16 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
+#include "exponential.hpp"
 #include "half.hpp"
 #include "instructions.hpp"
 #include "team.hpp"
 
 namespace usf {
-
-// e^x = power * (1 + rest) with a power of 2, for |x| <= 87, without branches, so that loops of it vectorise.
-struct Exponential {
-    float power, rest;
-};
-USF_INLINE Exponential exponential(float x) {
-    constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
-    const float n = (x * 1.44269504f + to_integer) - to_integer;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    float p = 1.9875691500e-4f;                                   // minimax on [-ln 2 / 2, ln 2 / 2]
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return {std::bit_cast<float>((static_cast<std::int32_t>(n) + 127) << 23), p * r * r + r};
-}
-
-// e^x within 2 units in the last place for |x| <= 87.
-inline float fast_exp(float x) {
-    const auto [power, rest] = exponential(std::min(std::max(x, -87.0f), 87.0f));
-    return (rest + 1.0f) * power;
-}
-
-// 2^x within 2 units in the last place for |x| <= 126, and as if x were 126 or -126 beyond. It takes two
-// thirds of the time of `fast_exp`. NaN gives NaN.
-USF_INLINE float power_of_two(float x) {
-    constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
-    const float within = std::min(std::max(x, -126.0f), 126.0f), shifted = within + to_integer;
-    const float r = within - (shifted - to_integer);
-    float p = 1.535336188e-4f;  // minimax on [-1/2, 1/2]
-    p = p * r + 1.339887440e-3f;
-    p = p * r + 9.618437357e-3f;
-    p = p * r + 5.550332471e-2f;
-    p = p * r + 2.402264791e-1f;
-    p = p * r + 6.931472028e-1f;
-    p = p * r + 1.0f;
-    return p * std::bit_cast<float>((std::bit_cast<std::uint32_t>(shifted) << 23) + 0x3f800000u);
-}
-constexpr float log2_e = 1.44269504f;
-
-// tanh x with an absolute error of at most 2^-22. NaN gives NaN.
-USF_INLINE float fast_tanh(float x) {
-    const float power = power_of_two(std::min(std::max(2 * log2_e * x, -43.0f), 43.0f));
-    return (power - 1) / (power + 1);
-}
-
-// s = clamp * tanh(raw), then values = (values + shift) * exp(s) + translation, or the inverse of that. The
-// relative error of exp(s) is a few times that of s times |s|, as with any exponential.
-USF_CLONES inline void affine(float* values, const float* raw, const float* translation, const float* shift,
-                              float* s, int n, float clamp, bool inverse) {
-    for (int j = 0; j < n; ++j) s[j] = clamp * fast_tanh(raw[j]);
-    if (inverse) {
-        for (int j = 0; j < n; ++j)
-            values[j] = (values[j] - translation[j]) * power_of_two(-log2_e * s[j]) - shift[j];
-    } else {
-        for (int j = 0; j < n; ++j)
-            values[j] = (values[j] + shift[j]) * power_of_two(log2_e * s[j]) + translation[j];
-    }
-}
 
 USF_CLONES inline void widen_to(const BFloat16* from, std::int64_t n, float* to) {
     for (std::int64_t j = 0; j < n; ++j) to[j] = widen(from[j]);
@@ -136,6 +77,40 @@ void add_rows(T* state, std::int64_t rows, const Half& half, const T* values, fl
     });
 }
 
+// value = (value + shift) * exp(s) + translation with s = clamp * tanh(raw), or the inverse of that, where
+// `exponent` is log2(e) * clamp, or minus that. Returns tanh(raw). The relative error of exp(s) is a few
+// times that of s times |s|, as with any exponential.
+template <bool inverse, class V>
+USF_INLINE V affine(V& value, V raw, V translation, V shift, float exponent) {
+    const V t = fast_tanh(raw), power = power_of_two(exponent * t);
+    value = inverse ? (value - translation) * power - shift : (value + shift) * power + translation;
+    return t;
+}
+
+// Applies `affine` to a row of n values. Returns the sum of tanh(raw).
+template <int lanes, bool inverse>
+USF_INLINE float affine_row(float* values, const float* raw, const float* shift, int n, float exponent) {
+    const float* const translation = raw + n;
+    float total = 0;
+    int j = 0;
+#ifdef USF_PRODUCTS
+    using V = typename Vector<lanes>::type;
+    using U = typename Vector<lanes>::unaligned;
+    const auto at = [](const float* from) USF_LAMBDA { return V(*reinterpret_cast<const U*>(from)); };
+    V totals{};
+    for (; j + lanes <= n; j += lanes) {
+        V value = at(values + j);
+        totals += affine<inverse, V>(value, at(raw + j), at(translation + j), at(shift + j), exponent);
+        *reinterpret_cast<U*>(values + j) = value;
+    }
+    float part[lanes];
+    for (int lane = 0; lane < lanes; ++lane) part[lane] = totals[lane];
+    total = fold(part);
+#endif
+    for (; j < n; ++j) total += affine<inverse>(values[j], raw[j], translation[j], shift[j], exponent);
+    return total;
+}
+
 // Applies `affine` to a half of some rows. Rows of `outputs`, `stride` elements apart, hold raw log scales,
 // then translations. Writes the log-det of every row, the sum of its log scales or minus that, to log_det.
 // Each thread has its own `scratch`.
@@ -144,26 +119,31 @@ void affine_stretch(T* state, std::int64_t rows, const Half& half, const T* outp
                     const float* shift, float clamp, bool inverse, float* log_det,
                     std::vector<float>& scratch) {
     const int n = half.size();
-    // Take some rows together, so that the loop is long enough to hide the latency of its arithmetic.
-    const std::int64_t together = std::max(1, 512 / std::max(n, 1));
-    scratch.resize(std::max(scratch.size(), 5 * static_cast<std::size_t>(together * n)));
-    float* const values = scratch.data();
-    float *raw = values + together * n, *translation = raw + together * n;
-    float *shifts = translation + together * n, *s = shifts + together * n;
-    for (std::int64_t r = 0; r < together; ++r) std::copy_n(shift, n, shifts + r * n);
+    const std::int64_t together = std::max(1, 2048 / std::max(n, 1));
+    scratch.resize(std::max(scratch.size(), static_cast<std::size_t>((together + 2) * n)));
+    float *const values = scratch.data(), *const widened = values + together * n;
     for (std::int64_t first = 0; first < rows; first += together) {
         const std::int64_t count = std::min(together, rows - first);
         half.take(state + first * half.channels(), count, values, n);
-        for (std::int64_t r = 0; r < count; ++r) {
-            const T* from = outputs + (first + r) * stride;
-            widen_to(from, n, raw + r * n);
-            widen_to(from + n, n, translation + r * n);
-        }
-        affine(values, raw, translation, shifts, s, static_cast<int>(count) * n, clamp, inverse);
-        for (std::int64_t r = 0; r < count; ++r) {
-            const float total = sum(s + r * n, n);
-            log_det[first + r] = inverse ? -total : total;
-        }
+        const auto transform = [&]<int lanes>() USF_LAMBDA {
+            for (std::int64_t r = 0; r < count; ++r) {
+                const T* const from = outputs + (first + r) * stride;
+                const float* raw = widened;
+                if constexpr (std::is_same_v<T, float>)
+                    raw = from;
+                else
+                    widen_to(from, 2 * n, widened);
+                float* const row = values + r * n;
+                log_det[first + r] =
+                    inverse ? -clamp * affine_row<lanes, true>(row, raw, shift, n, -log2_e * clamp)
+                            : clamp * affine_row<lanes, false>(row, raw, shift, n, log2_e * clamp);
+            }
+        };
+#ifdef USF_PRODUCTS
+        with_lanes(best_lanes(), transform);
+#else
+        transform.template operator()<1>();
+#endif
         half.put(values, n, count, state + first * half.channels());
     }
 }

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -32,6 +34,7 @@ public:
                 conditions += layer.conditioned;
             }
         }
+        if (const Half* const half = seen_by(stage)) widest_seen_ = std::max(widest_seen_, half->size());
         stages_.push_back({std::move(stage), conditions_});
         conditions_ += conditions;
     }
@@ -52,8 +55,10 @@ public:
             const Maps some{std::min(images, maps.images - first), maps.height, maps.width};
             const std::int64_t row = first * maps.positions();
             for (std::size_t i = 0; i < theirs.size(); ++i) theirs[i] = conditions[i].from(row);
-            run_together(from + row * channels_, to + row * channels_,
-                         Call{some, threads, theirs.data(), nullptr, log_det ? log_det + row : nullptr});
+            T* const out = to + row * channels_;
+            run_together(from + row * channels_, out,
+                         Call{some, threads, theirs.data(), memory_of_state(out, some),
+                              log_det ? log_det + row : nullptr});
         }
     }
 
@@ -62,9 +67,10 @@ private:
         Stage stage;
         int first_condition;
     };
-    // Of the calling thread, kept from call to call: what layers make for all rows, and the state.
+    using Iterator = std::vector<Step>::const_iterator;
+    // Of the calling thread, kept from call to call: what layers see and make for all rows, and the state.
     struct Workspace {
-        Floats layers[2], passive, state;
+        Floats layers[2], seen, state;
     };
     static Workspace& workspace() {
         static thread_local Workspace memory;
@@ -86,91 +92,101 @@ private:
         return std::max<std::int64_t>(threads * numbers_together / (maps.positions() * channels_), 1);
     }
 
-    void run_together(const float* from, float* state, Call call) const {
-        call.state = state;
-        for (auto stage = stages_.begin(); stage != stages_.end();) {
-            auto next = stage;
-            while (next != stages_.end() && is_pointwise(next->stage)) ++next;
-            if (next == stage) {
-                if (from != state) copy(from, call);
-                look(*next++, call);
-            } else {
-                pass_together(from, stage, next, call);
-            }
-            from = state;
-            stage = next;
-        }
-        if (from != state) copy(from, call);
+    // Where the state of all rows is; null if every stretch has its own, which stays in the cache.
+    float* memory_of_state(float* to, const Maps&) const { return to; }
+    float* memory_of_state(BFloat16*, const Maps& maps) const {
+        const Iterator look = next_look(stages_.begin());
+        const bool in_stretches =
+            look == stages_.end() || (enters_late(look) && next_look(look + 1) == stages_.end());
+        return in_stretches ? nullptr : workspace().state.at_least(maps.rows() * channels_);
     }
-    void run_together(const BFloat16* from, BFloat16* to, const Call& call) const {
-        const auto numbers = [&](const Stretch& on) { return std::int64_t{on.rows} * channels_; };
-        // Stretches have a state of their own, which stays in the cache.
-        if (pointwise())
-            return for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
-                on.state = on.scratch.state.at_least(numbers(on));
-                widen_to(from + on.first * channels_, numbers(on), on.state);
-                pass_all(stages_.begin(), stages_.end(), on);
-                round_to(on.state, numbers(on), to + on.first * channels_);
+    // Whether a stage that looks at neighbours sees what comes in, so that the state can wait for its update.
+    bool enters_late(Iterator look) const {
+        return look == stages_.begin() && look != stages_.end() && seen_by(look->stage);
+    }
+    Iterator next_look(Iterator begin) const {
+        return std::find_if_not(begin, stages_.end(),
+                                [](const Step& step) { return is_pointwise(step.stage); });
+    }
+
+    // Stretches enter the state and pass the stages up to the first that looks at neighbours. From there on,
+    // the stage that looks hands them to the stages behind it while they are in the cache.
+    template <class T>
+    void run_together(const T* from, T* to, const Call& call) const {
+        float* const seen = workspace().seen.at_least(call.maps.rows() * widest_seen_);
+        Iterator look = next_look(stages_.begin());
+        const bool late = enters_late(look);
+        for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
+            if (late) return take_seen(look->stage, from + on.first * channels_, on, seen);
+            enter(from, on);
+            pass_on(stages_.begin(), look, seen, to, on);
+        });
+        while (look != stages_.end()) {
+            const bool enters = late && look == stages_.begin();
+            const Iterator begin = look + 1, next = next_look(begin);
+            this->look(*look, call, seen, [&](Stretch on, const auto& update) {
+                if (enters) enter(from, on);
+                update(on);
+                pass_on(begin, next, seen, to, on);
             });
-        float* const state = workspace().state.at_least(call.maps.rows() * channels_);
-        for_stretches(call, 2 * channels_, [&](const Stretch& on) {
-            widen_to(from + on.first * channels_, numbers(on), state + on.first * channels_);
-        });
-        run_together(state, state, call);
-        for_stretches(call, 2 * channels_, [&](const Stretch& on) {
-            round_to(state + on.first * channels_, numbers(on), to + on.first * channels_);
-        });
+            look = next;
+        }
     }
-
-    void copy(const float* from, const Call& call) const {
-        for_stretches(call, 2 * channels_, [&](const Stretch& on) {
-            std::copy_n(from + on.first * channels_, std::int64_t{on.rows} * channels_, state(on));
-        });
+    template <class T>
+    void enter(const T* from, Stretch& on) const {
+        const std::int64_t numbers = std::int64_t{on.rows} * channels_;
+        if (!on.call.state) on.state = on.scratch.state.at_least(numbers);
+        from += on.first * channels_;
+        if (static_cast<const void*>(from) != state(on)) widen_to(from, numbers, state(on));
     }
-
-    template <class Iterator>
-    void pass_together(const float* from, Iterator begin, Iterator end, const Call& call) const {
-        for_stretches(call, channels_ + 2 * widest_, [&](const Stretch& on) {
-            if (from != call.state)
-                std::copy_n(from + on.first * channels_, std::int64_t{on.rows} * channels_, state(on));
-            pass_all(begin, end, on);
-        });
-    }
-    template <class Iterator>
-    void pass_all(Iterator begin, Iterator end, const Stretch& on) const {
-        for (auto step = begin; step != end; ++step)
+    // Passes the stages up to one that looks at neighbours, and leaves what it sees, or the result.
+    template <class T>
+    void pass_on(Iterator begin, Iterator look, float* seen, T* to, const Stretch& on) const {
+        constexpr bool rounds = !std::is_same_v<T, float>;
+        const Reorder* reorder = nullptr;  // which writes the result itself
+        if (rounds && look == stages_.end() && begin != look)
+            reorder = std::get_if<Reorder>(&std::prev(look)->stage);
+        for (Iterator step = begin; step != (reorder ? std::prev(look) : look); ++step)
             std::visit([&](const auto& stage) { pass(stage, step->first_condition, on); }, step->stage);
+        if (look != stages_.end()) return take_seen(look->stage, state(on), on, seen);
+        if constexpr (rounds) {
+            to += on.first * channels_;
+            if (reorder)
+                reorder->apply(state(on), on.rows, on.scratch.outputs[0], to);
+            else
+                round_to(state(on), std::int64_t{on.rows} * channels_, to);
+        }
+    }
+    template <class T>
+    void take_seen(const Stage& stage, const T* rows, const Stretch& on, float* seen) const {
+        if (const Half* const half = seen_by(stage))
+            take_passive(*conditioner_of(stage), rows, on.rows, seen + on.first * half->size());
     }
 
-    // Runs one stage whose conditioner looks at neighbours.
-    void look(const Step& step, const Call& call) const {
+    // Runs a stage whose conditioner looks at neighbours. Calls around(stretch, update) for stretches of the
+    // state, in which update(stretch) changes it.
+    template <class Around>
+    void look(const Step& step, const Call& call, const float* seen, const Around& around) const {
 #ifdef USF_AMX
-        if (takes_words(step.stage)) return look_along_line(step, call);
+        if (takes_words(step.stage)) return look_along_line(step, call, around);
 #endif
-        look_around(step, call);
+        look_around(step, call, seen, around);
     }
-    void look_around(const Step& step, const Call& call) const {
-        Workspace& memory = workspace();
+    template <class Around>
+    void look_around(const Step& step, const Call& call, const float* seen, const Around& around) const {
         const Conditioner& conditioner = *conditioner_of(step.stage);
-        const std::int64_t rows = call.maps.rows();
         Inputs in{call.state, channels_};
-        if (conditioner.passive) {
-            const int size = conditioner.passive->size();
-            float* const passive = memory.passive.at_least(rows * size);
-            for_stretches(call, channels_ + size, [&](const Stretch& on) {
-                take_passive(conditioner, state(on), on.rows, passive + on.first * size);
-            });
-            in = {passive, size};
-        }
+        if (conditioner.passive) in = {seen, conditioner.passive->size()};
         int condition = step.first_condition;
         // A coupling uses the outputs of its last layer at once. A residual block must not: it would change
-        // the state that its first layer still has to see.
+        // the state that its first layer still has to see. Nor may an only layer, as what it sees makes way
+        // for what the next conditioner sees.
         const std::size_t all = conditioner.layers.size();
-        const std::size_t whole = all - !std::holds_alternative<Residual>(step.stage);
+        const std::size_t whole = all - (all > 1 && !std::holds_alternative<Residual>(step.stage));
         for (std::size_t i = 0; i < whole; ++i) {
             const Layer& layer = conditioner.layers[i];
             const int width = layer.outputs();
-            float* const out = memory.layers[i % 2].at_least(rows * width);
+            float* const out = workspace().layers[i % 2].at_least(call.maps.rows() * width);
             apply(layer, in, call, out, condition);
             in = {out, width};
             condition += layer.conditioned;
@@ -184,13 +200,15 @@ private:
                 apply(*last, in, on, out, condition);
                 outputs = {out, static_cast<std::ptrdiff_t>(width)};
             }
-            std::visit(
-                [&](const auto& stage) {
-                    if constexpr (requires { stage.conditioner; }) update(stage, outputs, on);
-                },
-                step.stage);
+            around(on, [&](const Stretch& entered) {
+                std::visit(
+                    [&](const auto& stage) {
+                        if constexpr (requires { stage.conditioner; }) update(stage, outputs, entered);
+                    },
+                    step.stage);
+            });
         };
-        const std::int64_t floats = in.stride + width + channels_;
+        const std::int64_t floats = in.stride + width + 2 * channels_;
         if (last)
             for_stretches_of(*last, call, floats, update_stretch);
         else
@@ -199,19 +217,20 @@ private:
 
 #ifdef USF_AMX
     // The same if all of its layers take words.
-    void look_along_line(const Step& step, const Call& call) const {
+    template <class Around>
+    void look_along_line(const Step& step, const Call& call, const Around& around) const {
         Floats* const memory = workspace().layers;
         const Conditioner& conditioner = *conditioner_of(step.stage);
         const std::vector<Layer>& layers = conditioner.layers;
         const Line line(call.maps, layers);
-        const auto of_row = [&](std::int64_t row, const LineStretch& on) {
-            const std::int64_t width = call.maps.width;
-            return Stretch{call, row * width, static_cast<int>(width), on.scratch};
+        const std::int64_t length = call.maps.width;
+        const auto of_rows = [&](std::int64_t first, std::int64_t last, const LineStretch& on) {
+            return Stretch{call, first * length, static_cast<int>((last - first) * length), on.scratch};
         };
         LineOfWords in(line, conditioner.passive ? conditioner.passive->size() : channels_, memory[0]);
         for_stretches_of(line, call, channels_ + in.words, [&](const LineStretch& on) {
             on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
-                see(conditioner, of_row(row, on), in.at(on) + first * in.words);
+                see(conditioner, of_rows(row, row + 1, on), in.at(on) + first * in.words);
             });
             in.clear(on);
         });
@@ -236,23 +255,27 @@ private:
             const std::int64_t stride = words ? words_of(last.outputs()) : last.outputs();
             float* const out = rows_of_words(on.scratch.outputs[0], on.positions(), static_cast<int>(stride));
             apply(last, in, shifts, on, words, out, shares(last, on));
-            if (const auto* const residual = std::get_if<Residual>(&step.stage)) {
-                const AddToRows add{rows_of_pixels(call.state, channels_, on), residual->factor};
-                return multiply_in_tiles(Inputs{out, stride, true}, on.positions(), residual->weights, add);
-            }
-            on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
-                const Inputs outputs{out + first * stride, stride};
-                std::visit(
-                    [&](const auto& stage) {
-                        if constexpr (requires { stage.active; }) update(stage, outputs, of_row(row, on));
-                    },
-                    step.stage);
+            around(of_rows(on.first, on.last, on), [&](const Stretch&) {
+                if (const auto* const residual = std::get_if<Residual>(&step.stage)) {
+                    const AddToRows add{rows_of_pixels(call.state, channels_, on), residual->factor};
+                    return multiply_in_tiles(Inputs{out, stride, true}, on.positions(), residual->weights,
+                                             add);
+                }
+                on.for_rows([&](std::int64_t row, std::int64_t first, std::int64_t) {
+                    const Inputs outputs{out + first * stride, stride};
+                    std::visit(
+                        [&](const auto& stage) {
+                            if constexpr (requires { stage.active; })
+                                update(stage, outputs, of_rows(row, row + 1, on));
+                        },
+                        step.stage);
+                });
             });
         });
     }
 #endif
 
-    int widest_ = 1;
+    int widest_ = 1, widest_seen_ = 0;
     int conditions_ = 0;
     std::vector<Step> stages_;
 };

@@ -61,7 +61,8 @@ struct Affine {
 using Stage = std::variant<Product, Exchange, Reorder, Residual, Additive, Affine>;
 
 // Copies the input of a conditioner with passive channels for some rows to [rows, passive channels].
-inline void take_passive(const Conditioner& conditioner, const float* state, int rows, float* to) {
+template <class T>
+void take_passive(const Conditioner& conditioner, const T* state, int rows, float* to) {
     const int size = conditioner.passive->size();
     conditioner.passive->take(state, rows, to, size);
     if (conditioner.shift.empty()) return;
@@ -98,6 +99,14 @@ inline bool takes_words(const Stage& stage) {
 inline bool is_pointwise(const Stage& stage) {
     const Conditioner* const conditioner = conditioner_of(stage);
     return !conditioner || conditioner->pointwise();
+}
+
+// The channels that have to be copied for all rows, because the stage's conditioner looks at neighbours; null
+// for none. Words are copied by the stage itself.
+inline const Half* seen_by(const Stage& stage) {
+    const Conditioner* const conditioner = conditioner_of(stage);
+    if (!conditioner || conditioner->pointwise() || takes_words(stage)) return nullptr;
+    return conditioner->passive ? &*conditioner->passive : nullptr;
 }
 
 }  // namespace usf

@@ -23,7 +23,8 @@ void test(int channels, int rows) {
     const std::vector<float> before = noise((rows + 2) * channels);
     std::vector<float> after = before;
     Floats memory;
-    Reorder(index, scale, bias).apply(after.data() + channels, rows, memory);
+    const Reorder reorder(index, scale, bias);
+    reorder.apply(after.data() + channels, rows, memory);
     for (int j = 0; j < channels; ++j) {
         CHECK(after[j] == before[j]);
         CHECK(after[(rows + 1) * channels + j] == before[(rows + 1) * channels + j]);
@@ -33,6 +34,13 @@ void test(int channels, int rows) {
             const double expected = double(scale[j]) * before[r * channels + index[j]] + bias[j];
             CHECK(std::abs(after[r * channels + j] - expected) <= 1e-6 * (1 + std::abs(expected)));
         }
+    if (!multiplies_pairs()) return;
+    std::vector<float> state = before;
+    std::vector<BFloat16> rounded((rows + 1) * channels, BFloat16{7}), nearest(rows * channels);
+    reorder.apply(state.data() + channels, rows, memory, rounded.data());
+    round_to(after.data() + channels, rows * channels, nearest.data());
+    for (int i = 0; i < rows * channels; ++i) CHECK(rounded[i].bits == nearest[i].bits);
+    for (int j = 0; j < channels; ++j) CHECK(rounded[rows * channels + j].bits == 7);
 }
 
 }  // namespace reorder_test
@@ -40,7 +48,7 @@ void test(int channels, int rows) {
 int test_reorder(int, char*[]) {
     using namespace reorder_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
-        for (const int channels : {1, 5, 16, 33, 64, 131, 400})
+        for (const int channels : {1, 5, 16, 32, 33, 64, 96, 131, 256, 400})
             for (const int rows : {0, 1, 15, 16, 17, 96}) test(channels, rows);
     for (const std::int32_t wrong : {-1, 3, 1 << 30}) {
         CHECK_THROWS(Reorder({0, wrong, 2}, noise(3), noise(3)));

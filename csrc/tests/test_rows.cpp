@@ -138,7 +138,7 @@ void test_functions() {
     constexpr float infinity = std::numeric_limits<float>::infinity();
     CHECK(fast_tanh(infinity) == 1.0f && fast_tanh(-infinity) == -1.0f);
     CHECK(std::isnan(fast_tanh(std::nanf(""))) && std::isnan(fast_exp(std::nanf(""))));
-    CHECK(power_of_two(0) == 1 && std::isnan(power_of_two(std::nanf(""))));
+    CHECK(power_of_two(0.0f) == 1 && std::isnan(power_of_two(std::nanf(""))));
     BFloat16 half_way;
     narrow(1.00390625f, half_way);  // between 1 and 1.0078125: to the even one
     CHECK(widen(half_way) == 1.0f);
