@@ -15,15 +15,19 @@
 
 namespace usf {
 
-// row[j] = scale[j] * row[index[j]] + bias[j]
+// row[j] = scale[j] * row[index[j]] + bias[j], with a permutation as the index
 class Reorder {
 public:
-    // Throws std::invalid_argument unless the vectors are of one length and `index` lies within it.
+    // Throws std::invalid_argument unless the vectors are of one length and `index` permutes that many.
     Reorder(std::vector<std::int32_t> index, std::vector<float> scale, std::vector<float> bias)
         : index_(std::move(index)), scale_(std::move(scale)), bias_(std::move(bias)) {
         const auto channels = static_cast<std::int64_t>(index_.size());
-        for (const std::int32_t i : index_)
-            if (i < 0 || i >= channels) throw std::invalid_argument("index: expected channels of the state");
+        std::vector<bool> found(index_.size());
+        for (const std::int32_t i : index_) {
+            if (i < 0 || i >= channels || found[i])
+                throw std::invalid_argument("index: expected a permutation of the channels");
+            found[i] = true;
+        }
         if (scale_.size() != index_.size() || bias_.size() != index_.size())
             throw std::invalid_argument("scale, bias: expected a value for each channel");
 #ifdef USF_VECTOR_ASSEMBLY
@@ -112,8 +116,7 @@ private:
             }
         }
     }
-    std::vector<Lanes>
-        lanes_;  // empty for numbers of channels that do not fill registers, or too many of them
+    std::vector<Lanes> lanes_;  // empty if rows do not fill registers, or too many of them
     std::vector<float> scale_before_, bias_before_;  // in the order of the channels before they move
 #endif
 #ifdef USF_AVX512

@@ -56,6 +56,7 @@ int test_reorder(int, char*[]) {
         CHECK_THROWS(Half(index, 2, 3));
     }
     CHECK_THROWS(Reorder({0, 1}, noise(2), noise(3)));
+    CHECK_THROWS(Reorder({0, 1, 1}, noise(3), noise(3)));
     const std::int64_t twice[] = {1, 1};
     CHECK_THROWS(Half(twice, 2, 3));
     return failures != 0;
