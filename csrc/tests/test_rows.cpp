@@ -127,6 +127,36 @@ void test_affine(float tolerance) {
     }
 }
 
+#ifdef USF_PRODUCTS
+// Vectors of numbers get what single numbers get, within rounding, also beyond the limits.
+void test_vectors() {
+    std::vector<float> values, powers, tanhs;
+    for (double x = -20; x <= 20; x += 1e-3) values.push_back(static_cast<float>(x));
+    values.resize(values.size() / 16 * 16);
+    for (const float extreme : {-INFINITY, INFINITY, -200.0f, 200.0f, 0.0f, 1e-30f, -1e-6f, 43.0f})
+        values.insert(values.end(), 16, extreme);
+    powers.resize(values.size()), tanhs.resize(values.size());
+    float of_nan[2] = {};
+    with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA {
+        using V = typename Vector<lanes>::type;
+        using U = typename Vector<lanes>::unaligned;
+        for (std::size_t i = 0; i < values.size(); i += lanes) {
+            const V x = *reinterpret_cast<const U*>(values.data() + i);
+            *reinterpret_cast<U*>(powers.data() + i) = power_of_two(V(7.0f * x));
+            *reinterpret_cast<U*>(tanhs.data() + i) = fast_tanh(x);
+        }
+        const V nan = V{} + std::nanf("");
+        of_nan[0] = power_of_two(nan)[lanes - 1], of_nan[1] = fast_tanh(nan)[lanes - 1];
+    });
+    CHECK(std::isnan(of_nan[0]) && std::isnan(of_nan[1]));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        const double power = std::exp2(std::clamp<double>(7 * values[i], -126, 126));
+        CHECK(std::abs(powers[i] / power - 1) <= 2.4e-7);
+        CHECK(std::abs(tanhs[i] - std::tanh(double(values[i]))) <= 3e-7);
+    }
+}
+#endif
+
 void test_functions() {
     for (double x = -20; x <= 20; x += 1e-3) {
         const float value = static_cast<float>(x);
@@ -151,6 +181,13 @@ void test_functions() {
 int test_rows(int, char*[]) {
     using namespace rows_test;
     test_functions();
+#ifdef USF_PRODUCTS
+    for (most_lanes = 4; most_lanes < 16; most_lanes *= 2) {
+        test_vectors();
+        test_affine<float>(2e-6f);
+    }
+    test_vectors();
+#endif
     test_apart<float>();
     test_apart<BFloat16>();
     test_halves<float>(1e-6f);
