@@ -26,7 +26,9 @@ def canvas(
 
     figure = Figure(figsize=(WIDTH, height), dpi=150, facecolor="white")
     figure.text(LEFT / WIDTH, 1 - 0.33 / height, title, fontsize=14, weight="bold", color=INK, va="center")
-    figure.text(LEFT / WIDTH, 1 - 0.58 / height, subtitle, fontsize=9, color=FAINT, va="center")
+    below = figure.text(LEFT / WIDTH, 1 - 0.58 / height, subtitle, fontsize=9, color=FAINT, va="center")
+    room = (WIDTH - 2 * LEFT) * figure.dpi  # names of processors may be long
+    below.set_fontsize(9 * min(1, room / below.get_window_extent().width))
     axes = [
         figure.add_axes((left / WIDTH, BOTTOM / height, span / WIDTH, 1 - (TOP + BOTTOM) / height))
         for left, span in panels

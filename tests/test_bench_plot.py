@@ -113,6 +113,15 @@ def test_depth_follows_the_deepest_shape():
     assert {tuple(line.get_ydata()) for line in time.lines} == {(8, 16, 128), (4, 8, 64)}
 
 
+def test_headlines_fit_long_names_of_processors():
+    device = "A processor with a name of many words, family 25 model 17, AVX512, AMX"
+    for draw in PICTURES.values():
+        figure = draw([r | {"device": device} for r in measured()])
+        assert any(device in text.get_text() for text in figure.texts)
+        for text in figure.texts:
+            assert 0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_names_do_not_overlap():
     axis = tree(list(measured())).axes[0]
     names_at_ends(axis, [(20.0, "one", "k", False), (20.0, "two", "k", False)])
