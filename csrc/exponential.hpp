@@ -67,7 +67,7 @@ USF_INLINE V reciprocal(V x) {
     if constexpr (sizeof(V) == 64) {  // a division takes longer than Newton's step
         V y;
         asm("vrcp14ps %1, %0" : "=v"(y) : "v"(x));
-        return y * (2.0f - x * y);
+        return y + y * (1.0f - x * y);
     }
 #endif
     return 1.0f / x;
@@ -87,14 +87,16 @@ USF_INLINE V power_of_two(V x) {
     p = p * r + 6.931472028e-1f;
     p = p * r + 1.0f;
     using Bits = typename BitsOf<V>::type;
-    return p * std::bit_cast<V>((std::bit_cast<Bits>(shifted) << 23) + 0x3f800000u);
+    // Not std::bit_cast: compiled without inlining, it takes and returns vectors by another convention.
+    return p * __builtin_bit_cast(V, (__builtin_bit_cast(Bits, shifted) << 23) + 0x3f800000u);
 }
 constexpr float log2_e = 1.44269504f;
 
 // tanh x with an absolute error of at most 2^-22. NaN gives NaN.
 template <class V>
 USF_INLINE V fast_tanh(V x) {
-    return 1.0f - 2.0f * reciprocal(power_of_two(limited(2 * log2_e * x, 43.0f)) + 1.0f);
+    const V power = power_of_two(limited(2 * log2_e * x, 43.0f));
+    return (power - 1.0f) * reciprocal(power + 1.0f);
 }
 
 }  // namespace usf
