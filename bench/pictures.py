@@ -57,7 +57,7 @@ def overview(rows: Rows) -> Figure | None:
         TOP + BOTTOM + STRIP * len(groups),
         ((3.1, 6.6),),
         "How much longer the fastest peer takes, all shapes and batches",
-        "A dot per shape, batch or form, torch.compile among the peers; bars: geometric means. "
+        "One dot per shape, batch size or form, torch.compile among the peers; bars are geometric means. "
         f"{machine(rows)}.",
     )
     strips(axis, [groups[name] for name in order], base=10)

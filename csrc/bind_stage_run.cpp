@@ -119,8 +119,7 @@ void bind_stage_run(nb::module_& m) {
         .def(
             "reorder",
             [](StageRun& run, Channels index, Bias scale, Bias bias) {
-                const Half checked = channels_of(index, run);
-                if (checked.size() != run.channels())
+                if (index.shape(0) != static_cast<std::size_t>(run.channels()))
                     throw std::invalid_argument("index: expected a permutation of the channels");
                 run.add(Reorder{
                     {index.data(), index.data() + index.shape(0)}, values_of(scale), values_of(bias)});

@@ -19,11 +19,11 @@ namespace usf {
 class Reorder {
 public:
     // Throws std::invalid_argument unless the vectors are of one length and `index` permutes that many.
-    Reorder(std::vector<std::int32_t> index, std::vector<float> scale, std::vector<float> bias)
-        : index_(std::move(index)), scale_(std::move(scale)), bias_(std::move(bias)) {
+    Reorder(const std::vector<std::int64_t>& index, std::vector<float> scale, std::vector<float> bias)
+        : index_(index.begin(), index.end()), scale_(std::move(scale)), bias_(std::move(bias)) {
         const auto channels = static_cast<std::int64_t>(index_.size());
         std::vector<bool> found(index_.size());
-        for (const std::int32_t i : index_) {
+        for (const std::int64_t i : index) {
             if (i < 0 || i >= channels || found[i])
                 throw std::invalid_argument("index: expected a permutation of the channels");
             found[i] = true;

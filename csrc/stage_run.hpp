@@ -122,7 +122,7 @@ private:
             pass_on(stages_.begin(), look, seen, to, on);
         });
         while (look != stages_.end()) {
-            const bool enters = late && look == stages_.begin();
+            const bool enters = enters_late(look);
             const Iterator begin = look + 1, next = next_look(begin);
             this->look(*look, call, seen, [&](Stretch on, const auto& update) {
                 if (enters) enter(from, on);

@@ -104,9 +104,9 @@ inline bool is_pointwise(const Stage& stage) {
 // The channels that have to be copied for all rows, because the stage's conditioner looks at neighbours; null
 // for none. Words are copied by the stage itself.
 inline const Half* seen_by(const Stage& stage) {
-    const Conditioner* const conditioner = conditioner_of(stage);
-    if (!conditioner || conditioner->pointwise() || takes_words(stage)) return nullptr;
-    return conditioner->passive ? &*conditioner->passive : nullptr;
+    if (is_pointwise(stage) || takes_words(stage)) return nullptr;
+    const std::optional<Half>& passive = conditioner_of(stage)->passive;
+    return passive ? &*passive : nullptr;
 }
 
 }  // namespace usf

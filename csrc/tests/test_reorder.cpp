@@ -16,7 +16,7 @@ namespace reorder_test {
 
 // Against the definition, with rows around it that must stay as they are.
 void test(int channels, int rows) {
-    std::vector<std::int32_t> index(channels);
+    std::vector<std::int64_t> index(channels);
     std::iota(index.begin(), index.end(), 0);
     std::shuffle(index.begin(), index.end(), random_bits);
     const std::vector<float> scale = noise(channels), bias = noise(channels);
@@ -50,7 +50,8 @@ int test_reorder(int, char*[]) {
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
         for (const int channels : {1, 5, 16, 32, 33, 64, 96, 131, 256, 400})
             for (const int rows : {0, 1, 15, 16, 17, 96}) test(channels, rows);
-    for (const std::int32_t wrong : {-1, 3, 1 << 30}) {
+    for (const std::int64_t wrong :
+         {std::int64_t{-1}, std::int64_t{3}, std::int64_t{1} << 30, std::int64_t{1} << 32}) {
         CHECK_THROWS(Reorder({0, wrong, 2}, noise(3), noise(3)));
         const std::int64_t index[] = {0, wrong};
         CHECK_THROWS(Half(index, 2, 3));
