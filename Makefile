@@ -1,6 +1,7 @@
 # make install   .venv with the package and every extra, versions from constraints.txt
 # make demo      train on the embedded textures; tables, pictures and checkpoints in runs/demo
 # make test      the Python tests, TEST_WORKERS at a time
+# make test-lowest  the Python tests with the oldest packages that pyproject.toml allows
 # make test-cpp  the C++ tests, also under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint      ruff and clang-format
 # make bench     benchmarks on the CPU, small inputs, under ten minutes; rows in runs/bench.csv
@@ -19,11 +20,12 @@ BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 GPU_WORKERS ?= 8
 CMAKE := $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+LOWEST := build/lowest
 EXTRAS := demo,anomalib,export,bench,dev
 # Compiled at the first import instead: sixteen thousand files, of which few are ever imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: install demo test test-cpp test-gpu lint bench bench-full bench-gpu tune-gpu report accuracy accuracy-quick gpu clean
+.PHONY: install demo test test-lowest test-cpp test-gpu lint bench bench-full bench-gpu tune-gpu report accuracy accuracy-quick gpu clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/extension
@@ -50,6 +52,14 @@ demo: install
 
 test: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
+
+# uv, since pip resolves to the newest only; a build folder of its own, since the extension is built by older tools.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
+	  --config-settings=build-dir=$(LOWEST)/extension --editable ".[$(EXTRAS)]"
+	OMP_WAIT_POLICY=passive $(LOWEST)/bin/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
 test-cpp: $(VENV)/tools
 	$(CMAKE) -B build/tests -DUSF_TESTS=ON

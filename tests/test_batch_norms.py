@@ -87,6 +87,7 @@ def test_only_where_it_changes_nothing(alone):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 
 
+@pytest.mark.skipif(not timm.is_model("test_coatnet"), reason="a newer timm has this network")
 def test_norms_on_a_branch_stay():
     backbone = create_backbone("test_coatnet", weights=None)
     randomise_norms_(backbone.network)

@@ -268,7 +268,10 @@ def progress(total: int | None, title: str) -> Iterator[Callable[[], Any]]:
         yield lambda: None
         return
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:  # a disabled bar ends with an empty line before rich 14.3
+        yield lambda: None
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)
 

@@ -192,8 +192,9 @@ def _pyramid(
             raise ValueError(f"final_norm: {name} does not have one for maps of one stride") from error
         if options.get("pretrained_cfg_overlay"):
             path = options["pretrained_cfg_overlay"]["file"]
-            # timm's own message advises to run whatever code the file holds.
-            reason = "no file of weights" if isinstance(error.__context__, UnpicklingError) else error
+            # Messages of timm and PyTorch advise to run whatever code the file holds.
+            unreadable = any(isinstance(e, UnpicklingError) for e in (error, error.__context__))
+            reason = "no file of weights" if unreadable else error
             raise ValueError(f"weights: {path} is not a checkpoint of {name} ({reason})") from error
         if options["pretrained"]:
             raise RuntimeError(
