@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from usf_kernels.data import FolderDataset, ImageFiles, read_image
-from usf_kernels.data.folder import is_image, resize_mask
+from usf_kernels.data.folder import images_below, is_image, resize_mask
 from usf_kernels.max_tree import component_tree
 
 
@@ -65,7 +65,10 @@ def test_folder_errors_name_the_file_or_folder(folder, tmp_path):
     with pytest.raises(ValueError, match=r"hole.000\.png"):
         FolderDataset(folder, "test")[1]
     (folder / "ground_truth/hole/001_mask.png").unlink()
-    with pytest.raises(ValueError, match=r"001_mask\.png"):
+    with pytest.raises(ValueError, match=r"001_mask\.png: no such mask for .*001\.png$"):
+        FolderDataset(folder, "test")[2]
+    Image.new("L", (60, 40), 255).save(folder / "ground_truth/hole/001_mask.jpg")
+    with pytest.raises(ValueError, match=r"no such mask for .*; 001_mask\.jpg is not in a lossless format"):
         FolderDataset(folder, "test")[2]
     for path in (folder / "train/good").glob("*.png"):
         path.unlink()
@@ -142,6 +145,16 @@ def test_the_orientation_of_a_tiff_is_followed(tmp_path, mode, orientation):
     assert read_image(tmp_path / "a.tif").shape == ((3, 20, 30) if orientation == 3 else (3, 30, 20))
 
 
+def test_a_damaged_tag_takes_neither_image_nor_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (64, 48), "grey").save(path, exif=exif)
+    # The camera's name, a text, becomes a width, a number.
+    path.write_bytes(path.read_bytes().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02"))
+    assert read_image(path).shape == (3, 64, 48)
+
+
 @pytest.mark.parametrize(("values", "found"), [((0, 255), "0 to 255"), ((0, np.nan), "nan"), ((-1, 1), "-1")])
 def test_floating_point_images_out_of_range_are_named(tmp_path, values, found):
     path = tmp_path / "float.tiff"
@@ -158,6 +171,15 @@ def test_unreadable_images_are_named(tmp_path, content):
         read_image(path)
     with pytest.raises(ValueError, match=r"missing\.png: no such file$"):
         read_image(tmp_path / "missing.png")
+
+
+def test_errors_of_any_kind_name_the_file(folder, monkeypatch):
+    def fail(picture):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(ValueError, match=r"000\.png: cannot be read as an image \(Failed to decode image\)"):
+        read_image(folder / "train/good/000.png")
 
 
 def test_a_region_thinner_than_a_pixel_survives_beside_a_large_one():
@@ -210,6 +232,12 @@ def test_what_only_looks_like_an_image_is_left_out(folder):
     (folder / "train/good/x.png").mkdir()
     (folder / "train/good/._000.png").write_bytes(b"of macOS")
     assert len(FolderDataset(folder)) == 2
+    copies = folder / "test/.ipynb_checkpoints"
+    copies.mkdir()
+    (copies / "000-checkpoint.png").write_bytes((folder / "test/hole/000.png").read_bytes())
+    assert [s.kind for s in FolderDataset(folder, "test")] == ["good", "hole", "hole"]
+    assert len(images_below(folder / "test")) == 3
+    assert images_below(copies) == [copies / "000-checkpoint.png"]  # it was asked for
 
 
 @pytest.mark.parametrize("size", [0, -1, (32, 32, 3), (3, 0), "32", 2.5])

@@ -5,34 +5,10 @@ import functools
 
 import pytest
 import torch
+from freia_sequences import assert_same, dense, framework, modules, replaced, sequence
 from torch import nn
 
 import usf_kernels as usf
-
-framework = pytest.importorskip("FrEIA.framework")
-modules = pytest.importorskip("FrEIA.modules")
-
-
-def dense(c_in, c_out):
-    return nn.Sequential(nn.Linear(c_in, 5), nn.Tanh(), nn.Linear(5, c_out))
-
-
-def sequence(blocks=3, channels=6, subnet=dense, **options):
-    model = framework.SequenceINN(channels)
-    for _ in range(blocks):
-        model.append(modules.AllInOneBlock, subnet_constructor=subnet, **options)
-    return model.eval()
-
-
-def replaced(model, **options):
-    model = copy.deepcopy(model)
-    usf.replace_blocks(model, **options)
-    return model
-
-
-def assert_same(found, expected):
-    for value, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, other.detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
@@ -183,26 +159,6 @@ def test_dropout_that_is_on_draws():
         assert not torch.equal(model(x)[0], model(x)[0])
 
 
-def test_averages_of_buffers_leave_permutations_alone():
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    model = replaced(sequence(1, 64))
-    mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    for _ in range(20):
-        mean.update_parameters(model)
-    x = torch.randn(2, 64)
-    assert_same(mean.module(x), model(x))
-
-
-def test_permutations_follow_their_block():
-    model = replaced(sequence())
-    model.to("meta")
-    assert {block._order.device.type for block in model.module_list} == {"meta"}
-    other = replaced(sequence())
-    model.to_empty(device="cpu").load_state_dict(other.state_dict())
-    x = torch.randn(2, 6)
-    assert_same(model(x), other(x))
-
-
 @pytest.mark.parametrize("to", ["exact", "usf"])
 def test_training_may_follow_inference_mode(to):
     original, x = sequence(), torch.randn(2, 6)
@@ -316,32 +272,6 @@ def test_forward_mode_derivatives(options):
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"reverse_permutation": True}, {"gin_block": True}])
-def test_a_permutation_written_to_is_seen(options):
-    """As DistributedDataParallel does, whose ranks begin with the values of the first."""
-    model, source, x = replaced(sequence(1, **options)), sequence(1, **options), torch.randn(4, 6)
-    with torch.no_grad():
-        for to, value in zip(model.parameters(), source.parameters(), strict=True):
-            to.copy_(value)
-    assert_same(model(x), source(x))
-    with torch.no_grad():
-        assert_same(model(x), source(x))
-
-
-def test_calls_with_the_weights_of_another_model():
-    models, x = [sequence(2) for _ in range(3)], torch.randn(4, 6)
-    ours = replaced(models[0])
-    for model in (*models, models[0]):
-        values = {name: value.detach().clone() for name, value in model.named_parameters()}
-        assert_same(torch.func.functional_call(ours, values, (x,)), model(x))
-    assert_same(ours(x), models[0](x))
-    parameters, buffers = torch.func.stack_module_state(models)
-    parameters = {name: value.detach() for name, value in parameters.items()}
-    together = torch.func.vmap(lambda *state: torch.func.functional_call(ours, state, (x,)))
-    expected = [torch.stack(values) for values in zip(*(model(x) for model in models), strict=True)]
-    assert_same(together(parameters, buffers), expected)
-
-
 def test_a_forward_set_on_an_instance_is_called():
     model, x = replaced(sequence(2)), torch.randn(4, 6)
     with torch.no_grad():
@@ -369,13 +299,6 @@ def test_a_direction_that_is_a_number():
     x, ours = torch.randn(4, 6), replaced(block)
     for rev in (0, 1):
         assert_same(ours((x,), rev=rev)[0], block((x,), rev=rev)[0])
-
-
-def test_a_block_without_values_gets_its_permutation_with_them():
-    block = modules.AllInOneBlock([(6,)], subnet_constructor=dense)
-    ours, x = replaced(copy.deepcopy(block).to("meta")), torch.randn(4, 6)
-    ours.load_state_dict(block.state_dict(), assign=True)
-    assert_same(ours((x,))[0], block((x,))[0])
 
 
 def test_a_parametrized_block_is_not_restored():

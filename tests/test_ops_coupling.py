@@ -218,6 +218,10 @@ def test_other_errors():
             affine_coupling(x, x, split=2, clamp=clamp)
     with pytest.raises(TypeError, match="clamp: expected a number, found str"):
         affine_coupling(x, x, split=2, clamp="2")
+    with pytest.raises(
+        ValueError, match="clamp: expected a number that a float holds, found one of 1329 bits"
+    ):
+        affine_coupling(x, x, split=2, clamp=10**400)
     for shape in ((2,), (1, 2, 4, 3), (3, 4, 3)):
         with pytest.raises(ValueError, match=r"mask: expected a shape that broadcasts to x's \(2, 4, 3\)"):
             masked_additive_coupling(x, x, torch.ones(shape))

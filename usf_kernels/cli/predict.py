@@ -50,7 +50,9 @@ def add_parser(commands: Any) -> None:
     )
     add_checkpoint(parser)
     parser.add_argument("images", type=nonempty_path, nargs="+", help="image files, or folders of them")
-    parser.add_argument("--recursive", action="store_true", help="take the folders inside of folders too")
+    parser.add_argument(
+        "--recursive", action="store_true", help="take the folders inside of folders too, but for hidden ones"
+    )
     parser.add_argument(
         "--output", type=nonempty_path, default=Path("runs/predict"), help="default: %(default)s"
     )
@@ -138,14 +140,14 @@ def _predictions(
 
 def _expand(paths: list[Path], output: Path, recursive: bool) -> list[Path]:
     """Return all image files that the paths name or contain, once each."""
-    from usf_kernels.data.folder import images_in
+    from usf_kernels.data.folder import images_below, images_in
 
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = images_in(path.rglob("*") if recursive else path.iterdir())
+            inside = images_below(path) if recursive else images_in(path.iterdir())
             if not inside:
-                below = next((file.parent for file in images_in(path.rglob("*"))), None)
+                below = next((file.parent for file in images_below(path)), None)
                 hint = "" if below is None else f"; there are some in {below}, which --recursive takes"
                 raise ValueError(f"{path}: holds no image{hint}")
             files += inside

@@ -6,6 +6,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterable
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,11 +94,13 @@ def open_image(path: str | Path, *, decode: bool = True) -> Image.Image:
         with open(path, "rb") as file, Image.open(file) as picture:
             if decode:
                 picture.load()
+                picture.getexif()  # remembered; without its bytes, damaged tags are not written out again
+                picture.info.pop("exif", None)
                 ImageOps.exif_transpose(picture, in_place=True)
             return picture
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise errors of any kind
         known = not isinstance(error, UnidentifiedImageError)  # this message has an object's address
         reason = error if known else "no image of a format that Pillow knows"
         raise ValueError(f"{path}: cannot be read as an image ({reason})") from error
@@ -108,9 +111,20 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith("._") and path.is_file()
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a name begins with a dot, as `.ipynb_checkpoints` does, whose images are copies of others."""
+    return path.name.startswith(".")
+
+
 def images_in(paths: Iterable[Path]) -> list[Path]:
     """Return the paths that are image files, sorted."""
     return sorted(path for path in paths if is_image(path))
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the image files in a folder and in the folders inside of it, sorted, but for hidden folders."""
+    files = folder.rglob("*")
+    return images_in(f for f in files if not any(map(is_hidden, f.relative_to(folder).parents)))
 
 
 def resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -205,7 +219,7 @@ class FolderDataset(Dataset[Sample]):
         test = self.root / "test"
         if not test.is_dir():
             raise ValueError(f"{test}: no such folder; test images are expected in {test}/<kind>")
-        return sorted(folder for folder in test.iterdir() if folder.is_dir())
+        return sorted(folder for folder in test.iterdir() if folder.is_dir() and not is_hidden(folder))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -235,7 +249,15 @@ class FolderDataset(Dataset[Sample]):
         candidates = [folder / f"{path.stem}{end}" for end in ends]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
-            raise ValueError(f"{candidates[0]}: no such mask for {path}")
+            other = next(
+                (f for end in ("_mask", "") for f in folder.glob(f"{escape(path.stem + end)}.*")), None
+            )
+            hint = (
+                ""
+                if other is None
+                else f"; {other.name} is not in a lossless format, as {MASK_SUFFIXES[0]} is"
+            )
+            raise ValueError(f"{candidates[0]}: no such mask for {path}{hint}")
         picture = open_image(found)
         if picture.mode not in ("1", "L", "LA", "I", "I;16", "F"):  # a colour's luma may be 0
             picture = picture.convert("RGB")

@@ -112,6 +112,14 @@ class AllInOneMixin(Faster):
         self._find_order()
         return self._order is not None
 
+    def _orders(self) -> tuple[Tensor, Tensor]:
+        """Return the permutation and its inverse as indices; call it where `_is_indexed`."""
+        if not torch.compiler.is_compiling():
+            return self._order, self._inverse_order
+        # A graph outlives writes to the matrix, and may be given another one.
+        matrix = self.w_perm.flatten(1)
+        return matrix.argmax(1), matrix.argmax(0)
+
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
@@ -132,12 +140,12 @@ class AllInOneMixin(Faster):
     def _by_index(
         self, x: Tensor, c: list[Tensor], scale: Tensor, offset: Tensor, rev: bool
     ) -> tuple[Tensor, Tensor]:
-        order, split = self._order, self.splits[0]
+        (order, inverse_order), split = self._orders(), self.splits[0]
         if self.reverse_pre_permute and not rev:
-            x = x.index_select(1, self._inverse_order)
+            x = x.index_select(1, inverse_order)
         passive = x[:, :split]
         if rev:
-            passive = x.index_select(1, self._inverse_order[:split])
+            passive = x.index_select(1, inverse_order[:split])
             shape = (-1, *[1] * self.input_rank)
             passive = (passive - offset[:split].view(shape)) / scale[:split].view(shape)
         params = self._params(passive, c)
@@ -197,7 +205,7 @@ class AllInOneMixin(Faster):
             rotation = self._rotation()
             rotation = rotation.mT if inverse else rotation
             return self.permute_function(x, rotation.reshape(*rotation.shape, *[1] * self.input_rank))
-        return x.index_select(1, self._inverse_order if inverse else self._order)
+        return x.index_select(1, self._orders()[inverse])
 
     def _params(self, passive: Tensor, c: list[Tensor]) -> Tensor:
         return evaluate(self.subnet, torch.cat([passive, *c], dim=1) if c else passive)

@@ -7,6 +7,7 @@ the argument, says what was found, and what was expected.
 from __future__ import annotations
 
 import math
+import sys
 from functools import reduce
 
 import numpy as np
@@ -87,9 +88,14 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a real number of Python or NumPy."""
+    """Raise TypeError unless `value` is a real number of Python or NumPy, and ValueError for an int that no
+    float holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(
+            f"{name}: expected a number that a float holds, found one of {value.bit_length()} bits"
+        )
 
 
 def check_positive(name: str, value: object) -> None:
