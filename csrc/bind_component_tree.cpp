@@ -39,7 +39,7 @@ Memory<std::byte> share_block(std::vector<ComponentTree<T>>& trees, std::size_t 
     constexpr std::size_t line = 64;
     const std::size_t bytes = pixels * (2 * sizeof(std::int32_t) + sizeof(T));
     const std::size_t stride = (bytes + line - 1) / line * line;
-    Memory<std::byte> block = allocate<std::byte>(stride * trees.size(), Access::again_and_again);
+    Memory<std::byte> block = allocate<std::byte>(stride * trees.size(), Allocated::again_and_again);
     for (std::size_t i = 0; i < trees.size(); ++i) {
         std::byte* memory = block.get() + i * stride;
         const auto take = [&]<class Item>(Buffer<Item>& buffer) {

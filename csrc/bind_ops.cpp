@@ -51,6 +51,13 @@ std::optional<Exit> exit_of(const Address& index, std::int64_t channels, const A
 void bind_ops(nb::module_& m) {
     using namespace nb::literals;
     m.def(
+        "use_huge_pages",
+        [](std::uintptr_t memory, std::size_t bytes) {
+            nb::gil_scoped_release unlocked;
+            use_huge_pages(reinterpret_cast<void*>(memory), bytes);
+        },
+        "memory"_a, "bytes"_a);
+    m.def(
         "copy_triangle",
         [](std::uintptr_t matrix, std::int64_t stride, const std::pair<std::int64_t, std::int64_t>& sizes,
            bool upper, std::uintptr_t diagonal, std::uintptr_t out, int threads) {

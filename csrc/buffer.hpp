@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -21,10 +22,20 @@ inline void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-// How a block is going to be used. A block accessed at random asks for huge pages, since with small ones most
-// of the time would go into address translation. A block that is allocated again and again comes from malloc,
-// which keeps blocks of up to 32 MB for the next time: mapping them anew would take longer than filling them.
-enum class Access { in_sequence, at_random, again_and_again };
+// Asks for huge pages behind memory that is about to be written. Small ones come one by one as they are first
+// written, which takes several times as long as writing. The system may refuse.
+inline void use_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#ifdef __linux__
+    constexpr std::uintptr_t page = std::uintptr_t{1} << 16;  // or a smaller one: only whole pages are taken
+    const auto begin = (reinterpret_cast<std::uintptr_t>(memory) + page - 1) & ~(page - 1);
+    const auto end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) & ~(page - 1);
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// How often a block is allocated. One that is allocated again and again comes from malloc, which keeps blocks
+// of up to 32 MB for the next time: mapping them anew would take longer than filling them.
+enum class Allocated { once, again_and_again };
 
 struct FreeMemory {
     std::size_t mapped = 0;  // bytes to unmap, 0 for memory from malloc
@@ -47,20 +58,21 @@ using Memory = std::unique_ptr<T[], FreeMemory>;
 constexpr std::size_t large_block = std::size_t{2} << 21;  // bytes: two huge pages
 constexpr std::size_t largest_kept = std::size_t{32} << 20;
 
-// Large blocks are mapped, so that their memory goes back to the system as soon as they are freed.
+// Large blocks are mapped, so that their memory goes back to the system as soon as they are freed. They ask
+// for huge pages, without which random access spends most of its time on the translation of addresses, too.
 template <class T>
-Memory<T> allocate(std::size_t n, Access access = Access::in_sequence) {
+Memory<T> allocate(std::size_t n, Allocated allocated = Allocated::once) {
     static_assert(std::is_trivially_copyable_v<T>);
     const std::size_t bytes = n * sizeof(T);
 #ifdef __linux__
-    if (bytes >= (access == Access::again_and_again ? largest_kept : large_block)) {
+    if (bytes >= (allocated == Allocated::again_and_again ? largest_kept : large_block)) {
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
-        if (access == Access::at_random) madvise(memory, bytes, MADV_HUGEPAGE);  // the system may refuse
+        use_huge_pages(memory, bytes);
         return Memory<T>(static_cast<T*>(memory), FreeMemory{.mapped = bytes});
     }
 #endif
-    (void)access;
+    (void)allocated;
     void* memory = std::malloc(bytes ? bytes : 1);
     if (!memory) throw std::bad_alloc();
     return Memory<T>(static_cast<T*>(memory));
@@ -76,10 +88,10 @@ public:
     Buffer(Buffer&& other) noexcept
         : data_(std::move(other.data_)), capacity_(std::exchange(other.capacity_, 0)) {}
 
-    T* reserve(std::size_t n, Access access = Access::in_sequence) {
+    T* reserve(std::size_t n) {
         if (n > capacity_) {
             free();  // before allocating: the old contents are not needed
-            data_ = allocate<T>(n, access);
+            data_ = allocate<T>(n);
             capacity_ = n;
         }
         return data_.get();

@@ -64,9 +64,9 @@ public:
     // Reserves room for about `seams` seams, and in the tree for `others` nodes beside those of the forest.
     void begin_join(std::int64_t others, std::int64_t seams, int threads, ComponentTree<T>& tree) {
         rank_of_.free();
-        cell_ = tree.parent.reserve(size_ + others, Access::at_random);
+        cell_ = tree.parent.reserve(size_ + others);
         tree.level.reserve(size_ + others);
-        link_.reserve(size_, Access::at_random);
+        link_.reserve(size_);
         for_each(size_, threads, [&](std::int32_t i) {
             cell_[i] = none;
             link_[i] = ~i;

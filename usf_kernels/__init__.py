@@ -12,6 +12,7 @@ from usf_kernels.calibration import calibrate
 from usf_kernels.integrations import replace_blocks, restore_blocks
 from usf_kernels.integrations.accelerate import accelerate
 from usf_kernels.max_tree import ComponentTree, component_tree, component_trees
+from usf_kernels.memory import keep_freed_memory
 from usf_kernels.null import Null
 from usf_kernels.number_of_tests import log_number_of_tests
 from usf_kernels.ops import (
@@ -40,6 +41,7 @@ __all__ = [
     "calibrate",
     "component_tree",
     "component_trees",
+    "keep_freed_memory",
     "linear_squared_norm",
     "log_nfa",
     "log_number_of_tests",

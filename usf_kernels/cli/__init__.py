@@ -18,6 +18,7 @@ from typing import Any
 
 from usf_kernels import __version__
 from usf_kernels.cli import bench, calibrate, demo, doctor, evaluate, export, predict, train
+from usf_kernels.memory import keep_freed_memory
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     options = build_parser().parse_args(arguments)
+    if options.command != "bench":  # which measures programs that do not
+        keep_freed_memory()
     debug = os.environ.get("USF_KERNELS_DEBUG", "") not in ("", "0")
     try:
         with _terminating():

@@ -205,7 +205,8 @@ class AllInOneMixin(Faster):
             rotation = self._rotation()
             rotation = rotation.mT if inverse else rotation
             return self.permute_function(x, rotation.reshape(*rotation.shape, *[1] * self.input_rank))
-        return x.index_select(1, self._orders()[inverse])
+        order, inverse_order = self._orders()
+        return x.index_select(1, inverse_order if inverse else order)
 
     def _params(self, passive: Tensor, c: list[Tensor]) -> Tensor:
         return evaluate(self.subnet, torch.cat([passive, *c], dim=1) if c else passive)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from usf_kernels.memory import in_huge_pages
 from usf_kernels.nn.conditioner_layers import hooked, keeps_size
 from usf_kernels.nn.stage_extension import layer_of
 from usf_kernels.nn.weights import Weights
@@ -49,10 +50,10 @@ class _Native:
             self._layer = Weights([self]), layer_of(self.weight, self.bias)
         layer, threads = self._layer[1], torch.get_num_threads()
         if rows.dtype == torch.bfloat16 and all(size % WORDS == 0 for size in self.weight.shape):  # not 3 x 3
-            y = rows.new_empty(len(rows), len(self.weight))
+            y = in_huge_pages(rows.new_empty(len(rows), len(self.weight)))
             layer.run_bfloat16(rows.data_ptr(), len(rows), y.data_ptr(), threads)
             return y
-        y = rows.new_empty(len(rows), len(self.weight), dtype=torch.float32)
+        y = in_huge_pages(rows.new_empty(len(rows), len(self.weight), dtype=torch.float32))
         layer.run(rows.float(), y, height, width, threads)
         return y.to(rows.dtype)
 

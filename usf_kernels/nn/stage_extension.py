@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from usf_kernels import _core
+from usf_kernels.memory import in_huge_pages
 from usf_kernels.nn.fused_blocks import AdditiveBlock, AffineBlock, ProjectedBlock
 from usf_kernels.nn.fused_maps import Exchange, Maps, Product, Reorder, Result, Sizes
 from usf_kernels.nn.weights import Weights
@@ -80,7 +81,7 @@ class StageExtension:
         log_det = rows.new_zeros(len(rows), dtype=compute_dtype(rows)) if self._affine else None
         shares = [share.to(rows.dtype).contiguous() for share in (reversed(cond) if inverse else cond)]
         threads = products.threads_for(len(rows) * self._multiplications)
-        state = torch.empty_like(rows) if keep else rows
+        state = in_huge_pages(torch.empty_like(rows)) if keep else rows
         # Convolutions imply one or two spatial dimensions.
         height, width = sizes[1:] if len(sizes) == 3 else (1, math.prod(sizes[1:]))
         arrays = [(share.data_ptr(), share.shape[0], share.shape[2]) for share in shares]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from usf_kernels import _core
+from usf_kernels.memory import in_huge_pages
 from usf_kernels.ops import eager, native, products
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through
 from usf_kernels.ops.matrices import matrix_gradient
@@ -165,7 +166,7 @@ def _last(x: Tensor) -> Tensor:
         return x
     if x.stride(1) == 1:
         return x.contiguous(memory_format=LAST)
-    y, maps = torch.empty_like(x, memory_format=LAST), x.detach().flatten(2)
+    y, maps = in_huge_pages(torch.empty_like(x, memory_format=LAST)), x.detach().flatten(2)
     lie = maps.stride(2) == 1 and maps.stride(1) == maps.shape[2]  # channels of an image follow each other
     _transpose(maps if lie else maps.contiguous(), y.movedim(1, -1))
     return y
@@ -173,7 +174,7 @@ def _last(x: Tensor) -> Tensor:
 
 def _first(x: Tensor) -> Tensor:
     """Copy x from channels-last to contiguous memory."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = in_huge_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
     _transpose(x.movedim(1, -1).flatten(1, 2), y)
     return y
 
@@ -254,7 +255,7 @@ def _in_tiles(
         weight = weight.contiguous()
     outputs, inputs = weight.shape[:2]
     shape = len(x), inputs if adjoint else outputs, *x.shape[2:]
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
+    y = in_huge_pages(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST))
     step_output, step_input, _, step_tap = weight.stride()
     of_weight = weight.data_ptr(), (outputs, inputs), (step_output, step_input, step_tap), adjoint
     bias = None if bias is None else bias.contiguous()  # a variable keeps it alive while its address is used

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from usf_kernels import _core
+from usf_kernels.memory import in_huge_pages
 
 WORTH_THREADS = 1 << 15  # elements; below, waking threads takes longer than they save
 LARGEST_CLAMP = 80.0  # e^s is then finite: the loops do not check
@@ -65,7 +66,7 @@ def squared_norm(z: Tensor) -> Tensor:
 
 def squared_norm_gradient(grad: Tensor, z: Tensor) -> Tensor:
     """Return `2 * grad * z` in the memory format of z."""
-    out, grad = torch.empty_like(z), grad.contiguous()
+    out, grad = in_huge_pages(torch.empty_like(z)), grad.contiguous()
     if not _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), threads_over(z)):
         z, out = _formatted(z, z), _formatted_empty(z, z)
         _core.squared_norm_gradient(z.shape, grad.data_ptr(), _of(z), _of(out), threads_over(z))
@@ -231,8 +232,8 @@ def address(t: Tensor | None) -> int | None:
 def _dense(x: Tensor) -> Tensor:
     """Empty tensor of the shape of x, in the memory format that torch.cat over channels would return."""
     if x.ndim in (4, 5):
-        return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return in_huge_pages(torch.empty_like(x))
+    return in_huge_pages(torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 def memory_format(like: Tensor) -> torch.memory_format:
@@ -247,4 +248,4 @@ def _formatted(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _formatted_empty(t: Tensor, like: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=memory_format(like))
+    return in_huge_pages(torch.empty_like(t, memory_format=memory_format(like)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels import _core
+from usf_kernels.memory import in_huge_pages
 from usf_kernels.ops.native import address
 
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
@@ -81,7 +82,7 @@ def map_product(
     """
     matrix, bias = _lying(matrix), None if bias is None else bias.contiguous()
     outputs, (batch, inputs, *spatial) = matrix.shape[1 if transposed else 0], x.shape
-    y = x.new_empty((batch, outputs, *spatial))
+    y = in_huge_pages(x.new_empty((batch, outputs, *spatial)))
     sizes = batch, outputs, inputs, math.prod(spatial)
     threads = threads_for(y.numel() * inputs // (2 if triangle else 1))
     ending = address(bias), relu, address(mask), y.data_ptr(), threads
@@ -117,7 +118,7 @@ def row_product(
     matrix, bias = _lying(matrix), None if bias is None else bias.contiguous()
     share = None if share is None else share.movedim(1, -1).contiguous()
     outputs, (batch, inputs, *spatial) = matrix.shape[1 if transposed else 0], x.shape
-    y = x.new_empty((batch, *spatial, outputs))
+    y = in_huge_pages(x.new_empty((batch, *spatial, outputs)))
     sizes, channels = (batch, math.prod(spatial)), (outputs, inputs)
     rows = x.data_ptr(), row_stride(x)
     ending = address(bias), relu, address(mask), address(share), y.data_ptr()
@@ -154,10 +155,10 @@ def factor_product(
     positions, threads = math.prod(spatial), threads_for(x.numel() * channels // 2)
     factor = _matrix(matrix, transposed), upper != transposed, address(diagonal), address(bias)
     if x.ndim > 2 and walks_maps(x):
-        y = x.new_empty(x.shape)
+        y = in_huge_pages(x.new_empty(x.shape))
         _core.factor_maps(*factor, (batch, channels, positions), _view(x, None), y.data_ptr(), threads)
         return y
-    y = x.new_empty((batch, *spatial, channels))
+    y = in_huge_pages(x.new_empty((batch, *spatial, channels)))
     rows = x.data_ptr(), row_stride(x), batch * positions
     _core.factor_rows(*factor, channels, rows, y.data_ptr(), threads)
     return y.movedim(-1, 1)

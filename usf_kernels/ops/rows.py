@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels import _core
+from usf_kernels.memory import in_huge_pages
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.native import LARGEST_CLAMP, is_materialized, is_observed, threads_over
 from usf_kernels.ops.row_kernels import add_rows, affine_rows, runs_kernels, select_rows
@@ -23,10 +24,13 @@ def rows_of(x: Tensor, dtype: torch.dtype, *, copy: bool) -> Tensor:
     scattered = x.is_contiguous() and not x.movedim(1, -1).is_contiguous()
     if scattered and _in_extension(x) and (x.dtype == dtype or dtype == torch.bfloat16):
         maps = x.detach().flatten(2)
-        out = x.new_empty(x.shape[0] * maps.shape[2], channels, dtype=dtype)
+        out = in_huge_pages(x.new_empty(x.shape[0] * maps.shape[2], channels, dtype=dtype))
         _core.interleave(_bits(maps), _bits(out), threads_over(out))
         return out
-    rows = x.movedim(1, -1).to(dtype, copy=copy, memory_format=torch.contiguous_format)
+    rows = x.movedim(1, -1)
+    if copy and _in_extension(x):
+        return in_huge_pages(rows.new_empty(rows.shape, dtype=dtype)).copy_(rows).view(-1, channels)
+    rows = rows.to(dtype, copy=copy, memory_format=torch.contiguous_format)
     return rows.reshape(-1, channels).contiguous()
 
 
@@ -36,7 +40,7 @@ def select(rows: Tensor, index: Tensor) -> Tensor:
         return select_rows(rows, index)
     if not _in_extension(rows):
         return torch.gather(rows, 1, index.expand(rows.shape[0], -1))
-    out = rows.new_empty(rows.shape[0], len(index))
+    out = in_huge_pages(rows.new_empty(rows.shape[0], len(index)))
     _core.select_rows(_bits(rows), index, _bits(out), threads_over(rows))
     return out
 
