@@ -249,13 +249,11 @@ class FolderDataset(Dataset[Sample]):
         candidates = [folder / f"{path.stem}{end}" for end in ends]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
-            other = next(
-                (f for end in ("_mask", "") for f in folder.glob(f"{escape(path.stem + end)}.*")), None
-            )
+            others = [
+                f for end in ("_mask", "") for f in images_in(folder.glob(f"{escape(path.stem + end)}.*"))
+            ]
             hint = (
-                ""
-                if other is None
-                else f"; {other.name} is not in a lossless format, as {MASK_SUFFIXES[0]} is"
+                f"; {others[0].name} is not in a lossless format, as {MASK_SUFFIXES[0]} is" if others else ""
             )
             raise ValueError(f"{candidates[0]}: no such mask for {path}{hint}")
         picture = open_image(found)
