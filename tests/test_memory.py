@@ -45,7 +45,8 @@ def test_freed_memory_is_kept():
         faults[word] = int(done.stdout)
     if faults["returned"] < 1000:
         pytest.skip("this system has few faults anyway: its pages are large")
-    assert faults["kept"] < 100
+    # Not 0: an aligned block may need more than one that was freed.
+    assert faults["kept"] < faults["returned"] / 4
 
 
 def test_where_there_is_nothing_to_set(monkeypatch):
