@@ -7,6 +7,16 @@ import torch
 from freia_sequences import assert_same, dense, modules, replaced, sequence
 
 
+def write(model, source):
+    with torch.no_grad():
+        for to, value in zip(model.parameters(), source.parameters(), strict=True):
+            to.copy_(value)
+
+
+def weights_of(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
 def test_averages_of_buffers_leave_permutations_alone():
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
     model = replaced(sequence(1, 64))
@@ -31,9 +41,7 @@ def test_permutations_follow_their_block():
 def test_a_permutation_written_to_is_seen(options):
     """As DistributedDataParallel does, whose ranks begin with the values of the first."""
     model, source, x = replaced(sequence(1, **options)), sequence(1, **options), torch.randn(4, 6)
-    with torch.no_grad():
-        for to, value in zip(model.parameters(), source.parameters(), strict=True):
-            to.copy_(value)
+    write(model, source)
     assert_same(model(x), source(x))
     with torch.no_grad():
         assert_same(model(x), source(x))
@@ -43,8 +51,7 @@ def test_calls_with_the_weights_of_another_model():
     models, x = [sequence(2) for _ in range(3)], torch.randn(4, 6)
     ours = replaced(models[0])
     for model in (*models, models[0]):
-        values = {name: value.detach().clone() for name, value in model.named_parameters()}
-        assert_same(torch.func.functional_call(ours, values, (x,)), model(x))
+        assert_same(torch.func.functional_call(ours, weights_of(model), (x,)), model(x))
     assert_same(ours(x), models[0](x))
     parameters, buffers = torch.func.stack_module_state(models)
     parameters = {name: value.detach() for name, value in parameters.items()}
@@ -58,23 +65,18 @@ def test_graphs_see_the_permutation_of_the_call(options):
     models, x = [sequence(1, **options) for _ in range(3)], torch.randn(4, 6)
     ours = replaced(models[0])
 
-    def copy_(source):
-        with torch.no_grad():
-            for to, value in zip(ours.parameters(), source.parameters(), strict=True):
-                to.copy_(value)
-
     def called(values, x):
         return torch.func.functional_call(ours, values, (x,))
 
-    copy_(models[1])
+    write(ours, models[1])
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     assert_same(compiled(x), models[1](x))
-    copy_(models[2])
+    write(ours, models[2])
     assert_same(compiled(x), models[2](x))
     assert_same(torch.export.export(ours, (x,)).module()(x), models[2](x))
     called = torch.compile(called, backend="aot_eager")
     for model in models[1:]:
-        assert_same(called({k: v.detach().clone() for k, v in model.named_parameters()}, x), model(x))
+        assert_same(called(weights_of(model), x), model(x))
 
 
 def test_a_block_without_values_gets_its_permutation_with_them():
