@@ -126,6 +126,14 @@ void bind_stage_run(nb::module_& m) {
             },
             "index"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert())
         .def(
+            "shift",
+            [](StageRun& run, Bias bias) {
+                if (bias.shape(0) != static_cast<std::size_t>(run.channels()))
+                    throw std::invalid_argument("bias: expected a value for each channel");
+                run.add(Shift{values_of(bias)});
+            },
+            "bias"_a.noconvert())
+        .def(
             "run",
             [](const StageRun& run, std::uintptr_t rows, std::uintptr_t state, bool bfloat16,
                std::int64_t images, std::int64_t height, std::int64_t width, const Shares& shares,

@@ -70,6 +70,9 @@ public:
                  Store{out, width, stage.weights.bias(), Ending::plain, nullptr}, on.scratch.rounded);
         stage.to.put(out, width, on.rows, state(on));
     }
+    void pass(const Shift& stage, int, const Stretch& on) const {
+        shift_rows(state(on), on.rows, channels_, stage.bias.data());
+    }
     void pass(const Reorder& stage, int, const Stretch& on) const {
         stage.apply(state(on), on.rows, on.scratch.outputs[0]);
     }

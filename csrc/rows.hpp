@@ -21,6 +21,12 @@ inline void widen_to(const float* from, std::int64_t n, float* to) {
     std::copy_n(from, n, to);
 }
 
+// row[j] += shift[j]
+USF_CLONES inline void shift_rows(float* state, std::int64_t rows, int channels, const float* shift) {
+    for (float* row = state; row != state + rows * channels; row += channels)
+        for (int j = 0; j < channels; ++j) row[j] += shift[j];
+}
+
 // Adds up partial sums by halves.
 template <class T, int lanes>
 USF_INLINE T fold(T (&part)[lanes]) {

@@ -38,6 +38,10 @@ struct Exchange {
     Weights weights;
     Half to;
 };
+// state += bias
+struct Shift {
+    std::vector<float> bias;
+};
 // state += factor * f(state) @ weights.T, without a bias
 struct Residual {
     Conditioner conditioner;
@@ -58,16 +62,14 @@ struct Affine {
     float clamp;
     bool inverse;
 };
-using Stage = std::variant<Product, Exchange, Reorder, Residual, Additive, Affine>;
+using Stage = std::variant<Product, Exchange, Shift, Reorder, Residual, Additive, Affine>;
 
 // Copies the input of a conditioner with passive channels for some rows to [rows, passive channels].
 template <class T>
 void take_passive(const Conditioner& conditioner, const T* state, int rows, float* to) {
     const int size = conditioner.passive->size();
     conditioner.passive->take(state, rows, to, size);
-    if (conditioner.shift.empty()) return;
-    for (int r = 0; r < rows; ++r, to += size)
-        for (int j = 0; j < size; ++j) to[j] += conditioner.shift[j];
+    if (!conditioner.shift.empty()) shift_rows(to, rows, size, conditioner.shift.data());
 }
 
 // Copies the channels of a half, as words.

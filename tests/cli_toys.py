@@ -55,6 +55,14 @@ def checkpoint(tmp_path):
     return tmp_path / "model.pt"
 
 
+@pytest.fixture
+def train_words(folder, tmp_path):
+    """A quick training on the CPU, as the command line has it."""
+    pytest.importorskip("lightning")
+    words = ["train", folder, "--output", tmp_path / "run", "--image-size", "20x16", "--epochs", "1"]
+    return [*map(str, words), "--accelerator", "cpu"]
+
+
 def fails(capsys, *arguments):
     """The one line on stderr, but for warnings, of a command that must end with exit code 2."""
     assert main([str(a) for a in arguments]) == 2

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("PIL")
 
 import cli_toys
-from cli_toys import fails, without_warnings
+from cli_toys import fails
 from PIL import Image
 from toy import BrightRegion, ToyDetector
 
@@ -20,6 +20,7 @@ from usf_kernels.cli import main
 from usf_kernels.cli.train import MODELS
 
 toy_models, checkpoint, folder = cli_toys.toy_models, cli_toys.checkpoint, cli_toys.folder  # fixtures
+train_words = cli_toys.train_words
 
 
 def test_train_evaluate_predict(folder, tmp_path, capsys):
@@ -79,14 +80,6 @@ without_gpu = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def train_words(folder, tmp_path):
-    """A quick training on the CPU, as the command line has it."""
-    pytest.importorskip("lightning")
-    words = ["train", folder, "--output", tmp_path / "run", "--image-size", "20x16", "--epochs", "1"]
-    return [*map(str, words), "--accelerator", "cpu"]
-
-
 def test_steps_are_captured_on_request(train_words, tmp_path, capsys, request):
     assert "capture: expected tensors on one CUDA device" in fails(capsys, *train_words, "--capture")
     graphs = request.getfixturevalue("graphs")
@@ -134,25 +127,6 @@ def test_only_the_first_process_writes_the_model(train_words, tmp_path, monkeypa
     assert main(train_words) == 0
     assert not (tmp_path / "run" / "model.pt").exists()
     assert "model.pt" not in capsys.readouterr().out
-
-
-def test_an_interrupted_training_says_how_to_go_on(train_words, monkeypatch, capsys):
-    loss, calls = ToyDetector.loss, []
-
-    def interrupted(self, batch):
-        calls.append(1)
-        if len(calls) > 2:  # a step and the held-out loss of the first epoch
-            raise KeyboardInterrupt
-        return loss(self, batch)
-
-    monkeypatch.setattr(ToyDetector, "loss", interrupted)
-    assert main([*train_words, "--epochs", "2"]) == 130
-    said = capsys.readouterr()
-    assert without_warnings(said.err) == "usf-kernels: interrupted: continue with --resume\n"
-    assert "5 images to train on, 1 held out; cpu" in said.out
-    assert "a threshold calibrated on 1 images is a guess" in said.err
-    assert main([*train_words, "--epochs", "2"]) == 130  # at the first step: there is nothing to resume
-    assert without_warnings(capsys.readouterr().err) == "usf-kernels: interrupted\n"
 
 
 def test_a_run_without_its_state_starts_anew_and_says_so(train_words, tmp_path, capsys):

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from usf_kernels.nn import AffineCoupling, FlowSequence, FlowStep, LUConv1x1, USFBlock
+from usf_kernels.nn.fused_blocks import ProjectedBlock
+from usf_kernels.nn.fused_maps import Shift
 from usf_kernels.nn.stage_extension import StageExtension
 from usf_kernels.nn.stage_run import StageRun
 from usf_kernels.ops import products
@@ -320,11 +322,20 @@ def test_products_beside_pointwise_blocks_are_in_the_run():
     assert len(product.eval().fuse().stages) == 1
 
 
-def test_the_input_is_not_written_to():
-    for form in FORMS:
-        fused = flow_of(form, 8).fuse()
-        x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
-        kept = x.clone()
+def test_shifts_beside_conjugated_blocks_are_in_the_run():
+    (run,) = flow_of("conjugated", 20).fuse().stages
+    assert [type(stage) for stage in run.stages] == [Shift, *3 * [ProjectedBlock]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_input_is_not_written_to(monkeypatch, form, dtype):
+    fused = flow_of(form, 8).fuse(dtype)
+    x = torch.randn(2, 8, 4, 4).to(dtype, memory_format=torch.channels_last)
+    kept = x.clone()
+    for in_the_extension in (True, False):
+        if not in_the_extension:
+            monkeypatch.setattr(StageExtension, "takes", lambda rows: False)
         fused(x)
         fused.inverse(x)
         assert torch.equal(x, kept)

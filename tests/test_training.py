@@ -3,6 +3,7 @@ import doctest
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -446,6 +447,14 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
         train(tmp_path, max_epochs=1, resume=True, extra={"seed": 7})
     _, history = train(tmp_path, max_epochs=2)
     assert len(history.rows) == 2
+
+
+def test_the_best_weights_of_another_run_are_refused(tmp_path):
+    train(tmp_path / "one", max_epochs=1)
+    train(tmp_path / "other", max_epochs=1, lr=0.01)
+    shutil.copy(tmp_path / "other" / "best.pt", tmp_path / "one")
+    with pytest.raises(ValueError, match=r"best\.pt: holds a run with lr=0\.01, not 0\.05"):
+        train(tmp_path / "one", max_epochs=1, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -59,15 +59,8 @@ class RunFolder:
         if "training" not in saved:
             raise ValueError(f"{path}: holds a model, but not a training run to resume")
         with self.names_damage():
-            held = _identity(saved, saved["training"]["settings"])
-        wanted = _identity(self.header, asdict(self.settings))
-        for key in wanted | held:
-            ours, theirs = wanted.get(key), held.get(key)
-            if ours != theirs and not (ours != ours and theirs != theirs):  # two NaN are the same
-                raise ValueError(
-                    f"{path}: holds a run with {key}={theirs!r}, not {ours!r}; "
-                    "continue it with its own settings, or start over without resume"
-                )
+            settings = saved["training"]["settings"]
+        self._require_same_run(path, saved, settings)
         return saved
 
     def open(self, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -81,13 +74,32 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             return None, None
         with self.names_damage():
-            best = saved["training"]["history"]["best_loss"] is not None
-        return saved, read_checkpoint(self.path / BEST)["state"] if best else None
+            has_best = saved["training"]["history"]["best_loss"] is not None
+        if not has_best:
+            return saved, None
+        best = read_checkpoint(self.path / BEST)
+        self._require_same_run(self.path / BEST, best, best.get("settings", asdict(self.settings)))
+        return saved, best["state"]
+
+    def _require_same_run(self, path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Raise unless a checkpoint's model and settings are those of this run."""
+        with self.names_damage(path):
+            held = _identity(saved, settings)
+        wanted = _identity(self.header, asdict(self.settings))
+        for key in wanted | held:
+            ours, theirs = wanted.get(key), held.get(key)
+            if ours != theirs and not (ours != ours and theirs != theirs):  # two NaN are the same
+                raise ValueError(
+                    f"{path}: holds a run with {key}={theirs!r}, not {ours!r}; "
+                    "continue it with its own settings, or start over without resume"
+                )
 
     def save_best(self, state: Mapping[str, Any]) -> None:
         """Write the best weights so far."""
         if self.writes:
-            write_checkpoint(self.path / BEST, self.header | {"state": state})
+            write_checkpoint(
+                self.path / BEST, self.header | {"state": state, "settings": asdict(self.settings)}
+            )
 
     def save_last(self, state: Mapping[str, Any], training: Mapping[str, Any]) -> None:
         """Write the weights, and the state of the training that goes on from them."""
@@ -105,13 +117,15 @@ class RunFolder:
             write_csv(self.path / HISTORY, rows)
 
     @contextmanager
-    def names_damage(self) -> Iterator[None]:
-        """Turn whatever the entries of a damaged checkpoint raise into one error that names the file."""
+    def names_damage(self, path: Path | None = None) -> Iterator[None]:
+        """Turn whatever the entries of a damaged checkpoint, by default the last, raise into one error that
+        names the file."""
+        path = path or self.path / LAST
         try:
             yield
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             raise ValueError(
-                f"{self.path / LAST}: damaged checkpoint, its training cannot be read ({error!r:.120})"
+                f"{path}: damaged checkpoint, its training cannot be read ({error!r:.120})"
             ) from error
 
 

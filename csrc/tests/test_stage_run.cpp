@@ -113,12 +113,15 @@ void test(const Case& c, bool pairs) {
     for (const float value : log_det) CHECK(std::abs(value - 0.5f) <= 1e-5f);
 }
 
-// A product, a residual block that sees all channels, another order, other channels in place of some.
+// A shift, a product, a residual block that sees all channels, another order, other channels in place of
+// some.
 void test_residual(const Case& c, bool pairs) {
     const int channels = c.channels;
     const Plain map(channels, channels, false),
         enter(channels, c.hidden, true, c.kernel_height, c.kernel_width), leave(c.hidden, channels, false);
     StageRun run(channels);
+    const std::vector<float> offset = noise(channels);
+    run.add(Shift{offset});
     run.add(Product{map.made(pairs).weights()});
     run.add(Residual{{{}, {enter.made(pairs)}}, leave.made(pairs).weights(), -1});
     std::vector<std::int64_t> index(channels);
@@ -135,7 +138,9 @@ void test_residual(const Case& c, bool pairs) {
     std::vector<float> state = before;
     run.run(state.data(), state.data(), c.maps, {}, nullptr, 2);
 
-    const Wide mapped = map.of({before.begin(), before.end()}, c.maps);
+    Wide shifted(before.begin(), before.end());
+    for (std::size_t i = 0; i < shifted.size(); ++i) shifted[i] += offset[i % channels];
+    const Wide mapped = map.of(shifted, c.maps);
     const Wide left = leave.of(enter.of(mapped, c.maps), c.maps);
     Wide expected(mapped.size());
     for (std::int64_t r = 0; r < c.maps.rows(); ++r)

@@ -60,12 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get("USF_KERNELS_DEBUG", "") not in ("", "0")
     try:
         with _terminating():
-            return options.run(options)
+            code = options.run(options)
+            print(end="", flush=True)  # here, where it may fail
+            return code
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
-        what = "usf-kernels: " + ("terminated" if terminated else "interrupted")
-        print(": ".join([what, *map(str, interrupt.args)]), file=sys.stderr)
+        what = "terminated" if terminated else "interrupted"
+        print(with_notes(f"usf-kernels: {what}", interrupt), file=sys.stderr)
         return 143 if terminated else 130
+    except BrokenPipeError as error:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit, too
+        print(with_notes("usf-kernels: error: nobody reads the output any more", error), file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
@@ -96,6 +102,11 @@ def _terminating() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def with_notes(text: str, error: BaseException) -> str:
+    """Add what a command noted on an error to a text, for one line."""
+    return ": ".join([text, *getattr(error, "__notes__", ())])
 
 
 def one_line(error: BaseException) -> str:

@@ -84,12 +84,13 @@ def evaluate(options: argparse.Namespace) -> int:
             batch.name, batch.kind, prediction.score, prediction.regions, strict=True
         )
     ]
+    if options.output is not None:  # before anything is printed, which nobody may read
+        _write(options, found, images, samples, predictions)
     title = f"{options.checkpoint} on {options.folder}"
     print_table(title, METRICS.values(), [[found[key] for key in METRICS]])
     print_table("by kind", ("kind", "images", "called anomalous", "mean score"), _by_kind(images))
     _comment(options.folder, masks, found)
     if options.output is not None:
-        _write(options, found, images, samples, predictions)
         print(f"results.json, images.csv and panel.png in {options.output}")
     return 0
 

@@ -155,16 +155,16 @@ def train(options: argparse.Namespace) -> int:
             print(f"{before}: its model, until there is a new one")
     try:
         history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
-    except KeyboardInterrupt as interrupt:
+        if rank_zero_only.rank != 0:  # only one of several processes writes
+            return 0
+        model = model.cpu()
+        model.calibrate(held, false_alarms=options.false_alarms)
+        save_checkpoint(result, model, extra=extra | {"folder": str(options.folder)})
+        before.unlink(missing_ok=True)
+    except (KeyboardInterrupt, BrokenPipeError) as stopped:
         if state.exists():
-            interrupt.args = ("continue with --resume",)
+            stopped.add_note("continue with --resume")
         raise
-    if rank_zero_only.rank != 0:  # only one of several processes writes
-        return 0
-    model = model.cpu()
-    model.calibrate(held, false_alarms=options.false_alarms)
-    save_checkpoint(result, model, extra=extra | {"folder": str(options.folder)})
-    before.unlink(missing_ok=True)
     print(
         f"{result}: epoch {history.best_epoch} of {len(history.rows)}, held-out loss {history.best_loss:.4f}"
     )

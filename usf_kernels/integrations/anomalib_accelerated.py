@@ -40,3 +40,8 @@ class Accelerated(Faster):
 def prediction(maps: Tensor, mask: Tensor | None = None) -> InferenceBatch:
     """Return maps (B, H, W) or (B, 1, H, W) as anomalib's result; an image's score is its map's maximum."""
     return InferenceBatch(pred_score=maps.amax(dim=(-2, -1)), anomaly_map=maps, pred_mask=mask)
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or a tracer records a graph, which gets neither masks nor sizes found at a call."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

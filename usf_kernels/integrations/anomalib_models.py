@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from usf_kernels.calibration import TAIL, TESTS
-from usf_kernels.integrations.anomalib_accelerated import Accelerated, prediction
+from usf_kernels.integrations.anomalib_accelerated import Accelerated, is_recorded, prediction
 from usf_kernels.integrations.anomalib_cflow import FastCflow, FastCflowModel
 from usf_kernels.integrations.anomalib_graph import FastGraphINN
 from usf_kernels.ops import anomaly_map, squared_norm
@@ -38,7 +38,7 @@ class FastFastflowModel(Accelerated, FastflowModel):
 
     def forward(self, input_tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | InferenceBatch:
         """Same as the original; the map has the size of the images."""
-        if self.training or torch.compiler.is_compiling() or not hasattr(self, "norms"):
+        if self.training or is_recorded() or not hasattr(self, "norms"):
             return super().forward(input_tensor)
         features = self._get_cnn_features(input_tensor)
         latents = [flow(maps)[0] for flow, maps in zip(self.fast_flow_blocks, features, strict=True)]
@@ -90,7 +90,7 @@ class FastUflowModel(Accelerated, UflowModel):
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor] | InferenceBatch:
         """Same as the original, but with the component tree's mask unless `exact`, of the images' size."""
-        if self.training or torch.compiler.is_compiling():
+        if self.training or is_recorded():
             return super().forward(image)
         latents, size = self.latents(image), tuple(image.shape[-2:])
         mask = None if self.exact else _segment(latents, size, self.null)

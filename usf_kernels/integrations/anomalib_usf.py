@@ -19,6 +19,7 @@ from anomalib.visualization import Visualizer
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
+from usf_kernels.integrations.anomalib_accelerated import is_recorded
 from usf_kernels.models import CFlow, FastFlow, UFlow, create_backbone, image_score
 from usf_kernels.models.backbones import EMBEDDED
 from usf_kernels.models.feature_flow import FeatureFlow
@@ -47,8 +48,8 @@ class Detector(nn.Module):
         self._fused: tuple[()] | tuple[FeatureFlow, Weights] = ()
 
     def forward(self, images: Tensor) -> InferenceBatch:
-        """Score images (B, 3, H, W) in [0, 1]; compiled or exported graphs return score and map only."""
-        if torch.compiler.is_compiling():
+        """Score images (B, 3, H, W) in [0, 1]; compiled, exported and traced graphs leave out the masks."""
+        if is_recorded():
             maps = anomaly_map(self.flow(images)[0], tuple(images.shape[-2:]))
             return InferenceBatch(pred_score=image_score(maps), anomaly_map=maps)
         return self.predict(images)

@@ -213,6 +213,8 @@ class FlowSequence(Fusible, nn.ModuleList):
     def _reverses(self, x: Tensor, cond: Tensor | None) -> bool:
         if self.memory == "standard" or not torch.is_grad_enabled() or len(self) == 0:
             return False
+        if torch.jit.is_tracing():  # which records operations, and no autograd functions
+            return False
         if getattr(self, "_is_replica", False):  # made by nn.DataParallel, with unregistered parameters
             return False
         if self.memory == "auto" and (

@@ -133,7 +133,7 @@ def _look_at_scales(reorder: Reorder, _: object) -> None:
     reorder.scales = bool((reorder.scale != 1).any() or reorder.bias.any())
 
 
-Maps = Product | Reorder | Exchange  # the maps that the extension knows
+Maps = Product | Shift | Reorder | Exchange  # the maps that the extension knows
 
 
 def squared_norm(rows: Tensor) -> Tensor:

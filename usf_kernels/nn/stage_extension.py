@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from usf_kernels import _core
 from usf_kernels.memory import in_huge_pages
 from usf_kernels.nn.fused_blocks import AdditiveBlock, AffineBlock, ProjectedBlock
-from usf_kernels.nn.fused_maps import Exchange, Maps, Product, Reorder, Result, Sizes
+from usf_kernels.nn.fused_maps import Exchange, Maps, Product, Reorder, Result, Shift, Sizes
 from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import native, products
 from usf_kernels.ops.checks import compute_dtype
@@ -101,6 +101,8 @@ class StageExtension:
                     run.product(layer)
                 else:
                     run.exchange(layer, stage.index)
+            elif isinstance(stage, Shift):
+                run.shift((stage.bias * factor).float())
             elif isinstance(stage, Reorder):
                 index, scale, bias = stage.undo() if inverse else (stage.index, stage.scale, stage.bias)
                 run.reorder(index, scale.float(), bias.float())

@@ -55,7 +55,6 @@ class StageRun(nn.Module):
                 self._extension = StageExtension(self.stages)
             if self._extension.complete:
                 return self._extension.run(rows, sizes, cond, inverse=inverse, keep=keep)
-        rows, total = rows.clone(memory_format=torch.contiguous_format) if keep else rows, None
         shares = iter(cond)
         steps = [
             (stage, next(shares, None) if hasattr(stage, "conditioner") else None) for stage in self.stages
@@ -63,8 +62,12 @@ class StageRun(nn.Module):
         steps = steps[::-1] if inverse else steps
         # No stretches while tracing, since a graph must not depend on the number of rows, nor for
         # bfloat16, whose products prefer many rows.
-        if native.is_observed() or rows.is_cuda or rows.element_size() < 4:
+        whole = native.is_observed() or rows.is_cuda or rows.element_size() < 4
+        if keep and (steps[0][0].in_place or not whole):  # stretches are written back
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        if whole:
             return _one_by_one(steps, rows, sizes, inverse)
+        total = None
         for pointwise, group in groupby(steps, _is_pointwise):
             together = _in_stretches if pointwise else _one_by_one
             rows, log_det = together(list(group), rows, sizes, inverse)

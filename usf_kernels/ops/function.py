@@ -47,8 +47,10 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def run(cls, *arguments: Any) -> Any:
-        """The results: `apply` where gradients are recorded, `forward` alone where they are not."""
-        return (cls.apply if torch.is_grad_enabled() else cls.forward)(*arguments)
+        """The results: `apply` where gradients are recorded, `forward` alone where they are not, or where
+        `torch.jit.trace` records a graph, which it makes again without gradients to compare."""
+        recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
+        return (cls.apply if recorded else cls.forward)(*arguments)
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
