@@ -165,6 +165,7 @@ def test_attributes_per_node_are_painted():
         (torch.zeros(2, 2, dtype=torch.int64), TypeError, "image: .*int64"),
         (torch.zeros(2, 2, device="meta"), TypeError, "image: .*meta"),
         (torch.zeros(2, 2).to_sparse(), TypeError, "image: .*sparse"),
+        (np.ma.masked_greater(np.ones((2, 2)), 0.5), TypeError, "image: .*without a mask"),
         ([[1.0]], TypeError, "image: .*list"),
     ],
 )

@@ -140,7 +140,8 @@ def test_latents_and_their_squared_norms_agree():
     u = [(x**2).sum(1) for x in z]
     for options in ({}, {"null": Null((1.0, 1.0), (8.0, 4.0))}):
         expected = log_nfa(z, 12, **options)
-        torch.testing.assert_close(log_nfa(u, 12, channels=(8, 4), **options), expected)
+        for channels in ((8, 4), np.array([8, 4])):
+            torch.testing.assert_close(log_nfa(u, 12, channels=channels, **options), expected)
     torch.testing.assert_close(log_nfa(z[0], 12), log_nfa([z[0]], (12, 12)))
     strided = z[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     torch.testing.assert_close(log_nfa(strided, 12), log_nfa(z[0], 12))
@@ -251,6 +252,7 @@ def poisoned(value):
         (torch.ones(2, 3, 4, 4, dtype=torch.int32), TypeError, r"latents\[0\]: .*int32"),
         (torch.ones(2, 3, 4, 4).to_sparse(), TypeError, r"latents\[0\]: .*sparse"),
         (np.ones((2, 3, 4, 4), dtype=np.int32), TypeError, r"latents\[0\]: .*int32"),
+        (np.ma.masked_greater(np.ones((2, 4, 4)), 0.5), TypeError, r"latents\[0\]: .*without a mask"),
         ("latents", TypeError, "latents: .*str"),
         ([], ValueError, "latents: .*empty"),
         ([torch.ones(2, 3, 4, 4), torch.ones(1, 3, 4, 4)], ValueError, r"latents\[1\]: .*batch size 2"),

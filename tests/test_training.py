@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 pytest.importorskip("lightning")
 
@@ -502,6 +503,24 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     train(tmp_path, **options)
     _, history = train(tmp_path, resume=True, **options)
     assert len(history.rows) == 2
+
+
+def test_data_that_cannot_be_indexed_are_refused():
+    images = NoisyImages(4)
+    streams = DataLoader(images), (image for image in range(4)), Streamed()
+    for wrong in streams:
+        with pytest.raises(TypeError, match=f"train_data: .*samples by index, found {type(wrong).__name__}"):
+            fit(ToyFlow(2), wrong, max_epochs=1)
+    with pytest.raises(TypeError, match=r"validation_data: .*found DataLoader"):
+        fit(ToyFlow(2), images, DataLoader(images), max_epochs=1)
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(NoisyImages(4))
+
+    def __len__(self):
+        return 4
 
 
 def test_empty_data_and_frozen_models_are_refused():

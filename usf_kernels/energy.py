@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from usf_kernels.ops.checks import check_float, check_int
+from usf_kernels.ops.checks import check_float, check_int, check_unmasked
 from usf_kernels.ops.score import squared_norm
 
 LARGEST_MAP = 2**30  # positions; the component tree has 32-bit indices
@@ -67,6 +67,7 @@ def read_energies(latents: Array | Sequence[Array]) -> tuple[list[Tensor], list[
 
 
 def _tensor(name: str, z: np.ndarray) -> Tensor:
+    check_unmasked(name, z)
     if z.dtype not in (np.float32, np.float64, np.float16) or not z.dtype.isnative:
         raise TypeError(f"{name}: expected float32, float64 or float16, found {z.dtype} ({z.dtype.str})")
     # Copy read-only memory, which PyTorch would warn about.
@@ -89,6 +90,8 @@ def _energy(name: str, z: Tensor) -> Tensor:
 
 def check_channels(channels: Sequence[int] | int, scales: int) -> tuple[int, ...]:
     """Return `channels` as one positive int per scale; raise for anything else."""
+    if isinstance(channels, np.ndarray):
+        channels = channels.tolist()
     values = channels if isinstance(channels, (list, tuple)) else (channels,)
     if len(values) != scales:
         raise ValueError(f"channels: expected {scales} numbers, one per scale, found {channels!r}")

@@ -11,7 +11,7 @@ import torch
 
 from usf_kernels import _core
 from usf_kernels.energy import LARGEST_MAP
-from usf_kernels.ops.checks import check_choice, check_int
+from usf_kernels.ops.checks import check_choice, check_int, check_unmasked
 
 _DTYPES = (np.float32, np.float64, np.uint8, np.uint16)
 
@@ -168,6 +168,7 @@ def _as_array(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
         return image.detach().resolve_neg().numpy()
     if not isinstance(image, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array or a torch tensor, found {type(image).__name__}")
+    check_unmasked(name, image)
     if image.dtype not in _DTYPES:
         raise TypeError(f"{name}: {expected}, found {image.dtype}; convert with {name}.astype")
     return image

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from usf_kernels.extras import needs_extra
 from usf_kernels.nn.capture import check_capturable
@@ -127,6 +127,7 @@ def fit(
 
     Raises:
         ImportError: without lightning.
+        TypeError: for data without a length or samples by index, such as a DataLoader.
         ValueError: for a setting out of range, empty data, or a `run_dir` that holds a different run.
         FloatingPointError: when a loss or its gradient is not finite; `run_dir` keeps the best weights.
         OSError: naming the file, when a checkpoint cannot be written; the previous one stays.
@@ -135,6 +136,11 @@ def fit(
     if checkpoint_every is not None:
         check_int("checkpoint_every", checkpoint_every, 1)
     for name, data in (("train_data", train_data), ("validation_data", validation_data)):
+        indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        if data is not None and (not indexed or isinstance(data, IterableDataset)):
+            raise TypeError(
+                f"{name}: expected a dataset with a length and samples by index, found {type(data).__name__}"
+            )
         if data is not None and len(data) == 0:
             raise ValueError(f"{name}: expected at least one sample, found none")
     with needs_extra("train", "training"):

@@ -153,7 +153,10 @@ class Run:
             return
         best = self.files.path is not None and self.history.best_loss is not None
         kept = f"; the best weights so far are in {self.files.path / BEST}" if best else ""
-        raise FloatingPointError(f"the {what} became {value} {when}: start again with a smaller lr{kept}")
+        raise FloatingPointError(
+            f"the {what} became {value} {when}: look for NaN in the data, or start again with a "
+            f"smaller lr{kept}"
+        )
 
     def _end_epoch(
         self, validation_data: Dataset[Any] | None, workers: int, seconds: float

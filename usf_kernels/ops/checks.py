@@ -48,6 +48,12 @@ def check_float(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, found {value.dtype}")
 
 
+def check_unmasked(name: str, array: np.ndarray) -> None:
+    """Raise TypeError for an array of `numpy.ma`, whose masked values would count like all others."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected an array without a mask, found a {type(array).__name__}")
+
+
 def check_dtype(dtype: object) -> None:
     """Raise TypeError unless `dtype` is None or one of the four supported dtypes."""
     if dtype is not None and dtype not in FLOAT_DTYPES:
