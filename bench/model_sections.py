@@ -52,10 +52,11 @@ def accelerated(rows: Rows) -> Iterator[str]:
     """Yield tables of times before and after, and of the sizes of checkpoints."""
     yield "### An anomalib model, accelerated"
     yield prose(
-        "anomalib's models with random weights, on images of 256 x 256, before and after `usf.accelerate`, "
-        "and how much longer anomalib takes: also over `replace_blocks` alone, and over `accelerate` where "
-        "it keeps all values (by itself it corrects CFlow's scores and adds U-Flow's mask). Results were "
-        "checked against anomalib's in float64, the corrected ones against their formulas."
+        "anomalib's models with random weights, on images of 256 x 256 where no size is named, before and "
+        "after `usf.accelerate`, and how much longer anomalib takes: also over `replace_blocks` alone, and "
+        "over `accelerate` where it keeps all values (by itself it corrects CFlow's scores and adds U-Flow's "
+        "mask). Results were checked against anomalib's in float64, the corrected ones against their "
+        "formulas."
     )
     lines, sizes = [], {}
     for (model, batch, part), case in _cases(rows):

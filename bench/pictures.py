@@ -133,7 +133,7 @@ def depth(rows: Rows) -> Figure | None:
     figure, axes = canvas(
         4.0,
         ((0.6, 1.95), (4.0, 1.95), (7.4, 1.95)),
-        "Training memory does not have to grow with depth",
+        "What training keeps does not have to grow with depth",
         f"A training step of additive blocks with LU maps beside anomalib's; {shape}. {machine(curve)}.",
     )
     columns = {"saved_mb": "Saved for the backward, MB", "peak_mb": "Peak memory, MB", "p50_ms": "Time, ms"}

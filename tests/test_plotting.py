@@ -1,4 +1,5 @@
 import io
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,8 +41,8 @@ def test_panel_has_a_row_per_kind_and_says_what_it_shows():
     figure = plotting.panel(images, targets, prediction, kinds=kinds, title="Brick", subtitle="how well")
     words = texts(figure)
     assert {"Brick", "how well", "stain", "cut and paste", "clean"} <= set(words)
-    assert "score 0.5\nIoU 1.00" in words
-    assert "score 0.75\nno alarm" in words
+    assert "score 0.500\nIoU 1.00" in words
+    assert "score 0.750\nno alarm" in words
     assert len(figure.axes) == 3 * len(plotting.COLUMNS) + 2  # and two colour bars
     assert [axis.get_title() for axis in figure.axes[:5]] == list(plotting.COLUMNS)
 
@@ -67,6 +68,26 @@ def test_colour_scales_are_shared_by_the_rows():
     assert figure.axes[3].images[0].norm.vcenter == 0
 
 
+@pytest.mark.parametrize(
+    ("log_epsilon", "significant", "not_significant"),
+    [
+        (0.0, -20.0, 15.0),
+        (-5.0, -20.0, -4.9),
+        (3.0, 2.9, 15.0),
+        (math.inf, 15.0, None),
+        (-math.inf, None, -20.0),
+    ],
+)
+def test_greys_begin_at_the_threshold(log_epsilon, significant, not_significant):
+    images, targets, prediction, kinds = example()
+    figure = plotting.panel(images, targets, prediction, kinds=kinds, log_epsilon=log_epsilon)
+    drawn = figure.axes[3].images[0]
+    assert significant is None or np.ptp(drawn.to_rgba(significant)[:3]) > 0.3
+    assert not_significant is None or np.ptp(drawn.to_rgba(not_significant)[:3]) < 0.1
+    labels = [text.get_text() for axes in figure.axes for text in (axes.xaxis.label, axes.title)]
+    assert f"log₁₀ NFA; significant below {log_epsilon:g}" in labels + texts(figure)
+
+
 def test_shapes_are_kept_and_nothing_is_global():
     images, targets, prediction, kinds = example()
     figure = plotting.panel(images, targets, prediction, kinds=kinds)
@@ -81,7 +102,7 @@ def test_flat_maps_full_masks_and_one_clean_image_are_drawn(tmp_path):
     prediction.log_nfa = torch.full_like(prediction.log_nfa, 480.0)
     prediction.mask = torch.ones_like(prediction.mask)
     figure = plotting.panel(images, targets, prediction, kinds=kinds, rows=[3])
-    assert "score 0.75\nfalse alarm" in texts(figure)
+    assert "score 0.750\nfalse alarm" in texts(figure)
     plotting.save_figure(figure, tmp_path / "panel.png", dpi=60)
     pixels = np.asarray(Image.open(tmp_path / "panel.png"))
     assert pixels.std() > 5

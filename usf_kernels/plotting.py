@@ -70,6 +70,7 @@ def panel(
     rows: Sequence[int] | None = None,
     title: str = "",
     subtitle: str = "",
+    log_epsilon: float = 0.0,
 ) -> Figure:
     """Draw one row per image and one column per step from the image to its mask.
 
@@ -84,6 +85,7 @@ def panel(
         kinds: the kind of defect of each image.
         rows: indices of the images to draw; None takes those of `choose_rows`.
         title, subtitle: heading, and a smaller line under it.
+        log_epsilon: the threshold on the log NFA that the prediction was made with.
 
     Returns:
         A matplotlib figure that belongs to no window and no global state.
@@ -107,7 +109,7 @@ def panel(
         TOP + len(rows) * (cell + GAP) - GAP + BOTTOM,
     )
     figure = Figure(figsize=total, facecolor="white")
-    norms = _norms(prediction, rows)
+    norms = _norms(prediction, rows, log_epsilon)
 
     def place(row: int, column: int) -> list[float]:
         x = LEFT + column * (CELL + GAP)
@@ -136,7 +138,7 @@ def panel(
         _row_label(figure, place(row, 0), kinds[index], _facts(float(prediction.score[index]), truth, mask))
     for column, mappable, label in (
         (2, anomaly, "less likely →"),
-        (3, alarms, "log₁₀ NFA; significant below 0"),
+        (3, alarms, f"log₁₀ NFA; significant below {log_epsilon:g}"),
     ):
         _colour_bar(figure, place(len(rows) - 1, column), mappable, label, total[1])
     for column, entries in ((1, (("defect", TRUTH),)), (4, (("detected", FOUND), ("defect", TRUTH)))):
@@ -193,16 +195,19 @@ def _plane(maps: Tensor, index: int) -> np.ndarray:
     return maps[index, 0].detach().cpu().float().numpy()
 
 
-def _norms(prediction: Any, rows: Sequence[int]) -> tuple[Normalize, Normalize]:
-    """Return colour scales over all rows: anomaly map from its bulk to its top, NFA centred on 0."""
+def _norms(prediction: Any, rows: Sequence[int], log_epsilon: float) -> tuple[Normalize, Normalize]:
+    """Return colour scales over all rows: anomaly map from its bulk to its top, NFA centred on its threshold,
+    which may be infinite."""
     from matplotlib.colors import Normalize, TwoSlopeNorm
 
     maps = np.stack([_plane(prediction.anomaly_map, i) for i in rows])
     low, high = np.quantile(maps, [0.2, 0.999])
     alarms = np.stack([_plane(prediction.log_nfa, i) for i in rows])
+    least, most = alarms.min(), alarms.max()
+    centre = min(max(log_epsilon, least - 1e-3), most + 1e-3)
     return (
         Normalize(low, max(high, low + 1e-6)),
-        TwoSlopeNorm(0.0, vmin=min(alarms.min(), -1e-3), vmax=max(alarms.max(), 1e-3)),
+        TwoSlopeNorm(centre, vmin=min(least, centre - 1e-3), vmax=max(most, centre + 1e-3)),
     )
 
 
@@ -244,7 +249,7 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str) -> None:
 
 
 def _facts(score: float, truth: np.ndarray, mask: np.ndarray) -> str:
-    lines = f"score {score:.3g}"
+    lines = f"score {score:.3f}"
     if truth.any():
         return f"{lines}\nIoU {(truth & mask).sum() / (truth | mask).sum():.2f}"
     return f"{lines}\n{'false alarm' if mask.any() else 'no alarm'}"

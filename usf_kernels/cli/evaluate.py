@@ -141,5 +141,6 @@ def _write(
         title=options.folder.name,
         subtitle=f"image AUROC {found['image_auroc']:.3f}, pixel AUROC {found['pixel_auroc']:.3f}, "
         f"automatic mIoU {found['miou_automatic']:.3f}",
+        log_epsilon=options.log_epsilon,
     )
     save_figure(figure, options.output / "panel.png")

@@ -160,11 +160,11 @@ class FlowSequence(Fusible, nn.ModuleList):
         steps: modules with `forward(x, cond=None) -> (z, log_det)` and `inverse(z, cond=None) -> (x,
             log_det)`; all get the same cond. Their parameters must be registered.
         memory: "reversible" keeps only the output for the backward pass, which rebuilds everything else by
-            inversion (`usf_kernels.nn.reversible`): memory does not grow with the number of steps, and a pass
-            takes 1.2 to 1.5 times as long on a CPU, nearly twice as long on a GPU. There are no second
-            derivatives, and other threads must not use the modules during the backward pass. "standard" keeps
-            what autograd keeps, and so does any sequence with hooks on its steps; hooks further inside are
-            called in both passes. A sequence inside of a reversible step is a part of that step.
+            inversion (`usf_kernels.nn.reversible`): what is kept does not grow with the number of steps, and
+            a pass mostly takes 1.2 to 1.5 times as long on a CPU, nearly twice as long on a GPU. There are no
+            second derivatives, and other threads must not use the modules during the backward pass.
+            "standard" keeps what autograd keeps, and so does any sequence with hooks on its steps; hooks
+            further inside are called in both passes. A sequence inside of a reversible step is a part of it.
             "auto" is reversible from four steps on, except under torch.compile, torch.export and torch.func,
             and where a batch has fewer positions than channels: activations then take less memory than the
             parameters.

@@ -1,4 +1,4 @@
-"""A backward pass that rebuilds its inputs by inversion, so that memory does not grow with depth.
+"""A backward pass that rebuilds its inputs by inversion, so that what is kept does not grow with depth.
 
 This is the reversible residual network (arXiv:1707.04585) for flows, which are invertible anyway: only the
 output of a sequence is kept. The backward pass walks the steps from last to first. Each step rebuilds its
