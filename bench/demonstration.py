@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.machine import RESULTS
+import torch
+
+from bench.machine import RESULTS, device_name
 from bench.markdown import DOCS, table
+from usf_kernels.files import write_json
 
 RUN = Path("runs") / "demo"
 KEPT = RESULTS / "demo.json"
@@ -16,7 +19,8 @@ PICTURE = "brick.png"
 
 
 def read(path: Path = KEPT) -> dict[str, Any]:
-    """Read the results of the run: the metrics of each `textures`, and the `seconds` it took."""
+    """Read the results of the run: the metrics of each `textures`, the `seconds` it took, and on which
+    `device`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -41,14 +45,15 @@ def section(results: dict[str, Any]) -> str:
         )
         for name, found in results["textures"].items()
     ]
-    return f"{table(header, lines)}\n\nThat run took {results['seconds']:.0f} seconds."
+    took = f"That run took {results['seconds']:.0f} seconds on {results['device']}."
+    return f"{table(header, lines)}\n\n{took}"
 
 
 def main() -> None:
-    """Copy results and picture of the run."""
-    for source, kept in ((RUN / "results.json", KEPT), (RUN / PICTURE, DOCS / "demo.png")):
-        shutil.copyfile(source, kept)
-        print(f"{source} -> {kept}")
+    """Copy results and picture of the run, which was on this machine."""
+    results = read(RUN / "results.json") | {"device": device_name(torch.device("cpu"))}
+    write_json(KEPT, results)
+    shutil.copyfile(RUN / PICTURE, DOCS / "demo.png")
     print("now: python -m bench.report")
 
 

@@ -22,7 +22,7 @@ from toy import NoisyImages, ToyFlow, train, train_rank, train_slowly
 
 import usf_kernels as usf
 from usf_kernels import files, run_folder, sampling, training, training_run
-from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, write_checkpoint
 from usf_kernels.training import CachedFeatures, fit
 from usf_kernels.training_run import Run
 
@@ -170,6 +170,21 @@ def test_rare_checkpoints_and_loading_workers_change_nothing(tmp_path, reference
     saved = read_checkpoint(tmp_path / "last.pt")["training"]
     assert (saved["epoch"], saved["step"]) == (2, 3)  # of 5 steps each, plus two validation batches an epoch
     model, _ = train(tmp_path, checkpoint_every=3, resume=True, workers=1)
+    assert equal_states(reference[0], model)
+
+
+def test_a_run_goes_on_with_this_devices_optimizer(tmp_path, reference, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyFlow, "loss", _dying_loss(17, ToyFlow.loss))
+        with pytest.raises(_Killed):
+            train(tmp_path)
+    saved = read_checkpoint(tmp_path / "last.pt")
+    groups = saved["training"]["optimizer"]["param_groups"]
+    assert [group["fused"] for group in groups] == [True, True]
+    for group in groups:
+        group["fused"] = None  # as on a GPU
+    write_checkpoint(tmp_path / "last.pt", saved)
+    model, _ = train(tmp_path, resume=True)
     assert equal_states(reference[0], model)
 
 

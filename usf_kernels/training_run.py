@@ -65,7 +65,10 @@ class Run:
         self.finished = False
         self.saved = time.monotonic()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr)
+        # One pass over memory on the CPU. On a GPU, gradients could then not be clipped behind a scaler.
+        self.fused = True if fabric.device.type == "cpu" else None
+        groups = parameter_groups(model, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
         self.average: dict[str, Tensor] | None = None
         self.best: dict[str, Any] | None = None
 
@@ -251,6 +254,8 @@ class Run:
                 setattr(self, name, training[name])
             vars(self.history).update(training["history"])
             self.optimizer.load_state_dict(training["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = self.fused  # the run may have been on another device
             self.fabric.strategy.precision.load_state_dict(training["precision"])
             if self.average is not None:
                 copy_values(training["average"], self.average)
