@@ -13,9 +13,20 @@ from torch.utils.data import DataLoader, Dataset
 def seed_generators(*key: int) -> None:
     """Seed the global generators of PyTorch, NumPy and Python from a tuple of non-negative integers."""
     seed = _mix(*key)
-    torch.manual_seed(seed)
+    _seed_torch(seed)
     np.random.seed(seed)  # noqa: NPY002 - users' augmentation code draws from the global generator
     random.seed(seed)
+
+
+def _seed_torch(seed: int) -> None:
+    """Seed as `torch.manual_seed` does, but only what is in use: for every other kind of device, that keeps
+    the seed and a stack trace of each call, which takes longer than to load a sample."""
+    torch.default_generator.manual_seed(seed)
+    for backend in (torch.cuda, torch.xpu):
+        if backend.is_initialized():
+            backend.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def _mix(*key: int) -> int:

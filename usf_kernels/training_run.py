@@ -103,6 +103,7 @@ class Run:
         with training_progress(show, settings.max_epochs, start=self.epoch, title=title) as report:
             while not self.finished:
                 started = time.perf_counter()
+                self.model.train()
                 order = epoch_order(len(train_data), settings.batch_size, epoch=self.epoch, **position)
                 for batch in loader(
                     train_data, order[self.step :], seed=settings.seed, epoch=self.epoch + 1, workers=workers
@@ -124,7 +125,6 @@ class Run:
         number = self.epoch * settings.steps + self.step
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate(number)
-        self.model.train()
         seed_generators(settings.seed, number, self.fabric.global_rank, 1)
         loss = self.gradients(batch).item()
         now = f"at epoch {self.epoch + 1}, step {self.step + 1}"
