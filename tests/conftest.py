@@ -64,6 +64,14 @@ def nan_memory():
 
 
 @pytest.fixture
+def offline(monkeypatch):
+    """timm's models have random weights: anomalib's Uflow asks for pretrained ones whatever it is told."""
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **{**k, "pretrained": False}))
+
+
+@pytest.fixture
 def graphs(monkeypatch):
     """CUDA graphs are recordings on the CPU, where anything may be captured; the list of those made."""
     from graphs import Nothing, Recording

@@ -5,7 +5,6 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -22,13 +21,7 @@ from anomalib.models.image.uflow.torch_model import UflowModel
 from FrEIA import framework, modules
 
 SIZE = (64, 96)
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    """Uflow asks for pretrained weights whatever it is told."""
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **{**k, "pretrained": False}))
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def fastflow(size=SIZE):

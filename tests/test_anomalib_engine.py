@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
@@ -154,9 +153,7 @@ def test_the_first_batch_initialises_once(folder, tmp_path):
 
 
 @pytest.mark.parametrize("model_class", [Cflow, Uflow])
-def test_accelerated_models_train_and_predict(model_class, folder, tmp_path, monkeypatch):
-    create = timm.create_model  # Uflow asks for pretrained weights whatever it is told
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **{**k, "pretrained": False}))
+def test_accelerated_models_train_and_predict(model_class, folder, tmp_path, offline):
     options = {"layers": ("layer2",), "coupling_blocks": 2} if model_class is Cflow else {"flow_steps": 1}
     model = model_class(backbone="resnet18", **options, **OPTIONS)
     usf.accelerate(model)

@@ -1,7 +1,6 @@
 """`torch.jit.trace`, which OpenVINO's `convert_model` calls, with gradients recorded, as by default."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -52,10 +51,8 @@ def test_fastflow(options):
 
 @pytest.mark.parametrize("name", ["fastflow", "uflow"])
 @pytest.mark.parametrize("exact", [True, False])
-def test_accelerated_models_of_anomalib(monkeypatch, name, exact):
+def test_accelerated_models_of_anomalib(offline, name, exact):
     torch_model = pytest.importorskip(f"anomalib.models.image.{name}.torch_model")
-    create = timm.create_model  # Uflow asks for pretrained weights whatever it is told
-    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **{**k, "pretrained": False}))
     if name == "uflow":
         model = torch_model.UflowModel((64, 64), flow_steps=2, backbone="resnet18").eval()
     else:

@@ -136,12 +136,14 @@ def fit(
     if checkpoint_every is not None:
         check_int("checkpoint_every", checkpoint_every, 1)
     for name, data in (("train_data", train_data), ("validation_data", validation_data)):
+        if data is None:
+            continue
         indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-        if data is not None and (not indexed or isinstance(data, IterableDataset)):
+        if not indexed or isinstance(data, IterableDataset):
             raise TypeError(
                 f"{name}: expected a dataset with a length and samples by index, found {type(data).__name__}"
             )
-        if data is not None and len(data) == 0:
+        if len(data) == 0:
             raise ValueError(f"{name}: expected at least one sample, found none")
     with needs_extra("train", "training"):
         from lightning.fabric import Fabric

@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usf_kernels.memory import in_huge_pages
 from usf_kernels.nn.folding import LinearMap
 from usf_kernels.ops.checks import compute_dtype
-from usf_kernels.ops.native import is_observed
 from usf_kernels.ops.rows import select
 
 Result = tuple[Tensor, Tensor | None]
@@ -88,8 +86,7 @@ class Shift(nn.Module):
 
     def forward(self, rows: Tensor, sizes: Sizes, cond: Tensor | None, *, inverse: bool) -> Result:
         """Apply, or undo."""
-        out = None if is_observed() or not rows.is_cpu else in_huge_pages(torch.empty_like(rows))
-        return torch.add(rows, self.bias, alpha=-1 if inverse else 1, out=out), None
+        return torch.add(rows, self.bias, alpha=-1 if inverse else 1), None
 
 
 class Reorder(nn.Module):

@@ -79,7 +79,7 @@ def check_shape(name: str, value: object, expected: tuple[int, ...], meaning: st
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """Return `value` as a Python int, or unchanged if it is symbolic; raise unless it is an integer in
     [low, high]. There is no upper end if `high` is None."""
-    if torch.jit.is_tracing() and isinstance(value, Tensor):
+    if isinstance(value, Tensor) and torch.jit.is_tracing():
         return value  # a size: to compare it would make it a constant of the graph
     if not _is_int(value):
         raise TypeError(f"{name}: expected an int, found {type(value).__name__}")
