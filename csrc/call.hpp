@@ -46,8 +46,8 @@ struct Call {
 // Scratch memory of a thread, kept from call to call: fresh memory costs more than the work done in it.
 struct Scratch {
     Floats outputs[2];
-    Floats zeros, rounded, state, shares;
-    std::vector<float> affine, log_det;
+    Floats zeros, rounded, state, shares, values;
+    std::vector<float> log_det;
     std::vector<const float*> pointers, condition;
     std::vector<float*> rows;
     std::vector<WinogradTile<2>> tiles;

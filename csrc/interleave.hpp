@@ -22,17 +22,17 @@ void transpose_plain(const From* from, std::int64_t from_stride, int channels, i
 }
 
 #ifdef USF_AVX512
-// The same in registers: interleaves pairs of channels, then pairs of pairs, then quarters of registers.
-template <class From, class To>
-USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int channels, int positions,
-                               To* to, std::int64_t to_stride) {
+// The same with registers of channels, load(c): interleaves pairs of channels, then pairs of pairs, then
+// quarters of registers.
+template <class Load, class To>
+USF_AVX512 void transpose_registers(const Load& load, int channels, int positions, To* to,
+                                    std::int64_t to_stride) {
     const auto first = [](int n) { return static_cast<__mmask16>((1u << n) - 1); };
     __m512 a[tile], b[tile];
-    if (channels == tile && positions == tile)
-        for (int c = 0; c < tile; ++c) a[c] = load16(from + c * from_stride);
+    if (channels == tile)
+        for (int c = 0; c < tile; ++c) a[c] = load(c);
     else
-        for (int c = 0; c < tile; ++c)
-            a[c] = c < channels ? load16(from + c * from_stride, first(positions)) : _mm512_setzero_ps();
+        for (int c = 0; c < tile; ++c) a[c] = c < channels ? load(c) : _mm512_setzero_ps();
     for (int c = 0; c < tile; c += 2) {
         b[c] = _mm512_unpacklo_ps(a[c], a[c + 1]);
         b[c + 1] = _mm512_unpackhi_ps(a[c], a[c + 1]);
@@ -63,6 +63,17 @@ USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int c
         for (int p = 0; p < positions; ++p) store16(to + p * to_stride, b[p]);
     else
         for (int p = 0; p < positions; ++p) store16(to + p * to_stride, first(channels), b[p]);
+}
+template <class From, class To>
+USF_AVX512 void transpose_wide(const From* from, std::int64_t from_stride, int channels, int positions,
+                               To* to, std::int64_t to_stride) {
+    if (positions == tile) {
+        const auto whole = [&](int c) USF_AVX512 { return load16(from + c * from_stride); };
+        return transpose_registers(whole, channels, positions, to, to_stride);
+    }
+    const auto lanes = static_cast<__mmask16>((1u << positions) - 1);
+    const auto some = [&](int c) USF_AVX512 { return load16(from + c * from_stride, lanes); };
+    transpose_registers(some, channels, positions, to, to_stride);
 }
 #endif
 

@@ -94,7 +94,7 @@ public:
         std::vector<float>& log_det = on.scratch.log_det;
         log_det.resize(on.rows);
         affine_stretch(state(on), on.rows, stage.active, outputs.data, outputs.stride, stage.shift.data(),
-                       stage.clamp, stage.inverse, log_det.data(), on.scratch.affine);
+                       stage.clamp, stage.inverse, log_det.data(), on.scratch.values);
         for (int r = 0; r < on.rows; ++r) on.call.log_det[on.first + r] += log_det[r];
     }
 

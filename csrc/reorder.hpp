@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -30,16 +31,24 @@ public:
         }
         if (scale_.size() != index_.size() || bias_.size() != index_.size())
             throw std::invalid_argument("scale, bias: expected a value for each channel");
-#ifdef USF_VECTOR_ASSEMBLY
-        if (channels % register_of_numbers == 0 && channels <= most_permuted) plan_permutation();
+#ifdef USF_AVX512
+        lanes_ = plan<float>();
 #endif
+#ifdef USF_VECTOR_ASSEMBLY
+        lanes_of_rounded_ = plan<BFloat16>();
+#endif
+        scale_before_.resize(index_.size()), bias_before_.resize(index_.size());
+        for (std::size_t j = 0; j < index_.size(); ++j)
+            scale_before_[index_[j]] = scale_[j], bias_before_[index_[j]] = bias_[j];
     }
 
     // Works on contiguous rows, in place.
     void apply(float* state, int rows, Floats& memory) const {
 #ifdef USF_AVX512
-        if (best_lanes() == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-            return apply_wide(state, rows, memory.at_least(tile * (index_.size() + tile)));
+        if (best_lanes() == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+            if (!lanes_.empty()) return permute<2>(lanes_, state, rows, state);
+            return apply_wide(state, rows, memory.at_least(tile * index_.size()));
+        }
 #endif
         const std::size_t channels = index_.size();
         float* const moved = memory.at_least(channels);
@@ -52,78 +61,93 @@ public:
     // Writes rounded rows to `to`, and anything to the state. The processor must be able to multiply pairs.
     void apply(float* state, int rows, Floats& memory, BFloat16* to) const {
 #ifdef USF_VECTOR_ASSEMBLY
-        if (!lanes_.empty() && best_lanes() == 16) {
-            const int registers = static_cast<int>(index_.size()) / register_of_numbers;
-            if (registers == 1) return permute<1>(state, rows, to);
-            if (registers == 2) return permute<2>(state, rows, to);
-            if (registers <= 4) return permute<4>(state, rows, to);
-            return permute<8>(state, rows, to);
-        }
+        if (!lanes_of_rounded_.empty() && best_lanes() == 16)
+            return permute<2>(lanes_of_rounded_, state, rows, to);
 #endif
         apply(state, rows, memory);
         round_to(state, static_cast<std::int64_t>(index_.size()) * rows, to);
     }
 
 private:
-#ifdef USF_VECTOR_ASSEMBLY
-    // A row of up to this many rounded numbers is in registers of 32.
-    static constexpr int register_of_numbers = 32, most_permuted = 256;
-
-    // Lanes of 32 channels in two neighbouring registers; the mask says which channels are in these.
+#ifdef USF_AVX512
+    // Where a register of the result takes its numbers from, among two neighbouring registers of a row; the
+    // mask says which of them are there.
+    template <class Number>
     struct Lanes {
-        std::uint16_t lane[register_of_numbers] = {};
-        std::uint32_t mask = 0;
+        static constexpr int count = 64 / sizeof(Number);
+        std::conditional_t<count == 16, std::uint32_t, std::uint16_t> lane[count] = {};
+        std::conditional_t<count == 16, __mmask16, __mmask32> mask = 0;
     };
-    void plan_permutation() {
-        const std::size_t channels = index_.size(), registers = channels / register_of_numbers;
+    static constexpr int most_registers = 8;  // of a row: with more of them, transposing is faster
+
+    // Empty if rows do not fill registers, or too many of them.
+    template <class Number>
+    std::vector<Lanes<Number>> plan() const {
+        constexpr int count = Lanes<Number>::count;
+        const std::size_t channels = index_.size(), registers = channels / count;
+        if (channels % count || registers > most_registers) return {};
         const std::size_t pairs = (registers + 1) / 2;
-        lanes_.resize(registers * pairs);
+        std::vector<Lanes<Number>> lanes(registers * pairs);
         for (std::size_t j = 0; j < channels; ++j) {
             const std::size_t from = index_[j];
-            Lanes& lanes = lanes_[j / register_of_numbers * pairs + from / (2 * register_of_numbers)];
-            lanes.lane[j % register_of_numbers] =
-                static_cast<std::uint16_t>(from % (2 * register_of_numbers));
-            lanes.mask |= 1u << j % register_of_numbers;
+            Lanes<Number>& some = lanes[j / count * pairs + from / (2 * count)];
+            some.lane[j % count] = from % (2 * count);
+            some.mask |= 1u << j % count;
         }
-        scale_before_.resize(channels), bias_before_.resize(channels);
-        for (std::size_t j = 0; j < channels; ++j)
-            scale_before_[index_[j]] = scale_[j], bias_before_[index_[j]] = bias_[j];
+        return lanes;
     }
-    // Scales, shifts and rounds a row before its channels move: half as many numbers fill a register.
-    template <int most>
-    USF_AVX512 void permute(const float* state, int rows, BFloat16* to) const {
-        constexpr int most_pairs = (most + 1) / 2;
-        const int channels = static_cast<int>(index_.size()), registers = channels / register_of_numbers;
+    // Scales and shifts the channels of a register, before they move, and rounds them if two fill one.
+    USF_AVX512 __m512 scaled(const float* row, int channel) const {
+        return _mm512_fmadd_ps(load16(scale_before_.data() + channel), load16(row + channel),
+                               load16(bias_before_.data() + channel));
+    }
+    template <class Number>
+    USF_AVX512 __m512i scaled_numbers(const float* row, int channel) const {
+        const __m512 first = scaled(row, channel);
+        if constexpr (std::is_same_v<Number, float>) {
+            return _mm512_castps_si512(first);
+        } else {
+            __m512i both;
+            asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(first), "v"(scaled(row, channel + tile)));
+            return both;
+        }
+    }
+    USF_AVX512 static __m512i move(__m512i to, const Lanes<float>& lanes, __m512i left, __m512i right) {
+        const __m512i some = _mm512_permutex2var_epi32(left, _mm512_loadu_si512(lanes.lane), right);
+        return _mm512_mask_mov_epi32(to, lanes.mask, some);
+    }
+    USF_AVX512 static __m512i move(__m512i to, const Lanes<BFloat16>& lanes, __m512i left, __m512i right) {
+        const __m512i some = _mm512_permutex2var_epi16(left, _mm512_loadu_si512(lanes.lane), right);
+        return _mm512_mask_mov_epi16(to, lanes.mask, some);
+    }
+    // Permutes rows of at most so many registers.
+    template <int most, class Number>
+    USF_AVX512 void permute(const std::vector<Lanes<Number>>& plan, const float* state, int rows,
+                            Number* to) const {
+        constexpr int count = Lanes<Number>::count;
+        const int channels = static_cast<int>(index_.size()), registers = channels / count;
+        if constexpr (most < most_registers)
+            if (registers > most) return permute<2 * most>(plan, state, rows, to);
         for (; rows > 0; --rows, state += channels, to += channels) {
-            const auto scaled = [&](int at) USF_AVX512 {
-                return _mm512_fmadd_ps(load16(scale_before_.data() + at), load16(state + at),
-                                       load16(bias_before_.data() + at));
-            };
-            __m512i row[2 * most_pairs];
-            for (int i = 0; i < 2 * most_pairs; ++i) {
-                const int at = std::min(i, registers - 1) * register_of_numbers;
-                asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(row[i]) : "v"(scaled(at)), "v"(scaled(at + tile)));
-            }
-            const Lanes* lanes = lanes_.data();
+            __m512i row[most];
+            for (int i = 0; i < most; ++i)
+                row[i] = scaled_numbers<Number>(state, std::min(i, registers - 1) * count);
+            const Lanes<Number>* lanes = plan.data();
             for (int i = 0; i < registers; ++i) {
                 __m512i moved = _mm512_setzero_si512();
-                for (int pair = 0; pair < most_pairs && 2 * pair < registers; ++pair, ++lanes) {
-                    const __m512i lane = _mm512_loadu_si512(lanes->lane);
-                    const __m512i some = _mm512_permutex2var_epi16(row[2 * pair], lane, row[2 * pair + 1]);
-                    moved = pair ? _mm512_mask_mov_epi16(moved, lanes->mask, some) : some;
-                }
-                _mm512_storeu_si512(to + i * register_of_numbers, moved);
+                for (int pair = 0; pair < most && pair < registers; pair += 2)
+                    moved = move(moved, *lanes++, row[pair], row[pair + 1]);
+                _mm512_storeu_si512(to + i * count, moved);
             }
         }
     }
-    std::vector<Lanes> lanes_;  // empty if rows do not fill registers, or too many of them
+    std::vector<Lanes<float>> lanes_;
+    std::vector<Lanes<BFloat16>> lanes_of_rounded_;
     std::vector<float> scale_before_, bias_before_;  // in the order of the channels before they move
-#endif
-#ifdef USF_AVX512
+
     // Transposes some rows at a time, so that each channel of all of them is one register.
     USF_AVX512 void apply_wide(float* state, int rows, float* memory) const {
         const int channels = static_cast<int>(index_.size());
-        float* const block = memory + static_cast<std::ptrdiff_t>(tile) * channels;
         for (int first = 0; first < rows; first += tile) {
             const int count = std::min(tile, rows - first);
             float* const row = state + static_cast<std::ptrdiff_t>(first) * channels;
@@ -131,13 +155,12 @@ private:
                 transpose_wide(row + j, channels, count, std::min(tile, channels - j), memory + j * tile,
                                tile);
             for (int j = 0; j < channels; j += tile) {
-                const int width = std::min(tile, channels - j);
-                for (int k = 0; k < width; ++k) {
-                    const __m512 channel = _mm512_load_ps(memory + index_[j + k] * tile);
-                    const __m512 scale = _mm512_set1_ps(scale_[j + k]), bias = _mm512_set1_ps(bias_[j + k]);
-                    _mm512_store_ps(block + k * tile, _mm512_fmadd_ps(scale, channel, bias));
-                }
-                transpose_wide(block, tile, width, count, row + j, channels);
+                const auto channel = [&](int c) USF_AVX512 {
+                    return _mm512_fmadd_ps(_mm512_set1_ps(scale_[j + c]),
+                                           _mm512_load_ps(memory + index_[j + c] * tile),
+                                           _mm512_set1_ps(bias_[j + c]));
+                };
+                transpose_registers(channel, std::min(tile, channels - j), count, row + j, channels);
             }
         }
     }

@@ -27,6 +27,22 @@ USF_CLONES inline void shift_rows(float* state, std::int64_t rows, int channels,
         for (int j = 0; j < channels; ++j) row[j] += shift[j];
 }
 
+#ifdef USF_PRODUCTS
+// Adds up the lanes of a vector by halves.
+template <int lanes>
+USF_INLINE float sum_of_lanes(typename Vector<lanes>::type vector) {
+    if constexpr (lanes == 1) {
+        return vector[0];
+    } else {
+        struct Halves {
+            typename Vector<lanes / 2>::type low, high;
+        };
+        const auto halves = __builtin_bit_cast(Halves, vector);
+        return sum_of_lanes<lanes / 2>(halves.low + halves.high);
+    }
+}
+#endif
+
 // Adds up partial sums by halves.
 template <class T, int lanes>
 USF_INLINE T fold(T (&part)[lanes]) {
@@ -109,9 +125,7 @@ USF_INLINE float affine_row(float* values, const float* raw, const float* shift,
         totals += affine<inverse, V>(value, at(raw + j), at(translation + j), at(shift + j), exponent);
         *reinterpret_cast<U*>(values + j) = value;
     }
-    float part[lanes];
-    for (int lane = 0; lane < lanes; ++lane) part[lane] = totals[lane];
-    total = fold(part);
+    total = sum_of_lanes<lanes>(totals);
 #endif
     for (; j < n; ++j) total += affine<inverse>(values[j], raw[j], translation[j], shift[j], exponent);
     return total;
@@ -122,12 +136,10 @@ USF_INLINE float affine_row(float* values, const float* raw, const float* shift,
 // Each thread has its own `scratch`.
 template <class T>
 void affine_stretch(T* state, std::int64_t rows, const Half& half, const T* outputs, std::ptrdiff_t stride,
-                    const float* shift, float clamp, bool inverse, float* log_det,
-                    std::vector<float>& scratch) {
+                    const float* shift, float clamp, bool inverse, float* log_det, Floats& scratch) {
     const int n = half.size();
     const std::int64_t together = std::max(1, 2048 / std::max(n, 1));
-    scratch.resize(std::max(scratch.size(), static_cast<std::size_t>((together + 2) * n)));
-    float *const values = scratch.data(), *const widened = values + together * n;
+    float *const values = scratch.at_least((together + 2) * n), *const widened = values + together * n;
     for (std::int64_t first = 0; first < rows; first += together) {
         const std::int64_t count = std::min(together, rows - first);
         half.take(state + first * half.channels(), count, values, n);
@@ -160,7 +172,7 @@ void affine_rows(T* state, std::int64_t rows, const Half& half, const T* outputs
                  float clamp, bool inverse, float* log_det, int threads) {
     const int n = half.size();
     for_rows(rows, half.channels(), threads, [&](std::int64_t begin, std::int64_t end) {
-        std::vector<float> scratch;
+        Floats scratch;
         affine_stretch(state + begin * half.channels(), end - begin, half, outputs + begin * 2 * n, 2 * n,
                        shift, clamp, inverse, log_det + begin, scratch);
     });

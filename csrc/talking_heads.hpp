@@ -169,8 +169,7 @@ void attend(const TalkingHeads& by, const KeysAndValues<T>& image, const T* rows
     Scratch& scratch = scratch_of_thread();
     float* const scores = scratch.outputs[0].at_least(count * apart);  // [count, heads, width]
     float* const mixed = scratch.outputs[1].at_least(apart);
-    std::vector<float>& normalised = scratch.affine;
-    normalised.resize(std::max<std::size_t>(normalised.size(), heads * heads));
+    float* const normalised = scratch.values.at_least(heads * heads);
     for (int h = 0; h < heads; ++h) {
         const auto* const queries = reinterpret_cast<const float*>(rows + h * by.width);
         const Panels keys = image.keys(h);
@@ -185,7 +184,7 @@ void attend(const TalkingHeads& by, const KeysAndValues<T>& image, const T* rows
             std::fill(mixed + h * width + by.tokens, mixed + (h + 1) * width, 0.0f);
             for (int g = 0; g < heads; ++g) normalised[g * heads + h] = by.after[g * heads + h] * inverse;
         }
-        mix(normalised.data(), heads, mixed, width, width, reinterpret_cast<T*>(own), numbers * width);
+        mix(normalised, heads, mixed, width, width, reinterpret_cast<T*>(own), numbers * width);
     }
     for (int h = 0; h < heads; ++h) {
         const Panels values = image.values(h);

@@ -7,15 +7,6 @@
 
 #include "instructions.hpp"
 
-#if defined(__GNUC__)  // also clang: vectors as built-in types
-#define USF_PRODUCTS 1
-
-// Clang rejects assembly with longer vectors than those of the enclosing function, even if that is inlined
-// into a function for longer vectors.
-#if defined(__x86_64__) && !defined(__clang__)
-#define USF_VECTOR_ASSEMBLY 1
-#endif
-
 namespace usf {
 
 // Memory for floats, aligned for the longest vectors. Its contents are lost when it grows.
@@ -40,6 +31,19 @@ private:
     std::unique_ptr<float, Free> data_;
     std::size_t size_ = 0;
 };
+
+}  // namespace usf
+
+#if defined(__GNUC__)  // also clang: vectors as built-in types
+#define USF_PRODUCTS 1
+
+// Clang rejects assembly with longer vectors than those of the enclosing function, even if that is inlined
+// into a function for longer vectors.
+#if defined(__x86_64__) && !defined(__clang__)
+#define USF_VECTOR_ASSEMBLY 1
+#endif
+
+namespace usf {
 
 template <int lanes>
 struct Vector {

@@ -48,7 +48,7 @@ void test(int channels, int rows) {
 int test_reorder(int, char*[]) {
     using namespace reorder_test;
     for (most_lanes = 4; most_lanes <= 16; most_lanes *= 2)
-        for (const int channels : {1, 5, 16, 32, 33, 64, 96, 131, 256, 400})
+        for (const int channels : {1, 5, 16, 32, 33, 64, 96, 112, 128, 131, 144, 256, 400})
             for (const int rows : {0, 1, 15, 16, 17, 96}) test(channels, rows);
     for (const std::int64_t wrong :
          {std::int64_t{-1}, std::int64_t{3}, std::int64_t{1} << 30, std::int64_t{1} << 32}) {
