@@ -2,6 +2,7 @@
 // such pairs multiply both in the time of one, and add them up in float32.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -109,6 +110,18 @@ inline void round_rows(const float* from, std::ptrdiff_t stride, int rows, int n
             for (int i = numbers; i < 2 * words; ++i) out[i] = {};
         }
     });
+}
+
+// Contiguous rows of `numbers` numbers as rows of words for a product: themselves if they can be, else a
+// copy.
+inline const float* as_words(const BFloat16* from, int rows, int numbers, Floats& memory) {
+    const int words = words_of(numbers);
+    if (numbers == 2 * words && !has_amx()) return reinterpret_cast<const float*>(from);
+    float* const copy = rows_of_words(memory, rows, words);
+    auto* out = reinterpret_cast<BFloat16*>(copy);
+    for (int r = 0; r < rows; ++r, from += numbers, out += 2 * words)
+        std::fill(std::copy_n(from, numbers, out), out + 2 * words, BFloat16{});
+    return copy;
 }
 
 // Converts contiguous panels of floats, input after input, to panels of pairs of inputs.

@@ -84,6 +84,26 @@ public:
         update(stage, outputs(stage.conditioner, condition, on, stage.weights.pairs()), on);
     }
 
+    // A product of rounded rows that come in, of which no copy in floats is needed.
+    void enter(const Product& stage, const BFloat16* from, const Stretch& on) const {
+        const float* const words = as_words(from, on.rows, channels_, on.scratch.rounded);
+        multiply(Inputs{words, words_of(channels_), true}, on.rows, stage.weights,
+                 Store{state(on), channels_, stage.weights.bias(), Ending::plain, nullptr});
+    }
+    // Whether a stage can round its results itself as they leave the state.
+    bool leaves(const Stage& stage) const {
+        const bool whole_words = channels_ == 2 * words_of(channels_);
+        return std::holds_alternative<Reorder>(stage) ||
+               (whole_words && std::holds_alternative<Product>(stage));
+    }
+    void leave(const Product& stage, const Stretch& on, BFloat16* to) const {
+        const StoreAs<BFloat16> store{to, channels_, stage.weights.bias(), Ending::plain, nullptr};
+        multiply(Inputs{state(on), channels_}, on.rows, stage.weights, store, on.scratch.rounded);
+    }
+    void leave(const Reorder& stage, const Stretch& on, BFloat16* to) const {
+        stage.apply(state(on), on.rows, on.scratch.outputs[0], to);
+    }
+
     void update(const Residual& stage, const Inputs& hidden, const Stretch& on) const {
         multiply(hidden, on.rows, stage.weights, Add{state(on), channels_, stage.factor}, on.scratch.rounded);
     }

@@ -118,8 +118,7 @@ private:
         const bool late = enters_late(look);
         for_stretches(call, 2 * channels_ + 2 * widest_, [&](Stretch on) {
             if (late) return take_seen(look->stage, from + on.first * channels_, on, seen);
-            enter(from, on);
-            pass_on(stages_.begin(), look, seen, to, on);
+            pass_on(enter(from, on), look, seen, to, on);
         });
         while (look != stages_.end()) {
             const bool enters = enters_late(look);
@@ -132,29 +131,42 @@ private:
             look = next;
         }
     }
+    // Returns the first stage that is still to be passed.
     template <class T>
-    void enter(const T* from, Stretch& on) const {
+    Iterator enter(const T* from, Stretch& on) const {
         const std::int64_t numbers = std::int64_t{on.rows} * channels_;
         if (!on.call.state) on.state = on.scratch.state.at_least(numbers);
         from += on.first * channels_;
+        const Iterator first = stages_.begin();
+        if constexpr (!std::is_same_v<T, float>) {
+            const auto* const product =
+                first == stages_.end() ? nullptr : std::get_if<Product>(&first->stage);
+            if (product && product->weights.pairs()) {
+                Passes::enter(*product, from, on);
+                return std::next(first);
+            }
+        }
         if (static_cast<const void*>(from) != state(on)) widen_to(from, numbers, state(on));
+        return first;
     }
     // Passes the stages up to one that looks at neighbours, and leaves what it sees, or the result.
     template <class T>
     void pass_on(Iterator begin, Iterator look, float* seen, T* to, const Stretch& on) const {
         constexpr bool rounds = !std::is_same_v<T, float>;
-        const Reorder* reorder = nullptr;  // which writes the result itself
-        if (rounds && look == stages_.end() && begin != look)
-            reorder = std::get_if<Reorder>(&std::prev(look)->stage);
-        for (Iterator step = begin; step != (reorder ? std::prev(look) : look); ++step)
+        const bool leaves =
+            rounds && look == stages_.end() && begin != look && this->leaves(std::prev(look)->stage);
+        const Iterator last = leaves ? std::prev(look) : look;
+        for (Iterator step = begin; step != last; ++step)
             std::visit([&](const auto& stage) { pass(stage, step->first_condition, on); }, step->stage);
         if (look != stages_.end()) return take_seen(look->stage, state(on), on, seen);
         if constexpr (rounds) {
             to += on.first * channels_;
-            if (reorder)
-                reorder->apply(state(on), on.rows, on.scratch.outputs[0], to);
-            else
-                round_to(state(on), std::int64_t{on.rows} * channels_, to);
+            if (!leaves) return round_to(state(on), std::int64_t{on.rows} * channels_, to);
+            std::visit(
+                [&](const auto& stage) {
+                    if constexpr (requires { leave(stage, on, to); }) leave(stage, on, to);
+                },
+                last->stage);
         }
     }
     template <class T>
