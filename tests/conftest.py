@@ -1,6 +1,7 @@
 """Fixtures for all tests: fixed seeds, and fresh memory that is full of NaN for those who ask for it."""
 
 import contextlib
+import multiprocessing
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +70,24 @@ def offline(monkeypatch):
     timm = pytest.importorskip("timm")
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **{**k, "pretrained": False}))
+
+
+@pytest.fixture(scope="session")
+def toy_run():
+    """Model and history of the default toy run when nothing disturbs it."""
+    from toy import train
+
+    return train()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes that have imported lightning already, which takes seconds."""
+    if sys.platform == "win32":
+        pytest.skip("needs a fork server and SIGKILL")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["toy", "lightning.fabric", "lightning.pytorch.utilities.seed"])
+    return context
 
 
 @pytest.fixture

@@ -42,3 +42,19 @@ def test_devices_in_use_are_seeded_and_no_others(monkeypatch, in_use):
     torch.default_generator.manual_seed(sampling._mix(5))
     assert torch.rand(()) == number
     assert seeds == [sampling._mix(5)] * in_use
+
+
+@pytest.mark.parametrize(("count", "world"), [(22, 1), (22, 2), (3, 1), (3, 2), (5, 4)])
+def test_every_process_gets_equal_and_disjoint_batches(count, world):
+    epochs = [
+        [sampling.epoch_order(count, 4, seed=0, epoch=e, rank=r, world_size=world) for r in range(world)]
+        for e in range(6)
+    ]
+    assert any(epoch != epochs[0] for epoch in epochs)
+    for ranks in epochs:
+        assert len({tuple(map(len, batches)) for batches in ranks}) == 1
+        seen = [index for batches in ranks for batch in batches for index in batch]
+        if count >= 4 * world:
+            assert len(seen) == len(set(seen)) == count // (4 * world) * 4 * world
+        else:
+            assert set(seen) == set(range(count))

@@ -105,6 +105,11 @@ class NoisyImages(Dataset):
         return self.images[index] + self.noise * torch.randn(3, 4, 4)
 
 
+def equal_states(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def train(run_dir=None, *, model=None, **options):
     """Train a toy model with settings that the options may replace."""
     torch.manual_seed(0)
