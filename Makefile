@@ -19,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 GPU_WORKERS ?= 8
-CMAKE := $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+CMAKE := $(BIN)/cmake -S csrc -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 LOWEST := build/lowest
 EXTRAS := demo,anomalib,export,bench,dev
 # Compiled at the first import instead: sixteen thousand files, of which few are ever imported.

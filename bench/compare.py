@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from bench import table
@@ -42,27 +43,21 @@ class Change:
 
 
 def changes(old: Iterable[table.Row], new: Iterable[table.Row]) -> Iterator[Change]:
-    """Compare every row of ours in both tables with the fastest peer (else limit) that both have."""
+    """Compare every row of ours in both tables with a row of the same run that both have (`_partner`)."""
     before, after = ({table.identity(row): row for row in rows} for rows in (old, new))
-    for key, row in after.items():
-        if row["role"] != OURS or key not in before:
+    shared = [row for key, row in after.items() if key in before]
+    for row in shared:
+        peer = _partner(row, shared) if row["role"] == OURS else None
+        if peer is None:
             continue
-        shared = [
-            other for other in after.values() if _beside(row, other) and table.identity(other) in before
-        ]
-        for role in (PEER, LIMIT):
-            others = [other for other in shared if other["role"] == role]
-            if others:
-                peer = min(others, key=table.milliseconds)
-                was = before[table.identity(peer)]
-                yield Change(
-                    row,
-                    peer["provider"],
-                    table.milliseconds(before[key]) / table.milliseconds(was),
-                    table.milliseconds(row) / table.milliseconds(peer),
-                    _excuse(row, before[key], peer, was),
-                )
-                break
+        old_row, was = before[table.identity(row)], before[table.identity(peer)]
+        yield Change(
+            row,
+            peer["provider"],
+            table.milliseconds(old_row) / table.milliseconds(was),
+            table.milliseconds(row) / table.milliseconds(peer),
+            _excuse(row, old_row, peer, was),
+        )
 
 
 def lost(old: Iterable[table.Row], new: Iterable[table.Row]) -> list[table.Row]:
@@ -86,10 +81,16 @@ def _excuse(new: table.Row, old: table.Row, *peers: table.Row) -> str:
     return "the cores moved" if max(before, after) > MOVED * min(before, after) else ""
 
 
-def _beside(row: table.Row, other: table.Row) -> bool:
-    """Whether two rows were timed in turn, in the same precision and direction."""
-    same = all(row[name] == other[name] for name in ("dtype", "direction"))
-    return same and table.run_of(row) == table.run_of(other)
+def _partner(row: table.Row, rows: Sequence[table.Row]) -> table.Row | None:
+    """Return the fastest peer, else limit, that was timed in turn with a row: in the same precision and
+    direction, else in any."""
+    beside = [other for other in rows if table.run_of(other) == table.run_of(row)]
+    same = [other for other in beside if all(other[name] == row[name] for name in ("dtype", "direction"))]
+    for some, role in product((same, beside), (PEER, LIMIT)):
+        found = [other for other in some if other["role"] == role]
+        if found:
+            return min(found, key=table.milliseconds)
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{row['subject']}: {row['case']}: {row['provider']}, {row['dtype']}: no longer timed")
     faster = sum(change.factor < 1 / SLOWER for change in found)
     print(f"{len(found)} rows compared: {len(slower)} more than 10 % slower, {faster} more than 10 % faster")
+    both = {table.identity(row) for row in old if row["role"] == OURS} & set(map(table.identity, new))
+    if alone := len(both) - len(found):
+        print(f"{alone} rows were timed without a peer or a limit to compare them with")
     return int(bool(gone) or any(not change.excuse for change in slower))
 
 

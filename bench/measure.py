@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from usf_kernels.nn.capture import leaving_broken
 
 Call = Callable[[], object]
 
@@ -168,12 +170,8 @@ def captured(call: Call) -> Call:
     before = torch.cuda.current_stream()
     before.wait_stream(stream)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            call()
-    except Exception:
-        _give_up(before, pool)
-        raise
+    with leaving_broken(before, pool), torch.cuda.graph(graph, pool=pool):
+        call()
     return graph.replay
 
 
@@ -186,19 +184,6 @@ def _nothing_read_back() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-
-
-def _give_up(stream: torch.cuda.Stream, pool: tuple[int, int]) -> None:
-    """Leave a broken capture, in which torch stays half: on its stream, with memory from its pool, and with a
-    random generator that waits for its end."""
-    torch.cuda.set_stream(stream)
-    device = torch.cuda.current_device()
-    with suppress(RuntimeError):  # it may have been ended
-        torch._C._cuda_endAllocateToPool(device, pool)
-    with suppress(RuntimeError):
-        fresh = torch.Generator(f"cuda:{device}").manual_seed(0)
-        torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
-    torch.cuda.synchronize()
 
 
 class Neighbours:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=DOCS, help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
-    files = [table.read(path) for path in options.rows]
+    files = [rows for path in options.rows for rows in table.by_device(table.read(path))]
     for name, draw in PICTURES.items():
         figure = next((figure for figure in map(draw, files) if figure is not None), None)
         if figure is None:

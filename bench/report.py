@@ -24,7 +24,12 @@ LOST = "Against the fastest peer in the same precision and direction, torch.comp
 def files(folder: Path) -> list[list[table.Row]]:
     """Read the rows of each device, those of cpu.csv first."""
     paths = result_files(folder=folder)
-    return [table.read(path) for path in paths if not path.name.startswith(OTHER_TABLES)]
+    return [
+        rows
+        for path in paths
+        if not path.name.startswith(OTHER_TABLES)
+        for rows in table.by_device(table.read(path))
+    ]
 
 
 def page(devices: Sequence[Sequence[table.Row]]) -> str:

@@ -180,6 +180,16 @@ def operation(row: Row) -> str:
     return f"{name}, inverse" if row["direction"] == "inverse" else name
 
 
+def by_device(rows: Iterable[Row]) -> list[list[Row]]:
+    """Divide the rows of a file by the device that they are of, in order; those of a cold cache are left out,
+    to which the others do not compare."""
+    devices: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["cache"] != "cold":
+            devices.setdefault(row["device"], []).append(row)
+    return list(devices.values())
+
+
 def speedups(
     rows: Iterable[Row], ours: Mapping[str, str], peer: Mapping[str, str], *, column: str = "p50_ms"
 ) -> dict[str, float]:

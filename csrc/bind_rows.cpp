@@ -1,3 +1,5 @@
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "bindings.hpp"
@@ -6,11 +8,20 @@
 
 namespace usf {
 
-// Shapes are not checked here, since the fused modules make the arrays; `Half` checks the indices.
+// `Half` checks the indices.
 template <class T>
 using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Index = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Numbers = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Throws std::invalid_argument unless values for the rows of a state have this width.
+template <class Array>
+void check_values(const char* name, const Array& values, const Array& state, std::size_t width) {
+    if (values.shape(0) == state.shape(0) && values.shape(1) == width) return;
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(state.shape(0)) + " x " +
+                                std::to_string(width) + ", found " + std::to_string(values.shape(0)) + " x " +
+                                std::to_string(values.shape(1)));
+}
 
 Half half_of(const Index& index, std::size_t channels) {
     return Half(index.data(), static_cast<int>(index.shape(0)), static_cast<int>(channels));
@@ -32,6 +43,7 @@ void bind_value_type(nb::module_& m) {
     m.def(
         "select_rows",
         [](Array state, Index index, Array out, int threads) {
+            check_values("out", out, state, index.shape(0));
             nb::gil_scoped_release unlocked;
             select_rows(data_of<T>(state), state.shape(0), half_of(index, state.shape(1)), data_of<T>(out),
                         threads);
@@ -40,6 +52,7 @@ void bind_value_type(nb::module_& m) {
     m.def(
         "add_rows",
         [](Array state, Index index, Array values, float factor, int threads) {
+            check_values("output of subnet", values, state, index.shape(0));
             nb::gil_scoped_release unlocked;
             add_rows(data_of<T>(state), state.shape(0), half_of(index, state.shape(1)), data_of<T>(values),
                      factor, threads);
@@ -49,6 +62,9 @@ void bind_value_type(nb::module_& m) {
         "affine_rows",
         [](Array state, Index index, Array outputs, Numbers shift, float clamp, bool inverse, Numbers log_det,
            int threads) {
+            check_values("output of subnet", outputs, state, 2 * index.shape(0));
+            if (shift.shape(0) != index.shape(0) || log_det.shape(0) != state.shape(0))
+                throw std::invalid_argument("shift, log_det: expected a value for each channel, each row");
             nb::gil_scoped_release unlocked;
             affine_rows(data_of<T>(state), state.shape(0), half_of(index, state.shape(1)),
                         data_of<T>(outputs), shift.data(), clamp, inverse, log_det.data(), threads);

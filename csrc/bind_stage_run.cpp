@@ -13,7 +13,6 @@ namespace usf {
 
 #ifdef USF_PRODUCTS
 
-// Most shapes are not checked here: the fused modules make the arrays.
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bias = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Channels = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -59,6 +58,10 @@ void bind_stage_run(nb::module_& m) {
             "run",
             [](const Layer& layer, Matrix rows, State out, std::int64_t height, std::int64_t width,
                int threads) {
+                if (rows.shape(1) != static_cast<std::size_t>(layer.inputs()) ||
+                    out.shape(1) != static_cast<std::size_t>(layer.outputs()) ||
+                    rows.shape(0) != out.shape(0))
+                    throw std::invalid_argument("rows, out: expected the layer's inputs and outputs");
                 nb::gil_scoped_release unlocked;
                 const Maps maps = maps_of(rows, height, width);
                 const Inputs in{rows.data(), static_cast<std::ptrdiff_t>(rows.shape(1))};

@@ -34,6 +34,7 @@ public:
         shared_->matrix = {};
     }
     int outputs() const { return shared_->outputs; }
+    int inputs() const { return shared_->inputs; }
     bool pairs() const { return shared_->pairs; }
 
     // Calls body(winograd). Of the maps, their size alone decides which, so that an image's results do not

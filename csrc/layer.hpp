@@ -40,6 +40,7 @@ public:
     int outputs() const {
         return std::visit([](const auto& weights) { return weights.outputs(); }, weights_);
     }
+    int inputs() const { return filters() ? filters()->inputs() : weights().inputs() / taps(); }
     const Weights& weights() const { return std::get<Weights>(weights_); }
     const Filters* filters() const { return std::get_if<Filters>(&weights_); }  // null for none
     bool takes_words() const { return !filters() && weights().pairs(); }

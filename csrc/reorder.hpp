@@ -33,13 +33,13 @@ public:
             throw std::invalid_argument("scale, bias: expected a value for each channel");
 #ifdef USF_AVX512
         lanes_ = plan<float>();
+        scale_before_.resize(index_.size()), bias_before_.resize(index_.size());
+        for (std::size_t j = 0; j < index_.size(); ++j)
+            scale_before_[index_[j]] = scale_[j], bias_before_[index_[j]] = bias_[j];
 #endif
 #ifdef USF_VECTOR_ASSEMBLY
         lanes_of_rounded_ = plan<BFloat16>();
 #endif
-        scale_before_.resize(index_.size()), bias_before_.resize(index_.size());
-        for (std::size_t j = 0; j < index_.size(); ++j)
-            scale_before_[index_[j]] = scale_[j], bias_before_[index_[j]] = bias_[j];
     }
 
     // Works on contiguous rows, in place.

@@ -25,7 +25,9 @@ class StageRun : Passes {
 public:
     explicit StageRun(int channels) : Passes(channels) {}
 
+    // Throws std::invalid_argument for a stage that does not fit.
     void add(Stage stage) {
+        check(stage, channels_);
         int conditions = 0;
         if (const Conditioner* conditioner = conditioner_of(stage)) {
             if (conditioner->passive) widest_ = std::max(widest_, conditioner->passive->size());

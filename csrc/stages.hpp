@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -79,6 +81,47 @@ inline void take_words(const Half& half, const float* state, int rows, float* to
     half.take(state, rows, numbers, width);
     for (int r = 0; r < rows; ++r)
         std::fill(numbers + r * width + size, numbers + (r + 1) * width, BFloat16{});
+}
+
+// Throws std::invalid_argument unless a product has these sizes.
+inline void check(const Weights& weights, int inputs, int outputs) {
+    if (weights.inputs() != inputs || weights.outputs() != outputs)
+        throw std::invalid_argument("weight: expected " + std::to_string(outputs) + " x " +
+                                    std::to_string(inputs) + ", found " + std::to_string(weights.outputs()) +
+                                    " x " + std::to_string(weights.inputs()));
+}
+// Throws std::invalid_argument unless each layer takes what the one before makes, the first one the passive
+// channels of so many, and the last one makes `outputs`. Conditioners come from the user.
+inline void check(const Conditioner& conditioner, int channels, int outputs) {
+    const auto expect = [](const char* what, int expected, int found) {
+        if (found != expected)
+            throw std::invalid_argument(std::string(what) + " of subnet: expected " +
+                                        std::to_string(expected) + " channels, found " +
+                                        std::to_string(found));
+    };
+    int width = conditioner.passive ? conditioner.passive->size() : channels;
+    if (!conditioner.shift.empty()) expect("shift", width, static_cast<int>(conditioner.shift.size()));
+    for (const Layer& layer : conditioner.layers) {
+        expect("input of a layer", layer.inputs(), width);
+        width = layer.outputs();
+    }
+    expect("output", outputs, width);
+}
+
+// Throws std::invalid_argument for a stage that does not fit states of so many channels.
+inline void check(const Stage& stage, int channels) {
+    if (const auto* s = std::get_if<Product>(&stage)) check(s->weights, channels, channels);
+    if (const auto* s = std::get_if<Exchange>(&stage)) check(s->weights, channels, s->to.size());
+    if (const auto* s = std::get_if<Residual>(&stage)) {
+        check(s->weights, s->weights.inputs(), channels);
+        check(s->conditioner, channels, s->weights.inputs());
+    }
+    if (const auto* s = std::get_if<Additive>(&stage)) check(s->conditioner, channels, s->active.size());
+    if (const auto* s = std::get_if<Affine>(&stage)) {
+        check(s->conditioner, channels, 2 * s->active.size());
+        if (static_cast<int>(s->shift.size()) != s->active.size())
+            throw std::invalid_argument("shift: expected a value for each active channel");
+    }
 }
 
 // The conditioner of a stage; null if it has none.

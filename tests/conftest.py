@@ -102,7 +102,12 @@ def graphs(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda recording, **options: recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recording, *arguments, **options: recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *arguments: None, raising=False)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *arguments: contextlib.nullcontext())
     for name in ("Stream", "current_stream"):

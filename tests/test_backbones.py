@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -331,3 +332,14 @@ def test_files_that_hold_something_else_are_named(tmp_path, monkeypatch):
 def test_sizes_that_a_network_does_not_take_are_named():
     with pytest.raises(ValueError, match=r"images: the backbone does not take \(1, 3, 64, 64\): .*224"):
         create_backbone("vit_tiny_patch16_224", weights=None)(torch.rand(1, 3, 64, 64))
+
+
+def test_a_file_of_weights_runs_no_code(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"state_dict": Harmful()}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth is not a checkpoint of .* \(no file of weights\)"):
+        create_backbone(SMALL, weights=tmp_path / "weights.pth")
+    assert not (tmp_path / "ran").exists()

@@ -116,3 +116,17 @@ def test_speedups_and_their_mean():
     found = table.speedups(rows, {"provider": "a"}, {"provider": "p"})
     assert found == {"c": 2.0, "d": 8.0}
     assert table.geometric_mean(found.values()) == pytest.approx(4)
+
+
+def test_a_peer_in_another_precision_serves_if_there_is_no_other(compared):
+    old = [row("a", 2, dtype="bfloat16"), row("peer", 4, "peer", dtype="float32")]
+    code, printed = compared(old, [row("a", 3, dtype="bfloat16"), row("peer", 4, "peer", dtype="float32")])
+    assert code == 1
+    assert "0.5 -> 0.75 of peer (1.50x)" in printed
+
+
+def test_rows_that_were_timed_alone_are_counted(compared):
+    old = [row("a", 2), row("peer", 4, "peer"), row("alone", 2, case="other")]
+    code, printed = compared(old, [row("a", 2), row("peer", 4, "peer"), row("alone", 9, case="other")])
+    assert code == 0
+    assert "1 rows were timed without a peer or a limit to compare them with" in printed

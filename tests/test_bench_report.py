@@ -46,6 +46,10 @@ def test_each_device_has_a_part_of_the_page_and_the_first_the_pictures(tmp_path)
     table.write(tmp_path / "compile_sm90.csv", [])
     devices = report.files(tmp_path)
     assert [rows[0]["device"] for rows in devices] == ["cpu", "Another"]
+    cold = [r | {"cache": "cold"} for r in blocks()]
+    table.write(tmp_path / "cpu.csv", [r for rows in devices for r in rows] + cold)
+    (tmp_path / "another.csv").unlink()
+    assert report.files(tmp_path) == devices
     text = report.page(devices)
     assert text.count("### Blocks, inference\n") == 2
     assert "![" in text.split("## Another")[0]

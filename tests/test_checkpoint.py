@@ -11,7 +11,13 @@ from toy import ToyFlow
 
 import usf_kernels as usf
 from usf_kernels import checkpoint, files
-from usf_kernels.checkpoint import FORMAT, load_checkpoint, read_checkpoint, save_checkpoint
+from usf_kernels.checkpoint import (
+    FORMAT,
+    load_checkpoint,
+    load_stored_state,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -264,7 +270,7 @@ def test_models_keep_their_dtype(tmp_path, dtype, weights):
     pytest.importorskip("timm")
     backbone = usf.models.create_backbone(out_indices=(0, 1), weights=weights)
     model, images = usf.models.FastFlow(backbone, steps=1).to(dtype).eval(), torch.rand(2, 3, 32, 32)
-    model.null_parameters = model.null_parameters.double()
+    assert model.null_parameters.dtype is torch.float64
     save_checkpoint(tmp_path / "model.pt", model)
     again = load_checkpoint(tmp_path / "model.pt")
     assert again.null_parameters.dtype is torch.float64
@@ -322,3 +328,14 @@ def test_names_of_any_length_and_letters(tmp_path, name):
         pass
     files.remove_leftovers(tmp_path, (name,))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_compiled_model_is_stored_as_what_it_compiles(tmp_path):
+    flow = usf.models.USFlow(2, blocks=1)
+    compiled = torch.compile(flow)
+    save_checkpoint(tmp_path / "flow.pt", compiled)
+    content = read_checkpoint(tmp_path / "flow.pt")
+    assert content["architecture"] == "USFlow"
+    assert content["state"].keys() == flow.state_dict().keys()
+    assert isinstance(load_checkpoint(tmp_path / "flow.pt"), usf.models.USFlow)
+    load_stored_state(compiled, content, "flow.pt")

@@ -15,6 +15,7 @@ from cli_toys import fails
 from PIL import Image
 from toy import BrightRegion, ToyDetector
 
+from usf_kernels import models, plotting
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.cli import main
 from usf_kernels.cli.train import MODELS
@@ -238,13 +239,17 @@ def test_evaluate_counts_images_by_kind(checkpoint, folder, tmp_path, capsys):
     ]
 
 
-def test_evaluation_without_masks_is_of_images(checkpoint, folder, tmp_path, capsys):
+def test_evaluation_without_masks_is_of_images(checkpoint, folder, tmp_path, capsys, monkeypatch):
     shutil.rmtree(folder / "ground_truth")
+    shown, panel = [], plotting.panel
+    monkeypatch.setattr(plotting, "panel", lambda *a, **k: shown.append((a[1], k["kinds"])) or panel(*a, **k))
     out = tmp_path / "out"
     assert main(["evaluate", str(checkpoint), str(folder), "--output", str(out)]) == 0
     assert "nan: needs masks, in" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert (results["image_auroc"], results["false_alarms_per_clean_image"]) == (1.0, 0.0)
+    assert shown[0][0] is None
+    assert "good" in shown[0][1]
     assert results["pixel_auroc"] is results["aupro"] is results["miou_automatic"] is None
     shutil.rmtree(folder / "test" / "good")
     assert main(["evaluate", str(checkpoint), str(folder)]) == 0
@@ -282,6 +287,8 @@ def test_the_threshold_of_other_images(checkpoint, folder, tmp_path, capsys, mon
     assert load_checkpoint(checkpoint).level == 0.75
     assert main(words) == 0  # in place
     assert load_checkpoint(checkpoint).level == 0.5
+    assert main([*words, "--output", str(new), "--image-size", "8"]) == 0
+    assert "trained at 20x16, only its threshold will be of this size" in capsys.readouterr().err
     assert "nothing: no such folder" in fails(capsys, "calibrate", checkpoint, tmp_path / "nothing")
     with pytest.raises(SystemExit):
         main([*words[:3], "--false-alarms", "0"])
@@ -302,3 +309,16 @@ def test_checkpoints_of_a_run_have_no_threshold_yet(train_words, tmp_path, capsy
     ):
         assert f"{run}: holds a run to be resumed" in fails(capsys, *words)
     assert run.read_bytes() == before
+
+
+def test_weights_are_given_once_for_each_network(train_words, monkeypatch, capsys):
+    given = []
+
+    def create(name, weights):
+        given.append(weights)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(models, "create_backbone", create)
+    for files in ([], ["a.pt"], ["a.pt", "b.pt"]):
+        assert "enough" in fails(capsys, *train_words, *(f"--weights={file}" for file in files))
+    assert given == ["auto", "a.pt", ["a.pt", "b.pt"]]

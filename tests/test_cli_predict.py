@@ -60,6 +60,9 @@ def test_names_are_the_shortest_that_tell_files_apart():
     assert names("a/grey.png", "a/grey.jpg", "b.png") == ["grey_png", "grey_jpg", "b"]
     assert names("a/b.png", "c/b.png", "c/d.png") == ["a_b", "c_b", "d"]
     assert len(names("a_b.png", "a/b.png")) == 2
+    # One file where capital letters, or how an accent is written, make no difference.
+    assert names("c/Part.png", "d/part.png") == ["c_Part", "d_part"]
+    assert names("c/\u00e9.png", "d/e\u0301.png") == ["c_\u00e9", "d_e\u0301"]
 
 
 def test_names_of_files_given_by_way_of_a_parent():

@@ -56,6 +56,12 @@ def test_a_thin_defect_survives_shrinking(folder):
     assert FolderDataset(folder, "test", size=(10, 15))[1].mask.any()
 
 
+def test_capital_letters_in_the_suffix_of_a_mask_make_no_difference(folder):
+    truth = folder / "ground_truth/hole"
+    (truth / "000_mask.png").rename(truth / "000_mask.PNG")
+    assert FolderDataset(folder, "test", size=None)[1].mask.sum() == 200
+
+
 def test_folder_errors_name_the_file_or_folder(folder, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         FolderDataset(tmp_path / "nowhere")

@@ -337,6 +337,7 @@ def test_fit_captures_its_steps(linear, precision):
         options = {"precision": precision, "accelerator": "cuda", "progress": False, "capture": capture}
         history = fit(model, data, max_epochs=4, batch_size=8, **options)
         losses.append([row["train_loss"] for row in history.rows])
+        assert next(model.parameters()).device.type == "cpu"  # where it was
     tolerance = 1e-3 if precision == "32-true" else 3e-2
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
     assert losses[1][-1] < losses[1][0]
@@ -357,7 +358,17 @@ def test_density_models_train_by_graphs(name):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(9, *([shape] if isinstance(shape, int) else shape), generator=generator).to(DEVICE)
         found = gradients(x)
-        torch.testing.assert_close(found, model.loss(x).detach(), rtol=1e-3, atol=1e-3)
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        captured = [parameter.grad.clone() for parameter in trained]
+        model.zero_grad()
+        expected = model.loss(x)
+        expected.backward()
+        expected = expected.detach()  # a loss that is held would become part of the recording
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            for parameter, grad in zip(trained, captured, strict=True):
+                torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-3)
+                parameter -= 0.01 * grad  # which the next replay must see
 
 
 @pytest.mark.parametrize("model_class", [usf.models.FastFlow, usf.models.UFlow, usf.models.CFlow])

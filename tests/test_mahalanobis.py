@@ -91,3 +91,29 @@ def test_images_do_for_features(images):
     assert from_images.mean_square(images) == pytest.approx(model.mean_square(features))
     for found, expected in zip(from_images(images), model.latents(features), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_the_null_model_keeps_its_digits_and_goes_where_it_can(images):
+    model = Mahalanobis(two()).fit(images)
+    model.calibrate(images)
+    null = model.null
+    assert model.to(torch.bfloat16).null == null
+    assert model.to(torch.float32).null == null
+    assert model.to("meta").null_parameters.is_meta
+    model = model.to_empty(device="cpu")
+    assert model.null is None
+    assert model.null_parameters.dtype is torch.float64
+
+    def refusing(t):  # as a device without float64
+        if t.dtype is torch.float64:
+            raise TypeError("no float64 here")
+        return t
+
+    assert model._apply(refusing) is model
+    assert model.state_dict()["null_parameters"].dtype is torch.float64
+
+
+def test_a_new_fit_forgets_the_threshold(images):
+    model = Mahalanobis(two()).fit(images)
+    model.calibrate(images)
+    assert model.fit(images[:10]).null is None

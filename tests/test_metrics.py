@@ -198,6 +198,12 @@ def test_errors_name_the_shapes():
             metrics.auroc([1.0, 2.0], wrong)
     with pytest.raises(ValueError, match=r"masks: expected bool, or 0 and 1, found 0.3"):
         metrics.mean_iou([[[0.0, 0.3]]], [[[0, 1]]])
+    with pytest.raises(
+        ValueError, match=r"masks: expected the shape of targets, \(1, 1, 2\), found \(1, 1, 3\)"
+    ):
+        metrics.mean_iou([[[0, 1, 1]]], [[[0, 1]]])
+    with pytest.raises(ValueError, match=r"maps: expected numbers, found NaN"):
+        metrics.aupro([[[0.0, float("nan")]]], [[[0, 1]]])
     with pytest.raises(ValueError, match="fpr_limit"):
         metrics.aupro(maps, targets, fpr_limit=0.0)
     with pytest.raises(ValueError, match="targets of shape"):

@@ -307,3 +307,15 @@ def test_backbones_fused_in_inference_mode_run_in_the_extension():
         fused = model.fuse()
     assert not any(p.is_inference() for p in (*fused.parameters(), *fused.buffers()))
     assert not any(p.requires_grad for p in fused.parameters())
+
+
+@torch.no_grad()
+def test_a_layer_whose_weight_was_replaced_by_a_wider_one_takes_what_that_takes():
+    linear = nn.Linear(64, 128)
+    assert use_extension_(linear) is False
+    assert type(linear) is PackedLinear
+    linear.weight = nn.Parameter(torch.randn(128, 192))
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(torch.randn(4096, 64))
+    x = torch.randn(4096, 192)
+    assert max_error(linear(x), nn.functional.linear(x, linear.weight, linear.bias)) < 1e-4

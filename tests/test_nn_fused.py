@@ -257,7 +257,13 @@ def test_a_condition_is_projected_once_for_many_inputs(subnet):
         ValueError, match=r"cond: expected what `project` returns, \(1 or 1, 15, D\).*found \[\(1, 12"
     ):
         fused(torch.randn(1, 7, 3, 5), projected)
-    for wrong in (projected[:1], [p[..., :-1] for p in projected], [p[0] for p in projected], [None, None]):
+    for wrong in (
+        projected[:1],
+        [p[..., :-1] for p in projected],
+        [p[0] for p in projected],
+        [p.to("meta") for p in projected],
+        [None, None],
+    ):
         with pytest.raises(ValueError, match=r"cond: expected what `project` returns, \(1 or 3, 12, D\)"):
             fused(x, wrong)
     with pytest.raises(ValueError, match=r"cond: expected 2 channels"):
@@ -367,3 +373,24 @@ def test_linear_maps_alone_project_any_condition():
     fused = FlowSequence([LUConv1x1(4), Permutation(4)]).fuse()
     x, cond = torch.randn(2, 4), torch.randn(2, 3)
     assert torch.equal(fused(x, fused.project(cond))[0], fused(x, cond)[0])
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("coupling", ["additive", "affine"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_subnet_of_the_wrong_width_is_refused(activation, coupling, kernel):
+    """In the extension, too, which would read memory of others. An affine one's outputs go through a linear
+    layer, of which PyTorch speaks."""
+
+    def one_output(c_in, c_out):
+        return nn.Sequential(nn.Conv2d(c_in, 1, kernel, padding=kernel // 2), activation())
+
+    fused = FlowStep(128, subnet=one_output, coupling=coupling, linear="none").eval().fuse()
+    with pytest.raises((ValueError, RuntimeError), match=r"of subnet: expected|mat1 and mat2"):
+        fused(torch.randn(2, 128, 5, 4))
+
+
+def test_a_subnet_that_does_not_fit_its_input_is_refused():
+    fused = FlowStep(64, subnet=lambda c_in, c_out: nn.Conv2d(16, c_out, 1), linear="none").eval().fuse()
+    with pytest.raises((ValueError, RuntimeError), match=r"input|mat1 and mat2"):
+        fused(torch.randn(2, 64, 5, 4))

@@ -300,3 +300,16 @@ def test_no_layers_of_other_widths():
     mismatched = nn.Sequential(nn.Conv2d(20, 16, 3, padding=1), nn.Conv2d(20, 16, 3, padding=1))
     with pytest.raises(RuntimeError, match="channels"):
         evaluate(mismatched, torch.randn(1, 20, 3, 3))
+
+
+@pytest.mark.parametrize("name", ["two", "with others"])
+def test_saved_tensors_may_come_back_in_another_memory_format(name):
+    """As `save_on_cpu` returns them."""
+    network = draw(name)
+    x = torch.randn(2, CHAINS[name][1][0], 9, 7).to(memory_format=torch.channels_last).requires_grad_()
+    leaves = [x, *network.parameters()]
+    expected = torch.autograd.grad(in_extension(network, x).square().sum(), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        y = in_extension(network, x)
+    for found, value in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
+        assert torch.equal(found, value)

@@ -158,3 +158,23 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=40)
     assert buffer.getbuffer()
+
+
+def test_without_a_ground_truth_it_is_said_what_was_found():
+    images, _, prediction, kinds = example()
+    prediction.mask[2] = False
+    figure = plotting.panel(images, None, prediction, kinds=kinds, rows=[0, 2, 3])
+    words = texts(figure)
+    assert "score 0.000\ndetected" in words
+    assert "score 0.500\nmissed" in words
+    assert "score 0.750\nno alarm" in words
+    assert "defect" not in words
+    assert [text.get_text() for text in figure.axes[1].texts] == ["not given"]
+
+
+@pytest.mark.parametrize("log_nfa", [-5e4, 3e6])
+@pytest.mark.parametrize("log_epsilon", [0.0, -math.inf])
+def test_large_numbers_of_false_alarms_are_drawn(log_nfa, log_epsilon):
+    images, targets, prediction, kinds = example()
+    prediction.log_nfa = torch.full_like(prediction.log_nfa, log_nfa)
+    plotting.panel(images, targets, prediction, kinds=kinds, log_epsilon=log_epsilon)

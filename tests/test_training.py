@@ -1,5 +1,7 @@
 import doctest
+import math
 import socket
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -201,3 +203,19 @@ def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, monkeypa
 
 def test_the_example_runs():
     assert doctest.testmod(training, extraglobs={"usf": usf, "torch": torch}) == (0, 4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_where_it_was_and_forgets_its_threshold(monkeypatch, fails):
+    moves, forgotten, to, loss = [], [], ToyFlow.to, ToyFlow.loss
+
+    def losing(self, batch):
+        return loss(self, batch) * (math.nan if fails else 1)
+
+    monkeypatch.setattr(ToyFlow, "to", lambda self, *place: moves.append(place) or to(self, *place))
+    monkeypatch.setattr(ToyFlow, "forget_calibration", lambda self: forgotten.append(True), raising=False)
+    monkeypatch.setattr(ToyFlow, "loss", losing)
+    with pytest.raises(FloatingPointError) if fails else nullcontext():
+        train(max_epochs=1)
+    assert moves[-1] == (torch.device("cpu"),)
+    assert forgotten == [True]

@@ -91,7 +91,7 @@ def auroc(scores: Array, targets: Array) -> float:
     with needs_extra("train", "this metric"):
         from scipy.stats import rankdata
 
-    scores, targets = _pair(scores, targets)
+    scores, targets = _pair("scores", scores, targets)
     positives = int(targets.sum())
     negatives = targets.size - positives
     if not positives or not negatives:
@@ -145,7 +145,7 @@ def f1_max(scores: Array, targets: Array) -> tuple[float, float]:
 def _found(scores: Array, targets: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return, for every distinct score from high to low, how many positives and how many samples reach it,
     and the score."""
-    scores, targets = _pair(scores, targets)
+    scores, targets = _pair("scores", scores, targets)
     if not scores.size:
         return (np.empty(0),) * 3
     order, ends = _descending(scores)
@@ -176,7 +176,7 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
         from skimage.measure import label
 
     check_between("fpr_limit", fpr_limit, 0, 1, "(]")
-    maps, targets = _images(maps, targets)
+    maps, targets = _images("maps", maps, targets)
     normal = ~targets
     if not targets.any() or not normal.any():
         return float("nan")
@@ -214,7 +214,7 @@ def mean_iou(masks: Array, targets: Array) -> float:
     Raises:
         ValueError: for differing or other shapes, or a value that is not 0 or 1.
     """
-    masks, targets = _images(_binary("masks", masks), targets)
+    masks, targets = _images("masks", _binary("masks", masks), targets)
     anomalous = targets.any((1, 2))
     if not anomalous.any():
         return float("nan")
@@ -238,7 +238,7 @@ def oracle_mean_iou(maps: Array, targets: Array) -> tuple[float, float]:
     Raises:
         ValueError: for differing or other shapes, NaN scores, or a target that is not 0 or 1.
     """
-    maps, targets = _images(maps, targets)
+    maps, targets = _images("maps", maps, targets)
     anomalous = targets.any((1, 2))
     if not anomalous.any():
         return float("nan"), float("nan")
@@ -296,21 +296,21 @@ def _binary(name: str, values: Array) -> np.ndarray:
     return values.astype(bool)
 
 
-def _pair(scores: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
+def _pair(name: str, scores: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
     scores, targets = _array(scores), _binary("targets", targets)
     if scores.shape != targets.shape:
-        raise ValueError(f"scores: expected the shape of targets, {targets.shape}, found {scores.shape}")
+        raise ValueError(f"{name}: expected the shape of targets, {targets.shape}, found {scores.shape}")
     if scores.dtype != bool:
         scores = scores.astype(np.float64)
         if np.isnan(scores).any():
-            raise ValueError("scores: expected numbers, found NaN")
+            raise ValueError(f"{name}: expected numbers, found NaN")
     return scores, targets
 
 
-def _images(maps: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
-    maps, targets = _pair(maps, targets)
+def _images(name: str, maps: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
+    maps, targets = _pair(name, maps, targets)
     if maps.ndim == 4 and maps.shape[1] == 1:
         maps, targets = maps[:, 0], targets[:, 0]
     if maps.ndim != 3:
-        raise ValueError(f"maps: expected shape (N, H, W) or (N, 1, H, W), found {maps.shape}")
+        raise ValueError(f"{name}: expected shape (N, H, W) or (N, 1, H, W), found {maps.shape}")
     return maps, targets

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TRUTH, FOUND, INK, FAINT = "#00a99d", "#f0541e", "#20262e", "#7b8794"
 CELL, GAP, LEFT, TOP, BOTTOM, RIGHT = 1.75, 0.07, 1.3, 0.95, 0.62, 0.12  # inches
+CLEAN = "good"  # the kind of clean images
 LABEL = 13  # letters per line of a label in the margin LEFT
 COLUMNS = ("Image", "Ground truth", "Anomaly map", "Number of false alarms", "Automatic mask")
 
@@ -41,7 +42,7 @@ class Shown(NamedTuple):
         return cls(*(torch.cat([getattr(batch, name).cpu() for batch in batches]) for name in cls._fields))
 
 
-def choose_rows(kinds: Sequence[str], scores: Sequence[float] | Tensor, *, clean: str = "good") -> list[int]:
+def choose_rows(kinds: Sequence[str], scores: Sequence[float] | Tensor, *, clean: str = CLEAN) -> list[int]:
     """Choose one image of each kind of defect in order of appearance, then a clean one.
 
     For each kind, the image with the median score is taken: a typical one, not the best.
@@ -63,7 +64,7 @@ def choose_rows(kinds: Sequence[str], scores: Sequence[float] | Tensor, *, clean
 
 def panel(
     images: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     prediction: Any,
     *,
     kinds: Sequence[str],
@@ -80,9 +81,9 @@ def panel(
 
     Args:
         images: (N, 3, H, W), values in [0, 1].
-        targets: (N, 1, H, W), True where defective.
+        targets: (N, 1, H, W), True where defective; None without a ground truth.
         prediction: a `Prediction` for these images.
-        kinds: the kind of defect of each image.
+        kinds: the kind of defect of each image; "good" for clean ones.
         rows: indices of the images to draw; None takes those of `choose_rows`.
         title, subtitle: heading, and a smaller line under it.
         log_epsilon: the threshold on the log NFA that the prediction was made with.
@@ -94,7 +95,8 @@ def panel(
         ImportError: without matplotlib.
         ValueError: when the images, targets, kinds and prediction differ in number, or there is no row.
     """
-    counts = {len(images), len(targets), len(kinds), len(prediction.score), len(prediction.anomaly_map)}
+    parts = (images, kinds, prediction.score, prediction.anomaly_map)
+    counts = {len(part) for part in (*parts, *([] if targets is None else [targets]))}
     if len(counts) != 1:
         raise ValueError(f"images, targets, kinds, prediction: expected equally many, found {sorted(counts)}")
     rows = choose_rows(kinds, prediction.score) if rows is None else list(rows)
@@ -118,30 +120,36 @@ def panel(
 
     for row, index in enumerate(rows):
         image = images[index].detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
-        truth = _plane(targets, index) > 0.5
+        truth = None if targets is None else _plane(targets, index) > 0.5
         mask = _plane(prediction.mask, index) > 0.5
         axes = [_empty_axes(figure, place(row, column)) for column in range(len(COLUMNS))]
         if row == 0:
             for axis, name in zip(axes, COLUMNS, strict=True):
                 axis.set_title(name, fontsize=9.5, color=INK, pad=5)
-        for column in (0, 1, 4):
+        for column in (0, 4) if truth is None else (0, 1, 4):
             axes[column].imshow(image, interpolation="nearest")
-        _fill(axes[1], truth, TRUTH)
-        _outline(axes[1], truth, TRUTH)
         anomaly = axes[2].imshow(_plane(prediction.anomaly_map, index), cmap="magma", norm=norms[0])
         alarms = axes[3].imshow(
             _plane(prediction.log_nfa, index), cmap=_significance_colours(), norm=norms[1]
         )
         _fill(axes[4], mask, FOUND)
         _outline(axes[4], mask, FOUND)
-        _outline(axes[4], truth, TRUTH)
-        _row_label(figure, place(row, 0), kinds[index], _facts(float(prediction.score[index]), truth, mask))
+        if truth is None:
+            centre = {"ha": "center", "va": "center", "transform": axes[1].transAxes}
+            axes[1].text(0.5, 0.5, "not given", fontsize=8.5, color=FAINT, **centre)
+        else:
+            _fill(axes[1], truth, TRUTH)
+            for axis in (axes[1], axes[4]):
+                _outline(axis, truth, TRUTH)
+        facts = f"score {float(prediction.score[index]):.3f}\n{_verdict(kinds[index], truth, mask)}"
+        _row_label(figure, place(row, 0), kinds[index], facts)
     for column, mappable, label in (
         (2, anomaly, "less likely →"),
         (3, alarms, f"log₁₀ NFA; significant below {log_epsilon:g}"),
     ):
         _colour_bar(figure, place(len(rows) - 1, column), mappable, label, total[1])
-    for column, entries in ((1, (("defect", TRUTH),)), (4, (("detected", FOUND), ("defect", TRUTH)))):
+    defect = () if targets is None else (("defect", TRUTH),)
+    for column, entries in ((1, defect), (4, (("detected", FOUND), *defect))):
         x, y, *_ = place(len(rows) - 1, column)
         for name, colour in entries:
             figure.text(x, y - 0.125 / total[1], "■", fontsize=9, color=colour, va="center")
@@ -203,7 +211,7 @@ def _norms(prediction: Any, rows: Sequence[int], log_epsilon: float) -> tuple[No
     maps = np.stack([_plane(prediction.anomaly_map, i) for i in rows])
     low, high = np.quantile(maps, [0.2, 0.999])
     alarms = np.stack([_plane(prediction.log_nfa, i) for i in rows])
-    least, most = alarms.min(), alarms.max()
+    least, most = float(alarms.min()), float(alarms.max())  # float32 has no thousandths of large numbers
     centre = min(max(log_epsilon, least - 1e-3), most + 1e-3)
     return (
         Normalize(low, max(high, low + 1e-6)),
@@ -248,17 +256,18 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str) -> None:
     axes.set(xlim=limits[0], ylim=limits[1])
 
 
-def _facts(score: float, truth: np.ndarray, mask: np.ndarray) -> str:
-    lines = f"score {score:.3f}"
-    if truth.any():
-        return f"{lines}\nIoU {(truth & mask).sum() / (truth | mask).sum():.2f}"
-    return f"{lines}\n{'false alarm' if mask.any() else 'no alarm'}"
+def _verdict(kind: str, truth: np.ndarray | None, mask: np.ndarray) -> str:
+    if truth is not None and truth.any():
+        return f"IoU {(truth & mask).sum() / (truth | mask).sum():.2f}"
+    if truth is None and kind != CLEAN:
+        return "detected" if mask.any() else "missed"
+    return "false alarm" if mask.any() else "no alarm"
 
 
 def _row_label(figure: Figure, place: Sequence[float], kind: str, facts: str) -> None:
     height = figure.get_figheight()
     x, middle = place[0] - 0.12 / figure.get_figwidth(), place[1] + place[3] / 2
-    name = "clean" if kind == "good" else textwrap.fill(kind.replace("_", " "), LABEL)
+    name = "clean" if kind == CLEAN else textwrap.fill(kind.replace("_", " "), LABEL)
     figure.text(
         x,
         middle + 0.05 / height,

@@ -76,7 +76,8 @@ def fit(
     extra: Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> History:
-    """Minimise `model.loss(batch)`; the model ends with its best held-out weights, in evaluation mode.
+    """Minimise `model.loss(batch)`; the model ends with its best held-out weights, in evaluation mode, on the
+    device that it was on. A model that was calibrated has to be calibrated again.
 
     AdamW trains the parameters that require a gradient, with linear warm-up, then a cosine down to 1 % of
     `lr`. Vectors, and parameters named by `model.no_weight_decay()` if it exists, have no weight decay.
@@ -178,7 +179,11 @@ def fit(
         files.check(resume)
         return run.history
     fabric.launch()
-    with isolate_rng():  # leave the caller's random generators as they are
-        return run.fit(
-            train_data, validation_data, resume=resume, workers=workers, progress=progress, title=title
-        )
+    device = next(iter(run.trainable.values())).device
+    try:
+        with isolate_rng():  # leave the caller's random generators as they are
+            return run.fit(
+                train_data, validation_data, resume=resume, workers=workers, progress=progress, title=title
+            )
+    finally:
+        model.to(device)

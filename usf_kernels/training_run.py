@@ -98,6 +98,8 @@ class Run:
             self.average = {name: p.detach().clone() for name, p in self.trainable.items()}
         if last is not None:
             self._restore(last["training"], best)
+        if not self.finished and hasattr(self.model, "forget_calibration"):
+            self.model.forget_calibration()  # its latents are about to change
         position = {"seed": settings.seed, "rank": fabric.global_rank, "world_size": fabric.world_size}
         show = progress and fabric.is_global_zero
         with training_progress(show, settings.max_epochs, start=self.epoch, title=title) as report:

@@ -151,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         column="category",
         datasets=partial(splits, root=options.root, dataset=options.dataset),
     )
-    found = rows.read()
+    recipes = {job["recipe"] for job in work}
+    found = [row for row in rows.read() if row["recipe"] in recipes]  # of one budget
     text = comparison.section(found, "category")
     title = f"Affine couplings against uniformly scaling ones, {options.dataset}"
     figure = comparison.figure(found, "category", title)

@@ -200,6 +200,27 @@ void test_nothing_to_do() {
     CHECK(state == before);
 }
 
+// Stages that would read or write memory of others.
+void test_sizes() {
+    const std::int64_t order[] = {0, 1, 2, 3, 4};
+    const Half two(order, 2, 5), three(order + 2, 3, 5);
+    const auto linear = [](int inputs, int outputs) { return Plain(inputs, outputs, false).made(false); };
+    const Plain wide(2, 4, false, 3, 3);
+    StageRun run(5);
+    run.add(Additive{{two, {linear(2, 7), linear(7, 3)}}, three, 1});
+    CHECK_THROWS(run.add(Additive{{two, {linear(2, 7), linear(7, 1)}}, three, 1}));
+    CHECK_THROWS(run.add(Additive{{two, {linear(2, 7), linear(6, 3)}}, three, 1}));
+    CHECK_THROWS(run.add(Additive{{two, {linear(5, 3)}}, three, 1}));
+    CHECK_THROWS(run.add(Additive{{two, {linear(2, 3)}, noise(3)}, three, 1}));
+    CHECK_THROWS(run.add(Additive{{two, {wide.made(false)}}, three, 1}));
+    CHECK_THROWS(run.add(Affine{{two, {linear(2, 3)}}, three, noise(3), 1.9f, false}));
+    CHECK_THROWS(run.add(Affine{{two, {linear(2, 6)}}, three, noise(2), 1.9f, false}));
+    CHECK_THROWS(run.add(Product{linear(5, 4).weights()}));
+    CHECK_THROWS(run.add(Exchange{linear(5, 2).weights(), three}));
+    CHECK_THROWS(run.add(Residual{{{}, {linear(5, 4)}}, linear(3, 5).weights(), 1}));
+    CHECK_THROWS(run.add(Residual{{{}, {linear(5, 4)}}, linear(4, 4).weights(), 1}));
+}
+
 }  // namespace stage_run_test
 
 int test_stage_run(int, char*[]) {
@@ -215,6 +236,7 @@ int test_stage_run(int, char*[]) {
         }
     }
     test_nothing_to_do();
+    test_sizes();
     if (has_amx()) {
         for (const int channels : {1, 16, 33, 70})
             for (const int side : {1, 2, 7, 20}) test_convolution({2, side, side + 1}, 3, 3, channels, 20);

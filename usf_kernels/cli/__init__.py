@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit, too
         print(with_notes("usf-kernels: error: nobody reads the output any more", error), file=sys.stderr)
         return 2
-    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if debug:
             raise
         print(f"usf-kernels: error: {one_line(error)}", file=sys.stderr)

@@ -53,7 +53,7 @@ def calibrate(options: argparse.Namespace) -> int:
     content = read_checkpoint(options.checkpoint)
     check_output(output)
     device = pick_device(options.device)
-    model, size = load_detector(options), size_of_images(options, required=True)
+    model, size = load_detector(options), size_of_images(options, required=True, calibrates=True)
     data = ImageFiles(options.folder, size=size)
     features = features_of(model, data, device, options.batch_size)
     model.calibrate(features, false_alarms=options.false_alarms)

@@ -85,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> int:
         )
     ]
     if options.output is not None:  # before anything is printed, which nobody may read
-        _write(options, found, images, samples, predictions)
+        _write(options, found, images, samples, predictions, masks=masks)
     title = f"{options.checkpoint} on {options.folder}"
     print_table(title, METRICS.values(), [[found[key] for key in METRICS]])
     print_table("by kind", ("kind", "images", "called anomalous", "mean score"), _by_kind(images))
@@ -125,19 +125,22 @@ def _write(
     images: Sequence[Image],
     samples: Sequence[Any],
     predictions: Sequence[Any],
+    *,
+    masks: bool,
 ) -> None:
     import torch
 
+    from usf_kernels.data.folder import NORMAL
     from usf_kernels.files import write_csv, write_json
-    from usf_kernels.plotting import Shown, panel, save_figure
+    from usf_kernels.plotting import CLEAN, Shown, panel, save_figure
 
     write_json(options.output / "results.json", found)
     write_csv(options.output / "images.csv", images)
     figure = panel(
         torch.cat([batch.image for batch in samples]),
-        torch.cat([batch.mask for batch in samples]),
+        torch.cat([batch.mask for batch in samples]) if masks else None,
         Shown.of(predictions),
-        kinds=[image["kind"] for image in images],
+        kinds=[CLEAN if image["kind"] in NORMAL else image["kind"] for image in images],
         title=options.folder.name,
         subtitle=f"image AUROC {found['image_auroc']:.3f}, pixel AUROC {found['pixel_auroc']:.3f}, "
         f"automatic mIoU {found['miou_automatic']:.3f}",

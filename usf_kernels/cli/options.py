@@ -73,9 +73,11 @@ def image_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def size_of_images(options: argparse.Namespace, *, required: bool) -> tuple[int, int] | None:
+def size_of_images(
+    options: argparse.Namespace, *, required: bool, calibrates: bool = False
+) -> tuple[int, int] | None:
     """Return (height, width) from `--image-size`, or else the size at which the model in `checkpoint` was
-    trained. Warn if the two differ.
+    trained. Warn if the two differ; a command that `calibrates` adapts the threshold to the new size.
 
     Raises:
         ValueError, OSError: as `read_checkpoint`; also if a size is required and neither gives one.
@@ -87,9 +89,15 @@ def size_of_images(options: argparse.Namespace, *, required: bool) -> tuple[int,
     if size is None and required:
         raise ValueError(f"{options.checkpoint}: does not say its images' size, pass --image-size")
     if trained is not None and tuple(size) != tuple(trained):
+        before = f"{trained[0]}x{trained[1]}"
         warn(
-            f"--image-size {size[0]}x{size[1]}: the model was trained and its threshold calibrated at "
-            f"{trained[0]}x{trained[1]}, scores and masks of another size mean something else"
+            f"--image-size {size[0]}x{size[1]}: "
+            + (
+                f"the model was trained at {before}, only its threshold will be of this size"
+                if calibrates
+                else f"the model was trained and its threshold calibrated at {before}, scores and masks of "
+                "another size mean something else"
+            )
         )
     return None if size is None else tuple(size)
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -167,14 +168,19 @@ def _normal(path: Path) -> Path:
 
 
 def _names(files: list[Path]) -> dict[str, Path]:
-    """Name the outputs of each file: the first of its `_forms` that no other file has."""
+    """Name the outputs of each file: the first of its `_forms` that no other file has, on file systems that
+    do not tell capital letters from small ones, too."""
     forms = {path: _forms(path) for path in files}
-    owners = Counter(form for own in forms.values() for form in own)
+    owners = Counter(key for own in forms.values() for key in set(map(_folded, own)))
     names: dict[str, Path] = {}
     for path, own in forms.items():
-        name = next((form for form in own if owners[form] == 1), f"{own[-1]}_{len(names)}")
+        name = next((form for form in own if owners[_folded(form)] == 1), f"{own[-1]}_{len(names)}")
         names[name] = path
     return names
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _forms(path: Path) -> list[str]:

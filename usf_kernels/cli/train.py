@@ -45,7 +45,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--backbone", default="tf_efficientnet_lite0", help="a timm name; default: %(default)s"
     )
-    parser.add_argument("--weights", default="auto", help="file; default: the usual")
+    parser.add_argument(
+        "--weights",
+        action="append",
+        metavar="FILE",
+        help="of the backbone, once for each of its networks; default: the usual",
+    )
     parser.add_argument("--model", choices=tuple(MODELS), default="fastflow", help="default: %(default)s")
     parser.add_argument(
         "--coupling",
@@ -110,7 +115,8 @@ def train(options: argparse.Namespace) -> int:
     held_out = _held_out(options, data)
     device = pick_device(options.accelerator, "--accelerator")
     torch.manual_seed(options.seed)  # for the initial weights
-    backbone = models.create_backbone(options.backbone, weights=options.weights)
+    weights = options.weights or ["auto"]
+    backbone = models.create_backbone(options.backbone, weights=weights if len(weights) > 1 else weights[0])
     model_class = getattr(models, MODELS[options.model])
     model = model_class(backbone, coupling=options.coupling, linear=options.linear)
     extra = {"image_size": list(options.image_size), "images_crc32": data.checksum()}
@@ -157,7 +163,6 @@ def train(options: argparse.Namespace) -> int:
         history = fit(model, CachedFeatures(rest), CachedFeatures(held), **run)
         if rank_zero_only.rank != 0:  # only one of several processes writes
             return 0
-        model = model.cpu()
         model.calibrate(held, false_alarms=options.false_alarms)
         save_checkpoint(result, model, extra=extra | {"folder": str(options.folder)})
         before.unlink(missing_ok=True)

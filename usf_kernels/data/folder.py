@@ -245,17 +245,13 @@ class FolderDataset(Dataset[Sample]):
 
     def _mask(self, path: Path, kind: str, own: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         folder = self.root / "ground_truth" / kind
-        ends = [f"{before}{suffix}" for suffix in MASK_SUFFIXES for before in ("_mask", "")]
-        candidates = [folder / f"{path.stem}{end}" for end in ends]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        named = [f for end in ("_mask", "") for f in images_in(folder.glob(f"{escape(path.stem + end)}.*"))]
+        lossless = [file for file in named if file.suffix.lower() in MASK_SUFFIXES]
+        found = min(lossless, key=lambda file: MASK_SUFFIXES.index(file.suffix.lower()), default=None)
         if found is None:
-            others = [
-                f for end in ("_mask", "") for f in images_in(folder.glob(f"{escape(path.stem + end)}.*"))
-            ]
-            hint = (
-                f"; {others[0].name} is not in a lossless format, as {MASK_SUFFIXES[0]} is" if others else ""
-            )
-            raise ValueError(f"{candidates[0]}: no such mask for {path}{hint}")
+            hint = f"; {named[0].name} is not in a lossless format, as {MASK_SUFFIXES[0]} is" if named else ""
+            wanted = folder / f"{path.stem}_mask{MASK_SUFFIXES[0]}"
+            raise ValueError(f"{wanted}: no such mask for {path}{hint}")
         picture = open_image(found)
         if picture.mode not in ("1", "L", "LA", "I", "I;16", "F"):  # a colour's luma may be 0
             picture = picture.convert("RGB")

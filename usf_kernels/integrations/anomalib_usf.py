@@ -50,7 +50,8 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images (B, 3, H, W) in [0, 1]; compiled, exported and traced graphs leave out the masks."""
         if is_recorded():
-            maps = anomaly_map(self.flow(images)[0], tuple(images.shape[-2:]))
+            latents = self.flow._scored_latents(self.flow.features(images))
+            maps = anomaly_map(latents, tuple(images.shape[-2:]))
             return InferenceBatch(pred_score=image_score(maps), anomaly_map=maps)
         return self.predict(images)
 

@@ -62,7 +62,7 @@ def add_rows_kernel(
     inside = (n < N) & (m < M)
     column = tl.load(index + m, mask=m < M, other=0)
     at = columns_at(rows, rows_n, rows_c, n, column)
-    values_at = values + n * values_n + walk(m, values_c, 1)
+    values_at = values + n * values_n + walk(m.to(tl.int64), values_c, 1)
     more = tl.load(values_at, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + factor * more
     tl.store(at, narrow(total, rows), mask=inside)
@@ -86,8 +86,9 @@ def affine_rows_kernel(
         inside = (n < N) & (m < M)
         column = tl.load(index + m, mask=m < M, other=0)
         offset = tl.load(shift + m, mask=m < M, other=0.0).to(tl.float32)
-        raw = tl.load(values_at + walk(m, values_c, 1), mask=inside, other=0.0).to(tl.float32)
-        t = tl.load(values_at + walk(M + m, values_c, 1), mask=inside, other=0.0).to(tl.float32)
+        wide = m.to(tl.int64)  # channels may be a whole map apart
+        raw = tl.load(values_at + walk(wide, values_c, 1), mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(values_at + walk(M + wide, values_c, 1), mask=inside, other=0.0).to(tl.float32)
         at = columns_at(rows, rows_n, rows_c, n, column)
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         log_scale = clamp * tanh(raw)

@@ -91,7 +91,7 @@ class FeatureFlow(ScoredModel):
             shrinkage: ridge on the covariance, in units of the mean variance.
 
         Returns:
-            self, in the mode in which it was.
+            self, in the mode in which it was, to be calibrated anew.
 
         Raises:
             TypeError: on the inference form.
@@ -114,6 +114,7 @@ class FeatureFlow(ScoredModel):
             if norms:
                 with in_mode(self, training=True):  # only there do they take statistics from a batch
                     self._transform(entered, 0.0)
+        self.forget_calibration()
         return self
 
     def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:

@@ -50,7 +50,7 @@ class Mahalanobis(ScoredModel):
             shrinkage: ridge on the covariance, in units of the mean variance.
 
         Returns:
-            self.
+            self, to be calibrated anew.
 
         Raises:
             TypeError: on the inference form.
@@ -63,6 +63,7 @@ class Mahalanobis(ScoredModel):
         with unchanged_on_error(self.borders, self.whitening):
             for linear, border, maps in zip(self.whitening, self.borders, features, strict=True):
                 linear.whiten_(*moments(border.fit(maps)(maps)[0]), eps=shrinkage)
+        self.forget_calibration()
         return self
 
     def latents(self, features: Sequence[Tensor]) -> list[Tensor]:

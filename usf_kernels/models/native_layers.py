@@ -80,12 +80,12 @@ class TiledConv2d(_Native, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C_in, H, W) to (B, C_out, H, W)."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels or not self._fits(x):
+        if x.ndim != 4 or x.shape[1] != self.weight.shape[1] or not self._fits(x):
             return super().forward(x)
         batch, channels, height, width = x.shape
         rows = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, channels)
         y = self._run(rows, height, width)
-        return y.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+        return y.view(batch, height, width, len(self.weight)).permute(0, 3, 1, 2)
 
 
 class PackedLinear(_Native, nn.Linear):
@@ -99,11 +99,12 @@ class PackedLinear(_Native, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., inputs) to (..., outputs)."""
-        few = x.numel() * self.out_features < WORTH_THREADS
-        if few or x.shape[-1] != self.in_features or not self._fits(x):
+        outputs, inputs = self.weight.shape
+        few = x.numel() * outputs < WORTH_THREADS
+        if few or x.shape[-1] != inputs or not self._fits(x):
             return super().forward(x)
-        rows = x.reshape(-1, self.in_features).contiguous()
-        return self._run(rows, 1, len(rows)).view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, inputs).contiguous()
+        return self._run(rows, 1, len(rows)).view(*x.shape[:-1], outputs)
 
 
 def _kinds() -> list[type[nn.Module]]:

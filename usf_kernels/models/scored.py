@@ -85,6 +85,21 @@ class ScoredModel(nn.Module):
             return None
         return Null.from_list(self.null_parameters.tolist(), tail=TAIL, tests=TESTS)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the null model with the rest, but do not cast it: a threshold needs its digits. It stays where
+        it is if the device has no float64, as Apple's."""
+        null = self._buffers.pop("null_parameters")
+        try:
+            super()._apply(fn, recurse)
+            device = fn(torch.empty(0, device=null.device)).device
+            if null.is_meta:
+                null = torch.full_like(null, torch.nan, device="cpu" if device.type == "mps" else device)
+            elif device.type != "mps":
+                null = null.to(device)
+        finally:
+            self._buffers["null_parameters"] = null
+        return self
+
     @makes_weights
     def fuse(self, dtype: torch.dtype | None = None) -> Self:
         """Return the inference form: the same model, faster and without a loss.
@@ -132,6 +147,11 @@ class ScoredModel(nn.Module):
         null = calibrate(self._squared_norms(features, batch_size), false_alarms=false_alarms)
         self.null_parameters.copy_(torch.tensor(null.to_list(), dtype=torch.float64))
         return null
+
+    @torch.no_grad()
+    def forget_calibration(self) -> None:
+        """Forget the null model: it is of latents that have changed. `initialize` and `fit` call this."""
+        self.null_parameters.fill_(torch.nan)
 
     @torch.no_grad()
     def mean_square(self, features: Tensor | Sequence[Tensor], *, batch_size: int = 32) -> list[float]:

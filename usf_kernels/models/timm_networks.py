@@ -143,6 +143,7 @@ def make_network(
     elif weights == "auto":
         options = {"pretrained": True}
     else:
+        _check_harmless(name, weights)
         options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
     fixed = import_timm().get_pretrained_cfg_value(name, "fixed_input_size")
     if fixed and input_size not in (None, own_size(name)):
@@ -155,6 +156,18 @@ def make_network(
         full = import_timm().create_model(name, pretrained=False)
         network.load_state_dict(_in_order(_embedded_weights(), full.state_dict(), network.state_dict()))
     return network, chosen
+
+
+def _check_harmless(name: str, weights: str | Path) -> None:
+    """Raise for a pickle of more than weights: timm before 1.0.16 would run code that is in it."""
+    if Path(weights).suffix in (".safetensors", ".npz", ".npy"):
+        return
+    try:
+        torch.load(weights, map_location="meta", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(f"weights: {weights} is not a checkpoint of {name} (no file of weights)") from error
+    except Exception:  # timm reports other damage
+        return
 
 
 def _check_loaded(network: nn.Module, again: Callable[[], nn.Module], name: str, weights: str | Path) -> None:

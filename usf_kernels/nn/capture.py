@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -23,6 +24,25 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+@contextmanager
+def leaving_broken(stream: torch.cuda.Stream, pool: tuple[int, int]) -> Iterator[None]:
+    """Leave a capture that breaks, such as by a value that is read back. torch would stay half in it: on the
+    capture's stream instead of `stream`, with memory from its pool, and with a random generator that waits
+    for its end, instead of which the device gets a new one."""
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError):  # it may have been ended
+            torch._C._cuda_endAllocateToPool(device, pool)
+        with suppress(RuntimeError):
+            fresh = torch.Generator(f"cuda:{device}").manual_seed(0)
+            torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
+        torch.cuda.synchronize()
+        raise
+
+
 class CapturedCall:
     """`call(*inputs)` recorded once, and replayed for other inputs of the same shapes and dtypes. Weights are
     read where they were: they may change in place, but not move to another device or dtype.
@@ -34,6 +54,7 @@ class CapturedCall:
 
     Raises:
         ValueError: inputs that are not all on one CUDA device; when called, inputs of another shape or dtype.
+        Exception: whatever the call or the capture raises; CUDA stays usable.
     """
 
     def __init__(self, call: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
@@ -47,14 +68,16 @@ class CapturedCall:
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     call(*self._inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+            before.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             # The cache of an autocast around this call would let the graph read casts without recording them;
             # casts made here lie in the graph's memory, and must not be used outside.
             torch.clear_autocast_cache()
             # The stream is that of the warm-up, since the default one belongs to the device of the first
             # capture. Other threads may go on meanwhile, such as to pin the next batch.
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+            graph = torch.cuda.graph(self._graph, pool, side, capture_error_mode="thread_local")
+            with leaving_broken(before, pool), graph:
                 self._outputs = call(*self._inputs)
             torch.clear_autocast_cache()
 

@@ -197,13 +197,17 @@ class FusedFlow(nn.Module):
         widths = [block.projected or self.cond_channels for block in blocks] if self.cond_channels else []
         batches, positions = (1, x.shape[0]), count_positions(x)
         if len(cond) != len(widths) or not all(
-            isinstance(c, Tensor) and c.shape in [(batch, positions, width) for batch in batches]
+            isinstance(c, Tensor)
+            and c.device == x.device
+            and c.shape in [(batch, positions, width) for batch in batches]
             for c, width in zip(cond, widths, strict=True)
         ):
-            found = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in cond]
+            found = [
+                f"{tuple(c.shape)} on {c.device}" if isinstance(c, Tensor) else type(c).__name__ for c in cond
+            ]
             raise ValueError(
                 f"cond: expected what `project` returns, (1 or {x.shape[0]}, {positions}, D) for each D of "
-                f"{widths}, found {found}"
+                f"{widths}, on {x.device}, found [{', '.join(found)}]"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -119,7 +119,9 @@ class _Convolutions(torch.autograd.Function):
             of_x, of_share, *rest = gradients_through(partial(_plain, ctx.relus), inputs, (grad,))
             return of_x, of_share, None, *rest
         of_parameters: list[Tensor | None] = [None] * len(parameters)
-        rows.insert(0, x if ctx.on_maps else _last(x))
+        # Hooks on saved tensors may have laid them out anew.
+        lay_out = _maps if ctx.on_maps else _last
+        rows = [t if t is None else lay_out(t) for t in (x, *rows)]
         grad = grad.contiguous() if ctx.on_maps else _last(grad)
         if ctx.relus[-1]:
             grad = torch.ops.aten.threshold_backward(grad, rows[-1], 0)
@@ -158,6 +160,11 @@ def _by_taps(x: Tensor, layer: Layer) -> Tensor:
 
 def _padding(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
+
+
+def _maps(x: Tensor) -> Tensor:
+    """Return x as maps, copied only if their positions do not lie side by side already."""
+    return x if x.stride(1) != 1 and products.walks_maps(x) else x.contiguous()
 
 
 def _last(x: Tensor) -> Tensor:
