@@ -5,6 +5,8 @@ import threading
 import pytest
 import torch
 from helpers import max_error
+from torch import nn
+from torch.nn.utils import parametrize
 
 from usf_kernels.nn import ActNorm, act_norm
 
@@ -103,3 +105,30 @@ def test_act_norm_is_initialised_where_its_buffer_says_so():
     state = {name: first.state_dict()[name] for name in ("log_scale", "bias")}
     loaded.load_state_dict(state, strict=False, assign=True)
     assert torch.equal(loaded.eval()(x)[0], first(x)[0])
+
+
+def test_parametrized_values_are_set_through_their_inverse():
+    class Doubled(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+        def right_inverse(self, value):
+            return value / 2
+
+    module, x = ActNorm(3), 5 * torch.randn(64, 3) + 2
+    for name in ("log_scale", "bias"):
+        parametrize.register_parametrization(module, name, Doubled())
+    y, _ = module.train()(x)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(3))
+    torch.testing.assert_close(y.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
+
+
+def test_batches_that_are_empty_in_all_processes_initialise_nothing(monkeypatch):
+    monkeypatch.setattr(act_norm, "_distributed", lambda: True)
+    monkeypatch.setattr(act_norm, "_sum_over_processes", lambda value: value)
+    module = ActNorm(3).train()
+    module(torch.empty(0, 3))
+    assert module.initialized == 0
+    module(torch.randn(8, 3))
+    assert module.initialized == 1
+    assert module.bias.isfinite().all()

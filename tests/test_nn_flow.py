@@ -307,3 +307,24 @@ def test_gradient_checkpointing(make, use_reentrant):
             leaf.grad = None
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("linear", ["lu", "permutation"])
+def test_another_default_device(linear):
+    flow = FlowSequence([FlowStep(8, subnet=conv_subnet, linear=linear) for _ in range(4)])
+    x = torch.randn(2, 8, 5, 4, requires_grad=True)
+    flow(x)  # sets the ActNorms
+    expected = torch.autograd.grad((flow(x)[0] ** 2).sum(), [x, *flow.parameters()])
+    with torch.device("meta"):
+        found = torch.autograd.grad((flow(x)[0] ** 2).sum(), [x, *flow.parameters()])
+    for value, truth in zip(found, expected, strict=True):
+        assert torch.equal(value, truth)
+
+
+@pytest.mark.parametrize("memory", ["standard", "reversible"])
+@pytest.mark.parametrize("linear", ["lu", "permutation"])
+def test_shapes_on_meta_tensors(linear, memory):
+    steps = [FlowStep(8, subnet=conv_subnet, linear=linear) for _ in range(4)]
+    flow = FlowSequence(steps, memory=memory).eval().to("meta")
+    z, _ = flow(torch.empty(2, 8, 5, 4, device="meta"))
+    assert z.shape == (2, 8, 5, 4)

@@ -1,5 +1,7 @@
 """Fixed permutations."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers import conv_subnet
@@ -60,6 +62,7 @@ def test_averages_of_buffers_leave_the_order_as_it_is(average):
     averaged = AveragedModel(flow, multi_avg_fn=average, use_buffers=True)
     for _ in range(3):
         averaged.update_parameters(flow)
+    averaged(x)  # in training mode nobody looks at the order
     if average is not None:
         assert not torch.equal(averaged.module[0].linear.index, flow[0].linear.index)
     again = FlowSequence(
@@ -71,3 +74,15 @@ def test_averages_of_buffers_leave_the_order_as_it_is(average):
         torch.testing.assert_close(z, flow.eval()(x)[0])
         torch.testing.assert_close(found.inverse(z)[0], x, rtol=1e-4, atol=1e-4)
     assert averaged.module[0].act_norm.initialized > 0.5
+
+
+def test_a_copy_counts_changes_of_its_own():
+    module = Permutation.of(torch.tensor([2, 0, 1])).eval()
+    for _ in range(3):
+        module.index.copy_(module.index.clone())
+    order = module.order()[0].clone()
+    copied = deepcopy(module)
+    assert copied.index._version < module.index._version
+    while copied.index._version < module.index._version:
+        copied.index.zero_()
+    assert torch.equal(copied.order()[0], order)

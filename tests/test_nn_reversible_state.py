@@ -4,8 +4,18 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 
-from usf_kernels.nn import FlowSequence, FlowStep, Householder, LUConv1x1, USFBlock
+from usf_kernels.nn import (
+    AdditiveCoupling,
+    Conjugated,
+    FlowSequence,
+    FlowStep,
+    Householder,
+    LUConv1x1,
+    Permutation,
+    USFBlock,
+)
 
 
 def conditioner(c_in, c_out):
@@ -108,3 +118,43 @@ def test_results_may_be_written_to(kind, last, size):
         z = z.mul_(2.0) if write else 2.0 * z
         gradients.append(torch.autograd.grad((z**3).sum(), x)[0])
     assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_random_numbers_of_several_conditioners_in_one_step(rank):
+    """On the way back they are evaluated in another order."""
+    convolution = nn.Conv2d if rank == 2 else nn.Conv3d
+
+    def dropping(c_in, c_out):
+        layers = convolution(c_in, 16, 1), nn.ReLU(), nn.Dropout(), convolution(16, c_out, 1)
+        return nn.Sequential(*layers)
+
+    def block():
+        couplings = [AdditiveCoupling(8, subnet=dropping, zero_init=False) for _ in range(2)]
+        return Conjugated(Householder(8), FlowSequence([couplings[0], Permutation(8), couplings[1]]))
+
+    flow = FlowSequence([block() for _ in range(4)], check_every=1)
+    x = torch.randn(2, 8, *[5, 4, 3][:rank], requires_grad=True)
+    gradients = []
+    for flow.memory in ("standard", "reversible"):
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad((flow(x)[0] ** 2).sum(), [x, *flow.parameters()]))
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected)
+
+
+def test_weights_that_are_cached_are_computed_anew_on_the_way_back():
+    def normed(c_in, c_out):
+        first = parametrizations.spectral_norm(nn.Conv2d(c_in, 8, 1)).eval()
+        return nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, c_out, 1))
+
+    flow = FlowSequence(
+        [FlowStep(6, subnet=normed, act_norm=False, zero_init=False) for _ in range(4)]
+    ).eval()
+    x, weights, gradients = torch.randn(2, 6, 5, 4), list(flow.parameters()), []
+    for flow.memory in ("standard", "reversible"):
+        with parametrize.cached():
+            gradients.append(torch.autograd.grad((flow(x)[0] ** 2).sum(), weights, allow_unused=True))
+        assert parametrize._cache_enabled == 0
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected)

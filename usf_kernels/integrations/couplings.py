@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels.integrations.faster import Faster, clamp_atan, named
+from usf_kernels.kernels.plain import autocasts
 from usf_kernels.nn.conditioner_layers import evaluate
 
 _BASE = ("split_len1", "split_len2", "clamp", "f_clamp")
@@ -22,7 +23,7 @@ def may_overwrite(*tensors: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and all(t.dtype == first.dtype for t in tensors)
-        and not torch.is_autocast_enabled(first.device.type)
+        and not autocasts(first.device.type)
     )
 
 

@@ -9,10 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; some, such as "meta", do not have it."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Context without autocast, which would round matrices to half precision, and so break inverses."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

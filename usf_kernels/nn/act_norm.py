@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from usf_kernels.nn.fusible import Fusible
 from usf_kernels.ops.checks import check_features, check_int, compute_dtype, count_positions
@@ -69,6 +70,8 @@ class ActNorm(Fusible, nn.Module):
         x = x.detach().to(compute_dtype(x))
         dims, shape = [d for d in range(x.ndim) if d != 1], (-1, *[1] * (x.ndim - 2))
         count = _sum_over_processes(x.new_tensor(float(x.shape[0] * count_positions(x))))
+        if _distributed() and count == 0:
+            return
         mean = _sum_over_processes(x.sum(dims)) / count
         variance = _sum_over_processes((x - mean.view(shape)).square().sum(dims)) / count
         # "Constant" is relative to the values of this and the other channels, and allows for rounding errors.
@@ -76,8 +79,13 @@ class ActNorm(Fusible, nn.Module):
         varies = variance.sqrt() > floor
         log_scale = torch.where(varies, -0.5 * variance.log(), torch.zeros_like(variance))
         # The buffer decides: it may have been set in another way than by a state_dict.
-        for kept, value in ((self.log_scale, log_scale), (self.bias, -mean * log_scale.exp())):
-            kept.copy_(torch.where(self.initialized > 0, kept, value))
+        for name, value in (("log_scale", log_scale), ("bias", -mean * log_scale.exp())):
+            kept = getattr(self, name)
+            value = torch.where(self.initialized > 0, kept, value.to(kept.dtype))
+            if parametrize.is_parametrized(self, name):  # what was read is computed, by its `right_inverse`
+                setattr(self, name, value)
+            else:
+                kept.copy_(value)
         self.initialized.fill_(1)
         # After a functional call with other tensors in their place, the module's own are still to be set.
         own = self._parameters.get("log_scale")

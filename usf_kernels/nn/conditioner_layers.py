@@ -113,7 +113,7 @@ def _convolutional_layers(conditioner: nn.Module) -> list[Layer] | None:
 
 
 def _follows(module: nn.Conv2d, layers: list[Layer]) -> bool:
-    return not layers or module.in_channels == len(layers[-1].weight)
+    return not layers or module.weight.shape[1] == len(layers[-1].weight)
 
 
 def overwrites(conditioner: nn.Module) -> bool:

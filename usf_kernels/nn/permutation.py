@@ -97,10 +97,16 @@ class Permutation(Fusible, nn.Module):
     def _restore(self, *, look: bool) -> None:
         if self.index.is_meta or self.index.is_inference() or self.index._version == self._version:
             return
-        if look and not _is_permutation(self.index):
+        if not look:  # nor remember what may have been averaged
+            return
+        if not _is_permutation(self.index):
             self.index.copy_(self._remembered)
             self.inverse_index.copy_(torch.argsort(self.index))
         self._remember()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._version = None  # a copied tensor counts its changes anew
 
     def _save_to_state_dict(self, *args: object) -> None:
         self._restore(look=True)

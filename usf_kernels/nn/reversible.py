@@ -7,7 +7,8 @@ both, because the half that it reads passes through unchanged.
 
 A module takes part through `pull_back(z, grad_z, tape) -> (x, grad_x)`. It may overwrite z and grad_z, and
 hands the gradients of its parameters to the tape. A module that has only `forward` and `inverse` costs a
-second forward pass.
+second forward pass, and its input is kept where it draws random numbers: several conditioners would draw them
+in another order on the way back.
 """
 
 from __future__ import annotations
@@ -89,20 +90,24 @@ class _Reversible(torch.autograd.Function):
         ctx.states, ctx.samples, ctx.kinds, due = [], [], [], check.due()
         ctx.check, rng = check if due else None, None
         log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
-        z = x
-        for step, modules in zip(steps, inner, strict=True):
-            state = State(modules, z, rng)
+        z, ctx.kept = x, {}
+        for i, (step, modules) in enumerate(zip(steps, inner, strict=True)):
+            state, entered = State(modules, z, rng), z
             ctx.kinds.append((z.dtype, suggest_memory_format(z)))
             if due:
                 ctx.samples.append(check.sample(z, ctx.turn))
             with state.autocasting():
                 z, step_log_det = step(z, cond)
             rng = state.settle(z)
+            # An inverse draws random numbers in another order if several conditioners do.
+            if state.rng is not None and not _has_own_pull_back(type(step)):
+                ctx.kept[i] = entered
             ctx.states.append(state)
             log_det = log_det + step_log_det
         ctx.autocast_dtype = ctx.states[0].autocast_dtype
         z = z.detach()  # a view of a step's result could not be written to
-        ctx.save_for_backward(z, cond, *parameters)
+        ctx.save_for_backward(z, cond, *ctx.kept.values(), *parameters)
+        ctx.kept = list(ctx.kept)
         return z, log_det
 
     @staticmethod
@@ -115,7 +120,9 @@ class _Reversible(torch.autograd.Function):
                 "FlowSequence: memory='reversible' (which 'auto' picks from four steps on) gives first "
                 f"derivatives, one at a time, found {found}. Use memory='standard'"
             )
-        z, cond, *parameters = ctx.saved_tensors
+        z, cond, *saved = ctx.saved_tensors
+        kept_inputs, parameters = saved[: len(ctx.kept)], saved[len(ctx.kept) :]
+        entered = dict(zip(ctx.kept, kept_inputs, strict=True))
         leaves = [
             p.detach().requires_grad_(needed)
             for p, needed in zip(parameters, ctx.needs_input_grad[6:], strict=True)
@@ -137,7 +144,7 @@ class _Reversible(torch.autograd.Function):
             own += [slot for slot in ctx.buffers[i] if slot[0].get(slot[1]) is not slot[2]]
             own += ctx.states[i].buffers
             with swapped(own), going_back():
-                z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape)
+                z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape, entered.get(i))
             z, grad_z = z.to(dtype), grad_z.to(dtype)
             for index in indices:
                 grad = tape.gradient(leaves[index])
@@ -174,11 +181,14 @@ def _has_own_pull_back(kind: type) -> bool:
     return own is not None and all(place is None or own <= place for place in first.values())
 
 
-def _pull_back(step: nn.Module, z: Tensor, grad_z: Tensor, tape: Tape) -> tuple[Tensor, Tensor]:
+def _pull_back(
+    step: nn.Module, z: Tensor, grad_z: Tensor, tape: Tape, x: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if _has_own_pull_back(type(step)):
         return step.pull_back(z, grad_z, tape)
-    with tape.replay(), torch.no_grad():
-        x = step.inverse(z, tape.cond)[0]
+    if x is None:
+        with tape.replay(), torch.no_grad():
+            x = step.inverse(z, tape.cond)[0]
     x = x.detach().clone().requires_grad_()
     with tape.replay():
         outputs = step(x, tape.cond)

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from usf_kernels.kernels.plain import autocasts
 from usf_kernels.nn.act_norm import ActNorm
 from usf_kernels.nn.linear import LUConv1x1
 from usf_kernels.nn.permutation import Permutation
@@ -125,7 +127,7 @@ class State:
     def __init__(self, modules: Sequence[nn.Module], x: Tensor, rng: Generators | None = None) -> None:
         """Take the state of a step's modules before it runs; pass `rng` if the previous step returned it."""
         self.device = x.device.type
-        self.autocast = torch.is_autocast_enabled(self.device)
+        self.autocast = autocasts(self.device)
         self.autocast_dtype = torch.get_autocast_dtype(self.device) if self.autocast else None
         self.rng: Generators | None = generators(x) if rng is None else rng
         # The buffers of flow modules are final; others (running averages, power iterations) have to be what
@@ -161,7 +163,7 @@ class State:
 
     def autocasting(self) -> contextlib.AbstractContextManager:
         """Context with autocast as it was."""
-        if not self.autocast and not torch.is_autocast_enabled(self.device):
+        if not self.autocast and not autocasts(self.device):
             return contextlib.nullcontext()
         # No cache: weights that were rounded without a graph must not be used where one is recorded.
         return torch.autocast(
@@ -173,6 +175,9 @@ class State:
         """Context with autocast, training modes and random numbers as they were."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autocasting())
+            # In `parametrize.cached()`, weights that were computed without a graph must not be used either.
+            stack.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)
+            parametrize._cache_enabled = 0
             for module, training in self._training:
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from usf_kernels import _core
@@ -81,7 +80,7 @@ def _map(given: LUParameters) -> tuple:
 
 
 def _memory(like: Tensor, matrices: int) -> Tensor:
-    return torch.empty((matrices, *like.shape), dtype=like.dtype)
+    return like.new_empty((matrices, *like.shape))
 
 
 def _threads(lower: Tensor) -> int:
