@@ -12,7 +12,7 @@ from PIL import Image
 import usf_kernels as usf
 
 pytest.importorskip("anomalib")
-from anomalib.data import Folder
+from anomalib.data import Folder, ImageBatch
 from anomalib.engine import Engine
 from anomalib.models import Cflow, Fastflow, Uflow
 from anomalib.models.image.cflow.torch_model import CflowModel
@@ -238,3 +238,13 @@ def test_the_document(folder, tmp_path, monkeypatch, capsys):
     assert "max_epochs=1," in quick
     exec(quick.replace('    name="bottle"', '    num_workers=0, name="bottle"'), {"OPTIONS": OPTIONS})
     assert "image_AUROC" in capsys.readouterr().out
+
+
+def test_only_normal_images_are_held_out(monkeypatch):
+    model = ours().eval()
+    monkeypatch.setattr(model, "log", lambda *arguments, **options: None)
+    batch = ImageBatch(image=torch.rand(4, 3, SIDE, SIDE), gt_label=torch.tensor([0, 1, 0, 1]))
+    expected = [maps[::2] for maps in model.model.flow.features(batch.image)]
+    model.validation_step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(model._held_out[0], expected, strict=True))
+    assert model.trainer_arguments["gradient_clip_val"] == 1.0

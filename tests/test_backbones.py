@@ -1,7 +1,10 @@
 """Frozen feature pyramids: weights, normalisation, shapes, errors."""
 
+import io
 import json
+import pickle
 import socket
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,7 +342,27 @@ def test_a_file_of_weights_runs_no_code(tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
-    torch.save({"state_dict": Harmful()}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth is not a checkpoint of .* \(no file of weights\)"):
-        create_backbone(SMALL, weights=tmp_path / "weights.pth")
+    path = tmp_path / "weights.pth"
+    for zipped in (True, False):
+        torch.save({"state_dict": Harmful()}, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(
+            ValueError, match=r"weights\.pth is not a checkpoint of .* \(no file of weights\)"
+        ):
+            create_backbone(SMALL, weights=path)
+    with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:  # as PyTorch once wrote them
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            data = pickle.dumps(Harmful())
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match=r"weights\.pth is not a checkpoint of"):
+        create_backbone(SMALL, weights=path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_old_files_are_read(tmp_path, backbone):
+    whole = timm.create_model(SMALL, pretrained=False)
+    torch.save(whole.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    loaded = create_backbone(SMALL, weights=tmp_path / "old.pth")
+    for name, value in loaded.network.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name])

@@ -423,3 +423,15 @@ def test_conditioners_of_fused_flows_may_be_replaced(backbone, images):
     assert not torch.equal(found[0], before[0])
     for a, b in zip(found, copy.deepcopy(fused).latents(features)[0], strict=True):
         assert torch.equal(a, b)
+
+
+def test_sampled_positions_keep_their_encoding(backbone, images):
+    model = cflow(backbone, images, noise=0.0, position_share=0.25)
+    features = model.features(images)
+    whole, _ = model.eval()._transform(features, 0.0)
+    state = torch.get_rng_state()
+    sampled, _ = model.train()._training_transform(features)
+    torch.set_rng_state(state)
+    for z, part in zip(whole, sampled, strict=True):
+        chosen = torch.randperm(z.shape[2] * z.shape[3])[: part.shape[2]]
+        torch.testing.assert_close(part[..., 0], z.flatten(2)[:, :, chosen], rtol=1e-5, atol=1e-5)

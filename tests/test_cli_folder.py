@@ -15,7 +15,7 @@ from cli_toys import fails
 from PIL import Image
 from toy import BrightRegion, ToyDetector
 
-from usf_kernels import models, plotting
+from usf_kernels import plotting
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from usf_kernels.cli import main
 from usf_kernels.cli.train import MODELS
@@ -309,16 +309,3 @@ def test_checkpoints_of_a_run_have_no_threshold_yet(train_words, tmp_path, capsy
     ):
         assert f"{run}: holds a run to be resumed" in fails(capsys, *words)
     assert run.read_bytes() == before
-
-
-def test_weights_are_given_once_for_each_network(train_words, monkeypatch, capsys):
-    given = []
-
-    def create(name, weights):
-        given.append(weights)
-        raise ValueError("enough")
-
-    monkeypatch.setattr(models, "create_backbone", create)
-    for files in ([], ["a.pt"], ["a.pt", "b.pt"]):
-        assert "enough" in fails(capsys, *train_words, *(f"--weights={file}" for file in files))
-    assert given == ["auto", "a.pt", ["a.pt", "b.pt"]]

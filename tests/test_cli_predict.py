@@ -268,3 +268,15 @@ def test_names_with_line_breaks_are_one_line(checkpoint, tmp_path, capsys):
     write_image(image)
     assert main(["predict", str(checkpoint), str(image), "--output", str(tmp_path / "out")]) == 0
     assert f"{tmp_path}/a\\nb.png" in capsys.readouterr().out
+
+
+def test_predict_takes_log_epsilon(checkpoint, tmp_path):
+    write_image(tmp_path / "in" / "a.png", spot=3)
+    found = []
+    for value in ("0", "-100"):
+        out = tmp_path / value
+        words = ["predict", str(checkpoint), str(tmp_path / "in"), "--output", str(out)]
+        assert main([*words, f"--log-epsilon={value}"]) == 0
+        (entry,) = json.loads((out / "predictions.json").read_text())
+        found.append(entry["anomalous"])
+    assert found == [True, False]

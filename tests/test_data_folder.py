@@ -62,6 +62,13 @@ def test_capital_letters_in_the_suffix_of_a_mask_make_no_difference(folder):
     assert FolderDataset(folder, "test", size=None)[1].mask.sum() == 200
 
 
+def test_the_mask_of_another_image_whose_name_goes_on_is_not_taken(folder):
+    truth = folder / "ground_truth/hole"
+    (truth / "000_mask.png").rename(truth / "000.2_mask.png")
+    with pytest.raises(ValueError, match=r"000_mask\.png: no such mask for .*000\.png$"):
+        FolderDataset(folder, "test", size=None)[1]
+
+
 def test_folder_errors_name_the_file_or_folder(folder, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         FolderDataset(tmp_path / "nowhere")

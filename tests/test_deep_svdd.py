@@ -8,7 +8,7 @@ from helpers import max_error, randomise_
 
 from usf_kernels.checkpoint import load_checkpoint, save_checkpoint
 from usf_kernels.models import DeepSVDD, USFlow
-from usf_kernels.models.deep_svdd import one_class_loss, soft_boundary_loss
+from usf_kernels.models.deep_svdd import MOMENTUM, one_class_loss, soft_boundary_loss
 
 SHAPES = [(6,), (3, 9, 7), (2, 4, 5, 3)]
 
@@ -198,3 +198,17 @@ def test_an_inference_form_keeps_its_centre():
     fused = DeepSVDD(4).initialize(torch.randn(20, 4)).fuse()
     with pytest.raises(TypeError, match="initialize: expected a model to train, found its inference form"):
         fused.initialize(torch.randn(20, 4))
+
+
+def test_collapse_counts_dimensions_and_the_radius_is_a_running_mean():
+    model, x = DeepSVDD(3, objective="soft_boundary", latent=3, layers=0), torch.randn(64, 3)
+    with torch.no_grad():
+        model.network[-1].weight.copy_(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
+    model.loss(x)
+    spectrum = torch.linalg.eigvalsh(torch.cov(model(x).T))
+    expected = (spectrum.sum() ** 2 / spectrum.square().sum()).item()
+    assert model.collapse(x).effective_dimensions == pytest.approx(expected, rel=1e-4)
+    before = model.squared_radius.clone()
+    model.loss(2 * x)
+    now = model._radius_of(model(2 * x))
+    torch.testing.assert_close(model.squared_radius, before.lerp(now, MOMENTUM))

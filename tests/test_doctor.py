@@ -68,6 +68,7 @@ def test_extras_follow_the_metadata(monkeypatch):
 
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: declared)
     monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     report = doctor.diagnose()
     assert report["extras"] == {
         "models": {"available": True, "packages": {"timm": "1.0"}},

@@ -1,6 +1,7 @@
 """FastFlow: likelihood, initialisation, scores, calibration, checkpoint contract."""
 
 import copy
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -128,12 +129,16 @@ def test_a_failed_start_changes_nothing(backbone, images, model_class):
     start(features)
     before = copy.deepcopy(model.state_dict())
     broken = [features[0], features[1] * torch.nan]
+    none = [maps[:0] for maps in features]
+    models = [(model, start, before)]
     if model_class is FastFlow:
         model = perturbed(FastFlow(backbone, steps=2)).train()
         model.initialize(features)
-        before, start = copy.deepcopy(model.state_dict()), model.initialize
-    for wrong in (broken, [features[0], features[1][:3]]):
-        with pytest.raises(ValueError, match=r"covariance|mean|as many images"):
+        models.append((model, model.initialize, copy.deepcopy(model.state_dict())))
+    for (model, start, before), wrong in itertools.product(
+        models, (broken, [features[0], features[1][:3]], *([none] * (model_class is not Mahalanobis)))
+    ):
+        with pytest.raises(ValueError, match=r"covariance|mean|as many images|at least one image"):
             start(wrong)
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
@@ -382,3 +387,32 @@ def test_wrong_inputs_are_named(backbone, images):
         model.predict(images[0])
     with pytest.raises(ValueError, match="false_alarms"):
         model.calibrate(model.features(images), false_alarms=0)
+
+
+def test_a_model_is_calibrated_for_the_alarms_asked_for(backbone, images):
+    model = perturbed(FastFlow(backbone, steps=2))
+    features = model.features(images)
+    for asked in (0.1, 2.0):
+        expected = usf.calibrate(model._squared_norms(features, 8), false_alarms=asked)
+        assert model.calibrate(features, false_alarms=asked) == expected
+
+
+def test_another_start_forgets_the_threshold(backbone, images):
+    model = FastFlow(backbone, steps=1)
+    features = model.features(images)
+    model.initialize(features).calibrate(features)
+    assert model.null is not None
+    assert model.initialize(features).null is None
+
+
+def test_predictions_are_upsampled_as_asked(backbone, images):
+    model = perturbed(FastFlow(backbone, steps=2))
+    model.calibrate(model.features(images))
+    latents, _ = model(images)
+    found = {}
+    for how in ("nearest", "bilinear"):
+        found[how] = model.predict(images, upsample=how).log_nfa
+        expected = usf.log_nfa(latents, tuple(images.shape[2:]), null=model.null, upsample=how)
+        torch.testing.assert_close(found[how], expected, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(*found.values())
+    assert torch.equal(model.predict(images).log_nfa, found["nearest"])

@@ -109,6 +109,8 @@ def test_the_null_model_keeps_its_digits_and_goes_where_it_can(images):
             raise TypeError("no float64 here")
         return t
 
+    shared = Mahalanobis(two()).share_memory()
+    assert shared.null_parameters.is_shared()
     assert model._apply(refusing) is model
     assert model.state_dict()["null_parameters"].dtype is torch.float64
 

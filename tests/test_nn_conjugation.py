@@ -134,3 +134,13 @@ def test_errors():
         AffineCheckerboard(3, subnet=linear_subnet)(torch.randn(2, 3))
     with pytest.raises(ValueError, match="odd: expected False for mask='half', found True"):
         USFBlock(4, subnet=conv_subnet, odd=True)
+
+
+def test_a_conjugated_block_passes_its_condition_both_ways():
+    block = Conjugated(Householder(4), AffineCoupling(4, subnet=conv_subnet, cond_channels=2))
+    block = randomise_(block.double())
+    x, cond = (torch.randn(2, channels, 3, 3, dtype=torch.float64) for channels in (4, 2))
+    z, log_det = block(x, cond)
+    back, inverse_log_det = block.inverse(z, cond)
+    assert max_error(back, x) < 1e-12
+    assert max_error(inverse_log_det, -log_det) < 1e-12

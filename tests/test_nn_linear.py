@@ -1,6 +1,7 @@
 """LUConv1x1: initialisations, whitening and prior."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -103,3 +104,12 @@ def test_log_prior_is_the_log_normal_density():
             LUConv1x1(6, prior_scale=wrong)
     with pytest.raises(ValueError, match="diagonal: expected one of 'free', 'fixed', found 'unit'"):
         LUConv1x1(6, diagonal="unit")
+
+
+def test_the_ridge_of_a_whitening_is_in_units_of_the_variance():
+    half = torch.randn(3, 3, dtype=torch.float64)
+    covariance = half @ half.mT
+    one, other = (
+        LUConv1x1(3).double().whiten_(torch.zeros(3), scale * covariance, eps=0.1) for scale in (1, 100)
+    )
+    torch.testing.assert_close(other.log_diagonal, one.log_diagonal - math.log(10))

@@ -86,3 +86,15 @@ def test_a_copy_counts_changes_of_its_own():
     while copied.index._version < module.index._version:
         copied.index.zero_()
     assert torch.equal(copied.order()[0], order)
+
+
+def test_an_average_goes_on_with_the_order_that_training_had():
+    """DistributedDataParallel writes it before the first step."""
+    module = Permutation(8, seed=0).train()
+    module.index.copy_(torch.arange(8).flip(0))
+    module.inverse_index.copy_(module.index)
+    module(torch.randn(2, 8))
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(module)
+    assert torch.equal(average.eval().module.order()[0], torch.arange(8).flip(0))

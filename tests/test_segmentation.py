@@ -348,3 +348,12 @@ def test_a_fitted_null_brings_its_form_of_the_test():
     assert torch.equal(log_nfa(fresh, 20), log_nfa(fresh, 20, **form))
     with pytest.raises(ValueError, match="tests: expected one of"):
         Null((1.0,), (8.0,), tests="all")
+
+
+def test_nearest_rounds_positions_at_their_centres():
+    u = torch.rand(1, 3, 3) * 60
+    maps = log_nfa(u, 3, channels=4, tests="per_size")
+    index = torch.tensor([0, 0, 1, 2, 2])  # the position that a pixel's centre lies in
+    found = log_nfa(u, 5, channels=4, tests="per_size", upsample="nearest")
+    assert maps.unique().numel() > 1
+    assert torch.equal(found, maps[..., index, :][..., index])

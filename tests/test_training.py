@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 pytest.importorskip("lightning")
 
@@ -14,6 +15,7 @@ from toy import NoisyImages, ToyFlow, equal_states, train, train_rank
 import usf_kernels as usf
 from usf_kernels import training
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
+from usf_kernels.optimization import Settings
 from usf_kernels.training import CachedFeatures, fit
 from usf_kernels.training_run import Run
 
@@ -57,13 +59,53 @@ def test_early_stopping_restores_the_best_weights():
     assert check.rows[0]["validation_loss"] == pytest.approx(history.best_loss, abs=0.2)
 
 
-def test_without_held_out_data_the_last_average_is_kept():
-    model = ToyFlow(3)
-    history = fit(model, NoisyImages(8), max_epochs=3, batch_size=4, ema_decay=0.5, accelerator="cpu",
-                  progress=False)  # fmt: skip
-    assert history.best_loss is None
-    assert history.best_epoch == 3
-    assert not torch.equal(model.weight, torch.eye(3))
+def test_without_held_out_data_the_average_is_kept():
+    options = {"max_epochs": 3, "batch_size": 4, "lr": 0.05, "accelerator": "cpu", "progress": False}
+    moved, held = ToyFlow(3), ToyFlow(3)
+    fit(moved, NoisyImages(8), **options)
+    fit(held, NoisyImages(8), ema_decay=1 - 1e-6, **options)
+    assert (moved.weight - torch.eye(3)).abs().max() > 0.01
+    assert (held.weight - torch.eye(3)).abs().max() < 1e-4
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 2))
+
+    def loss(self, batch):
+        return batch.mean() + 0 * self.weight.sum()
+
+
+def test_a_held_out_loss_is_the_mean_over_samples():
+    held_out = torch.tensor([[0.0], [0.0], [0.0], [0.0], [5.0]])  # the last batch is of one
+    options = {"batch_size": 4, "accelerator": "cpu", "progress": False}
+    history = fit(Mean(), torch.zeros(4, 1), held_out, max_epochs=1, **options)
+    assert history.rows[0]["validation_loss"] == pytest.approx(1.0)
+
+
+def test_the_learning_rate_rises_and_falls():
+    options = dict.fromkeys(("weight_decay", "seed", "validation_samples"), 0)
+    options |= dict.fromkeys(("patience", "clip_norm", "ema_decay"))
+    sizes = {"max_epochs": 10, "batch_size": 4, "world_size": 1, "train_samples": 40}
+    settings = Settings(lr=0.5, warmup=0.25, precision="32-true", **sizes, **options)
+    rates = [settings.learning_rate(step) for step in (0, 24, 25, 100)]
+    assert rates == pytest.approx([0.5 / 26, 0.5 * 25 / 26, 0.5, 0.005])
+
+
+def test_gradients_are_clipped():
+    norms = []
+
+    def note(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        train(max_epochs=1, clip_norm=0.01)
+    finally:
+        hook.remove()
+    assert norms == pytest.approx([0.01] * 5, rel=1e-3)
 
 
 def test_cached_features_train_like_the_images_they_came_from():

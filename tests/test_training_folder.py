@@ -242,3 +242,13 @@ def test_the_best_weights_of_another_run_are_refused(tmp_path):
     shutil.copy(tmp_path / "other" / "best.pt", tmp_path / "one")
     with pytest.raises(ValueError, match=r"best\.pt: holds a run with lr=0\.01, not 0\.05"):
         train(tmp_path / "one", max_epochs=1, resume=True)
+
+
+def test_a_compiled_model_ends_with_its_best_weights(tmp_path):
+    """Which are not those of the last epoch."""
+    options = {"lr": 3.0, "max_epochs": 60, "patience": 2, "clip_norm": None, "ema_decay": None}
+    plain, history = train(tmp_path / "plain", **options)
+    assert history.best_epoch < len(history.rows)
+    model = ToyFlow(4)
+    train(tmp_path / "compiled", model=torch.compile(model, backend="eager"), **options)
+    assert equal_states(plain, model)

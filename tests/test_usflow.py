@@ -326,3 +326,21 @@ def test_fused_in_inference_mode():
         fused = model.fuse()
     assert not any(t.is_inference() for t in fused.state_dict().values())
     fused.load_state_dict(fused.state_dict())
+
+
+def test_places_of_the_base_are_stored_as_plain_numbers(tmp_path):
+    for loc in (torch.ones(3), np.ones(3), [1.0, 1.0, 1.0]):
+        flow = USFlow(3, blocks=1, base={"name": "normal", "loc": loc})
+        save_checkpoint(tmp_path / "flow.pt", flow)
+        assert load_checkpoint(tmp_path / "flow.pt").config["base"]["loc"] == [1.0, 1.0, 1.0]
+
+
+def test_a_scale_that_is_no_number_is_named():
+    with pytest.raises(TypeError, match=r"prior_scale: expected"):
+        USFlow(3, prior_scale="a")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_colours_of_checkerboards_alternate(kind):
+    flow = kind((2, 4, 4), blocks=3, mask="checkerboard", hidden=4).flow
+    assert [block.coupling.odd for block in flow[:-1]] == [False, True, False]

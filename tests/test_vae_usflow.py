@@ -159,3 +159,26 @@ def test_encoders_with_their_channels_at_the_end(images):
     expected = frozen.posterior(images)
     for model in (trainable, trainable.fuse()):
         torch.testing.assert_close(model.posterior(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_backbone_in_another_dtype(backbone, images):
+    model = VAEUSFlow(backbone.fuse(torch.bfloat16), **SMALL).eval()
+    assert model.loss(images).dtype is torch.float32
+    assert model.posterior(images)[0].isfinite().all()
+
+
+def test_a_size_that_is_none_is_named(backbone):
+    with pytest.raises(ValueError, match=r"image_size\[0\]: expected an int at least 1, found 0"):
+        VAEUSFlow(backbone, **SMALL | {"image_size": 0})
+
+
+def test_the_loss_is_the_bound_per_value(backbone, images):
+    model = VAEUSFlow(backbone, **SMALL).eval()
+    state = torch.get_rng_state()
+    loss = model.loss(images)
+    torch.set_rng_state(state)
+    torch.testing.assert_close(loss, -model.elbo(images).mean() / images[0].numel())
+    with torch.no_grad():
+        model.head[-1].bias.fill_(1e4)
+    assert model.posterior(images)[1].max() == 8
+    assert model.loss(images).isfinite()

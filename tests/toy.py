@@ -113,7 +113,7 @@ def equal_states(a, b):
 def train(run_dir=None, *, model=None, **options):
     """Train a toy model with settings that the options may replace."""
     torch.manual_seed(0)
-    model = model or ToyFlow(4)
+    model = ToyFlow(4) if model is None else model
     settings = {
         "max_epochs": 6,
         "lr": 0.05,

@@ -193,7 +193,7 @@ def _check_image_size(size: object, path: str | Path) -> None:
 
 def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return all entries of a checkpoint except the weights; compute it once to write many."""
-    model = _uncompiled(model)
+    model = uncompiled(model)
     if getattr(model, "fused", False):
         raise TypeError(
             "model: expected one that can be trained, found its inference form; `fuse` after loading"
@@ -230,7 +230,7 @@ def write_checkpoint(path: str | Path, content: Mapping[str, Any], *, durable: b
 
 def stored_state(model: nn.Module) -> dict[str, Any]:
     """Return the state dictionary without a backbone that can be rebuilt; tensors are the model's own."""
-    model = _uncompiled(model)
+    model = uncompiled(model)
     prefix = "backbone." if _known_backbone(model) is not None else None
     state = model.state_dict()
     return {key: value for key, value in state.items() if prefix is None or not key.startswith(prefix)}
@@ -243,7 +243,7 @@ def load_stored_state(model: nn.Module, content: Mapping[str, Any], source: str 
         ValueError: naming the source, when tensors are missing, unknown or of another shape, or when the
             model's frozen backbone has other weights than the one it was trained with.
     """
-    model = _uncompiled(model)
+    model = uncompiled(model)
     if content["backbone"] != _fingerprint(model):
         raise ValueError(f"{source}: was trained with other weights of the backbone than the ones found here")
     expected = stored_state(model)
@@ -257,7 +257,7 @@ def load_stored_state(model: nn.Module, content: Mapping[str, Any], source: str 
         raise ValueError(f"{source}: does not fit the model: {reason}") from error
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module) -> nn.Module:
     """Return the model that `torch.compile` wrapped, whose names and class a checkpoint holds."""
     return getattr(model, "_orig_mod", model)
 

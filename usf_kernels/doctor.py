@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 from usf_kernels import _core
@@ -93,9 +94,10 @@ def _devices(torch: Any) -> list[str]:
 
 
 def _triton(torch: Any) -> dict[str, Any]:
-    version = _version("triton") or _version("triton-windows")
-    if version is None:
+    if find_spec("triton") is None:
         return {"available": False, "detail": "not installed"}
+    packages = metadata.packages_distributions().get("triton", ["triton"])  # it has several names
+    version = _version(packages[0]) or "a version that does not say which"
     if not torch.cuda.is_available():
         return {"available": False, "detail": f"{version} is installed, but there is no GPU for it"}
     return {"available": True, "detail": version}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from usf_kernels.checkpoint import load_stored_state, stored_state
+from usf_kernels.checkpoint import load_stored_state, stored_state, uncompiled
 from usf_kernels.nn import CapturedGradients
 from usf_kernels.optimization import Settings, copy_values, parameter_groups, swapped
 from usf_kernels.progress import training_progress
@@ -58,6 +58,7 @@ class Run:
         *,
         capture: bool,
     ) -> None:
+        model = uncompiled(model)  # what it compiles is `forward`, and the names would be others
         self.fabric, self.model, self.settings, self.history = fabric, model, settings, history
         self.files, self.every, self.capture = files, checkpoint_every, capture
         self.epoch = self.step = self.bad_epochs = 0  # `step` counts within the epoch

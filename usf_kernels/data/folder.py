@@ -245,7 +245,12 @@ class FolderDataset(Dataset[Sample]):
 
     def _mask(self, path: Path, kind: str, own: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         folder = self.root / "ground_truth" / kind
-        named = [f for end in ("_mask", "") for f in images_in(folder.glob(f"{escape(path.stem + end)}.*"))]
+        named = [
+            file
+            for stem in (f"{path.stem}_mask", path.stem)
+            for file in images_in(folder.glob(f"{escape(stem)}.*"))
+            if file.stem == stem  # not those of another image, whose name has a dot
+        ]
         lossless = [file for file in named if file.suffix.lower() in MASK_SUFFIXES]
         found = min(lossless, key=lambda file: MASK_SUFFIXES.index(file.suffix.lower()), default=None)
         if found is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from usf_kernels.models.kept import Kept
 from usf_kernels.nn.capture import is_capturing
+from usf_kernels.ops.checks import to_double
 from usf_kernels.ops.native import is_observed
 
 RINGS = 2  # width in positions of the border that is told from the inside
@@ -47,7 +48,7 @@ class BorderNorm(nn.Module):
         Maps without positions inside make it the identity.
         """
         distance = ring_of(*features.shape[2:], device=features.device)
-        rings = [features[:, :, distance == ring].double() for ring in range(RINGS + 1)]
+        rings = [to_double(features[:, :, distance == ring]) for ring in range(RINGS + 1)]
         if rings[-1].numel() == 0:
             self.log_scale.zero_(), self.shift.zero_()
             return self

@@ -26,7 +26,14 @@ from usf_kernels.models.checks import check_not_fused_to, check_sample_shape, ch
 from usf_kernels.models.conditioners import CONVOLUTIONS
 from usf_kernels.nn.capture import is_capturing
 from usf_kernels.nn.modes import makes_weights
-from usf_kernels.ops.checks import check_between, check_choice, check_dtype, check_int, compute_dtype
+from usf_kernels.ops.checks import (
+    check_between,
+    check_choice,
+    check_dtype,
+    check_int,
+    compute_dtype,
+    to_double,
+)
 
 SMALLEST_CENTRE = 0.1  # per coordinate: a bias-free network reaches zero by setting weights to zero
 MOMENTUM = 0.1  # weight of a batch's squared radius in the running one
@@ -220,16 +227,16 @@ class DeepSVDD(nn.Module):
         self._require_centre()
         if len(samples) < 2:
             raise ValueError(f"samples: expected at least two, found {len(samples)}")
-        z = self(samples).double()
+        z, centre = to_double(self(samples)), to_double(self.centre)
         eigenvalues = torch.linalg.eigvalsh(torch.cov(z.T).view(z.shape[1], z.shape[1])).clamp_min(0)
         total = eigenvalues.sum().item()
-        relative = (_spread(z) / self.initial_spread.double()).item()
+        relative = (_spread(z) / to_double(self.initial_spread)).item()
         return Collapse(
             collapsed=not relative >= threshold,  # NaN, without any spread at the start, is collapse too
             spread=_spread(z).item(),
             relative_spread=relative,
             effective_dimensions=total**2 / eigenvalues.square().sum().item() if total > 0 else 0.0,
-            distance=squared_distance(z, self.centre).sqrt().mean().item(),
+            distance=squared_distance(z, centre).sqrt().mean().item(),
         )
 
     @makes_weights

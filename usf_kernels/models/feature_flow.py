@@ -95,12 +95,14 @@ class FeatureFlow(ScoredModel):
 
         Raises:
             TypeError: on the inference form.
-            ValueError: for features with other channels, or whose statistics are not finite. The model is
-                unchanged then.
+            ValueError: for features with other channels, of no image, or whose statistics are not finite. The
+                model is unchanged then.
         """
         check_trainable(self, "initialize")
         features = self._features_of(features)
         self._check(features)
+        if len(features[0]) == 0:
+            raise ValueError("features: expected those of at least one image, found none")
         norms = [module for module in self.modules() if isinstance(module, ActNorm)]
         with unchanged_on_error(self.borders, *self._entries(), *norms):
             for border, maps in zip(self.borders, features, strict=True):
@@ -114,6 +116,7 @@ class FeatureFlow(ScoredModel):
             if norms:
                 with in_mode(self, training=True):  # only there do they take statistics from a batch
                     self._transform(entered, 0.0)
+            _check_finite(*self.borders, *self._entries(), *norms)
         self.forget_calibration()
         return self
 
@@ -122,6 +125,12 @@ class FeatureFlow(ScoredModel):
         latents, _ = self.latents(features)
         sizes = [maps.shape[2:] for maps in features]
         return [z[..., :height, :width] for z, (height, width) in zip(latents, sizes, strict=True)]
+
+
+def _check_finite(*modules: nn.Module) -> None:
+    tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        raise ValueError("features: expected ones with finite means and variances, found others among them")
 
 
 def check_linear(linear: str) -> None:

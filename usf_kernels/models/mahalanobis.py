@@ -17,11 +17,12 @@ from usf_kernels.models.checks import check_trainable
 from usf_kernels.models.scored import ScoredModel
 from usf_kernels.nn import LUConv1x1
 from usf_kernels.nn.modes import unchanged_on_error
+from usf_kernels.ops.checks import to_double
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean (C,) and covariance (C, C) of features (N, C, H, W) over images and positions, float64."""
-    rows = features.transpose(0, 1).flatten(1).double()
+    rows = to_double(features.transpose(0, 1).flatten(1))
     return rows.mean(1), torch.cov(rows).view(len(rows), len(rows))  # cov of one channel is 0-d
 
 

@@ -91,11 +91,15 @@ class ScoredModel(nn.Module):
         null = self._buffers.pop("null_parameters")
         try:
             super()._apply(fn, recurse)
-            device = fn(torch.empty(0, device=null.device)).device
-            if null.is_meta:
-                null = torch.full_like(null, torch.nan, device="cpu" if device.type == "mps" else device)
-            elif device.type != "mps":
-                null = null.to(device)
+            try:
+                moved = fn(null)
+            except TypeError:
+                moved = null
+            if moved.dtype != torch.float64:  # cast, too
+                moved = null if moved.device.type == "mps" else null.to(moved.device)
+            elif null.is_meta and not moved.is_meta:
+                moved = moved.fill_(torch.nan)
+            null = moved
         finally:
             self._buffers["null_parameters"] = null
         return self

@@ -159,15 +159,17 @@ def make_network(
 
 
 def _check_harmless(name: str, weights: str | Path) -> None:
-    """Raise for a pickle of more than weights: timm before 1.0.16 would run code that is in it."""
+    """Raise unless a pickle holds weights alone: timm before 1.0.16 would run code that is in it."""
     if Path(weights).suffix in (".safetensors", ".npz", ".npy"):
         return
     try:
         torch.load(weights, map_location="meta", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(f"weights: {weights} is not a checkpoint of {name} (no file of weights)") from error
-    except Exception:  # timm reports other damage
-        return
+    except OSError:
+        raise
+    except Exception as error:
+        # PyTorch advises to run whatever code the file holds.
+        reason = "no file of weights" if isinstance(error, UnpicklingError) else error
+        raise ValueError(f"weights: {weights} is not a checkpoint of {name} ({reason})") from error
 
 
 def _check_loaded(network: nn.Module, again: Callable[[], nn.Module], name: str, weights: str | Path) -> None:

@@ -32,7 +32,7 @@ from usf_kernels.nn import (
 from usf_kernels.nn.coupling import Subnet
 from usf_kernels.nn.modes import makes_weights
 from usf_kernels.nn.usf_block import CheckerboardCoupling
-from usf_kernels.ops.checks import check_between, check_choice, check_clamp, check_int
+from usf_kernels.ops.checks import check_between, check_choice, check_clamp, check_int, check_positive
 
 
 class DensityFlow(nn.Module):
@@ -106,12 +106,16 @@ class DensityFlow(nn.Module):
                 f"shape: expected at least 2 channels for mask={mask!r}, found {self.shape}{hint}"
             )
         check_between("prior_weight", prior_weight, 0, math.inf, "[)")
+        if prior_scale is not None:
+            check_positive("prior_scale", prior_scale)
+        if isinstance(base, Mapping):  # as plain values, to be stored
+            base = {name: v.tolist() if hasattr(v, "tolist") else v for name, v in base.items()}
         self.options = {
             "shape": list(self.shape),
             "blocks": blocks,
             "mask": mask,
             "linear": linear,
-            "base": dict(base) if isinstance(base, Mapping) else base,
+            "base": base,
             "hidden": hidden,
             "layers": layers,
             "kernel": kernel,

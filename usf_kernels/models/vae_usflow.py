@@ -80,7 +80,9 @@ class VAEUSFlow(nn.Module):
         super().__init__()
         if not isinstance(backbone, Backbone):
             raise TypeError(f"backbone: expected one from create_backbone, found {type(backbone).__name__}")
-        size = check_size(tuple(image_size) if isinstance(image_size, Sequence) else image_size)
+        size = check_size(
+            tuple(image_size) if isinstance(image_size, Sequence) else image_size, name="image_size"
+        )
         latent, width = check_int("latent", latent, 2), check_int("width", width, 1)
         check_positive("sigma", sigma)
         if trainable and backbone.input_size is not None:
@@ -141,7 +143,7 @@ class VAEUSFlow(nn.Module):
             images = images.to(next(self.encoder.parameters()).dtype)
             features = self.encoder((images - self.mean) / self.std)[-1]
         else:
-            features = self.backbone(images)[-1]
+            features = self.backbone(images)[-1].to(self.head[0].weight.dtype)
         mean, log_variance = self.head(features).chunk(2, dim=1)
         return mean, log_variance.clamp(*LOG_VARIANCE_RANGE)
 

@@ -23,10 +23,11 @@ class ActNorm(Fusible, nn.Module):
     The first non-empty batch seen in training mode sets scale and bias so that every channel leaves with
     mean 0 and standard deviation 1 over batch and positions. A channel that is constant there (so also every
     channel of a single position), or varies by less than a millionth of its own or of all channels' values,
-    keeps scale 1 and is only centred. In eval mode nothing is ever initialised: a fresh ActNorm is the
-    identity. With torch.distributed the statistics are those of the batches of all processes, so every
-    process must take its first training step together with the others. A functional call that replaces the
-    parameters before that must replace the buffer, too.
+    keeps scale 1 and is only centred. A parametrised scale or bias is set through its `right_inverse`. In
+    eval mode nothing is ever initialised: a fresh ActNorm is the identity. With torch.distributed the
+    statistics are those of the batches of all processes, so every process must take its first training step
+    together with the others. A functional call that replaces the parameters before that must replace the
+    buffer, too.
 
     Args:
         channels: C.

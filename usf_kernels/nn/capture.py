@@ -28,7 +28,7 @@ def is_capturing() -> bool:
 def leaving_broken(stream: torch.cuda.Stream, pool: tuple[int, int]) -> Iterator[None]:
     """Leave a capture that breaks, such as by a value that is read back. torch would stay half in it: on the
     capture's stream instead of `stream`, with memory from its pool, and with a random generator that waits
-    for its end, instead of which the device gets a new one."""
+    for its end, instead of which the device gets a new one, of the same seed."""
     try:
         yield
     except BaseException:
@@ -37,8 +37,10 @@ def leaving_broken(stream: torch.cuda.Stream, pool: tuple[int, int]) -> Iterator
         with suppress(RuntimeError):  # it may have been ended
             torch._C._cuda_endAllocateToPool(device, pool)
         with suppress(RuntimeError):
-            fresh = torch.Generator(f"cuda:{device}").manual_seed(0)
-            torch.cuda.default_generators[device].graphsafe_set_state(fresh.graphsafe_get_state())
+            fresh = torch.Generator(f"cuda:{device}")
+            generator = torch.cuda.default_generators[device]
+            fresh.manual_seed(generator.initial_seed())
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
         torch.cuda.synchronize()
         raise
 

@@ -104,6 +104,10 @@ class Permutation(Fusible, nn.Module):
             self.inverse_index.copy_(torch.argsort(self.index))
         self._remember()
 
+    def __getstate__(self) -> dict:
+        self._restore(look=True)  # a copy goes on with what is remembered
+        return self.__dict__
+
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._version = None  # a copied tensor counts its changes anew

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 from usf_kernels.kernels.plain import rounds_to_tf32
-from usf_kernels.nn.tape import Slot, State, Tape, add, going_back, swapped
+from usf_kernels.nn.tape import Slot, State, Tape, add, going_back, swapped, uncached
 from usf_kernels.ops.checks import compute_dtype
 from usf_kernels.ops.matrices import forming_products
 from usf_kernels.ops.native import is_grads_batched
@@ -96,7 +96,7 @@ class _Reversible(torch.autograd.Function):
             ctx.kinds.append((z.dtype, suggest_memory_format(z)))
             if due:
                 ctx.samples.append(check.sample(z, ctx.turn))
-            with state.autocasting():
+            with state.autocasting(), uncached():
                 z, step_log_det = step(z, cond)
             rng = state.settle(z)
             # An inverse draws random numbers in another order if several conditioners do.

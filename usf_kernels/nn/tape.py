@@ -23,6 +23,20 @@ _here = threading.local()
 SETTLED = (ActNorm, LUConv1x1, Permutation)
 
 
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Context in which `parametrize.cached()` keeps no weights: those of a forward pass have no graph."""
+    before = parametrize._cache_enabled
+    if not before:
+        yield
+        return
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
+
+
 class Tape:
     """Inputs and results of one step's `pull_back`: the condition, the context to evaluate in, gradients.
 
@@ -175,9 +189,7 @@ class State:
         """Context with autocast, training modes and random numbers as they were."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autocasting())
-            # In `parametrize.cached()`, weights that were computed without a graph must not be used either.
-            stack.callback(setattr, parametrize, "_cache_enabled", parametrize._cache_enabled)
-            parametrize._cache_enabled = 0
+            stack.enter_context(uncached())
             for module, training in self._training:
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)

@@ -106,6 +106,11 @@ def check_number(name: str, value: object) -> None:
         )
 
 
+def to_double(x: Tensor) -> Tensor:
+    """Cast to float64, on the CPU if the device has none, as Apple's."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def check_positive(name: str, value: object) -> None:
     """Raise unless `value` is a positive finite number."""
     check_number(name, value)
@@ -135,9 +140,9 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, found {value!r}")
 
 
-def check_size(size: object) -> tuple[int, int]:
+def check_size(size: object, *, name: str = "size") -> tuple[int, int]:
     """Return `size` as (height, width): one positive int for a square, or two."""
     pair = (size, size) if _is_int(size) else size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"size: expected an int or a pair (height, width), found {size!r}")
-    return check_int("size[0]", pair[0], 1), check_int("size[1]", pair[1], 1)
+        raise TypeError(f"{name}: expected an int or a pair (height, width), found {size!r}")
+    return check_int(f"{name}[0]", pair[0], 1), check_int(f"{name}[1]", pair[1], 1)
