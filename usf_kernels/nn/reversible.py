@@ -90,7 +90,7 @@ class _Reversible(torch.autograd.Function):
         ctx.states, ctx.samples, ctx.kinds, due = [], [], [], check.due()
         ctx.check, rng = check if due else None, None
         log_det = torch.zeros((), dtype=compute_dtype(x), device=x.device)
-        z, ctx.kept = x, {}
+        z, inputs = x, {}
         for i, (step, modules) in enumerate(zip(steps, inner, strict=True)):
             state, entered = State(modules, z, rng), z
             ctx.kinds.append((z.dtype, suggest_memory_format(z)))
@@ -101,13 +101,13 @@ class _Reversible(torch.autograd.Function):
             rng = state.settle(z)
             # An inverse draws random numbers in another order if several conditioners do.
             if state.rng is not None and not _has_own_pull_back(type(step)):
-                ctx.kept[i] = entered
+                inputs[i] = entered
             ctx.states.append(state)
             log_det = log_det + step_log_det
         ctx.autocast_dtype = ctx.states[0].autocast_dtype
         z = z.detach()  # a view of a step's result could not be written to
-        ctx.save_for_backward(z, cond, *ctx.kept.values(), *parameters)
-        ctx.kept = list(ctx.kept)
+        ctx.kept = list(inputs)
+        ctx.save_for_backward(z, cond, *inputs.values(), *parameters)
         return z, log_det
 
     @staticmethod
@@ -121,8 +121,8 @@ class _Reversible(torch.autograd.Function):
                 f"derivatives, one at a time, found {found}. Use memory='standard'"
             )
         z, cond, *saved = ctx.saved_tensors
-        kept_inputs, parameters = saved[: len(ctx.kept)], saved[len(ctx.kept) :]
-        entered = dict(zip(ctx.kept, kept_inputs, strict=True))
+        inputs = dict(zip(ctx.kept, saved, strict=False))
+        parameters = saved[len(ctx.kept) :]
         leaves = [
             p.detach().requires_grad_(needed)
             for p, needed in zip(parameters, ctx.needs_input_grad[6:], strict=True)
@@ -144,7 +144,7 @@ class _Reversible(torch.autograd.Function):
             own += [slot for slot in ctx.buffers[i] if slot[0].get(slot[1]) is not slot[2]]
             own += ctx.states[i].buffers
             with swapped(own), going_back():
-                z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape, entered.get(i))
+                z, grad_z = _pull_back(ctx.steps[i], z, grad_z, tape, inputs.get(i))
             z, grad_z = z.to(dtype), grad_z.to(dtype)
             for index in indices:
                 grad = tape.gradient(leaves[index])
