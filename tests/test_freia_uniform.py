@@ -16,6 +16,7 @@ from freia_toys import LAYERS, trained
 
 from usf_kernels.integrations import freia
 from usf_kernels.integrations.uniform import NOTE, UniformBlock
+from usf_kernels.nn import LUConv1x1
 
 OPTIONS = [
     {},
@@ -226,3 +227,13 @@ def test_one_channel_has_nothing_to_couple():
     made = modules.AllInOneBlock([(1, 2, 2)], subnet_constructor=lambda i, o: nn.Identity())
     with pytest.raises(ValueError, match="one channel"):
         usf.replace_blocks(made, to="usf")
+
+
+def test_frozen_scales_stay_frozen():
+    made = nn.Sequential(block())
+    for name in ("global_scale", "global_offset"):
+        getattr(made[0], name).requires_grad_(False)
+    usf.replace_blocks(made, to="usf")
+    maps = [module for module in made.modules() if isinstance(module, LUConv1x1)]
+    assert maps
+    assert not any(p.requires_grad for module in maps for p in module.parameters())

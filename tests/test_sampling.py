@@ -58,3 +58,21 @@ def test_every_process_gets_equal_and_disjoint_batches(count, world):
             assert len(seen) == len(set(seen)) == count // (4 * world) * 4 * world
         else:
             assert set(seen) == set(range(count))
+
+
+class Noise:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.rand(3)
+
+
+def test_a_sample_has_other_noise_in_every_epoch_and_the_same_in_any_batch():
+    first, again, second = (
+        torch.cat(list(sampling.loader(Noise(), batches, seed=0, epoch=epoch)))
+        for epoch, batches in ((1, [[0], [1]]), (1, [[0, 1]]), (2, [[0], [1]]))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
