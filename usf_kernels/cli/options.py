@@ -90,27 +90,33 @@ def size_of_images(
         raise ValueError(f"{options.checkpoint}: does not say its images' size, pass --image-size")
     if trained is not None and tuple(size) != tuple(trained):
         before = f"{trained[0]}x{trained[1]}"
-        warn(
-            f"--image-size {size[0]}x{size[1]}: "
-            + (
-                f"the model was trained at {before}, only its threshold will be of this size"
-                if calibrates
-                else f"the model was trained and its threshold calibrated at {before}, scores and masks of "
+        if calibrates:
+            about = f"the model was trained at {before}, only its threshold will be of this size"
+        else:
+            about = (
+                f"the model was trained and its threshold calibrated at {before}, scores and masks of "
                 "another size mean something else"
             )
-        )
+        warn(f"--image-size {size[0]}x{size[1]}: {about}")
     return None if size is None else tuple(size)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Declare `checkpoint` and `--weights`, for commands that load a model."""
     parser.add_argument("checkpoint", type=nonempty_path)
-    parser.add_argument(
-        "--weights",
-        action="append",
-        metavar="FILE",
-        help="of the backbone, once for each of its networks; default: from where training had them",
-    )
+    add_weights(parser, "from where training had them")
+
+
+def add_weights(parser: argparse.ArgumentParser, default: str) -> None:
+    """Declare `--weights`, whose default is described so; `weights_of` returns it."""
+    about = f"of the backbone, once for each of its networks; default: {default}"
+    parser.add_argument("--weights", action="append", metavar="FILE", help=about)
+
+
+def weights_of(options: argparse.Namespace) -> str | list[str] | None:
+    """Return the files of `--weights` as `create_backbone` takes them: one, several, or None."""
+    files = options.weights
+    return files[0] if files is not None and len(files) == 1 else files
 
 
 def check_output(output: Path) -> None:
@@ -183,9 +189,7 @@ def load_detector(options: argparse.Namespace, device: str | torch.device = "cpu
     """
     from usf_kernels.checkpoint import load_checkpoint
 
-    files = options.weights
-    weights = files[0] if files is not None and len(files) == 1 else files
-    model = load_checkpoint(options.checkpoint, device=device, weights=weights)
+    model = load_checkpoint(options.checkpoint, device=device, weights=weights_of(options))
     if not hasattr(model, "calibrate"):  # a density of vectors, for example, which has no masks
         raise ValueError(
             f"{options.checkpoint}: expected a FastFlow, CFlow or UFlow, found a {type(model).__name__}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usf_kernels.cli.options import (
+    add_weights,
     features_of,
     image_size,
     nonempty_path,
@@ -17,6 +18,7 @@ from usf_kernels.cli.options import (
     positive_number,
     seed,
     warn,
+    weights_of,
 )
 from usf_kernels.optimization import PRECISIONS
 
@@ -45,12 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--backbone", default="tf_efficientnet_lite0", help="a timm name; default: %(default)s"
     )
-    parser.add_argument(
-        "--weights",
-        action="append",
-        metavar="FILE",
-        help="of the backbone, once for each of its networks; default: the usual",
-    )
+    add_weights(parser, "the usual")
     parser.add_argument("--model", choices=tuple(MODELS), default="fastflow", help="default: %(default)s")
     parser.add_argument(
         "--coupling",
@@ -115,8 +112,7 @@ def train(options: argparse.Namespace) -> int:
     held_out = _held_out(options, data)
     device = pick_device(options.accelerator, "--accelerator")
     torch.manual_seed(options.seed)  # for the initial weights
-    weights = options.weights or ["auto"]
-    backbone = models.create_backbone(options.backbone, weights=weights if len(weights) > 1 else weights[0])
+    backbone = models.create_backbone(options.backbone, weights=weights_of(options) or "auto")
     model_class = getattr(models, MODELS[options.model])
     model = model_class(backbone, coupling=options.coupling, linear=options.linear)
     extra = {"image_size": list(options.image_size), "images_crc32": data.checksum()}

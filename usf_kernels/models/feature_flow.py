@@ -100,9 +100,7 @@ class FeatureFlow(ScoredModel):
         """
         check_trainable(self, "initialize")
         features = self._features_of(features)
-        self._check(features)
-        if len(features[0]) == 0:
-            raise ValueError("features: expected those of at least one image, found none")
+        self._check_some(features)
         norms = [module for module in self.modules() if isinstance(module, ActNorm)]
         with unchanged_on_error(self.borders, *self._entries(), *norms):
             for border, maps in zip(self.borders, features, strict=True):

@@ -223,9 +223,7 @@ class ScoredModel(nn.Module):
     def _squared_norms(self, data: Tensor | Sequence[Tensor], batch_size: int) -> list[Tensor]:
         check_int("batch_size", batch_size, 1)
         features = self._features_of(data, batch_size)
-        self._check(features)
-        if len(features[0]) == 0:
-            raise ValueError("features: expected those of at least one image, found none")
+        self._check_some(features)
         parts = []
         for start in range(0, len(features[0]), batch_size):
             latents = self._latents_to_score([maps[start : start + batch_size] for maps in features])
@@ -246,6 +244,11 @@ class ScoredModel(nn.Module):
     def _leave(self, entered: Sequence[Tensor]) -> list[Tensor]:
         """Return the features that `_enter` maps to `entered`."""
         return [border.inverse(maps) for border, maps in zip(self.borders, entered, strict=True)]
+
+    def _check_some(self, features: Sequence[Tensor]) -> None:
+        self._check(features)
+        if len(features[0]) == 0:
+            raise ValueError("features: expected those of at least one image, found none")
 
     def _check(self, features: Sequence[Tensor], name: str = "features") -> None:
         found = [maps.shape[1] if maps.ndim == 4 else tuple(maps.shape) for maps in features]

@@ -83,9 +83,9 @@ class Permutation(Fusible, nn.Module):
 
     def order(self) -> tuple[Tensor, Tensor]:
         """The index and its inverse, (C,) int64 each."""
-        if not is_observed():
-            # DistributedDataParallel writes it at every training step; reading it would wait for a GPU.
-            self._restore(look=not self.training)
+        # DistributedDataParallel writes it at every training step; reading it would wait for a GPU.
+        if not self.training and not is_observed():
+            self._restore()
         return self.index, self.inverse_index
 
     def _remember(self) -> None:
@@ -94,10 +94,8 @@ class Permutation(Fusible, nn.Module):
         self._version = None if self.index.is_inference() else self.index._version
 
     @torch.no_grad()
-    def _restore(self, *, look: bool) -> None:
+    def _restore(self) -> None:
         if self.index.is_meta or self.index.is_inference() or self.index._version == self._version:
-            return
-        if not look:  # nor remember what may have been averaged
             return
         if not _is_permutation(self.index):
             self.index.copy_(self._remembered)
@@ -105,7 +103,7 @@ class Permutation(Fusible, nn.Module):
         self._remember()
 
     def __getstate__(self) -> dict:
-        self._restore(look=True)  # a copy goes on with what is remembered
+        self._restore()  # a copy goes on with what is remembered
         return self.__dict__
 
     def __setstate__(self, state: dict) -> None:
@@ -113,7 +111,7 @@ class Permutation(Fusible, nn.Module):
         self._version = None  # a copied tensor counts its changes anew
 
     def _save_to_state_dict(self, *args: object) -> None:
-        self._restore(look=True)
+        self._restore()
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *args: object) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from usf_kernels.kernels.plain import full_precision, has_rows, plain_product
 from usf_kernels.ops import native, products
+from usf_kernels.ops.checks import to_double
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (matrix, x, bias) to y, like `plain_product`
 _forms_products: ContextVar[bool] = ContextVar("forms_products", default=False)
@@ -118,9 +119,8 @@ def accurate_inverse(matrix: Tensor) -> Tensor:
         inverse = products.inverse(matrix)
         if inverse is not None:
             return inverse
-    device = "cpu" if matrix.device.type == "mps" else matrix.device  # MPS has no float64
     # `inv_ex` does not wait for a GPU to report a singular matrix; the results are then not finite.
-    return torch.linalg.inv_ex(matrix.to(device, torch.float64)).inverse.to(matrix)
+    return torch.linalg.inv_ex(to_double(matrix)).inverse.to(matrix)
 
 
 def triangular_inverse(matrix: Tensor) -> Tensor:
