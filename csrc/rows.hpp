@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -104,15 +105,15 @@ void add_rows(T* state, std::int64_t rows, const Half& half, const T* values, fl
 // times that of s times |s|, as with any exponential.
 template <bool inverse, class V>
 USF_INLINE V affine(V& value, V raw, V translation, V shift, float exponent) {
-    const V t = fast_tanh(raw), power = power_of_two(exponent * t);
+    const V t = fast_tanh(raw), power = power_of_two(exponent * t, std::numeric_limits<float>::max());
     value = inverse ? (value - translation) * power - shift : (value + shift) * power + translation;
     return t;
 }
 
-// Applies `affine` to a row of n values. Returns the sum of tanh(raw).
+// Applies `affine` to a row of n values, whose translations are `translation`. Returns the sum of tanh(raw).
 template <int lanes, bool inverse>
-USF_INLINE float affine_row(float* values, const float* raw, const float* shift, int n, float exponent) {
-    const float* const translation = raw + n;
+USF_INLINE float affine_row(float* values, const float* raw, const float* translation, const float* shift,
+                            int n, float exponent) {
     float total = 0;
     int j = 0;
 #ifdef USF_PRODUCTS
@@ -126,6 +127,9 @@ USF_INLINE float affine_row(float* values, const float* raw, const float* shift,
         *reinterpret_cast<U*>(values + j) = value;
     }
     total = sum_of_lanes<lanes>(totals);
+    if constexpr (lanes > 4)  // what is left, in smaller vectors
+        return total + affine_row<lanes / 2, inverse>(values + j, raw + j, translation + j, shift + j, n - j,
+                                                      exponent);
 #endif
     for (; j < n; ++j) total += affine<inverse>(values[j], raw[j], translation[j], shift[j], exponent);
     return total;
@@ -153,8 +157,8 @@ void affine_stretch(T* state, std::int64_t rows, const Half& half, const T* outp
                     widen_to(from, 2 * n, widened);
                 float* const row = values + r * n;
                 log_det[first + r] =
-                    inverse ? -clamp * affine_row<lanes, true>(row, raw, shift, n, -log2_e * clamp)
-                            : clamp * affine_row<lanes, false>(row, raw, shift, n, log2_e * clamp);
+                    inverse ? -clamp * affine_row<lanes, true>(row, raw, raw + n, shift, n, -log2_e * clamp)
+                            : clamp * affine_row<lanes, false>(row, raw, raw + n, shift, n, log2_e * clamp);
             }
         };
 #ifdef USF_PRODUCTS

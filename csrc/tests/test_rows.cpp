@@ -128,6 +128,22 @@ void test_affine(float tolerance) {
 }
 
 #ifdef USF_PRODUCTS
+// Without a limit, powers beyond those of normal numbers are as far as these, or where they belong.
+void test_powers_without_limit() {
+    for (float x = -1000; x <= 1000; x += 0.25f) {
+        float power = 0;
+        with_lanes(best_lanes(), [&]<int lanes>() USF_LAMBDA {
+            using V = typename Vector<lanes>::type;
+            power = power_of_two(V(V{} + x), std::numeric_limits<float>::max())[lanes - 1];
+        });
+        const double limited = std::exp2(std::clamp<double>(x, -126, 126));
+        if (std::abs(x) <= 126)
+            CHECK(std::abs(power / limited - 1) <= 2.4e-7);
+        else
+            CHECK(x < 0 ? power >= 0 && power <= limited * (1 + 2.4e-7) : power >= limited * (1 - 2.4e-7));
+    }
+}
+
 // Vectors of numbers get what single numbers get, within rounding, also beyond the limits.
 void test_vectors() {
     std::vector<float> values, powers, tanhs;
@@ -154,6 +170,7 @@ void test_vectors() {
         CHECK(std::abs(powers[i] / power - 1) <= 2.4e-7);
         CHECK(std::abs(tanhs[i] - std::tanh(double(values[i]))) <= 3e-7);
     }
+    test_powers_without_limit();
 }
 #endif
 
