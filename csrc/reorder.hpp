@@ -47,7 +47,7 @@ public:
 #ifdef USF_AVX512
         if (best_lanes() == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
             if (!lanes_.empty()) return permute<2>(lanes_, state, rows, state);
-            return apply_wide(state, rows, memory.at_least(tile * index_.size()));
+            return apply_wide(state, rows, memory, state);
         }
 #endif
         const std::size_t channels = index_.size();
@@ -61,8 +61,10 @@ public:
     // Writes rounded rows to `to`, and anything to the state. The processor must be able to multiply pairs.
     void apply(float* state, int rows, Floats& memory, BFloat16* to) const {
 #ifdef USF_VECTOR_ASSEMBLY
-        if (!lanes_of_rounded_.empty() && best_lanes() == 16)
-            return permute<2>(lanes_of_rounded_, state, rows, to);
+        if (best_lanes() == 16) {
+            if (!lanes_of_rounded_.empty()) return permute<2>(lanes_of_rounded_, state, rows, to);
+            return apply_wide(state, rows, memory, to);
+        }
 #endif
         apply(state, rows, memory);
         round_to(state, static_cast<std::int64_t>(index_.size()) * rows, to);
@@ -146,21 +148,23 @@ private:
     std::vector<float> scale_before_, bias_before_;  // in the order of the channels before they move
 
     // Transposes some rows at a time, so that each channel of all of them is one register.
-    USF_AVX512 void apply_wide(float* state, int rows, float* memory) const {
+    template <class To>
+    USF_AVX512 void apply_wide(const float* state, int rows, Floats& scratch, To* to) const {
         const int channels = static_cast<int>(index_.size());
+        float* const memory = scratch.at_least(tile * index_.size());
         for (int first = 0; first < rows; first += tile) {
             const int count = std::min(tile, rows - first);
-            float* const row = state + static_cast<std::ptrdiff_t>(first) * channels;
+            const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(first) * channels;
             for (int j = 0; j < channels; j += tile)
-                transpose_wide(row + j, channels, count, std::min(tile, channels - j), memory + j * tile,
-                               tile);
+                transpose_wide(state + at + j, channels, count, std::min(tile, channels - j),
+                               memory + j * tile, tile);
             for (int j = 0; j < channels; j += tile) {
                 const auto channel = [&](int c) USF_AVX512 {
                     return _mm512_fmadd_ps(_mm512_set1_ps(scale_[j + c]),
                                            _mm512_load_ps(memory + index_[j + c] * tile),
                                            _mm512_set1_ps(bias_[j + c]));
                 };
-                transpose_registers(channel, std::min(tile, channels - j), count, row + j, channels);
+                transpose_registers(channel, std::min(tile, channels - j), count, to + at + j, channels);
             }
         }
     }
