@@ -10,7 +10,7 @@
 namespace usf {
 
 // A scale of latents, by small maps [batch, height, width] of inner products: of every pixel with itself,
-// which is its squared norm, and for latents that are to be resized behind it with its right and its lower
+// which is its squared norm, and for latents that are to be resized after it with its right and its lower
 // neighbour, and half the sum of those along the diagonals between the four; of pixels at the end of an axis,
 // of no meaning.
 struct Scale {
@@ -28,7 +28,7 @@ struct Resize {
         for (std::int64_t i = 0; i < to; ++i) {
             const double place = std::clamp((i + 0.5) * ratio - 0.5, 0.0, static_cast<double>(from - 1));
             first[i] = static_cast<std::int32_t>(place);
-            // Where nothing is resized, values that are not finite stay where they are.
+            // Where nothing is resized, likelihoods that are not finite stay where they are.
             second[i] = from == to ? first[i] : std::min(first[i] + 1, static_cast<std::int32_t>(from - 1));
             of_second[i] = static_cast<float>(place - first[i]);
             of_first[i] = 1 - of_second[i];

@@ -63,7 +63,7 @@ private:
         constexpr int lanes = sizeof(V) / sizeof(float);
         using U = typename Vector<lanes>::unaligned;
         float padded[2 * lanes];
-        if (width < 2 * lanes) {  // memory behind the last panel must not be read
+        if (width < 2 * lanes) {  // memory after the last panel must not be read
             std::fill_n(std::copy_n(from, width, padded), 2 * lanes - width, 0.0f);
             from = padded;
         }

@@ -25,8 +25,8 @@ struct Shifted {
     USF_INLINE const float* row(int tap, int r) const { return data + (r + shifts[tap]) * stride; }
 };
 
-// Layout of non-empty maps in a line: zeros behind each row of a map, which are also those in front of the
-// next row, and rows of zeros behind each map. In front of and behind all is a margin as large as the largest
+// Layout of non-empty maps in a line: zeros after each row of a map, which are also those before the
+// next row, and rows of zeros after each map. Before and after all is a margin as large as the largest
 // kernel sees.
 struct Line {
     Maps maps;
@@ -41,7 +41,7 @@ struct Line {
     std::int64_t pitch() const { return maps.width + left; }
     std::int64_t margin() const { return above * pitch() + left; }
     std::int64_t rows() const { return maps.images * maps.height; }
-    // Start of a map's row, counted over all maps; that of the row behind the last one is the length.
+    // Start of a map's row, counted over all maps; that of the row after the last one is the length.
     std::int64_t start(std::int64_t row) const { return row / maps.height * above * pitch() + row * pitch(); }
     // Shifts of the taps of a layer's kernel, in positions.
     Shifts shifts(const Layer& layer) const {
@@ -53,7 +53,7 @@ struct Line {
     }
 };
 
-// Some rows of the maps, with the zeros behind each.
+// Some rows of the maps, with the zeros after each.
 struct LineStretch {
     const Line& line;
     std::int64_t first, last;

@@ -211,7 +211,9 @@ inline void outer_product(const OuterProduct& product, std::int64_t images, std:
     static thread_local Floats memory;
     const std::int64_t size = std::int64_t{outputs} * inputs;
     const PositionBlocks blocks(images, positions, long_chain, threads);
-    const int groups = workers_for(blocks.count, threads);
+    constexpr std::int64_t most_kept = 1 << 24;  // numbers, of each calling thread
+    const std::int64_t most_groups = 1 + most_kept / std::max<std::int64_t>(size, 1);
+    const int groups = workers_for(std::min(blocks.count, most_groups), threads);
     float* const sums = groups > 1 ? memory.at_least((groups - 1) * size) : nullptr;
     team_for(groups, threads, [&](std::int64_t group) {
         sums_of(blocks, blocks.count * group / groups, blocks.count * (group + 1) / groups, 0, outputs,

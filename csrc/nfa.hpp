@@ -18,8 +18,11 @@ namespace usf {
 template <class T>
 void node_significance(const ComponentTree<T>& tree, const std::int32_t* area, const Tail& tail,
                        std::span<const double> size_counts, double* significance) {
+    // Below, -inf stands for subtrees that are stuck.
+    const auto finite = [](double value) { return std::max(value, std::numeric_limits<double>::lowest()); };
     const auto evaluate = [&](auto log_tail) {
-        for (std::int32_t i = 0; i < tree.size; ++i) significance[i] = area[i] * log_tail(tree.level[i]);
+        for (std::int32_t i = 0; i < tree.size; ++i)
+            significance[i] = finite(area[i] * log_tail(tree.level[i]));
     };
     if (tail.kind() == TailKind::exact) {
         evaluate([&](double t) { return tail.exact(t); });
@@ -27,7 +30,8 @@ void node_significance(const ComponentTree<T>& tree, const std::int32_t* area, c
         evaluate([&](double t) { return tail.chernoff(t); });
     }
     if (size_counts.empty()) return;
-    for (std::int32_t i = 0; i < tree.size; ++i) significance[i] += size_counts[area[i]];
+    for (std::int32_t i = 0; i < tree.size; ++i)
+        significance[i] = finite(significance[i] + size_counts[area[i]]);
 }
 
 constexpr std::int32_t stuck = -1;

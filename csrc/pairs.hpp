@@ -39,7 +39,7 @@ inline int words_of(int numbers) {
     return (numbers + 2 * words - 1) / (2 * words) * words;
 }
 
-// Memory for rows of words, and for rows that products read behind the last one.
+// Memory for rows of words, and for rows that products read after the last one.
 inline float* rows_of_words(Floats& memory, std::int64_t rows, int words) {
     constexpr int behind = 2 * tile_rows - 1;
     return memory.at_least((rows + behind) * words);

@@ -1,5 +1,5 @@
 // Matrix products of rows that are in the cache, and convolutions of maps whose pixels are rows. The
-// operations behind them are done in registers: a bias, a condition's share, ReLU, or an addition to existing
+// operations after them are done in registers: a bias, a condition's share, ReLU, or an addition to existing
 // rows.
 //
 // The registers hold a tile of a few rows times two vectors of outputs. Its weights lie one after the other

@@ -1,4 +1,4 @@
-// Products of rows with a matrix that may change at every call, and the operations behind them.
+// Products of rows with a matrix that may change at every call, and the operations after them.
 #pragma once
 
 #include <algorithm>

@@ -112,7 +112,7 @@ private:
     }
 
     // Stretches enter the state and pass the stages up to the first that looks at neighbours. From there on,
-    // the stage that looks hands them to the stages behind it while they are in the cache.
+    // the stage that looks hands them to the stages after it while they are in the cache.
     template <class T>
     void run_together(const T* from, T* to, const Call& call) const {
         float* const seen = workspace().seen.at_least(call.maps.rows() * widest_seen_);

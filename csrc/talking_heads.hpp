@@ -1,4 +1,4 @@
-// Attention whose heads are mixed before and behind the softmax (N. Shazeer, Z. Lan, Y. Cheng, N. Ding, L.
+// Attention whose heads are mixed before and after the softmax (N. Shazeer, Z. Lan, Y. Cheng, N. Ding, L.
 // Hou, "Talking-Heads Attention", arXiv:2003.02436). It takes a few queries at a time: their scores, of all
 // heads and keys, stay in the second-level cache from the first product to the last.
 #pragma once

@@ -68,7 +68,7 @@ USF_INLINE void finish_rows(const float* sums, int count, int row, int column, i
     }
 }
 
-// Computes all outputs of rows of words, which `finish` takes. Tiles are whole: rows behind the last one are
+// Computes all outputs of rows of words, which `finish` takes. Tiles are whole: rows after the last one are
 // read and multiplied too, and their results dropped.
 template <class Source, class Finish>
 void multiply_in_tiles(const Source& in, int rows, const Panels& weights, const Finish& finish) {

@@ -56,8 +56,9 @@ inline int most_lanes = 16;  // tests set fewer, to run the code of other proces
 // Number of lanes of the longest vectors that this processor has.
 inline int best_lanes() {
 #if defined(__x86_64__)
+    if (!__builtin_cpu_supports("fma")) return 4;
     if (most_lanes >= 16 && __builtin_cpu_supports("avx512f")) return 16;
-    if (most_lanes >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+    if (most_lanes >= 8 && __builtin_cpu_supports("avx2")) return 8;
 #endif
     return 4;
 }
@@ -70,10 +71,11 @@ constexpr int rows_of_tile(int lanes) {
     return lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
 }
 
-// Calls body.operator()<lanes>(), compiled for the instructions of vectors with this number of lanes.
+// Calls body.operator()<lanes>(), compiled for the instructions of vectors with this number of lanes. AVX-512F
+// alone has no fused multiply-add for shorter vectors, in which some bodies end.
 #if defined(__x86_64__)
 template <class Body>
-__attribute__((target("avx512f"))) void with_avx512([[maybe_unused]] const Body& body) {
+__attribute__((target("avx512f,fma"))) void with_avx512([[maybe_unused]] const Body& body) {
 #ifndef USF_WITHOUT_AVX512
     body.template operator()<16>();
 #endif

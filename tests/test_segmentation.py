@@ -312,6 +312,16 @@ def test_nothing_is_left_at_exit():
     assert "leaked" not in done.stderr
 
 
+def test_significances_that_overflow_replace_no_child_that_is_stuck():
+    energies = np.ones((1, 20, 20))
+    energies[0, 2:18, 2:18] = 9e306  # 256 times that is beyond the range of doubles
+    energies[0, 4, 4:14] = 1e307
+    for place in ((4, 4), (4, 13), (10, 10)):
+        energies[0][place] = 1.7e308
+    (found,) = regions([energies], null=Null.white([2]), log_epsilon=math.inf)
+    assert [region.area for region in found] == [1, 1, 1]
+
+
 def test_the_lowest_numbers_stay_finite_between_pixels():
     latents = 1e150 * torch.randn(1, 4, 9, 9, dtype=torch.float64)
     found = log_nfa(latents, (37, 41), upsample="bilinear")

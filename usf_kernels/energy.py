@@ -71,7 +71,7 @@ def _tensor(name: str, z: np.ndarray) -> Tensor:
     if z.dtype not in (np.float32, np.float64, np.float16) or not z.dtype.isnative:
         raise TypeError(f"{name}: expected float32, float64 or float16, found {z.dtype} ({z.dtype.str})")
     # Copy read-only memory, which PyTorch would warn about.
-    return torch.from_numpy(np.ascontiguousarray(z) if z.flags.writeable else z.copy(order="C"))
+    return torch.from_numpy(np.require(z, requirements="CA") if z.flags.writeable else z.copy(order="C"))
 
 
 def _energy(name: str, z: Tensor) -> Tensor:

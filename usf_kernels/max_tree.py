@@ -91,7 +91,11 @@ class ComponentTree:
             ancestor = ancestor[ancestor]
 
     def reconstruct(self, values: np.ndarray | None = None) -> np.ndarray:
-        """Give each pixel the value of its node, (H, W). The default, the levels, gives the image back."""
+        """Give each pixel the value of its node, (H, W). The default, the levels, gives the image back.
+
+        Raises:
+            ValueError: `values` whose first dimension is not the number of nodes.
+        """
         values = self.level if values is None else np.asarray(values)
         if values.shape[:1] != (len(self),):
             raise ValueError(f"values: expected one per node, {len(self)} in all, found shape {values.shape}")
@@ -148,7 +152,7 @@ def _read(image: np.ndarray | torch.Tensor, name: str, rank: int, connectivity: 
     if array.shape[-2] * array.shape[-1] > LARGEST_MAP:
         raise ValueError(f"{name}: expected at most {LARGEST_MAP} pixels, found shape {array.shape}")
     check_choice("connectivity", check_int("connectivity", connectivity, 0), (4, 8))
-    array = np.ascontiguousarray(array)
+    array = np.require(array, requirements="CA")  # aligned, too
     if array.dtype.kind == "f" and not _core.all_finite(array):
         raise ValueError(f"{name}: expected finite values, found NaN or infinity")
     return array

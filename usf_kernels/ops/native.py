@@ -74,7 +74,8 @@ def squared_norm_gradient(grad: Tensor, z: Tensor) -> Tensor:
 
 
 def channel_sums(x: Tensor) -> Tensor | None:
-    """Sums per channel, (C,), as accurate as in float64; None for strides that have no loop."""
+    """Sums per channel, (C,): of up to 256 values in float32, and of these in float64. None for strides that
+    have no loop."""
     sums = x.new_empty(x.shape[1])
     return sums if _core.channel_sums(x.shape, _of(x), sums.data_ptr(), threads_over(x)) else None
 
