@@ -314,3 +314,60 @@ def test_copies_leave_the_trainer_where_it_is():
     model._trainer = object()
     accelerate(model)
     assert copy.deepcopy(model)._trainer is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exact", [True, False])
+@MODELS
+def test_another_generator_of_maps_is_asked(make, exact):
+    """One of the user's, or one with a hook."""
+
+    class Sevens(torch.nn.Module):
+        def forward(self, *latents, **options):
+            return torch.full((2, 1, *SIZE), 7.0)
+
+    model, images, calls = make(), torch.rand(2, 3, *SIZE), []
+    accelerate(model, exact=exact)
+    if exact or make is not cflow:  # whose corrected scores are none of the original generator
+        expected = predict(model, images)
+        handle = model.anomaly_map_generator.register_forward_hook(lambda *_: calls.append(1))
+        assert_close(predict(model, images), expected, torch.float32)
+        assert len(calls) == 1
+        handle.remove()
+    model.anomaly_map_generator = Sevens()
+    found = model(images)
+    assert (found.anomaly_map == 7).all()
+    assert (found.pred_mask is None) == (exact or make is not uflow)
+
+
+def test_hooks_of_decoders_are_called():
+    model, images, calls = cflow(), torch.rand(2, 3, *SIZE), []
+    accelerate(model)
+    expected = predict(model, images)
+    model.decoders[0].register_forward_hook(lambda *_: calls.append(1))
+    assert_close(predict(model, images), expected, torch.float32)
+    assert calls == [1]
+
+
+def test_decoders_left_in_training_mode_are_fused(monkeypatch):
+    """The original leaves them so after every forward pass."""
+    model, images = cflow(), torch.rand(2, 3, *SIZE)
+    model(images)
+    assert model.decoders[0].training
+    accelerate(model)
+    fused, run = [], type(model)._fused_likelihood
+    monkeypatch.setattr(type(model), "_fused_likelihood", lambda *given: fused.append(1) or run(*given))
+    model(images)
+    assert len(fused) == len(model.decoders)
+    assert model.decoders[0].training
+
+
+def test_subclasses_are_left_and_said():
+    class Own(Cflow):
+        pass
+
+    model = Own("resnet18", ("layer2",), pre_trained=False, coupling_blocks=1, condition_vector=16)
+    report = accelerate(model)
+    assert type(model) is Own
+    assert report.left == {"Own": "a subclass of Cflow, which may compute something else"}
+    assert "model" in report.replaced

@@ -3,6 +3,7 @@
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from lightning.pytorch.callbacks import Callback
 from torchvision.transforms.v2 import Resize
 
 from usf_kernels.integrations.anomalib import UsfCflow, UsfFastflow, UsfUflow
-from usf_kernels.integrations.anomalib_usf import warm_up_and_cosine
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "anomalib.md"
 SIDE = 64
@@ -196,16 +196,6 @@ def test_graphs_are_exported_without_the_tree(make):
         torch.testing.assert_close(found.pred_score, expected.pred_score, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 20, 30, 1000])
-def test_the_learning_rate_rises_once_and_falls(steps):
-    rates = [warm_up_and_cosine(step, steps) for step in range(steps + 1)]
-    top = rates.index(max(rates))
-    assert rates[top] == 1.0
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert min(rates) > 0
-
-
 def test_what_is_wrong():
     with pytest.raises(ValueError, match="linear: expected"):
         UsfFastflow(linear="dense")
@@ -248,3 +238,27 @@ def test_only_normal_images_are_held_out(monkeypatch):
     model.validation_step(batch)
     assert all(torch.equal(a, b) for a, b in zip(model._held_out[0], expected, strict=True))
     assert model.trainer_arguments["gradient_clip_val"] == 1.0
+
+
+def test_processes_calibrate_to_the_images_of_all(monkeypatch):
+    """Of which some may have none."""
+    model, other = (UsfFastflow(steps=1, **OPTIONS) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    flow, images = model.model.flow, torch.rand(6, 3, SIDE, SIDE)
+    features = flow.features(images)
+    expected = flow.calibrate(features)
+    flow.forget_calibration()
+    there = [flow.squared_norms([maps[4:] for maps in features]), None]
+
+    def gather(found, ours):
+        found[:] = [ours, *there]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    model._trainer = SimpleNamespace(world_size=3)
+    model._held_out = [[maps[:3] for maps in features], [maps[3:4] for maps in features]]
+    model.on_validation_epoch_end()
+    assert flow.null == expected
+    there[:] = [None, flow.squared_norms(features)]
+    other._trainer = model._trainer
+    other.on_validation_epoch_end()
+    assert other.model.flow.null == expected

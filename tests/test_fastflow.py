@@ -289,7 +289,7 @@ def test_calibration_bounds_the_alarms_on_held_out_images(backbone):
     assert model.null == null
     counts = [len(found) for found in model.predict(smooth).regions]
     assert sum(counts) / len(counts) <= 0.1
-    looser = usf.calibrate(model._squared_norms(features, 8), false_alarms=1.0)
+    looser = usf.calibrate(model.squared_norms(features), false_alarms=1.0)
     assert all(a < b for a, b in zip(looser.scale, null.scale, strict=True))
     assert looser.dof == pytest.approx(null.dof)
 
@@ -393,7 +393,7 @@ def test_a_model_is_calibrated_for_the_alarms_asked_for(backbone, images):
     model = perturbed(FastFlow(backbone, steps=2))
     features = model.features(images)
     for asked in (0.1, 2.0):
-        expected = usf.calibrate(model._squared_norms(features, 8), false_alarms=asked)
+        expected = usf.calibrate(model.squared_norms(features), false_alarms=asked)
         assert model.calibrate(features, false_alarms=asked) == expected
 
 

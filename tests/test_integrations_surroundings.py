@@ -96,14 +96,67 @@ def test_a_volume_preserving_block_of_one_channel():
     assert_same((*found[0], found[1]), (*expected[0], expected[1]))
 
 
-def test_what_is_written_through_data_is_seen_in_the_next_mode():
-    model, x = replaced(sequence()), torch.randn(8, 6)
+@pytest.mark.parametrize(
+    "change",
+    [torch.Tensor.zero_, lambda w: w.mul_(0.5), torch.Tensor.neg_, lambda w: w.copy_(w.flip(0).clone())],
+    ids=["zero", "half", "negative", "reversed"],
+)
+@pytest.mark.parametrize("width", [5, 512, 4096])
+def test_what_is_written_through_data_is_seen_in_the_next_mode(change, width):
+    """Also where sums of values, or of their bits, stay the same."""
+
+    def subnet(c_in, c_out):
+        return nn.Sequential(nn.Linear(c_in, width), nn.Tanh(), nn.Linear(width, c_out))
+
+    model, x = replaced(sequence(subnet=subnet)), torch.randn(8, 6)
     with torch.no_grad():
         model(x)
         model.train()
-        model.module_list[0].global_offset.data.add_(1.0)
+        change(model.module_list[0].subnet[2].weight.data)
         model.eval()
         assert_same(model(x), _plain(model, x))
+
+
+def test_replicas_of_data_parallel_run_their_blocks():
+    """Their weights are no parameters."""
+    model, x = replaced(sequence()), torch.randn(8, 6)
+    with torch.no_grad():
+        expected = model(x)
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                del module._parameters[name]
+                setattr(module, name, None if parameter is None else parameter.detach())
+            module._is_replica = True
+        assert_same(model(x), expected)
+
+
+def test_results_are_contiguous_where_the_original_s_are():
+    def subnet(c_in, c_out):
+        return nn.Conv2d(c_in, c_out, 1)
+
+    nodes = [framework.InputNode(4, 4, 4)]
+    nodes.append(framework.Node(nodes[-1], modules.AllInOneBlock, {"subnet_constructor": subnet}))
+    nodes.append(framework.Node(nodes[-1], modules.Flatten, {}))
+    nodes.append(framework.Node(nodes[-1], modules.AllInOneBlock, {"subnet_constructor": dense}))
+    graph, x = framework.GraphINN([*nodes, framework.OutputNode(nodes[-1])]).eval(), torch.randn(2, 4, 4, 4)
+    expected = graph(x)
+    pytest.importorskip("anomalib")
+    from anomalib.models import Fastflow  # noqa: F401  graphs are replaced where anomalib is in use
+
+    usf.accelerate(graph)
+    flow = framework.SequenceINN(4, 4, 4)
+    flow.append(modules.AllInOneBlock, subnet_constructor=subnet)
+    with torch.no_grad():
+        assert_same(graph(x), expected)
+        for z in (replaced(flow.eval())(x)[0], replaced(flow)(x, rev=True)[0]):
+            assert z.is_contiguous()
+
+
+def test_another_default_device():
+    original, x = sequence(reverse_permutation=True), torch.randn(8, 6)
+    expected = original(x)
+    with torch.device("meta"), torch.no_grad():
+        assert_same(replaced(original)(x), expected)
 
 
 def test_other_modes_in_every_forward_pass_keep_the_inference_form():

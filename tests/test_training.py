@@ -15,7 +15,7 @@ from toy import NoisyImages, ToyFlow, equal_states, train, train_rank
 import usf_kernels as usf
 from usf_kernels import training
 from usf_kernels.checkpoint import load_checkpoint, read_checkpoint
-from usf_kernels.optimization import Settings
+from usf_kernels.optimization import Settings, learning_rate
 from usf_kernels.training import CachedFeatures, fit
 from usf_kernels.training_run import Run
 
@@ -91,6 +91,16 @@ def test_the_learning_rate_rises_and_falls():
     settings = Settings(lr=0.5, warmup=0.25, precision="32-true", **sizes, **options)
     rates = [settings.learning_rate(step) for step in (0, 24, 25, 100)]
     assert rates == pytest.approx([0.5 / 26, 0.5 * 25 / 26, 0.5, 0.005])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 30, 1000])
+def test_the_learning_rate_rises_once_and_falls(steps):
+    rates = [learning_rate(step, steps, lr=1.0, warmup=0.05) for step in range(steps + 2)]
+    top = rates.index(max(rates))
+    assert rates[top] == 1.0
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert min(rates) > 0
 
 
 def test_gradients_are_clipped():

@@ -21,6 +21,9 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # Fabric's precisions that k
 class Settings:
     """Settings that determine the resulting weights; a run can be resumed only with equal ones.
 
+    They are arguments of `usf_kernels.training.fit`, and three counts: `world_size` of processes, and
+    `train_samples` and `validation_samples` of data.
+
     Raises:
         TypeError: for a count that is not a whole number.
         ValueError: for a setting that is out of range.
@@ -64,11 +67,23 @@ class Settings:
 
     def learning_rate(self, step: int) -> float:
         """Return the rate at a step: linear warm-up, then half a cosine down to 1 %. There is no state."""
-        total = self.steps * self.max_epochs
-        warm = int(self.warmup * total)
-        if step < warm:
-            return self.lr * (step + 1) / (warm + 1)
-        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))))
+        return learning_rate(step, self.steps * self.max_epochs, lr=self.lr, warmup=self.warmup)
+
+
+def learning_rate(step: int, steps: int, *, lr: float, warmup: float) -> float:
+    """Return the rate at one of `steps`: linear warm-up to `lr`, then half a cosine down to 1 % of it.
+
+    Args:
+        step: from 0.
+        steps: of the whole training; the rate stays low after them.
+        lr: the highest rate.
+        warmup: share of the steps spent on reaching it.
+    """
+    warm = int(warmup * steps)
+    if step < warm:
+        return lr * (step + 1) / (warm + 1)
+    step = min(step, steps)
+    return lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -54,7 +54,8 @@ def epoch_order(
     With fewer samples than one batch of every process there is one step: the processes share the samples, and
     the first ones are repeated so that all shares are equal.
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_mix(seed, epoch))).tolist()
+    generator = torch.Generator().manual_seed(_mix(seed, epoch))
+    order = torch.randperm(count, generator=generator, device="cpu").tolist()
     steps = count // (batch_size * world_size)
     if steps == 0:
         share = -(-count // world_size)

@@ -47,6 +47,12 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
     classes = _models()
     found = [(name, module) for name, module in model.named_modules() if type(module) in classes]
     report = (replace_known if found else replace_blocks)(model)
+    for name, module in model.named_modules():
+        known = next((known for known in classes if isinstance(module, known)), None)
+        if known is not None and type(module) not in classes and not _is_ours(module):
+            report.left[name or type(module).__name__] = (
+                f"a subclass of {known.__name__}, which may compute something else"
+            )
     for name, module in found:
         fast, title = classes[type(module)], name or type(module).__name__
         report.replaced.append(title)
@@ -62,6 +68,10 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
             stacklevel=2,
         )
     return report
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("usf_kernels.")
 
 
 def _models() -> dict[type, type]:

@@ -188,7 +188,7 @@ class AllInOneMixin(Faster):
         if rev or self.reverse_pre_permute:
             x = self._permuted(x, inverse=True)
         if rev:
-            x = _moved(x, offset, -1)  # the permuted x is a copy
+            x = _offset_by(x, offset, -1)  # the permuted x is a copy
         passive, active = x.split(self.splits, dim=1)
         raw, shift = self._params(passive, c).split([self.splits[1]] * 2, dim=1)
         overwrite, bounded = may_overwrite(raw, active, shift), torch.mul(raw, 0.1).tanh_()
@@ -197,7 +197,7 @@ class AllInOneMixin(Faster):
         active = scale_and_shift(active, log_scale, shift, 0.1, inverse=rev, overwrite=overwrite)
         y = torch.cat([passive, active], dim=1)
         if not rev:
-            y = _moved(y, offset, 1)
+            y = _offset_by(y, offset, 1)
         return self._permuted(y, inverse=False) if not rev or self.reverse_pre_permute else y
 
     def _permuted(self, x: Tensor, *, inverse: bool) -> Tensor:
@@ -230,7 +230,7 @@ class AllInOneMixin(Faster):
         """Yield the parts of this block, like `usf_kernels.nn.folding.parts`."""
         wide = {"device": "cpu", "dtype": WIDE}
         rotation = self._rotation().detach().to(**wide)
-        nothing = torch.zeros(len(rotation), dtype=WIDE)
+        nothing = torch.zeros(len(rotation), **wide)
         if self.reverse_pre_permute:
             yield LinearMap(rotation.mT, nothing)
         yield AffineCoupling(
@@ -261,7 +261,7 @@ def _moved_to(index: Tensor, device: torch.device) -> Tensor:
     return torch.empty_like(index, device=device) if index.is_meta else index.to(device)
 
 
-def _moved(fresh: Tensor, offset: Tensor, sign: int) -> Tensor:
+def _offset_by(fresh: Tensor, offset: Tensor, sign: int) -> Tensor:
     if may_overwrite(fresh, offset):
         return fresh.add_(offset, alpha=sign)
     return torch.add(fresh, offset, alpha=sign)

@@ -6,17 +6,17 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor
 
-from usf_kernels.integrations.faster import Faster
+from usf_kernels.integrations.faster import Faster, is_heard
 from usf_kernels.models.native_layers import use_extension_, use_pytorch_
 
 
 class Accelerated(Faster):
-    """Mixin for classes of anomalib, to stand before them in a class's bases.
+    """Mixin for subclasses of anomalib's classes, listed before them in the bases.
 
     Attributes:
         exact: keep the original's values where `accelerate` would correct them.
         one_step: train Cflow with one optimiser step per batch of images.
-        network: attribute name of the frozen network in front of the flows; empty for none.
+        network: attribute name of the frozen network before the flows; empty for none.
     """
 
     exact = False
@@ -35,6 +35,12 @@ class Accelerated(Faster):
             self.__dict__.pop(name, None)
         if self.network:
             use_pytorch_(getattr(self, self.network).to(memory_format=torch.contiguous_format))
+
+    def maps_itself(self, *generators: type) -> bool:
+        """Whether the model's `anomaly_map_generator` is of one of these classes and without hooks, so that
+        its maps may be computed in another way."""
+        generator = self.anomaly_map_generator
+        return type(generator) in generators and not is_heard(generator)
 
 
 def prediction(maps: Tensor, mask: Tensor | None = None) -> InferenceBatch:

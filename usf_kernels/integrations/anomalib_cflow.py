@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from anomalib.data import InferenceBatch
+from anomalib.models.image.cflow.anomaly_map import AnomalyMapGenerator
 from anomalib.models.image.cflow.lightning_model import Cflow
 from anomalib.models.image.cflow.torch_model import CflowModel
 from anomalib.models.image.cflow.utils import positional_encoding_2d
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from usf_kernels.integrations.anomalib_accelerated import Accelerated, prediction
+from usf_kernels.integrations.faster import is_heard
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.maps import to_rows
 from usf_kernels.ops.native import is_observed
@@ -48,10 +50,15 @@ class FastCflowModel(Accelerated, CflowModel):
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Same as the original: maps (B, H, W) of the size of the images."""
+        training = self.decoders.training
+        if training:  # the original leaves them so
+            self.decoders.eval()
         with torch.no_grad():
             likelihoods = list(self.log_likelihoods(images))
+            if training:
+                self.decoders.train()
             size = tuple(images.shape[-2:])
-            if self.exact:
+            if self.exact or type(self.anomaly_map_generator) is not AnomalyMapGenerator:
                 return prediction(
                     self.anomaly_map_generator(
                         distribution=[scale.flatten() for scale in likelihoods],
@@ -71,7 +78,7 @@ class FastCflowModel(Accelerated, CflowModel):
         features = self.encoder.eval()(images)
         for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
             maps = features[layer]
-            if is_observed() or not getattr(decoder, "folds", False):
+            if is_observed() or is_heard(decoder) or not getattr(decoder, "folds", False):
                 likelihood = _likelihood(decoder, maps, self.condition_vector)
             else:
                 likelihood = self._fused_likelihood(layer, decoder, maps)

@@ -13,6 +13,7 @@ from torch import Tensor
 from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
 from usf_kernels.integrations.sequence import can_fold
 from usf_kernels.nn.fused import FusedFlow
+from usf_kernels.nn.maps import like
 from usf_kernels.ops.native import is_observed
 
 
@@ -69,7 +70,7 @@ class FastGraphINN(Faster, GraphINN):
             found = tuple(values[source] for source in node.inputs)
             if node in runs:
                 z, more = self._inference_form(runs[node], found[0].dtype)(found[0])
-                values[runs[node][-1], 0] = z
+                values[runs[node][-1], 0] = like(z, found[0])
             else:
                 outputs, more = node.module(found, rev=False, jac=True)
                 values |= {(node, i): value for i, value in enumerate(outputs)}

@@ -13,6 +13,7 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.models.image.cflow.lightning_model import Cflow
 from anomalib.models.image.cflow.torch_model import CflowModel
+from anomalib.models.image.fastflow.anomaly_map import AnomalyMapGenerator as FastflowMapGenerator
 from anomalib.models.image.fastflow.torch_model import FastflowModel
 from anomalib.models.image.uflow.anomaly_map import AnomalyMapGenerator
 from anomalib.models.image.uflow.feature_extraction import LayerNormFeatureExtractor
@@ -38,7 +39,8 @@ class FastFastflowModel(Accelerated, FastflowModel):
 
     def forward(self, input_tensor: Tensor) -> tuple[list[Tensor], list[Tensor]] | InferenceBatch:
         """Same as the original; the map has the size of the images."""
-        if self.training or is_recorded() or not hasattr(self, "norms"):
+        own_maps = self.maps_itself(FastflowMapGenerator)
+        if self.training or is_recorded() or not own_maps or not hasattr(self, "norms"):
             return super().forward(input_tensor)
         features = self._get_cnn_features(input_tensor)
         latents = [flow(maps)[0] for flow, maps in zip(self.fast_flow_blocks, features, strict=True)]
@@ -94,7 +96,10 @@ class FastUflowModel(Accelerated, UflowModel):
             return super().forward(image)
         latents, size = self.latents(image), tuple(image.shape[-2:])
         mask = None if self.exact else _segment(latents, size, self.null)
-        return prediction(anomaly_map(latents, size), mask)
+        own_maps = self.maps_itself(AnomalyMapGenerator, FastAnomalyMapGenerator)
+        return prediction(
+            anomaly_map(latents, size) if own_maps else self.anomaly_map_generator(latents), mask
+        )
 
 
 class FastAnomalyMapGenerator(Accelerated, AnomalyMapGenerator):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -25,12 +24,13 @@ from usf_kernels.models.backbones import EMBEDDED
 from usf_kernels.models.feature_flow import FeatureFlow
 from usf_kernels.nn.weights import Weights
 from usf_kernels.ops import anomaly_map
-from usf_kernels.optimization import parameter_groups
+from usf_kernels.optimization import learning_rate, parameter_groups
 
 # A validation epoch predicts before the calibration at its end, so this warning would be noise.
 warnings.filterwarnings("ignore", "predict: the model is not calibrated", UserWarning, __name__)
 
-HELD_OUT = 256  # normal images of a validation epoch after which no more batches are kept for calibration
+WARM_UP = 0.05  # share of the steps
+HELD_OUT = 256  # normal images per process and validation epoch after which no more are kept to calibrate
 
 
 class Detector(nn.Module):
@@ -151,7 +151,9 @@ class UsfModule(AnomalibModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             return {"optimizer": optimizer}
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_up_and_cosine, steps=int(steps)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, partial(learning_rate, steps=int(steps), lr=1.0, warmup=WARM_UP)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, *args: Any, **options: Any) -> dict[str, Tensor]:
@@ -186,8 +188,13 @@ class UsfModule(AnomalibModule):
         """Fit the null model to the normal images, if there were any."""
         features = [torch.cat(maps) for maps in zip(*self._held_out, strict=True)]
         self._held_out = []
-        if features:
-            self.model.flow.calibrate(features)
+        norms = self.model.flow.squared_norms(features) if features else None
+        if self.trainer.world_size > 1:  # a process has a share of the images, which may be none
+            shares: list[list[Tensor] | None] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(shares, norms and [u.cpu() for u in norms])
+            norms = [torch.cat(maps) for maps in zip(*filter(None, shares), strict=True)]
+        if norms:
+            self.model.flow.calibrate_to(norms)
 
     def on_test_start(self) -> None:
         """Test in the inference form."""
@@ -204,14 +211,6 @@ class UsfModule(AnomalibModule):
     def on_predict_end(self) -> None:
         """Leave the inference form."""
         self.model.unfuse()
-
-
-def warm_up_and_cosine(step: int, steps: int) -> float:
-    """Return the learning rate at a step over the largest one: 5 % of `steps` up, then a cosine to 1 %."""
-    warm = max(1, round(0.05 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
 
 
 class UsfFastflow(UsfModule, Fastflow):

@@ -20,8 +20,8 @@ KNOWN = ("torch.nn.", "usf_kernels.nn.", "usf_kernels.integrations.")
 
 
 class Faster:
-    """Mixin that stands before a class of FrEIA or anomalib in a class's bases, with the same parameters and
-    checkpoints.
+    """Mixin for subclasses of a class of FrEIA or anomalib, listed before it in the bases. Parameters and
+    checkpoints stay the same.
 
     `restore_blocks` calls `end_fast` of every module that has it, and gives the module the first class of its
     bases that does not.
@@ -56,10 +56,11 @@ class Faster:
 def runs_as_one(module: nn.Module) -> bool:
     """Whether an inference form may stand in for the module: nothing in it is in training mode (it may draw
     dropout masks) or of a user's class (which may read anything), and there are no hooks except those of
-    weight_norm and spectral_norm, and no `forward` set on an instance."""
+    weight_norm and spectral_norm, and no `forward` set on an instance. Nor for replicas of nn.DataParallel,
+    whose weights are no parameters."""
     for part in parts_of(module):
         known = type(part).__module__.startswith(KNOWN)
-        if part.training or not known or _is_heard(part):
+        if part.training or not known or is_heard(part) or "_is_replica" in part.__dict__:
             return False
     return True
 
@@ -86,7 +87,7 @@ class InferenceForm:
     def __init__(self, blocks: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self._parts = parts_of(*blocks)
         self._weights, self._rest = Weights(self._parts), self._other(blocks, dtype)
-        self._bits, self._suspected = _sums_of_bits(self._weights.tensors), False
+        self._digest, self._suspected = digest(self._weights.tensors), False
         parts = [part for block in blocks for part in block.flow_parts()]
         self.flow = fuse_parts(parts, dtype, self._weights.tensors[0].device)
 
@@ -95,7 +96,7 @@ class InferenceForm:
         same = self._rest == self._other(blocks, dtype) and self._parts == parts_of(*blocks)
         if not same or self._weights.outdated:
             return False
-        if self._suspected and not torch.equal(self._bits, _sums_of_bits(self._weights.tensors)):
+        if self._suspected and not torch.equal(self._digest, digest(self._weights.tensors)):
             return False
         self._suspected = False
         return True
@@ -110,14 +111,26 @@ class InferenceForm:
         return dtype, *(getattr(block, "clamp", None) for block in blocks)
 
 
-def _sums_of_bits(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a number for each tensor that changes with its values, but for rare coincidences."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = (t.detach().view(integers[t.element_size()]) for t in tensors)
-    return torch.stack([b.sum(dtype=b.dtype).long() for b in bits])  # the sum in int64 is 50 times slower
+def digest(tensors: Sequence[Tensor]) -> Tensor:
+    """Return bytes that change with the values of tensors on one device, but for very rare coincidences.
+
+    A tensor's bytes are read as rows of integers. The sums of columns notice what a sum of everything does
+    not, such as values that change places or signs; what fills no row is returned as it is.
+    """
+    columns, parts = 1021, []  # a prime: the rows do not line up with those of a matrix
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().flatten()
+        if flat.data_ptr() % 8:  # integers of 64 bits, whose sums do not wrap as soon, are aligned
+            flat = flat.clone()
+        bits = flat.view(torch.uint8)
+        length = bits.numel() // (8 * columns) * (8 * columns)
+        rows = bits[:length].view(torch.int64).view(-1, columns)
+        parts += [rows.sum(0).view(torch.uint8), bits[length:]]
+    return torch.cat(parts)
 
 
-def _is_heard(module: nn.Module) -> bool:
+def is_heard(module: nn.Module) -> bool:
+    """Whether a module has hooks, other than those that make its weights, or a `forward` of its own."""
     hooks = module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     if hooks or "forward" in module.__dict__:
         return True

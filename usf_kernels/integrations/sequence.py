@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
 from usf_kernels.nn.fused import FusedFlow
+from usf_kernels.nn.maps import like
 from usf_kernels.ops.native import is_observed
 
 
@@ -19,7 +20,7 @@ def can_fold(module: nn.Module) -> bool:
 
 
 class SequenceMixin(Faster):
-    """Mixin for FrEIA's `SequenceINN`, to stand before it in a class's bases.
+    """Mixin for subclasses of FrEIA's `SequenceINN`, listed before it in the bases.
 
     In evaluation mode and with no gradients recorded, it runs in its inference form, which is made at the
     first call and again whenever a parameter has changed since.
@@ -38,7 +39,7 @@ class SequenceMixin(Faster):
         cond = None if self.conditions[0] is None else c[self.conditions[0]]
         fused = self.inference_form(x_or_z.dtype)
         z, log_det = (fused.inverse if rev else fused)(x_or_z, cond)
-        return z, log_det.expand(z.shape[0]).clone()  # callers may write to it
+        return like(z, x_or_z), log_det.expand(z.shape[0]).clone()  # callers may write to it
 
     @property
     def folds(self) -> bool:

@@ -122,10 +122,11 @@ def _shifts_of(block: InvertibleModule) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in last.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
         half = _halved(copy_of(whole), channels)
         like, spatial = next(whole.parameters()), block.dims_in[0][1:]
-        x = torch.randn(1, block.splits[0] + block.condition_channels, *spatial, generator=generator).to(like)
+        sizes = (1, block.splits[0] + block.condition_channels, *spatial)
+        x = torch.randn(sizes, generator=generator, device="cpu").to(like)
         try:
             expected, found = 0.1 * whole(x)[:, channels:], half(x)
         except Exception as error:  # shapes no longer fit, or the subnet refuses the input in its own way

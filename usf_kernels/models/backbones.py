@@ -83,7 +83,8 @@ class Backbone(nn.Module):
             self.input_size
             or getattr(self.network, "pretrained_cfg", {}).get("input_size", (3, 256, 256))[1:]
         )
-        images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.mean)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(1, 3, *size, generator=generator, device="cpu").to(self.mean)
         fused.network = fold_batch_norms(fused.network, self._normalised(images)).to(dtype=dtype)
         return fused
 

@@ -112,7 +112,8 @@ def _example(scores: ExportedScores, image_size: tuple[int, int]) -> Tensor:
         raise TypeError(f"image_size: expected a pair (height, width), found {image_size!r}")
     for i, side in enumerate(image_size):
         check_int(f"image_size[{i}]", side, 1)
-    images = torch.rand(BATCH, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(BATCH, 3, *image_size, generator=generator, device="cpu")
     try:
         with torch.no_grad():
             scores(images)

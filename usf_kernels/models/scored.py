@@ -30,8 +30,8 @@ UNCALIBRATED = (
 class ScoredModel(nn.Module):
     """A model that maps features of a frozen backbone to latents, whose norms are the anomaly scores.
 
-    A subclass defines which latents are scored (`_scored_latents`) and how all behind the borders gets its
-    inference form (`_fuse_flows`).
+    A subclass defines which latents are scored (`_scored_latents`), and how everything after the borders gets
+    its inference form (`_fuse_flows`).
 
     Args:
         backbone: from `create_backbone`.
@@ -64,7 +64,7 @@ class ScoredModel(nn.Module):
         raise NotImplementedError
 
     def _fuse_flows(self, dtype: torch.dtype | None) -> None:
-        """Replace the maps behind the borders by their inference form, in place."""
+        """Replace the maps after the borders by their inference form, in place."""
         raise NotImplementedError
 
     @property
@@ -147,10 +147,39 @@ class ScoredModel(nn.Module):
 
         Returns:
             The fitted `Null`, which is `model.null` from now on.
+
+        Raises:
+            TypeError, ValueError: as `squared_norms` and `usf_kernels.calibrate`.
         """
-        null = calibrate(self._squared_norms(features, batch_size), false_alarms=false_alarms)
+        return self.calibrate_to(
+            self.squared_norms(features, batch_size=batch_size), false_alarms=false_alarms
+        )
+
+    def calibrate_to(self, norms: Sequence[Tensor], *, false_alarms: float = 0.1) -> Null:
+        """Do what `calibrate` does, given the `squared_norms` of the images: of several processes, say."""
+        null = calibrate(norms, false_alarms=false_alarms)
         self.null_parameters.copy_(torch.tensor(null.to_list(), dtype=torch.float64))
         return null
+
+    @torch.no_grad()
+    def squared_norms(self, data: Tensor | Sequence[Tensor], *, batch_size: int = 32) -> list[Tensor]:
+        """Return the squared norms of the latents at every position, (N, H_l, W_l) per scale.
+
+        Args:
+            data: features, or images (N, 3, H, W).
+            batch_size: images at a time.
+
+        Raises:
+            ValueError: no images, or maps that do not fit the model.
+        """
+        check_int("batch_size", batch_size, 1)
+        features = self._features_of(data, batch_size)
+        self._check_some(features)
+        parts = []
+        for start in range(0, len(features[0]), batch_size):
+            latents = self._latents_to_score([maps[start : start + batch_size] for maps in features])
+            parts.append([squared_norm(z) for z in latents])
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     @torch.no_grad()
     def forget_calibration(self) -> None:
@@ -160,8 +189,8 @@ class ScoredModel(nn.Module):
     @torch.no_grad()
     def mean_square(self, features: Tensor | Sequence[Tensor], *, batch_size: int = 32) -> list[float]:
         """Return the mean of z^2 per scale: near 1 on held-out normal images if the flow generalises. Takes
-        features or images, as `calibrate` does."""
-        norms = self._squared_norms(features, batch_size)
+        features or images, and raises, as `squared_norms` does."""
+        norms = self.squared_norms(features, batch_size=batch_size)
         return [u.mean().item() / channels for u, channels in zip(norms, self.latent_channels, strict=True)]
 
     @torch.no_grad()
@@ -219,16 +248,6 @@ class ScoredModel(nn.Module):
             return data
         parts = [self.features(images) for images in data.split(batch_size)]
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
-
-    def _squared_norms(self, data: Tensor | Sequence[Tensor], batch_size: int) -> list[Tensor]:
-        check_int("batch_size", batch_size, 1)
-        features = self._features_of(data, batch_size)
-        self._check_some(features)
-        parts = []
-        for start in range(0, len(features[0]), batch_size):
-            latents = self._latents_to_score([maps[start : start + batch_size] for maps in features])
-            parts.append([squared_norm(z) for z in latents])
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _latents_to_score(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return `_scored_latents` in evaluation mode, whichever mode the model is in."""
