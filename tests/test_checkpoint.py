@@ -82,6 +82,34 @@ def test_damaged_weights_are_refused(saved):
         load_checkpoint(path, model_class=ToyFlow)
 
 
+def test_damaged_headers_are_refused_by_name(saved):
+    """zipfile alone raises five types for them."""
+    path, _ = saved
+    whole = bytearray(path.read_bytes())
+    local, central = 0, whole.index(b"PK\x01\x02")
+    for start, length in ((local, 30), (central, 46)):
+        for bit in range(8 * length):
+            damaged = whole.copy()
+            damaged[start + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            try:
+                read_checkpoint(path)
+            except ValueError as error:
+                assert "model.pt: not a usf_kernels checkpoint" in str(error)  # noqa: PT017
+
+
+def test_a_backbone_in_another_dtype_than_the_flow(saved):
+    path, model = saved
+    model.backbone.half()
+    save_checkpoint(path, model)
+    loaded = load_checkpoint(path, model_class=ToyFlow)
+    assert torch.equal(loaded.backbone.weight, model.backbone.weight)
+    assert {loaded.backbone.weight.dtype, loaded.weight.dtype} == {torch.float16, torch.float32}
+    rewrite(path, backbone_dtype="int8")
+    with pytest.raises(ValueError, match=r"model\.pt: damaged checkpoint, its backbone_dtype is 'int8'"):
+        load_checkpoint(path, model_class=ToyFlow)
+
+
 def test_files_that_run_code_are_refused(tmp_path):
     path = tmp_path / "code.pt"
     torch.save({"format": FORMAT, "model": ToyFlow(2)}, path)

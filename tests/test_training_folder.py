@@ -212,9 +212,21 @@ def test_a_run_that_starts_anew_keeps_nothing_of_another(tmp_path):
     train(tmp_path, max_epochs=1)
     (tmp_path / "last.pt").unlink()
     options = {"max_epochs": 1, "accelerator": "cpu", "progress": False}
-    fit(ToyFlow(4), NoisyImages(22), run_dir=tmp_path, resume=True, **options)
-    assert (tmp_path / "last.pt").exists()
-    assert not (tmp_path / "best.pt").exists()
+    model = ToyFlow(4)
+    fit(model, NoisyImages(22), run_dir=tmp_path, resume=True, **options)
+    for name in ("last.pt", "best.pt"):
+        assert equal_states(load_checkpoint(tmp_path / name, model_class=ToyFlow), model)
+
+
+def test_without_held_out_data_the_result_is_kept_too(tmp_path):
+    options = {"max_epochs": 2, "accelerator": "cpu", "progress": False, "ema_decay": 0.9}
+    model = ToyFlow(4)
+    fit(model, NoisyImages(22), run_dir=tmp_path, lr=0.1, **options)
+    assert equal_states(load_checkpoint(tmp_path / "best.pt", model_class=ToyFlow), model)
+    assert not equal_states(load_checkpoint(tmp_path / "last.pt", model_class=ToyFlow), model)
+    again = ToyFlow(4)
+    fit(again, NoisyImages(22), run_dir=tmp_path, lr=0.1, resume=True, **options)
+    assert equal_states(again, model)
 
 
 def test_facts_that_are_no_numbers_are_equal(tmp_path):

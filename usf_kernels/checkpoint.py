@@ -101,7 +101,7 @@ def load_checkpoint(
         model = model_class.from_config(config)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: its configuration does not build a {name} ({error})") from error
-    _take_dtype(model, content["state"])
+    _take_dtype(model, content, path)
     load_stored_state(model, content, path)
     return model.to(device).eval()
 
@@ -121,12 +121,18 @@ def _check_weights(
             raise ValueError(f"weights: no such file: {file}")
 
 
-def _take_dtype(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Cast a model to the dtype of most of its stored tensors; tensors stored in another dtype get that."""
+def _take_dtype(model: nn.Module, content: Mapping[str, Any], path: str | Path) -> None:
+    """Cast a model to the dtype of most of its stored tensors; tensors stored in another dtype get that, and
+    a backbone that is not stored the one that it had."""
+    state = content["state"]
     dtypes = {name: t.dtype for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
-    if not dtypes:
-        return
-    model.to(Counter(dtypes.values()).most_common(1)[0][0])
+    if dtypes:
+        model.to(Counter(dtypes.values()).most_common(1)[0][0])
+    if (stored := content.get("backbone_dtype")) is not None:
+        dtype = getattr(torch, stored, None) if isinstance(stored, str) else None
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{path}: damaged checkpoint, its backbone_dtype is {stored!r:.40}")
+        model.backbone.to(dtype)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in dtypes and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtypes[name])
@@ -136,8 +142,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read and check a checkpoint without building its model; tensors come to the CPU.
 
     Returns:
-        `format`, `version`, `architecture`, `config`, `backbone` (fingerprint or None), `extra`, `state`, and
-        `training` when it can be resumed.
+        `format`, `version`, `architecture`, `config`, `backbone` (fingerprint or None), `backbone_dtype` (its
+        dtype's name, None, or missing), `extra`, `state`, and `training` when it can be resumed.
 
     Raises:
         ValueError, OSError: as for `load_checkpoint`.
@@ -148,13 +154,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()  # torch.load itself reads flipped bits as weights
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except Exception as error:  # zipfile, too, has many
             raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({error})") from error
         if damaged is not None:
             raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({damaged})")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen types for damaged bytes
+    except Exception as error:  # a dozen types for damaged bytes
         reason = str(error).strip().split("\n")[0][:120]
         raise ValueError(f"{path}: not a usf_kernels checkpoint, or damaged ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -204,6 +210,7 @@ def checkpoint_header(model: nn.Module, extra: Mapping[str, Any] | None = None) 
         "architecture": type(model).__name__,
         "config": _plain(model.config),
         "backbone": _fingerprint(model),
+        "backbone_dtype": _backbone_dtype(model),
         "extra": _plain(dict(extra or {})),
     }
 
@@ -269,6 +276,14 @@ def _known_backbone(model: nn.Module) -> nn.Module | None:
         return None
     random = getattr(backbone, "config", {}).get("weights", "auto") is None
     return None if random else backbone
+
+
+def _backbone_dtype(model: nn.Module) -> str | None:
+    """Return the dtype of a backbone that is not stored: a rounded one has another fingerprint."""
+    backbone = _known_backbone(model)
+    dtypes = (t.dtype for t in backbone.state_dict().values()) if backbone is not None else ()
+    floating = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+    return None if floating is None else str(floating).removeprefix("torch.")
 
 
 def _fingerprint(model: nn.Module) -> str | None:

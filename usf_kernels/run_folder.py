@@ -118,8 +118,8 @@ class RunFolder:
 
     @contextmanager
     def names_damage(self, path: Path | None = None) -> Iterator[None]:
-        """Turn whatever the entries of a damaged checkpoint, by default the last, raise into one error that
-        names the file."""
+        """Context that turns errors from malformed entries of a checkpoint, by default `last.pt`, into a
+        ValueError that names the file."""
         path = path or self.path / LAST
         try:
             yield

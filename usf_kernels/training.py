@@ -102,7 +102,8 @@ def fit(
         seed: seed of the order of the samples, their augmentation and the noise in steps; the model's initial
             weights are those that it has.
         run_dir: folder for `last.pt` (to resume), `best.pt` (to use; both are checkpoints that
-            `load_checkpoint` reads) and `history.csv`; made when missing.
+            `load_checkpoint` reads) and `history.csv`; made when missing. Without `validation_data`,
+            `best.pt` is written at the end.
         resume: continue from `run_dir/last.pt` if it exists; without it a run there is overwritten.
         checkpoint_every: steps between two writes of `last.pt`; None writes one a minute. Every epoch ends
             with one in any case.
@@ -123,8 +124,8 @@ def fit(
         title: name of the run in its progress.
         extra: JSON-able facts to keep in the checkpoints, such as a description of the data; a run can be
             resumed only with equal ones.
-        dry_run: only raise the errors that can be known without data, for which `range(count)` is then
-            enough, and return an empty history.
+        dry_run: only check the settings and `run_dir`, which is made when missing, and return an empty
+            history; `range(count)` is then enough as data.
 
     Raises:
         ImportError: without lightning.

@@ -58,7 +58,7 @@ class Run:
         *,
         capture: bool,
     ) -> None:
-        model = uncompiled(model)  # what it compiles is `forward`, and the names would be others
+        model = uncompiled(model)  # torch.compile wraps `forward` only, and changes the names of parameters
         self.fabric, self.model, self.settings, self.history = fabric, model, settings, history
         self.files, self.every, self.capture = files, checkpoint_every, capture
         self.epoch = self.step = self.bad_epochs = 0  # `step` counts within the epoch
@@ -66,7 +66,7 @@ class Run:
         self.finished = False
         self.saved = time.monotonic()
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # One pass over memory on the CPU. On a GPU, gradients could then not be clipped behind a scaler.
+        # One pass over memory on the CPU. On a GPU, a gradient scaler then leaves no gradients to clip.
         self.fused = True if fabric.device.type == "cpu" else None
         groups = parameter_groups(model, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
@@ -197,6 +197,9 @@ class Run:
             self.settings.patience is not None and self.bad_epochs >= self.settings.patience
         )
         self.finished = history.stopped_early or self.epoch >= self.settings.max_epochs
+        if self.finished and validation_data is None:  # no epoch is better than the last
+            with swapped(self.average, self.trainable):
+                self._keep_best()
         self.files.save_history(history.rows)
         self._save()
         return history.rows[-1]
