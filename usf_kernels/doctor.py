@@ -11,7 +11,6 @@ from typing import Any
 from usf_kernels import _core
 
 DISTRIBUTION = "usf-kernels"
-LOOPS_OF = {"coupling_step": "affine_coupling"}  # a step is not dispatched as a whole, its coupling is
 CONDITIONERS = "conditioners"  # convolutional ones
 INFERENCE = "fuse"
 NATIVE_OPERATIONS = ("component_tree", "log_nfa", "segment", "regions")
@@ -143,7 +142,7 @@ def _operations(torch: Any) -> dict[str, str]:
         code = "PyTorch reference"
         if dispatch.runs_triton(name, probe):
             code = "Triton kernel"
-        elif device == "cpu" and dispatch.runs_loops(LOOPS_OF.get(name, name), probe):
+        elif device == "cpu" and dispatch.runs_loops(name, probe):
             code = "C++ for float32"
         operations[name] = f"{code} on {device}"
     in_extension = device == "cpu" and products.MULTIPLIES

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs_extra(name: str, purpose: str) -> Iterator[None]:
-    """Imports inside that fail raise an ImportError that says which extra installs the packages.
+    """Context in which a failed import raises an ImportError that names the extra to install.
 
     Args:
         name: of the extra in pyproject.toml.

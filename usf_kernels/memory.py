@@ -1,4 +1,4 @@
-"""Memory of results: the price of pages that are written for the first time."""
+"""CPU memory: freed blocks are kept for reuse, and large results are put into huge pages."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def keep_freed_memory() -> bool:
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """Return a tensor on the CPU that is about to be written as a whole; a large one is put into huge pages,
-    which come faster than the many small ones (see `keep_freed_memory`).
+    """Return `fresh`, a CPU tensor that is not written yet; if it is large, ask Linux to back it with huge
+    pages, which come faster than many small ones (see `keep_freed_memory`).
 
     Only Linux has them, where `/sys/kernel/mm/transparent_hugepage/enabled` says `madvise` or `always`.
     """

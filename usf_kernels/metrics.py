@@ -36,6 +36,7 @@ def evaluate(predictions: Any | Sequence[Any], targets: Tensor | Sequence[Tensor
         images that a metric needs.
 
     Raises:
+        ImportError: without the extra `train`.
         ValueError: when predictions and targets do not match, or a target is not 0 or 1.
     """
     batches = [predictions] if hasattr(predictions, "anomaly_map") else list(predictions)
@@ -86,6 +87,7 @@ def auroc(scores: Array, targets: Array) -> float:
         A number in [0, 1]; NaN when one class is absent.
 
     Raises:
+        ImportError: without the extra `train`.
         ValueError: for differing shapes, a score that is NaN, or a target that is not 0 or 1.
     """
     with needs_extra("train", "this metric"):
@@ -169,6 +171,7 @@ def aupro(maps: Array, targets: Array, *, fpr_limit: float = 0.3) -> float:
         A number in [0, 1]; NaN without a region or without a normal pixel.
 
     Raises:
+        ImportError: without the extra `train`.
         ValueError: for differing or other shapes, NaN scores, a target that is not 0 or 1, or a limit out of
             range.
     """

@@ -22,6 +22,10 @@ class Null:
     `usf_kernels.calibrate`. Both are positive and finite, and so is their product; `dof` lies in 1e-6..1e9,
     and need not be whole. `tail` and `tests` are the form of the a-contrario test that it was fitted for, and
     the default of `usf_kernels.log_nfa` with this null; unless given, they are the paper's.
+
+    Raises:
+        TypeError: a scale or dof that is no tuple of numbers.
+        ValueError: no scale, or not as many dof, a number out of range, an unknown tail or form of tests.
     """
 
     scale: tuple[float, ...]
@@ -67,7 +71,11 @@ class Null:
     def from_list(
         cls, pairs: Sequence[Sequence[float]], *, tail: str = "chernoff", tests: str = "total"
     ) -> Null:
-        """Invert `to_list`, whose result does not include `tail` and `tests`."""
+        """Invert `to_list`, whose result does not include `tail` and `tests`.
+
+        Raises:
+            TypeError, ValueError: `pairs` that are no pairs of numbers, or what `Null` raises for them.
+        """
         found = pairs if isinstance(pairs, (tuple, list)) else ()
         if not found or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in found):
             raise ValueError(f"pairs: expected [[scale, dof], ...], one pair per scale, found {pairs!r}")

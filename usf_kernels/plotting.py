@@ -24,7 +24,7 @@ TRUTH, FOUND, INK, FAINT = "#00a99d", "#f0541e", "#20262e", "#7b8794"
 CELL, GAP, LEFT, TOP, BOTTOM, RIGHT = 1.75, 0.07, 1.3, 0.95, 0.62, 0.12  # inches
 CLEAN = "good"  # the kind of clean images
 LABEL = 13  # letters per line of a label in the margin LEFT
-COLUMNS = ("Image", "Ground truth", "Anomaly map", "Number of false alarms", "Automatic mask")
+COLUMNS = ("Image", "Ground truth", "Anomaly map", "log10 NFA", "Automatic mask")
 
 
 class Shown(NamedTuple):

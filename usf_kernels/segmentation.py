@@ -224,7 +224,11 @@ class Region:
     map_size: tuple[int, int]
 
     def image_box(self, size: int | tuple[int, int]) -> tuple[int, int, int, int]:
-        """Return the box in pixels of an image of `size` (H, W), grown to whole pixels."""
+        """Return the box in pixels of an image of `size` (H, W), grown to whole pixels.
+
+        Raises:
+            TypeError, ValueError: a size that is no positive whole number or pair of them.
+        """
         (height, width), (h, w) = check_size(size), self.map_size
         top, left, bottom, right = self.box
         return top * height // h, left * width // w, -(-bottom * height // h), -(-right * width // w)

@@ -24,8 +24,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate",
         help="fit the threshold of a model to other normal images",
-        description="Fit what is normal, and so the threshold, to the images in FOLDER: other ones than it "
-        "was trained on, made as those will be that it is used for. The flow stays as it is.",
+        description="Fit the null model, and so the threshold, to the normal images in FOLDER. Use images "
+        "that the model was not trained on, taken as those that it will judge. The flow is not changed.",
     )
     add_checkpoint(parser)
     parser.add_argument("folder", type=nonempty_path, help="of normal images")

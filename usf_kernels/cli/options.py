@@ -103,13 +103,13 @@ def size_of_images(
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Declare `checkpoint` and `--weights`, for commands that load a model."""
-    parser.add_argument("checkpoint", type=nonempty_path)
+    parser.add_argument("checkpoint", type=nonempty_path, help="model.pt of a training run")
     add_weights(parser, "from where training had them")
 
 
 def add_weights(parser: argparse.ArgumentParser, default: str) -> None:
     """Declare `--weights`, whose default is described so; `weights_of` returns it."""
-    about = f"of the backbone, once for each of its networks; default: {default}"
+    about = f"file of backbone weights; repeat it for several networks; default: {default}"
     parser.add_argument("--weights", action="append", metavar="FILE", help=about)
 
 
@@ -153,7 +153,7 @@ def add_log_epsilon(parser: argparse.ArgumentParser) -> None:
         "--log-epsilon",
         type=float,
         default=0.0,
-        help="regions count from this log10 of the number of false alarms on: -2 reports less, 1 more; "
+        help="report regions with a log10(number of false alarms) up to this: -2 reports fewer, 1 more; "
         "default: %(default)g",
     )
 

@@ -45,15 +45,13 @@ def add_parser(commands: Any) -> None:
         "in the image's own size. predictions.json has for every image: image (the file), name (NAME), score "
         "(in [0, 1]), anomalous (whether there is a region), and regions, the most significant first: "
         "log_nfa, image_box (top, left, bottom, right in pixels of the image, half open), and box, area, "
-        "level and centroid on the map of map_size, which is that of scale. All images are opened before "
-        "anything is written; those whose pixels then cannot be read are left out, and it is an error at the "
-        "end.",
+        "level and centroid on the map of map_size, which is that of scale. All files are opened before "
+        "anything is written. Images that then cannot be decoded are skipped; the command ends with an error "
+        "that names them.",
     )
     add_checkpoint(parser)
     parser.add_argument("images", type=nonempty_path, nargs="+", help="image files, or folders of them")
-    parser.add_argument(
-        "--recursive", action="store_true", help="take the folders inside of folders too, but for hidden ones"
-    )
+    parser.add_argument("--recursive", action="store_true", help="search subfolders too, except hidden ones")
     parser.add_argument(
         "--output", type=nonempty_path, default=Path("runs/predict"), help="default: %(default)s"
     )

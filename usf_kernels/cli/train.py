@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--backbone", default="tf_efficientnet_lite0", help="a timm name; default: %(default)s"
     )
-    add_weights(parser, "the usual")
+    add_weights(parser, "the ImageNet weights")
     parser.add_argument("--model", choices=tuple(MODELS), default="fastflow", help="default: %(default)s")
     parser.add_argument(
         "--coupling",
@@ -80,7 +80,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--checkpoint-every",
         type=positive,
-        help="steps between two states to resume from; default: a minute. An epoch ends with one in any case",
+        help="steps between checkpoints to resume from; default: one a minute. Every epoch also writes one",
     )
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--precision", choices=PRECISIONS, default="32-true", help="default: %(default)s")

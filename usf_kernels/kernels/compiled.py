@@ -77,7 +77,8 @@ def inspected(arguments: tuple[Any, ...], kinds: list[Any]) -> list[Any]:
     what the machine code depends on.
 
     Kernels declare that they take any size, stride or factor (`do_not_specialize`): code depends only on a
-    number's width. In tuples Triton ignores that: a 1 is a constant, and a multiple of 16 known to be one."""
+    number's width. Inside tuples Triton specialises regardless: a 1 becomes a constant, and multiples of 16
+    are noted."""
     values: list[Any] = []
     for value in arguments:
         kind = type(value)

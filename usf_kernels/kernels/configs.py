@@ -24,7 +24,7 @@ Config = dict[str, int]
 Key = tuple[Hashable, ...]
 Result = TypeVar("Result")
 # Products go to the vendor's library if both sides of the matrix are at least this long, for x contiguous and
-# channels-last. Below, memory limits the application of a matrix, or nearly so.
+# for x channels-last. Below, memory bandwidth is the limit, or nearly so.
 VENDOR_CHANNELS = {"ieee": (128, 64), "tf32": (512, 1024), "half": (1024, 1024)}
 # The same for inputs with many positions in the whole batch.
 VENDOR_CHANNELS_OF_MANY = {"ieee": (64, 64), "tf32": (512, 1024), "half": (1024, 256)}
@@ -51,7 +51,7 @@ def kind_of(dtype: torch.dtype) -> str:
     return product_precision() if dtype == torch.float32 else "half"
 
 
-def is_observed() -> bool:
+def is_watched() -> bool:
     """Whether every choice has to be seen, by a tuner, a listener or a recording of launches."""
     return AUTOTUNE or _listener is not None or is_recording()
 

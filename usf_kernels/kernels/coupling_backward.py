@@ -148,15 +148,15 @@ def coupling_step_backward(
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles_c, tiles_p = tiles.counts(config)
         tile_count = view.batch * tiles_c * tiles_p
-        run = largest_run(tile_count) if scaled else 1
-        runs = cdiv(tiles_p, run)
+        tiles_per_run = largest_run(tile_count) if scaled else 1
+        runs = cdiv(tiles_p, tiles_per_run)
         shape = view.batch * runs, tiles.channels
         sums = [x.new_empty(shape, dtype=torch.float32) if scaled else None for _ in "sb"]
         launch(
             coupling_backward_kernel, view.batch * tiles_c * runs, *view.arguments(), grad_log_det,
             index, scale, bias, *sums, tiles.channels, view.positions, tiles.split, clamp or 0.0,
             AFFINE=affine, INVERSE=inverse, PER_POSITION=tiles.per_position, UNIT=tiles.unit,
-            WIDE=view.is_wide(), RUN=run, device=x.device, **config,
+            WIDE=view.is_wide(), RUN=tiles_per_run, device=x.device, **config,
         )  # fmt: skip
         if not scaled:
             return grad_x, grad_params, x.new_empty(0), x.new_empty(0)

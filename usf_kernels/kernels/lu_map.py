@@ -113,8 +113,8 @@ def lu_map_gradients_kernel(
     signs, log_diagonal, log_scale, offset,  # (C,) each; all but the first may be None
     matrix,  # (C, C), contiguous
     grad, g_i, g_j, grad_shift, grad_log_det,  # (C, C), (C,) or None, one: of the results
-    of_lower, of_upper,  # (C, C) out, contiguous
-    of_log_diagonal, of_log_scale, of_offset,  # (C,) out, or None
+    grad_lower, grad_upper,  # (C, C) out, contiguous
+    grad_log_diagonal, grad_log_scale, grad_offset,  # (C,) out, or None
     C,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -133,19 +133,19 @@ def lu_map_gradients_kernel(
             a = of_product(grad, g_i, g_j, grad_shift, log_scale, offset, i, k[None, :], C)
             b = upper_factor(upper, u_k, u_j, j, k[:, None], diagonal, C)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-        tl.store(of_lower + i * C + j, tl.where(j < i, acc, 0.0), mask=(i < C) & (j < C))
+        tl.store(grad_lower + i * C + j, tl.where(j < i, acc, 0.0), mask=(i < C) & (j < C))
     elif part == 1:  # L^T P, from the diagonal on
         for start in range(i0, tl.where(i0 <= j0, C, 0), BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             a = lower_factor(lower, l_i, l_k, k[None, :], i, C)
             b = of_product(grad, g_i, g_j, grad_shift, log_scale, offset, k[:, None], j, C)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-        tl.store(of_upper + i * C + j, tl.where(i < j, acc, 0.0), mask=(i < C) & (j < C))
-        if of_log_diagonal is not None:
+        tl.store(grad_upper + i * C + j, tl.where(i < j, acc, 0.0), mask=(i < C) & (j < C))
+        if grad_log_diagonal is not None:
             slope = vector(signs, j, C, 0.0) * tl.exp(vector(log_diagonal, j, C, 0.0))
             slope = acc * slope + tl.load(grad_log_det)
-            tl.store(of_log_diagonal + j + 0 * i, slope, mask=(i == j) & (j < C))
-    elif of_log_scale is not None:
+            tl.store(grad_log_diagonal + j + 0 * i, slope, mask=(i == j) & (j < C))
+    elif grad_log_scale is not None:
         column = (tl.program_id(0) - 2 * tiles * tiles) * BLOCK + tl.arange(0, BLOCK)
         scaled = tl.zeros((BLOCK,), tl.float32)
         moved = tl.zeros((BLOCK,), tl.float32)
@@ -158,8 +158,8 @@ def lu_map_gradients_kernel(
             moved += tl.sum(a * vector(grad_shift, row, C, 0.0), axis=0)
         scaled += tl.load(grad_log_det)
         moved *= tl.exp(-vector(log_scale, column, C, 0.0))  # the matrix includes the scale
-        tl.store(of_log_scale + column, scaled, mask=column < C)
-        tl.store(of_offset + column, moved, mask=column < C)
+        tl.store(grad_log_scale + column, scaled, mask=column < C)
+        tl.store(grad_offset + column, moved, mask=column < C)
 
 
 @replayed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a kind of device. Meta tensors do not have it, nor may it be asked for."""
+    """Whether autocast is on for a kind of device; for meta tensors, which have none, asking torch raises."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

@@ -40,7 +40,7 @@ def replayed(function: F) -> F:
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Any:
-        if named or getattr(_thread, "noting", False) or configs.is_observed():
+        if named or getattr(_thread, "noting", False) or configs.is_watched():
             return function(*arguments, **named)
         tensors: Slots = []
         key = (function, launch.product_precision(), *_forms(arguments, tensors), *_repeated(tensors))

@@ -20,9 +20,9 @@ UNSPECIALIZED = ["N", "M", "rows_n", "rows_c", "values_n", "values_c", "factor",
 
 @triton.jit
 def columns_at(rows, rows_n, rows_c, n, column):
-    """Pointers to the elements in these rows and columns. The compiler does not know the order of columns,
-    and must not know what divides the strides of the other operands: it would give each thread vectors of
-    these, and the threads of a warp would then gather from many rows at once."""
+    """Pointers to the elements in these rows and columns, which come in any order. The strides of the other
+    operands get no divisibility hints: with them the compiler gives each thread a vector of columns, and a
+    warp then gathers from many rows at once."""
     return rows + n * rows_n + walk(column, rows_c, 1)
 
 

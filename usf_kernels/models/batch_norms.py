@@ -1,4 +1,4 @@
-"""Folding batch norms into the convolutions in front of them, for the inference of frozen networks."""
+"""Folding batch norms into the convolutions before them, for the inference of frozen networks."""
 
 from __future__ import annotations
 

@@ -152,6 +152,10 @@ class DeepSVDD(nn.Module):
 
         Returns:
             self.
+
+        Raises:
+            TypeError: on the inference form.
+            ValueError: no samples, or latents whose mean is not finite.
         """
         check_trainable(self, "initialize")
         z = self(samples)

@@ -38,7 +38,7 @@ class FeatureFlow(ScoredModel):
         check_between("noise", options["noise"], 0, math.inf, "[)")
 
     def _entries(self) -> Sequence[LUConv1x1 | ActNorm]:
-        """The map in front of each scale's flow, from `entry_map`: the first step of each of `flows`."""
+        """The map before each scale's flow, from `entry_map`: the first step of each of `flows`."""
         return [flow[0] for flow in self.flows]
 
     def _transform(self, features: Sequence[Tensor], noise: float) -> tuple[list[Tensor], Tensor]:
@@ -80,7 +80,7 @@ class FeatureFlow(ScoredModel):
 
     @torch.no_grad()
     def initialize(self, features: Tensor | Sequence[Tensor], *, shrinkage: float = 0.01) -> Self:
-        """Set the maps in front of the flows from features (N, C_l, H_l, W_l) of normal images.
+        """Set the maps before the flows from features (N, C_l, H_l, W_l) of normal images.
 
         First, channels get the mean and spread near the border of a map that they have inside (`BorderNorm`).
         Then an LU map whitens them: while the couplings are the identity, the flow scores as the Mahalanobis
@@ -183,7 +183,7 @@ def glow_steps(
 
 
 def entry_map(channels: int, linear: str) -> LUConv1x1 | ActNorm:
-    """Make the map in front of a flow: LU, which can whiten, or ActNorm, which only scales and shifts."""
+    """Make the map before a flow: LU, which can whiten, or ActNorm, which only scales and shifts."""
     return LUConv1x1(channels) if linear == "lu" else ActNorm(channels)
 
 

@@ -17,8 +17,8 @@ from usf_kernels.ops.convolution import in_tiles
 from usf_kernels.ops.products import MULTIPLIES, MULTIPLIES_BFLOAT16, WORTH_THREADS, has_amx
 
 NARROWEST_LINEAR = 32  # inputs and outputs: the extension multiplies this many at a time
-WORDS = 32  # of a multiple of so many numbers in bfloat16, rows are read and written as they are
-NARROWEST_PAIRS = 128  # channels of bfloat16 convolutions: with 64, transforming tiles costs what it saves
+WORDS = 32  # bfloat16 layers whose widths are multiples of this need no float32 copies
+NARROWEST_PAIRS = 128  # channels of a bfloat16 convolution: at 64, transforming tiles costs what it saves
 
 
 class _Native:

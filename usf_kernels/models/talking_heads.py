@@ -12,7 +12,7 @@ from usf_kernels import _core
 from usf_kernels.nn.conditioner_layers import hooked
 from usf_kernels.ops import native, products
 
-CACHED = 1 << 20  # bytes of the scores of some queries, of all heads and keys
+CACHED = 1 << 20  # bytes of attention scores computed at a time, so that they stay in the cache
 
 
 class CachedTalkingHeads(TalkingHeadAttn):

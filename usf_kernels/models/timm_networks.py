@@ -22,7 +22,7 @@ EMBEDDED = "tf_efficientnet_lite0"
 @contextmanager
 def integer_padding() -> Iterator[None]:
     """Compute timm's TensorFlow-like padding in integers, while a program is exported. timm computes the same
-    values in floats; if the images' size is a symbol, the sizes behind a few layers become terms that take
+    values in floats; if the images' size is a symbol, the sizes after a few layers become terms that take
     minutes to simplify."""
     padding = sys.modules.get("timm.layers.padding")
     if padding is None:

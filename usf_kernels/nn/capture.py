@@ -25,10 +25,10 @@ def is_capturing() -> bool:
 
 
 @contextmanager
-def leaving_broken(stream: torch.cuda.Stream, pool: tuple[int, int]) -> Iterator[None]:
-    """Leave a capture that breaks, such as by a value that is read back. torch would stay half in it: on the
-    capture's stream instead of `stream`, with memory from its pool, and with a random generator that waits
-    for its end, instead of which the device gets a new one, of the same seed."""
+def undoing_failed_capture(stream: torch.cuda.Stream, pool: tuple[int, int]) -> Iterator[None]:
+    """Context that undoes what torch leaves behind if a capture fails, for example because a value is read
+    back: it returns to `stream`, stops allocating from `pool`, and gives the device a new random generator
+    with the same seed, since the old one waits for the capture's end."""
     try:
         yield
     except BaseException:
@@ -79,7 +79,7 @@ class CapturedCall:
             # The stream is that of the warm-up, since the default one belongs to the device of the first
             # capture. Other threads may go on meanwhile, such as to pin the next batch.
             graph = torch.cuda.graph(self._graph, pool, side, capture_error_mode="thread_local")
-            with leaving_broken(before, pool), graph:
+            with undoing_failed_capture(before, pool), graph:
                 self._outputs = call(*self._inputs)
             torch.clear_autocast_cache()
 

@@ -178,14 +178,14 @@ class _Coupling(Conditioned):
         wide = compute_dtype(z, params)
         given = (z, grad_z, tape.grad_log_det, params.detach(), index, scale, bias)
         given = (v.to(wide) if v is not None and v.is_floating_point() else v for v in given)
-        x, grad_x, grad_params, *of_exit = undo_step(*given, self.split, self.clamp)
+        x, grad_x, grad_params, *grad_exit = undo_step(*given, self.split, self.clamp)
         grad_passive = tape.pull([params], [grad_params], passive)
         if grad_passive is not None:
             grad_x[:, : self.split].add_(grad_passive)
-        return x.to(out), grad_x.to(out), *of_exit
+        return x.to(out), grad_x.to(out), *grad_exit
 
     def _passive(self, z: Tensor, index: Tensor | None, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The passive half of the coupling's input, recovered from its result z behind the exit."""
+        """The passive half of the coupling's input, recovered from its result z after the exit."""
         if index is None:
             passive = z[:, : self.split].clone(memory_format=memory_format(z))
         else:

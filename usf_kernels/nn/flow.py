@@ -107,18 +107,20 @@ class FlowStep(Fusible, nn.Module):
         """Run the coupling and what follows it, given the conditioner's output: (z, log-dets to add up)."""
         positions = count_positions(x)
         if isinstance(self.linear, LUConv1x1) and not factors_pay(x, self.linear.channels):
-            matrix, bias, of_map = self.linear.map(compute_dtype(x, params, self.linear.upper), self.act_norm)
+            matrix, bias, map_log_det = self.linear.map(
+                compute_dtype(x, params, self.linear.upper), self.act_norm
+            )
             matrix = matrix.to(promoted_dtype(x, params, self.linear.upper))
-            z, of_coupling = coupling_matrix(x, params, matrix, bias, **options)
-            constant = [positions * of_map]
+            z, coupling_log_det = coupling_matrix(x, params, matrix, bias, **options)
+            constant = [positions * map_log_det]
         elif isinstance(self.linear, LUConv1x1):
-            y, of_coupling = coupling_step(x, params, **options)
-            z, of_map = self.linear.run(y, inverse=False, act_norm=self.act_norm)
-            constant = [of_map]
+            y, coupling_log_det = coupling_step(x, params, **options)
+            z, map_log_det = self.linear.run(y, inverse=False, act_norm=self.act_norm)
+            constant = [map_log_det]
         else:
-            z, of_coupling = coupling_step(x, params, **options, **self._channels_in_order())
+            z, coupling_log_det = coupling_step(x, params, **options, **self._channels_in_order())
             constant = [] if self.act_norm is None else [self.act_norm.log_det(positions)]
-        return z, constant if self.coupling.clamp is None else [of_coupling, *constant]
+        return z, constant if self.coupling.clamp is None else [coupling_log_det, *constant]
 
     def _channels_in_order(self) -> dict[str, Tensor | None]:
         """ActNorm and permutation as keyword arguments of `coupling_step`."""
@@ -146,10 +148,10 @@ class FlowStep(Fusible, nn.Module):
             z, grad_z = self.linear.pull_back(z, grad_z, tape, act_norm=self.act_norm)
             return self.coupling.pull_back(z, grad_z, tape)
         exit_ = self._channels_in_order()
-        x, grad_x, *of_exit = self.coupling.pull_back_through(z, grad_z, tape, **exit_)
+        x, grad_x, *grad_exit = self.coupling.pull_back_through(z, grad_z, tape, **exit_)
         if self.act_norm is not None:
-            of_scale, of_bias = of_exit
-            self.act_norm.pull(tape, of_scale * exit_["scale"], of_bias, count_positions(x))
+            grad_scale, grad_bias = grad_exit
+            self.act_norm.pull(tape, grad_scale * exit_["scale"], grad_bias, count_positions(x))
         return x, grad_x
 
 

@@ -47,17 +47,19 @@ class LinearMap:
 
     def after(self, first: LinearMap) -> LinearMap:
         """The composition of `first`, then this map."""
-        matrix = first.in_front_of(self.matrix) if self.selection is None else self.behind(first.matrix)
+        matrix = (
+            first.right_multiply(self.matrix) if self.selection is None else self.left_multiply(first.matrix)
+        )
         return LinearMap(matrix, self.matrix @ first.bias + self.bias)
 
-    def behind(self, matrix: Tensor) -> Tensor:
+    def left_multiply(self, matrix: Tensor) -> Tensor:
         """Return `self.matrix @ matrix`; a selection needs no product for it."""
         if self.selection is None:
             return self.matrix @ matrix
         index, scale = self.selection
         return scale[:, None] * matrix[index]
 
-    def in_front_of(self, matrix: Tensor) -> Tensor:
+    def right_multiply(self, matrix: Tensor) -> Tensor:
         """Return `matrix @ self.matrix`; a selection needs no product for it."""
         if self.selection is None:
             return matrix @ self.matrix
@@ -182,7 +184,7 @@ def _lu_map(layer: LUConv1x1) -> LinearMap:
 
 
 def alternate(flow: Sequence[LinearMap | Coupling]) -> tuple[list[LinearMap], list[Coupling]]:
-    """Return (maps, couplings) with one map in front of each coupling, and one after the last.
+    """Return (maps, couplings) with one map before each coupling, and one after the last.
 
     Raises:
         ValueError: an empty flow.

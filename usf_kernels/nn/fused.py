@@ -114,7 +114,11 @@ class FusedFlow(nn.Module):
         return self._weights
 
     def capture(self, x: Tensor, cond: Tensor | None = None) -> CapturedCall:
-        """Record `forward` as a CUDA graph for inputs of these shapes and dtypes: see `CapturedCall`."""
+        """Record `forward` as a CUDA graph for inputs of these shapes and dtypes.
+
+        Raises:
+            ValueError: inputs that are not on one CUDA device; see `CapturedCall`.
+        """
         inputs = (x,) if cond is None else (x, cond)
         return CapturedCall(self.forward, *inputs)
 

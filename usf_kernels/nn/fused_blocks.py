@@ -22,7 +22,7 @@ from usf_kernels.ops.rows import add_, affine_, select
 
 
 class ProjectedBlock(nn.Module):
-    """An additive coupling behind any linear map, as the residual block `rows + R f(Q rows)`.
+    """An additive coupling after any linear map, as the residual block `rows + R f(Q rows)`.
 
     If the conditioner begins or ends with a pointwise layer, Q or R is part of that. The inverse is the same
     with a minus, since Q R = 0.
@@ -67,9 +67,9 @@ class ProjectedBlock(nn.Module):
 
 
 class CheckerboardBlock(nn.Module):
-    """A `CheckerboardCoupling` behind any linear map: `rows + (1 - m) * R f(m * (Q rows + b))`.
+    """A `CheckerboardCoupling` after any linear map: `rows + (1 - m) * R f(m * (Q rows + b))`.
 
-    The mask m treats the channels of a position alike, so it may come behind R. Arguments and offset are
+    The mask m treats the channels of a position alike, so it may come after R. Arguments and offset are
     those of `ProjectedBlock`, except that the offset is zero.
     """
 
@@ -149,8 +149,8 @@ class Halves:
     shift: Tensor
 
     @classmethod
-    def behind(cls, before: LinearMap, split: int) -> Halves:
-        """Halves of a coupling behind a map that only reorders, scales and shifts."""
+    def of_selection(cls, before: LinearMap, split: int) -> Halves:
+        """Halves of a coupling after a map that only reorders, scales and shifts."""
         index, scale = before.selection
         passive, order = index[:split].sort()
         enter = LinearMap(torch.diag(scale[:split])[:, order], before.bias[:split])

@@ -66,8 +66,8 @@ class FusedConditioner(nn.Module):
     Args:
         subnet: the conditioner. Convolutions, nn.Linear and activations inside nn.Sequential are understood;
             anything else in it runs as it is, on maps.
-        enter: the map in front of it. `forward` may overwrite its rows.
-        leave: the map behind it.
+        enter: the map before it. `forward` may overwrite its rows.
+        leave: the map after it.
         cond_channels: channels of the condition, which comes last among the subnet's inputs; 0 for none.
         give_last: make the last layer a matrix and a bias, which the caller takes out with `take_last`.
 
@@ -109,7 +109,7 @@ class FusedConditioner(nn.Module):
             layers = _append(layers, leave, as_matrix=give_last)
         else:
             first = len(layers) - size
-            # A map folded into the first layer from behind would have to be folded into the condition's, too.
+            # A map folded into the first layer would have to be folded into the condition's, too.
             layers = _append([*layers, nn.Identity()] if size == 1 else layers, leave, as_matrix=give_last)
             self.projected = len(layers[first].weight)
             layers[first] = _Conditioned(layers[first], condition)
@@ -123,7 +123,7 @@ class FusedConditioner(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def linear_layers(self) -> list[tuple[nn.Module, bool, nn.Module | None]] | None:
-        """List (layer, whether a condition is added to it, the activation behind it) for each linear layer
+        """List (layer, whether a condition is added to it, the activation after it) for each linear layer
         and size-keeping convolution; None if there are other layers besides these and `shift`."""
         found: list[tuple[nn.Module, bool, nn.Module | None]] = []
         for layer in list(self._simple_layers())[0 if self.shift is None else 1 :]:
@@ -157,7 +157,7 @@ class FusedConditioner(nn.Module):
 
     @property
     def shift(self) -> Tensor | None:
-        """Constant added to the rows in front of the layers, or None."""
+        """Constant added to the rows before the layers, or None."""
         first = self.layers[0] if len(self.layers) else None
         return first.bias if isinstance(first, _Shift) else None
 
@@ -204,11 +204,11 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
     if isinstance(first, nn.Linear) and _pays(first.weight, enter.matrix):
         bias = first.weight @ enter.bias
         bias = bias if first.bias is None else bias + first.bias
-        return [linear(enter.in_front_of(first.weight.detach()), bias), *rest]
+        return [linear(enter.right_multiply(first.weight.detach()), bias), *rest]
     part = enter.matrix.shape[0] < enter.matrix.shape[1]  # rows are the state: it must not be shifted
     if isinstance(first, nn.Linear) or enter.selection is None or (part and enter.bias.any()):
         return [_matrix_layer(enter), *layers]
-    # A convolution pads the map's outputs with zeros, so the map's bias has to stay in front of it.
+    # A convolution pads the map's outputs with zeros, so the map's bias has to stay before it.
     weight = torch.einsum("oj...,ji->oi...", first.weight, enter.matrix)
     layers = [_with(first, weight, first.bias), *rest]
     if not enter.bias.any():
@@ -217,11 +217,11 @@ def _prepend(enter: LinearMap, layers: list[nn.Module]) -> list[nn.Module]:
 
 
 def _append(layers: list[nn.Module], leave: LinearMap, *, as_matrix: bool) -> list[nn.Module]:
-    """Add `leave` behind, folded into the last layer where that is free; as nn.Linear if `as_matrix`."""
+    """Append `leave`, folded into the last layer where that is free; as nn.Linear if `as_matrix`."""
     last = layers[-1] if layers and is_linear(layers[-1]) else None
     bias = leave.bias if last is None or last.bias is None else leave.matrix @ last.bias + leave.bias
     if isinstance(last, nn.Linear) and _pays(leave.matrix, last.weight):
-        return [*layers[:-1], linear(leave.behind(last.weight.detach()), bias)]
+        return [*layers[:-1], linear(leave.left_multiply(last.weight.detach()), bias)]
     convolves = last is not None and not isinstance(last, nn.Linear)
     if convolves and len(leave.matrix) <= len(last.weight) and not as_matrix:
         weight = torch.einsum("jo,oi...->ji...", leave.matrix, last.weight)

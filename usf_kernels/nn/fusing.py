@@ -76,23 +76,23 @@ def fuse_parts(
 def _moving(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module]:
     """Stages whose state is every coupling's input, up to order and scale. Each matrix takes a product."""
     stages: list[nn.Module] = []
-    behind = LinearMap.identity(len(maps[0].bias))  # from the state to this point of the flow
+    from_state = LinearMap.identity(len(maps[0].bias))  # from the state to this point of the flow
     for linear_map, coupling in zip(maps, [*couplings, None], strict=True):
-        behind = linear_map.after(behind)
-        if behind.selection is None:
-            stages.append(Product(behind))
-            behind = LinearMap.identity(len(behind.bias))
+        from_state = linear_map.after(from_state)
+        if from_state.selection is None:
+            stages.append(Product(from_state))
+            from_state = LinearMap.identity(len(from_state.bias))
         if isinstance(coupling, CheckerboardCoupling):
-            stages.append(CheckerboardBlock(coupling, behind, behind.inverse()))
+            stages.append(CheckerboardBlock(coupling, from_state, from_state.inverse()))
         elif isinstance(coupling, AffineCheckerboard):
-            if not behind.is_identity:
-                stages.append(Reorder(behind))
-                behind = LinearMap.identity(len(behind.bias))
+            if not from_state.is_identity:
+                stages.append(Reorder(from_state))
+                from_state = LinearMap.identity(len(from_state.bias))
             stages.append(AffineCheckerboardBlock(coupling))
         elif coupling is not None:
             kind = AdditiveBlock if isinstance(coupling, AdditiveCoupling) else AffineBlock
-            stages.append(kind(coupling, Halves.behind(behind, coupling.split)))
-    return stages if behind.is_identity else [*stages, Reorder(behind)]
+            stages.append(kind(coupling, Halves.of_selection(from_state, coupling.split)))
+    return stages if from_state.is_identity else [*stages, Reorder(from_state)]
 
 
 def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module] | None:
@@ -105,17 +105,17 @@ def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Modul
         return None
     blocks: list[nn.Module] = []
     after = maps[-1]  # from the coupling to the end of the flow
-    offset = torch.zeros_like(after.bias)  # still to be added to the state behind a block
+    offset = torch.zeros_like(after.bias)  # still to be added to the state after a block
     for linear_map, coupling in zip(reversed(maps[:-1]), reversed(couplings), strict=True):
         before = after.inverse()
         if _condition(before, after) > WORST_CONDITION:
             return None
-        # Offsets in front of the block and behind it differ along R only, which the conditioner does not see.
+        # Offsets before and after the block differ along R only, which the conditioner does not see.
         shifted = LinearMap(before.matrix, before.bias + before.matrix @ offset)
         if isinstance(coupling, CheckerboardCoupling):
             blocks.append(CheckerboardBlock(coupling, shifted, after))
         elif before.selection is not None:
-            blocks.append(AdditiveBlock(coupling, Halves.behind(shifted, coupling.split)))
+            blocks.append(AdditiveBlock(coupling, Halves.of_selection(shifted, coupling.split)))
         else:
             blocks.append(ProjectedBlock(coupling, shifted, after))
             offset = offset - blocks[-1].offset
@@ -128,7 +128,7 @@ def _residual(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Modul
 
 def _exchanging(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Module] | None:
     """Stages that exchange channels of the state for those that the next conditioner sees, or residual blocks
-    where these cost no more; a product behind the last one.
+    where these cost no more; a product after the last one.
 
     The update of a coupling changes only the channels that stayed: the new ones depend on its passive half
     alone. So the map of the update has half the size too, and is folded into the conditioner's last layer.
@@ -139,36 +139,40 @@ def _exchanging(maps: list[LinearMap], couplings: list[Coupling]) -> list[nn.Mod
     if mixed or not _can_save(maps, couplings):
         return None
     stages: list[nn.Module] = []
-    behind = LinearMap.identity(len(maps[0].bias))  # from the state to this point of the flow
+    from_state = LinearMap.identity(len(maps[0].bias))  # from the state to this point of the flow
     for linear_map, coupling in zip(maps, couplings, strict=False):
-        behind = linear_map.after(behind)
-        if behind.selection is not None:
-            stages.append(AdditiveBlock(coupling, Halves.behind(behind, coupling.split)))
+        from_state = linear_map.after(from_state)
+        if from_state.selection is not None:
+            stages.append(AdditiveBlock(coupling, Halves.of_selection(from_state, coupling.split)))
             continue
-        ahead = behind.inverse()
-        if _condition(behind, ahead) > WORST_CONDITION:
+        to_state = from_state.inverse()
+        if _condition(from_state, to_state) > WORST_CONDITION:
             return None
-        residual = ProjectedBlock(coupling, behind, ahead)
-        exchange, block, left = _exchanged(coupling, behind, ahead)
+        residual = ProjectedBlock(coupling, from_state, to_state)
+        exchange, block, left = _exchanged(coupling, from_state, to_state)
         if _multiplications([residual]) <= _multiplications([exchange, block]):
             stages.append(residual)
-            behind = LinearMap(behind.matrix, behind.bias + behind.matrix @ residual.offset)
+            from_state = LinearMap(from_state.matrix, from_state.bias + from_state.matrix @ residual.offset)
         else:
             stages += [exchange, block]
-            behind = left
-    behind = maps[-1].after(behind)
-    if behind.selection is None:
-        return [*stages, Product(behind)]
-    return stages if behind.is_identity else [*stages, Reorder(behind)]
+            from_state = left
+    from_state = maps[-1].after(from_state)
+    if from_state.selection is None:
+        return [*stages, Product(from_state)]
+    return stages if from_state.is_identity else [*stages, Reorder(from_state)]
 
 
 def _exchanged(
-    coupling: AdditiveCoupling, behind: LinearMap, ahead: LinearMap
+    coupling: AdditiveCoupling, from_state: LinearMap, to_state: LinearMap
 ) -> tuple[Exchange, AdditiveBlock, LinearMap]:
-    """Split a coupling behind the map `behind`, with inverse `ahead`, into (the exchange in front of it, the
-    coupling, the map from the state to the coupling's output)."""
-    channels, split = len(behind.bias), coupling.split
-    seen = behind.rows(torch.arange(split, device="cpu"))
+    """Split a coupling, given the map from the state to its input and the inverse of that map.
+
+    Returns:
+        The exchange before the coupling, the coupling as a block, and the map from the state after these to
+        the coupling's output.
+    """
+    channels, split = len(from_state.bias), coupling.split
+    seen = from_state.rows(torch.arange(split, device="cpu"))
     # The channels to replace are those that the new half determines best: pivoting finds them.
     pivots = torch.linalg.lu(seen.matrix.mT)[0].argmax(0)
     goes, stays = pivots[:split].sort().values, pivots[split:].sort().values
@@ -177,11 +181,11 @@ def _exchanged(
         passive=goes,
         enter=LinearMap.identity(split),
         active=stays,
-        leave=ahead.matrix[stays][:, split:],
+        leave=to_state.matrix[stays][:, split:],
         shift=torch.zeros(channels - split, **ON_CPU),
     )
     undone = Exchange.of_state(goes, LinearMap(exchange.inverse_weight, exchange.inverse_bias))
-    return exchange, AdditiveBlock(coupling, halves), behind.after(undone)
+    return exchange, AdditiveBlock(coupling, halves), from_state.after(undone)
 
 
 def _can_save(maps: list[LinearMap], couplings: list[Coupling]) -> bool:

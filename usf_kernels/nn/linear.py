@@ -169,7 +169,11 @@ class LUConv1x1(Fusible, nn.Module):
         return self.lower, upper, bias
 
     def log_det(self, positions: int) -> Tensor:
-        """log|det| of the forward map on an input of this many positions: 0-d, in nats."""
+        """log|det| of the forward map on an input of this many positions: 0-d, in nats.
+
+        Raises:
+            TypeError, ValueError: `positions` that are no count.
+        """
         check_int("positions", positions, 0)
         if self.log_diagonal is None:
             return self.upper.new_zeros((), dtype=compute_dtype(self.upper))
@@ -183,6 +187,9 @@ class LUConv1x1(Fusible, nn.Module):
 
         Args:
             positions: number of positions P = H * W of the inputs, at least 1.
+
+        Raises:
+            TypeError, ValueError: `positions` that are no such number.
         """
         check_int("positions", positions, 1)
         if self.prior_scale is None or self.log_diagonal is None:

@@ -22,7 +22,7 @@ class StageExtension:
     """Stages for the extension, with their weights as they were when this was made.
 
     The extension knows couplings and residual blocks whose conditioners are linear layers and size-keeping
-    convolutions of one- and two-dimensional maps, each with a ReLU or nothing behind it. With bfloat16 rows
+    convolutions of one- and two-dimensional maps, each with a ReLU or nothing after it. With bfloat16 rows
     and weights, only products are in bfloat16: the state between stages, sums and log-determinants are
     float32.
 

@@ -25,7 +25,7 @@ SETTLED = (ActNorm, LUConv1x1, Permutation)
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Context in which `parametrize.cached()` keeps no weights: those of a forward pass have no graph."""
+    """Context without `parametrize.cached()`: weights cached in the forward pass have no graph."""
     before = parametrize._cache_enabled
     if not before:
         yield

@@ -95,11 +95,11 @@ class _Halves(torch.autograd.Function):
         return rows.to(dtype), columns
 
     @staticmethod
-    def backward(ctx: Any, of_rows: Tensor, of_columns: Tensor) -> tuple:
+    def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple:
         lower, upper, signs, log_diagonal, columns = ctx.saved_tensors
-        if differentiates_again() or is_grads_batched(of_rows, of_columns):
+        if differentiates_again() or is_grads_batched(grad_rows, grad_columns):
             given = lower, upper, signs, log_diagonal
-            found = gradients_through(partial(_plain, split=ctx.split), given, (of_rows, of_columns))
+            found = gradients_through(partial(_plain, split=ctx.split), given, (grad_rows, grad_columns))
             return *found[:2], None, found[3], None
         first, second = slice(None, ctx.split), slice(ctx.split, None)
         diagonal = diagonal_of(signs, log_diagonal, upper.dtype)
@@ -107,16 +107,16 @@ class _Halves(torch.autograd.Function):
         upper2 = upper_with(upper[second, second], diagonal[second])
         lower1, lower2 = (unit_lower(lower[half, half]) for half in (first, second))
         corner = columns[second]  # S; above it -U11^-1 U12 S
-        of_lower, of_upper = torch.zeros_like(lower), torch.zeros_like(upper)
+        grad_lower, grad_upper = torch.zeros_like(lower), torch.zeros_like(upper)
         with full_precision(upper):
-            of_product = solve_triangular(top[:, first].mT, of_columns[first], upper=False).neg_()
-            of_corner = times(top[:, second].mT, of_product).add_(of_columns[second])
-            inverted = times(corner.mT, outer(of_corner, corner)).neg_()  # gradient of L22 U22
-            of_upper[first] = times(lower1.mT, of_rows, triangle=1).add_(outer(of_product, columns))
-            of_upper[second, second] = times(lower2.mT, inverted, triangle=1)
-            of_lower[first, first] = outer(of_rows, top, triangle=-1)
-            of_lower[second, second] = outer(inverted, upper2, triangle=-1)
-        of_log_diagonal = None if log_diagonal is None else of_upper.diagonal() * diagonal
-        strict_(of_lower, upper=False)
-        strict_(of_upper, upper=True)
-        return of_lower, of_upper, None, of_log_diagonal, None
+            grad_product = solve_triangular(top[:, first].mT, grad_columns[first], upper=False).neg_()
+            grad_corner = times(top[:, second].mT, grad_product).add_(grad_columns[second])
+            inverted = times(corner.mT, outer(grad_corner, corner)).neg_()  # gradient of L22 U22
+            grad_upper[first] = times(lower1.mT, grad_rows, triangle=1).add_(outer(grad_product, columns))
+            grad_upper[second, second] = times(lower2.mT, inverted, triangle=1)
+            grad_lower[first, first] = outer(grad_rows, top, triangle=-1)
+            grad_lower[second, second] = outer(inverted, upper2, triangle=-1)
+        grad_log_diagonal = None if log_diagonal is None else grad_upper.diagonal() * diagonal
+        strict_(grad_lower, upper=False)
+        strict_(grad_upper, upper=True)
+        return grad_lower, grad_upper, None, grad_log_diagonal, None

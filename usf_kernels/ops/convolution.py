@@ -76,7 +76,7 @@ def convolutions(x: Tensor, layers: list[Layer], share: Tensor | None = None) ->
 
     Args:
         x, layers: arguments for which `pays` is true; they are not checked.
-        share: (1, C_out, H, W), added to every sample's output of the first layer, in front of its ReLU.
+        share: (1, C_out, H, W), added to every sample's output of the first layer, before its ReLU.
     """
     relus = tuple(layer.relu for layer in layers)
     return _Convolutions.apply(x, share, relus, *(t for layer in layers for t in (layer.weight, layer.bias)))
@@ -116,9 +116,9 @@ class _Convolutions(torch.autograd.Function):
         (x, *rows), (share, *parameters) = saved[: count + 1], saved[count + 1 :]
         if differentiates_again() or not native.accepts(grad):
             inputs = x, share, *parameters
-            of_x, of_share, *rest = gradients_through(partial(_plain, ctx.relus), inputs, (grad,))
-            return of_x, of_share, None, *rest
-        of_parameters: list[Tensor | None] = [None] * len(parameters)
+            grad_x, grad_share, *rest = gradients_through(partial(_plain, ctx.relus), inputs, (grad,))
+            return grad_x, grad_share, None, *rest
+        grad_parameters: list[Tensor | None] = [None] * len(parameters)
         # Hooks on saved tensors may have laid them out anew.
         lay_out = _maps if ctx.on_maps else _last
         rows = [t if t is None else lay_out(t) for t in (x, *rows)]
@@ -129,14 +129,14 @@ class _Convolutions(torch.autograd.Function):
         for i in reversed(range(count)):
             wanted = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
             found = _parameter_gradients(rows[i], layers[i], grad, wanted, on_maps=ctx.on_maps)
-            of_parameters[2 * i : 2 * i + 2] = found
+            grad_parameters[2 * i : 2 * i + 2] = found
             if i == 0:
-                of_share = _sum_of_samples(grad) if ctx.needs_input_grad[1] else None
+                grad_share = _sum_of_samples(grad) if ctx.needs_input_grad[1] else None
                 if not ctx.needs_input_grad[0]:
-                    return None, of_share, None, *of_parameters
+                    return None, grad_share, None, *grad_parameters
             masked = i > 0 and ctx.relus[i - 1]
             grad = _input_gradient(rows[i], layers[i], grad, masked=masked, on_maps=ctx.on_maps)
-        return grad, of_share, None, *of_parameters
+        return grad, grad_share, None, *grad_parameters
 
 
 def _sum_of_samples(grad: Tensor) -> Tensor:
@@ -230,15 +230,15 @@ def _parameter_gradients(
     pointwise = _pointwise(layer.weight)
     if not pointwise and not in_tiles(layer.weight):
         return _gradients_by_taps(x, layer, grad, [False, *wanted])[1:]
-    of_weight = None
+    grad_weight = None
     if wanted[0] and pointwise:
-        of_weight = matrix_gradient(grad, x).view_as(layer.weight)
+        grad_weight = matrix_gradient(grad, x).view_as(layer.weight)
     elif wanted[0]:
-        of_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
+        grad_weight = torch.empty_like(layer.weight, memory_format=torch.contiguous_format)
         rows = ((t.data_ptr(), products.row_stride(t)) for t in (x, grad))
-        made = layer.weight.shape[:2], of_weight.data_ptr()
+        made = layer.weight.shape[:2], grad_weight.data_ptr()
         _core.kernel_gradient(_sizes(x), *rows, *made, _threads(x, layer.weight))
-    return of_weight, eager.channel_sums(grad) if wanted[1] else None
+    return grad_weight, eager.channel_sums(grad) if wanted[1] else None
 
 
 def _gradients_by_taps(x: Tensor, layer: Layer, grad: Tensor, wanted: list[bool]) -> tuple:

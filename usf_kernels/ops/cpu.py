@@ -14,7 +14,7 @@ from torch import Tensor
 
 from usf_kernels import _core
 from usf_kernels.kernels.plain import full_precision
-from usf_kernels.ops import native, products, reference
+from usf_kernels.ops import eager, native, products, reference
 from usf_kernels.ops.dispatch import differentiates_again, gradients_through, on_cpu
 from usf_kernels.ops.function import additive_gradients
 from usf_kernels.ops.matrices import apply_matrix
@@ -73,6 +73,22 @@ def affine_coupling(
     if _records(x, params):
         return _AffineCoupling.apply(x, params, split, clamp, inverse)
     return native.couple(x, params, None, None, None, split, clamp, inverse)
+
+
+@on_cpu("coupling_step")
+def coupling_step(
+    x: Tensor,
+    params: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    split: int,
+    clamp: float | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    if inverse:
+        return reference.coupling_step(x, params, index, scale, bias, split, clamp, inverse)
+    return eager.gather_step(x, params, index, scale, bias, split, clamp)
 
 
 class _SquaredNorm(torch.autograd.Function):

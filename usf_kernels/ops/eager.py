@@ -1,4 +1,4 @@
-"""A coupling and the channel map behind it, with hand-written gradients, for the CPU.
+"""A coupling and the channel map after it, with hand-written gradients, for the CPU.
 
 Fresh memory and passes over it take most of the time there. In float32 a step is one pass in the extension,
 and its gradient another (`native`). Where that has no loop, in float64, and for second derivatives, function

@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 
 
 def additive_gradients(grad: Tensor, split: int, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of an additive coupling's x and shift: the output's gradient `grad`, and its active slice.
+    """Gradients of an additive coupling's x and shift, given its output's gradient.
 
-    Neither is copied, except to change the sign, or where the slice is dense: autograd may keep dense tensors
-    as the gradients of leaves, and would add later gradients into memory that both share.
+    They are views of `grad` where possible. The shift's is copied where the slice is dense: autograd could
+    keep both as gradients of leaves, and accumulate into the memory that they share.
     """
     # Not `grad[:, split:]`: with a split of 0 that is an alias, which has no rule for batched gradients.
     grad_shift = grad.narrow(1, split, grad.shape[1] - split)
@@ -47,8 +47,8 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def run(cls, *arguments: Any) -> Any:
-        """The results: `apply` where gradients are recorded, `forward` alone where they are not, or where
-        `torch.jit.trace` records a graph, which it makes again without gradients to compare."""
+        """Call `apply` where gradients are recorded, else `forward` alone. So under `torch.jit.trace`, too,
+        which traces again without gradients and compares the two graphs."""
         recorded = torch.is_grad_enabled() and not torch.jit.is_tracing()
         return (cls.apply if recorded else cls.forward)(*arguments)
 

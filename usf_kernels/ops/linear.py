@@ -10,7 +10,7 @@ from torch import Tensor
 from usf_kernels.kernels.layout import empty_output
 from usf_kernels.ops import eager
 from usf_kernels.ops.checks import check_features, check_float, check_shape, promoted_dtype
-from usf_kernels.ops.dispatch import define, implementation, kernel, runs_triton
+from usf_kernels.ops.dispatch import define, implementation, kernel
 from usf_kernels.ops.function import Function
 
 
@@ -49,7 +49,7 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
     Autocast does not reduce the precision. Arguments are not checked: modules call this.
     """
-    if eager.by_hand(x, matrix, bias) and not runs_triton("linear", x, matrix, bias):
+    if eager.by_hand(x, matrix, bias):
         return eager.product(matrix, x, bias)
     return implementation("linear", None, x, matrix, bias)(x, matrix, bias)
 

@@ -155,25 +155,25 @@ class _Map(torch.autograd.Function):
         if differentiates_again() or is_grads_batched(*grads) or (ctx.native and not accepts(*grads)):
             found = gradients_through(_plain, given, grads)
             return *found[:2], None, *found[3:]
-        of_bias = None if given.bias is None else grad_bias
+        grad_given_bias = None if given.bias is None else grad_bias
         if ctx.gradients is not None:
-            of_lower, of_upper, of_log_diagonal, *of_exit = ctx.gradients(given, matrix, *grads)
-            return of_lower, of_upper, None, of_log_diagonal, of_bias, *of_exit
+            grad_lower, grad_upper, grad_log_diagonal, *grad_exit = ctx.gradients(given, matrix, *grads)
+            return grad_lower, grad_upper, None, grad_log_diagonal, grad_given_bias, *grad_exit
         upper, diagonal, scale = kept
         with full_precision(grad):
-            of_product, of_log_scale, of_offset = grad, None, None
+            grad_product, grad_log_scale, grad_offset = grad, None, None
             if scale is not None:
-                of_product = torch.addr(grad * scale, grad_bias, given.offset)
-                of_log_scale = (grad * matrix).sum(0) + grad_log_det
-                of_offset = torch.mv(matrix.mT, grad_bias).div_(scale)
-            of_lower = outer(of_product, upper, triangle=-1)
-            of_upper = times(unit_lower(given.lower).mT, of_product, triangle=1)
-        of_log_diagonal = None
+                grad_product = torch.addr(grad * scale, grad_bias, given.offset)
+                grad_log_scale = (grad * matrix).sum(0) + grad_log_det
+                grad_offset = torch.mv(matrix.mT, grad_bias).div_(scale)
+            grad_lower = outer(grad_product, upper, triangle=-1)
+            grad_upper = times(unit_lower(given.lower).mT, grad_product, triangle=1)
+        grad_log_diagonal = None
         if given.log_diagonal is not None:
-            of_log_diagonal = of_upper.diagonal() * diagonal + grad_log_det
-        strict_(of_lower, upper=False)
-        strict_(of_upper, upper=True)
-        return of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
+            grad_log_diagonal = grad_upper.diagonal() * diagonal + grad_log_det
+        strict_(grad_lower, upper=False)
+        strict_(grad_upper, upper=True)
+        return grad_lower, grad_upper, None, grad_log_diagonal, grad_given_bias, grad_log_scale, grad_offset
 
 
 def apply_factors(x: Tensor, *given: Tensor | None) -> Tensor:
@@ -208,21 +208,21 @@ class _Factors(torch.autograd.Function):
         *parameters, x, v, w, diagonal, scale = ctx.saved_tensors
         given = LUParameters(*parameters)
         if differentiates_again() or not by_hand(grad):
-            of_x, *found = gradients_through(_factors_plain, (x, *given), (grad,))
-            return of_x, *found[:2], None, *found[3:]
-        of_log_diagonal = of_log_scale = of_offset = None
+            grad_x, *found = gradients_through(_factors_plain, (x, *given), (grad,))
+            return grad_x, *found[:2], None, *found[3:]
+        grad_log_diagonal = grad_log_scale = grad_offset = None
         with full_precision(grad):
-            of_w = apply_factor(given.lower, None, grad, upper=False, transposed=True)
-            of_v = apply_factor(given.upper, diagonal, of_w, upper=True, transposed=True)
-            of_lower = matrix_gradient(grad, w, triangle=-1)
-            of_upper = matrix_gradient(of_w, v, triangle=1)
+            grad_w = apply_factor(given.lower, None, grad, upper=False, transposed=True)
+            grad_v = apply_factor(given.upper, diagonal, grad_w, upper=True, transposed=True)
+            grad_lower = matrix_gradient(grad, w, triangle=-1)
+            grad_upper = matrix_gradient(grad_w, v, triangle=1)
         if given.log_diagonal is not None:
-            of_log_diagonal = of_upper.diagonal() * diagonal
-        strict_(of_lower, upper=False)
-        strict_(of_upper, upper=True)
+            grad_log_diagonal = grad_upper.diagonal() * diagonal
+        strict_(grad_lower, upper=False)
+        strict_(grad_upper, upper=True)
         if scale is not None:
-            of_offset = channel_sums(of_v)
-            of_v *= scale
-            of_log_scale = channel_sums(of_v * x)
-        of_bias = None if given.bias is None else channel_sums(grad)
-        return of_v, of_lower, of_upper, None, of_log_diagonal, of_bias, of_log_scale, of_offset
+            grad_offset = channel_sums(grad_v)
+            grad_v *= scale
+            grad_log_scale = channel_sums(grad_v * x)
+        grad_bias = None if given.bias is None else channel_sums(grad)
+        return grad_v, grad_lower, grad_upper, None, grad_log_diagonal, grad_bias, grad_log_scale, grad_offset

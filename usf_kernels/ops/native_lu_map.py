@@ -16,7 +16,7 @@ from usf_kernels.ops.native import address
 
 
 class LUParameters(NamedTuple):
-    """Parameters of an ActNorm and the LU map behind it: the arguments of `usf_kernels.ops.lu_map.lu_map`."""
+    """Parameters of an ActNorm and the LU map after it: the arguments of `usf_kernels.ops.lu_map.lu_map`."""
 
     lower: Tensor
     upper: Tensor

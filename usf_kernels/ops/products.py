@@ -17,7 +17,7 @@ from usf_kernels.ops.native import address
 
 WORTH_THREADS = 1 << 19  # multiplications; below, waking threads takes longer than they save
 MULTIPLIES = hasattr(_core, "map_product")  # False if the compiler had no vector types
-MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False)  # in fused flows
+MULTIPLIES_BFLOAT16 = getattr(_core, "MULTIPLIES_PAIRS", False)
 
 
 def has_amx() -> bool:
@@ -113,7 +113,7 @@ def row_product(
     Args:
         matrix, bias, relu, transposed: see `map_product`.
         mask: see `map_product`, but in channels-last memory.
-        share: (1, N, *spatial), added to the result of every sample in front of the ReLU. Not with a mask.
+        share: (1, N, *spatial), added to the result of every sample before the ReLU. Not with a mask.
     """
     matrix, bias = _lying(matrix), None if bias is None else bias.contiguous()
     share = None if share is None else share.movedim(1, -1).contiguous()

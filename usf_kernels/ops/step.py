@@ -1,4 +1,4 @@
-"""A coupling and the channel map behind it as one operation: a flow step without its conditioner."""
+"""A coupling and the channel map after it as one operation: a flow step without its conditioner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from usf_kernels.kernels.layout import empty_output
-from usf_kernels.ops import eager, native, reference
+from usf_kernels.ops import eager, reference
 from usf_kernels.ops.checks import (
     check_clamp,
     check_features,
@@ -85,8 +85,6 @@ def coupling_step(
     if scale is not None:
         check_shape("scale", scale, (channels,), "(C,)")
         check_shape("bias", bias, (channels,), "(C,)")
-    if impl is None and not inverse and native.accepts(x, params, scale, bias):
-        return eager.gather_step(x, params, index, scale, bias, split, clamp)
     run = implementation("coupling_step", impl, x, params, scale, bias)
     return run(x, params, index, scale, bias, split, clamp, inverse)
 
