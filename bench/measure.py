@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from usf_kernels.nn.capture import leaving_broken
+from usf_kernels.nn.capture import undoing_failed_capture
 
 Call = Callable[[], object]
 
@@ -170,7 +170,7 @@ def captured(call: Call) -> Call:
     before = torch.cuda.current_stream()
     before.wait_stream(stream)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    with leaving_broken(before, pool), torch.cuda.graph(graph, pool=pool):
+    with undoing_failed_capture(before, pool), torch.cuda.graph(graph, pool=pool):
         call()
     return graph.replay
 

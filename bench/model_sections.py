@@ -27,7 +27,7 @@ def models(rows: Rows) -> Iterator[str]:
     yield prose(
         "Random weights. The ratios say how much longer the fastest of anomalib's model, its torch.compile "
         "and (of CFlow) all rows at once takes than each form of ours, which is in its inference form except "
-        "in training. Behind the stroke: in bfloat16, anomalib's under autocast with channels last."
+        "in training. After the slash: in bfloat16, anomalib's under autocast with channels last."
     )
     for part, title in PARTS.items():
         lines = []

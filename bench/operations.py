@@ -207,7 +207,7 @@ def _lu(batch: int, channels: int, side: int) -> Iterator[Case]:
 
 
 def _lu_maps() -> Iterator[Case]:
-    """Yield cases of ActNorm and LU map: from the parameters behind a step's coupling to one matrix."""
+    """Yield cases of ActNorm and LU map: from the parameters after a step's coupling to one matrix."""
 
     def ours(*parameters: Tensor) -> tuple[Tensor, ...]:
         return lu_map(*(value.to(compute_dtype(value)) for value in parameters))

@@ -33,13 +33,17 @@ def files(folder: Path) -> list[list[table.Row]]:
 
 
 def page(devices: Sequence[Sequence[table.Row]]) -> str:
-    """Return the content of docs/speed.md: everything, one device after the other."""
+    """Return the content of docs/speed.md: everything, one device after the other, folded but the first."""
     parts = [TITLE, *summary.full(devices)]
-    for i, rows in enumerate(devices):
-        parts += gpu_sections.section(rows) if table.on_gpu(rows) else [section(rows, pictures=i == 0)]
     lost = [line for rows in devices for line in losses(rows)]
     if lost:
         parts += ["## Where we do not win", LOST, "\n".join(lost)]
+    for i, rows in enumerate(devices):
+        on_gpu = table.on_gpu(rows)
+        found = list(gpu_sections.section(rows)) if on_gpu else [section(rows, pictures=i == 0)]
+        parts += (
+            found if i == 0 else [f"<details><summary>{rows[0]['device']}</summary>", *found, "</details>"]
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,7 +66,11 @@ def rewritten(readme: str, parts: Mapping[str, str]) -> str:
 
 def parts(devices: Sequence[Sequence[table.Row]]) -> dict[str, str]:
     """Return the parts of the README that are written from the results, by the name of their markers."""
-    return {"demo": demonstration.section(demonstration.read()), "speed": summary.section(devices)}
+    return {
+        "headline": summary.headline(devices),
+        "demo": demonstration.section(demonstration.read()),
+        "speed": summary.section(devices),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

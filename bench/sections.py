@@ -197,7 +197,7 @@ def _short(row: table.Row) -> str:
 
 
 def _nfa(rows: list[table.Row]) -> Iterator[str]:
-    yield "### The test"
+    yield "### A-contrario test"
     yield prose(
         "Tree, probabilities, prune and merge on one thread; at U-Flow's two scales "
         "(28² + 14²) and on single maps. *Plain Python* is the authors' algorithm on scikit-image's max-tree."

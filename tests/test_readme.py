@@ -52,7 +52,9 @@ def test_a_model_and_its_inference_form(monkeypatch, tmp_path, graphs, capsys):
     expected = names["prediction"].anomaly_map
     torch.testing.assert_close(run("fast =", names)["prediction"].anomaly_map, expected)
     names["fit"] = partial(names["fit"], accelerator="cpu")  # whose recordings stand in for CUDA's graphs
-    names = run("# Of an example", names)
+    names = snippets.run("docs/tuning.md", "standard =", names)
+    assert names["standard"].options["memory"] == "standard"
+    names = snippets.run("docs/tuning.md", "# Of an example", names)
     torch.testing.assert_close(names["prediction"].anomaly_map, expected)
     assert len(names["history"].rows) == 2
     assert len(graphs) == 2
@@ -71,8 +73,12 @@ def test_an_existing_model(capsys):
 
     model = SequenceINN(4)
     model.append(AllInOneBlock, subnet_constructor=nn.Linear)
-    run("print(usf.replace_blocks", {"usf": usf, "their_model": model})
+    names = {"usf": usf, "their_model": model}
+    run("print(usf.replace_blocks(their_model))", names)
     assert "AllInOneBlock" not in {type(module).__name__ for module in model.modules()}
+    assert "1 modules replaced" not in capsys.readouterr().out
+    run("print(usf.replace_blocks(their_model, to=", names)
+    assert "UniformBlock" in {type(module).__name__ for module in model.modules()}
     assert capsys.readouterr().out
 
 

@@ -79,7 +79,7 @@ class Results:
 
 
 def section(rows: Sequence[Row], column: str) -> str:
-    """Return tables and conclusions as markdown; raise ValueError if no model was run in all forms."""
+    """Return conclusions and tables as markdown; raise ValueError if no model was run in all forms."""
     results = Results(rows, column)
     if not results.models:
         raise ValueError(f"rows: expected a model in all of the forms {', '.join(FORMS)}, found none")
@@ -95,8 +95,8 @@ def section(rows: Sequence[Row], column: str) -> str:
         f"the noise; the images are the same. All forms have one budget: {'; '.join(recipes)}. In bold: the "
         "best of a model."
     )
-    parts = [prose(intro), _first_table(results), _second_table(results), _differences(results, column)]
-    parts += [prose(_answers(results)), prose(_fit(results))]
+    parts = [prose(_answers(results)), prose(intro), _first_table(results), _second_table(results)]
+    parts += [_differences(results, column), prose(_fit(results))]
     partial = [model for model in results.models if len(runs[model]) < len(names) * len(seeds)]
     if partial:
         parts.append(prose(f"Not all runs are there yet of {', '.join(partial)}."))
