@@ -24,8 +24,9 @@ def accelerate(model: nn.Module, *, exact: bool = False, one_step: bool = False)
     - Scores and maps are the original's up to rounding. Unless `exact`, three errors are corrected: Cflow's
       score of an image depended on the others in its batch (now it is `sigmoid(-log p)`, in [0, 1], so
       normalisation and thresholds that were fitted to the old values must be fitted again); U-Flow's mask
-      was the complement of a test of blocks (now `pred_mask` is the component tree's); U-Flow's loss summed
-      one of its terms over the batch (now it is the mean over images).
+      was the complement of a test of blocks (now `pred_mask` is the component tree's, which raises ValueError
+      for latents that are not finite); U-Flow's loss summed one of its terms over the batch (now it is the
+      mean over images).
 
     Args:
         model: any module; changed in place.
