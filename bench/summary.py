@@ -66,7 +66,7 @@ def section(files: Sequence[Rows]) -> str:
     parts = [prose(LEGEND), *_tables(files, brief=True)]
     parts += [
         prose(f"{IN_PICTURE} {_losses(files)}"),
-        *picture("speed.png", "How much longer the fastest peer takes, per operation", folder="docs/"),
+        *picture("speed_models.png", "How many times longer the fastest peer takes", folder="docs/"),
         *picture(
             "speed_depth.png", "Memory and time of a training step over the number of blocks", folder="docs/"
         ),

@@ -173,7 +173,8 @@ def operation(row: Row) -> str:
         model, _, *part = row["case"].split(
             ", "
         )  # "FastFlow resnet18 256^2", "batch 1", and a part of the model or nothing
-        name = ", ".join([model.split()[0], *part])
+        whole = ["from image to map"] if row["subject"] == "models" else []
+        name = ", ".join([model.split()[0], *(part or whole)])
         return f"{name}, accelerated" if row["subject"] == "accelerate" else name
     parts = row["case"].split(", ")
     name = ", ".join(parts[: 2 if parts[0] == "anomaly map" else 1])

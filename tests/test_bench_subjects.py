@@ -136,7 +136,7 @@ def test_a_wrong_model_is_noticed():
 
 
 def test_models_of_one_kind_are_one_operation():
-    parts = ("", ", flow part", ", training step")
+    parts = (", from image to map", ", flow part", ", training step")
     names = {case.name for case in models.SUBJECT.cases}
     assert len(names) == len(models.SUBJECT.cases) == 2 * (3 * 6 + 1) + 1
     found = {table.operation({"subject": "models", "case": name}) for name in names}
