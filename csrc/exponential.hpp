@@ -73,9 +73,9 @@ USF_INLINE V reciprocal(V x) {
     return 1.0f / x;
 }
 
-// 2^x within 2.2 units in the last place (2 with fused multiply-add) for |x| <= most <= 126, and as if x were `most` or minus that beyond.
-// A larger `most` is 126, but no limit at all for vectors of AVX-512, which are faster without. NaN gives
-// NaN.
+// 2^x within 2.2 units in the last place (2 with fused multiply-add) for |x| <= most <= 126, and as if x were
+// `most` or minus that beyond. A larger `most` is 126, but no limit at all for vectors of AVX-512, which are
+// faster without. NaN gives NaN.
 template <class V>
 USF_INLINE V power_of_two(V x, float most = 126) {
     const auto fraction = [](V r) USF_LAMBDA {  // 2^r, minimax on [-1/2, 1/2]

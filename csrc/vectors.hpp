@@ -71,8 +71,8 @@ constexpr int rows_of_tile(int lanes) {
     return lanes == 16 ? 12 : lanes == 8 ? 6 : 4;
 }
 
-// Calls body.operator()<lanes>(), compiled for the instructions of vectors with this number of lanes. AVX-512F
-// alone has no fused multiply-add for shorter vectors, in which some bodies end.
+// Calls body.operator()<lanes>(), compiled for the instructions of vectors with this number of lanes.
+// AVX-512F alone has no fused multiply-add for shorter vectors, in which some bodies end.
 #if defined(__x86_64__)
 template <class Body>
 __attribute__((target("avx512f,fma"))) void with_avx512([[maybe_unused]] const Body& body) {

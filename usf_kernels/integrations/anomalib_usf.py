@@ -50,7 +50,7 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score images (B, 3, H, W) in [0, 1]; compiled, exported and traced graphs leave out the masks."""
         if is_recorded():
-            latents = self.flow._scored_latents(self.flow.features(images))
+            latents = self.flow.scored_latents(self.flow.features(images))
             maps = anomaly_map(latents, tuple(images.shape[-2:]))
             return InferenceBatch(pred_score=image_score(maps), anomaly_map=maps)
         return self.predict(images)

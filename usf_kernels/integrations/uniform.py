@@ -102,7 +102,7 @@ def _factorised(matrix: Tensor, bias: Tensor) -> tuple[LUConv1x1, Permutation]:
     pivots, lower, upper = torch.linalg.lu(matrix.to("cpu", torch.float64))
     index = pivots.argmax(dim=1)
     linear = LUConv1x1(len(matrix))
-    linear.to(matrix)._set_triangles(lower.to(matrix), upper.to(matrix))
+    linear.to(matrix).set_triangles(lower.to(matrix), upper.to(matrix))
     linear.bias[index] = bias
     return linear, Permutation.of(index.to(matrix.device))
 

@@ -37,7 +37,7 @@ class ExportedScores(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Score images in [0, 1]."""
         model, features = self.model, self.model.backbone(images)
-        latents = model._scored_latents(features)
+        latents = model.scored_latents(features)
         return anomaly_map(latents, tuple(images.shape[2:])), *(squared_norm(z) for z in latents)
 
 

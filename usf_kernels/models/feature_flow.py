@@ -118,7 +118,7 @@ class FeatureFlow(ScoredModel):
         self.forget_calibration()
         return self
 
-    def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+    def scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return latents cropped to the features' sizes; a subclass may have extended its maps."""
         latents, _ = self.latents(features)
         sizes = [maps.shape[2:] for maps in features]

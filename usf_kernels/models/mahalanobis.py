@@ -72,7 +72,8 @@ class Mahalanobis(ScoredModel):
         entered, _ = self._enter(features)
         return [linear(maps)[0] for linear, maps in zip(self.whitening, entered, strict=True)]
 
-    def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+    def scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return all latents."""
         return self.latents(features)
 
     def _fuse_flows(self, dtype: torch.dtype | None) -> None:

@@ -30,7 +30,7 @@ UNCALIBRATED = (
 class ScoredModel(nn.Module):
     """A model that maps features of a frozen backbone to latents, whose norms are the anomaly scores.
 
-    A subclass defines which latents are scored (`_scored_latents`), and how everything after the borders gets
+    A subclass defines which latents are scored (`scored_latents`), and how everything after the borders gets
     its inference form (`_fuse_flows`).
 
     Args:
@@ -59,7 +59,7 @@ class ScoredModel(nn.Module):
             "null_parameters", torch.full((len(self.latent_channels), 2), torch.nan, dtype=torch.float64)
         )
 
-    def _scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
+    def scored_latents(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the latents to score, with the spatial sizes of `features`."""
         raise NotImplementedError
 
@@ -250,9 +250,9 @@ class ScoredModel(nn.Module):
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
 
     def _latents_to_score(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return `_scored_latents` in evaluation mode, whichever mode the model is in."""
+        """Return `scored_latents` in evaluation mode, whichever mode the model is in."""
         with in_mode(self, training=False):
-            return self._scored_latents(features)
+            return self.scored_latents(features)
 
     def _enter(self, features: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return features corrected near the border (`BorderNorm`), and the log-determinant of that."""

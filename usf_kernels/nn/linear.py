@@ -96,9 +96,11 @@ class LUConv1x1(Fusible, nn.Module):
         gaussian = torch.randn(self.channels, self.channels, dtype=torch.float64, device="cpu")
         rotation, _ = torch.linalg.qr(gaussian)
         _, lower, upper = torch.linalg.lu(rotation)
-        self._set_triangles(lower, upper)
+        self.set_triangles(lower, upper)
 
-    def _set_triangles(self, lower: Tensor, upper: Tensor) -> None:
+    @torch.no_grad()
+    def set_triangles(self, lower: Tensor, upper: Tensor) -> None:
+        """Set the map to L U, of which `lower` holds L below its diagonal, and `upper` U: (C, C) each."""
         diagonal = torch.diagonal(upper)
         self.lower.copy_(torch.tril(lower, -1))
         self.upper.copy_(torch.triu(upper, 1))
@@ -149,7 +151,7 @@ class LUConv1x1(Fusible, nn.Module):
                 "raise eps or use more samples than channels"
             )
         upper = torch.linalg.solve_triangular(factor.flip(0, 1), eye, upper=True)
-        self._set_triangles(eye, upper)
+        self.set_triangles(eye, upper)
         self.bias.copy_(-(upper @ mean))
         return self
 
