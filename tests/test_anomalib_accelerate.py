@@ -340,11 +340,12 @@ def test_another_generator_of_maps_is_asked(make, exact):
     assert (found.pred_mask is None) == (exact or make is not uflow)
 
 
-def test_hooks_of_decoders_are_called():
-    model, images, calls = cflow(), torch.rand(2, 3, *SIZE), []
+@pytest.mark.parametrize(("make", "flows"), [(cflow, "decoders"), (fastflow, "fast_flow_blocks")])
+def test_hooks_of_flows_are_called(make, flows):
+    model, images, calls = make(), torch.rand(2, 3, *SIZE), []
     accelerate(model)
     expected = predict(model, images)
-    model.decoders[0].register_forward_hook(lambda *_: calls.append(1))
+    getattr(model, flows)[0].register_forward_hook(lambda *_: calls.append(1))
     assert_close(predict(model, images), expected, torch.float32)
     assert calls == [1]
 

@@ -27,7 +27,9 @@ from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.integrations.anomalib_accelerated import Accelerated, is_recorded, prediction
 from usf_kernels.integrations.anomalib_cflow import FastCflow, FastCflowModel
 from usf_kernels.integrations.anomalib_graph import FastGraphINN
+from usf_kernels.integrations.faster import is_heard
 from usf_kernels.ops import anomaly_map, squared_norm
+from usf_kernels.ops.native import is_observed
 from usf_kernels.segmentation import Null, segment
 
 
@@ -43,7 +45,7 @@ class FastFastflowModel(Accelerated, FastflowModel):
         if self.training or is_recorded() or not own_maps or not hasattr(self, "norms"):
             return super().forward(input_tensor)
         features = self._get_cnn_features(input_tensor)
-        latents = [flow(maps)[0] for flow, maps in zip(self.fast_flow_blocks, features, strict=True)]
+        latents = [_latent(flow, maps) for flow, maps in zip(self.fast_flow_blocks, features, strict=True)]
         return prediction(_negative_likelihoods(latents, tuple(input_tensor.shape[-2:])))
 
     def _get_cnn_features(self, input_tensor: Tensor) -> list[Tensor]:
@@ -134,6 +136,14 @@ class FastUFlowLoss(Accelerated, UFlowLoss):
             return super().forward(hidden_variables, jacobians)
         energy = sum(0.5 * z.square().flatten(1).sum(1) for z in hidden_variables)
         return (energy - jacobians).mean()
+
+
+def _latent(flow: nn.Module, maps: Tensor) -> Tensor:
+    """Return a flow's latents of maps, in whatever memory format they come."""
+    seen = torch.is_grad_enabled() or is_observed() or is_heard(flow)
+    if seen or not getattr(flow, "folds", False):
+        return flow(maps)[0]
+    return flow.inference_form(maps.dtype)(maps)[0]
 
 
 def _negative_likelihoods(latents: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
