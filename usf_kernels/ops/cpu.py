@@ -76,19 +76,9 @@ def affine_coupling(
 
 
 @on_cpu("coupling_step")
-def coupling_step(
-    x: Tensor,
-    params: Tensor,
-    index: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    split: int,
-    clamp: float | None,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    if inverse:
-        return reference.coupling_step(x, params, index, scale, bias, split, clamp, inverse)
-    return eager.gather_step(x, params, index, scale, bias, split, clamp)
+def coupling_step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, inverse = arguments
+    return reference.coupling_step(*arguments) if inverse else eager.gather_step(*given)
 
 
 class _SquaredNorm(torch.autograd.Function):
