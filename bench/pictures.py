@@ -27,7 +27,7 @@ from bench.drawing import (
     title_of,
 )
 from bench.machine import COPY
-from bench.sections import TREE
+from bench.sections import TREE, comparisons
 from bench.subject import OURS, PEER
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ Rows = Sequence[table.Row]
 WAITED_FOR = (
     "component tree",
     "a-contrario test",
-    "from image to map",
+    table.WHOLE,
     "training step",
     "whole model, accelerated",
 )
@@ -49,15 +49,9 @@ def overview(rows: Rows, *, brief: bool = False) -> Figure | None:
     """Draw how much longer the fastest peer takes, for everything but blocks; if `brief`, for what users wait
     for: the tree, the test, and whole models."""
     groups: dict[str, list[tuple[float, str]]] = {}
-    for row in table.ours_to_use(rows):
-        peer = table.best_peer(row, rows)
+    for ratio, row, _ in comparisons(rows):
         # For accelerated models only the corrected row is drawn: the others are in the README's table.
-        if (
-            peer
-            and row["subject"] not in ("blocks", "training_step")
-            and row["provider"] not in (REPLACED, EXACT)
-        ):
-            ratio = table.milliseconds(peer) / table.milliseconds(row)
+        if row["subject"] not in ("blocks", "training_step") and row["provider"] not in (REPLACED, EXACT):
             groups.setdefault(table.operation(row), []).append((ratio, OURS_COLOUR))
     if brief:
         groups = {name: group for name, group in groups.items() if name.endswith(WAITED_FOR)}

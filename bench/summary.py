@@ -9,7 +9,7 @@ from bench import markdown, table
 from bench.accelerate import ACCELERATED
 from bench.flows import FORMS
 from bench.markdown import picture, prose, times
-from bench.model_peers import AT_ONCE
+from bench.model_peers import AT_ONCE, PEERS
 from bench.models import FLOW, TRAINING
 from bench.registry import SUBJECTS
 from bench.sections import comparisons, described
@@ -17,7 +17,7 @@ from bench.subject import PEER
 
 Rows = Sequence[table.Row]
 COMPILED = "torch.compile"
-PARTS = {"": "from image to map", FLOW: "flow alone", TRAINING: "training step"}
+PARTS = {"": table.WHOLE, FLOW: "flow alone", TRAINING: "training step"}
 LIBRARIES = "anomalib, FrEIA"
 HEADER = ("", "over the fastest of")
 Line = tuple[str, str]
@@ -35,21 +35,19 @@ IN_PICTURE = (
     "Compiled peers, larger batches and larger networks are in the picture: over all cases the fastest form "
     "of a peer is nearer."
 )
-MODELS = ("FastFlow", "UFlow", "CFlow")
 
 
 def headline(files: Sequence[Rows]) -> str:
     """Return the README's first words on speed: whole models on the first CPU, against all forms of peers."""
-    rows = next(rows for rows in files if not table.on_gpu(rows))
-    peers = [row for row in rows if row["role"] == PEER]
-    found = []
-    for model in MODELS:
-        ours = [
-            row for row in table.ours_to_use(rows) if _line(row) == f"{model}, {PARTS['']}" and _wide(row)
-        ]
-        pairs = ((table.best_peer(row, peers), row) for row in ours)
-        ratios = [table.milliseconds(peer) / table.milliseconds(row) for peer, row in pairs if peer]
-        found.append(f"{times(table.geometric_mean(ratios))[:-1]} ({model})")
+    cpus, _ = _cpus_and_gpus(files)
+    ratios: dict[str, list[float]] = {f"{model}, {table.WHOLE}": [] for model in PEERS}
+    for ratio, row, _ in comparisons(cpus[0]):
+        if _wide(row) and _line(row) in ratios:
+            ratios[_line(row)].append(ratio)
+    found = [
+        f"{times(table.geometric_mean(some)).removesuffix('x')} ({line.split(',')[0]})"
+        for line, some in ratios.items()
+    ]
     return prose(
         "**Fast:** from image to map in float32 on a CPU, the fastest form of anomalib's models, "
         f"torch.compile included, takes {', '.join(found[:-1])} and {found[-1]} times as long, on average "
@@ -59,10 +57,8 @@ def headline(files: Sequence[Rows]) -> str:
 
 def section(files: Sequence[Rows]) -> str:
     """Return the README's section on speed, from the rows of the first CPU and the last GPU."""
-    files = [
-        *[rows for rows in files if not table.on_gpu(rows)][:1],
-        *[rows for rows in files if table.on_gpu(rows)][-1:],
-    ]
+    cpus, gpus = _cpus_and_gpus(files)
+    files = [*cpus[:1], *gpus[-1:]]
     parts = [prose(LEGEND), *_tables(files, brief=True)]
     parts += [
         prose(f"{IN_PICTURE} {_losses(files)}"),
@@ -80,10 +76,15 @@ def full(files: Sequence[Rows]) -> list[str]:
     return [prose(LEGEND), *tables] if tables else []
 
 
+def _cpus_and_gpus(files: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
+    cpus, gpus = ([rows for rows in files if table.on_gpu(rows) is on_gpu] for on_gpu in (False, True))
+    return cpus, gpus
+
+
 def _tables(files: Sequence[Rows], *, brief: bool = False) -> list[str]:
     """Return a table of CPUs and a table of GPUs, as far as there are rows."""
     parts = []
-    cpus, gpus = ([rows for rows in files if table.on_gpu(rows) is on_gpu] for on_gpu in (False, True))
+    cpus, gpus = _cpus_and_gpus(files)
     what = "the same in more lines" if brief else "this table"
     for some, title in ((cpus, ON_CPUS.format(what=what)), (gpus, _on_gpus(gpus))):
         if lines := page(some, brief=brief):

@@ -24,6 +24,7 @@ FIELDS = (
 FUSED, CAPTURED, REVERSIBLE = ", fused", ", CUDA graph", ", reversible"
 ANOMALIB = ("anomalib", "anomalib, channels-last")  # anomalib's block in either memory format
 VENDOR = "vendor's products"  # name of the provider of bare products
+WHOLE = "from image to map"  # the part of a model whose rows name none
 OPERATIONS = ("coupling", "lu_conv", "residual", "score")  # subjects
 
 
@@ -173,7 +174,7 @@ def operation(row: Row) -> str:
         model, _, *part = row["case"].split(
             ", "
         )  # "FastFlow resnet18 256^2", "batch 1", and a part of the model or nothing
-        whole = ["from image to map"] if row["subject"] == "models" else []
+        whole = [WHOLE] if row["subject"] == "models" else []
         name = ", ".join([model.split()[0], *(part or whole)])
         return f"{name}, accelerated" if row["subject"] == "accelerate" else name
     parts = row["case"].split(", ")

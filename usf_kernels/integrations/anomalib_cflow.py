@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from usf_kernels.integrations.anomalib_accelerated import Accelerated, prediction
-from usf_kernels.integrations.faster import is_heard
+from usf_kernels.integrations.sequence import is_fused
 from usf_kernels.nn.fused import FusedFlow
 from usf_kernels.nn.maps import to_rows
-from usf_kernels.ops.native import is_observed
 
 LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -78,10 +77,10 @@ class FastCflowModel(Accelerated, CflowModel):
         features = self.encoder.eval()(images)
         for layer, decoder in zip(self.pool_layers, self.decoders, strict=True):
             maps = features[layer]
-            if is_observed() or is_heard(decoder) or not getattr(decoder, "folds", False):
-                likelihood = _likelihood(decoder, maps, self.condition_vector)
-            else:
+            if is_fused(decoder):
                 likelihood = self._fused_likelihood(layer, decoder, maps)
+            else:
+                likelihood = _likelihood(decoder, maps, self.condition_vector)
             yield likelihood.view(maps.shape[0], *maps.shape[2:])  # `len` would be a constant in exports
 
     def _fused_likelihood(self, layer: str, decoder: nn.Module, maps: Tensor) -> Tensor:

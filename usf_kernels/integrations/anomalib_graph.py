@@ -11,9 +11,8 @@ from FrEIA.framework import GraphINN
 from torch import Tensor
 
 from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
-from usf_kernels.integrations.sequence import can_fold
+from usf_kernels.integrations.sequence import can_fold, like
 from usf_kernels.nn.fused import FusedFlow
-from usf_kernels.nn.maps import like
 from usf_kernels.ops.native import is_observed
 
 

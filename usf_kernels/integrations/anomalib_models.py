@@ -27,9 +27,8 @@ from usf_kernels.calibration import TAIL, TESTS
 from usf_kernels.integrations.anomalib_accelerated import Accelerated, is_recorded, prediction
 from usf_kernels.integrations.anomalib_cflow import FastCflow, FastCflowModel
 from usf_kernels.integrations.anomalib_graph import FastGraphINN
-from usf_kernels.integrations.faster import is_heard
+from usf_kernels.integrations.sequence import is_fused
 from usf_kernels.ops import anomaly_map, squared_norm
-from usf_kernels.ops.native import is_observed
 from usf_kernels.segmentation import Null, segment
 
 
@@ -140,8 +139,7 @@ class FastUFlowLoss(Accelerated, UFlowLoss):
 
 def _latent(flow: nn.Module, maps: Tensor) -> Tensor:
     """Return a flow's latents of maps, in whatever memory format they come."""
-    seen = torch.is_grad_enabled() or is_observed() or is_heard(flow)
-    if seen or not getattr(flow, "folds", False):
+    if torch.is_grad_enabled() or not is_fused(flow):
         return flow(maps)[0]
     return flow.inference_form(maps.dtype)(maps)[0]
 

@@ -8,15 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usf_kernels.integrations.faster import Faster, InferenceForm, runs_as_one
+from usf_kernels.integrations.faster import Faster, InferenceForm, is_heard, runs_as_one
 from usf_kernels.nn.fused import FusedFlow
-from usf_kernels.nn.maps import like
 from usf_kernels.ops.native import is_observed
 
 
 def can_fold(module: nn.Module) -> bool:
     """Whether a module is a replaced block with `flow_parts`; a sequence in a sequence is not."""
     return hasattr(module, "flow_parts") and module.folds
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a sequence's inference form may be called in its place, which would not call its hooks."""
+    return not is_observed() and not is_heard(module) and getattr(module, "folds", False)
+
+
+def like(z: Tensor, x: Tensor) -> Tensor:
+    """Return z, contiguous if x is: whoever made x may call `view` on what comes of it."""
+    return z.contiguous() if x.is_contiguous() else z
 
 
 class SequenceMixin(Faster):

@@ -19,11 +19,6 @@ def to_rows(maps: Tensor) -> Tensor:
     return maps.movedim(1, -1).reshape(-1, maps.shape[1])
 
 
-def like(z: Tensor, x: Tensor) -> Tensor:
-    """Return z, contiguous if x is: whoever made x may call `view` on what comes of it."""
-    return z.contiguous() if x.is_contiguous() else z
-
-
 def convolved_rows(layers: nn.Module, maps: Tensor) -> Tensor:
     """Apply layers to maps in channels-last memory; return the result as rows.
 
