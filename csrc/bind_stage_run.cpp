@@ -62,6 +62,8 @@ void bind_stage_run(nb::module_& m) {
                     out.shape(1) != static_cast<std::size_t>(layer.outputs()) ||
                     rows.shape(0) != out.shape(0))
                     throw std::invalid_argument("rows, out: expected the layer's inputs and outputs");
+                if (layer.taps() > 1 && layer.takes_words())
+                    throw std::invalid_argument("expected another layer than a convolution of words");
                 nb::gil_scoped_release unlocked;
                 const Maps maps = maps_of(rows, height, width);
                 const Inputs in{rows.data(), static_cast<std::ptrdiff_t>(rows.shape(1))};

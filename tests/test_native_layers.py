@@ -16,7 +16,9 @@ from usf_kernels.models.native_layers import (
     use_extension_,
     use_pytorch_,
 )
-from usf_kernels.ops.products import MULTIPLIES, MULTIPLIES_BFLOAT16
+from usf_kernels.nn.stage_extension import layer_of
+from usf_kernels.nn.weights import Weights
+from usf_kernels.ops.products import MULTIPLIES, MULTIPLIES_BFLOAT16, has_amx
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
@@ -120,7 +122,13 @@ def test_bfloat16_is_the_extensions_where_pytorch_has_no_amx(monkeypatch):
     use_extension_(nn.Sequential(conv, linear, in_words))
     maps = torch.randn(2, NARROWEST_PAIRS, 7, 9).bfloat16()
     rows = torch.randn(150, 96).bfloat16()
-    for layer, x in ((conv, maps), (linear, rows), (in_words, rows), (in_words, rows.mT.contiguous().mT)):
+    cases = [(conv, maps), (linear, rows), (in_words, rows), (in_words, rows.mT.contiguous().mT)]
+    if has_amx():
+        conv._layer = Weights([conv]), layer_of(conv.weight, conv.bias)
+        with pytest.raises(ValueError, match="convolution of words"):  # which only runs of stages apply
+            conv._run(maps.float().movedim(1, -1).reshape(-1, NARROWEST_PAIRS), 7, 9)
+        del cases[0]
+    for layer, x in cases:
         layer._layer = None
         truth = copy.deepcopy(layer).double()(x.double())
         monkeypatch.setattr(native_layers, "has_amx", lambda: True)
