@@ -69,10 +69,13 @@ struct LineStretch {
     }
 };
 
+// Fewest positions worth fetching the weights of all taps for: tiles multiply faster than weights arrive.
+constexpr std::int64_t least_positions = 512;
+
 // Calls body for stretches that stay in the cache, with `numbers` numbers per position.
 template <class Body>
 void for_stretches_of(const Line& line, const Call& call, std::int64_t numbers, Body&& body) {
-    const std::int64_t rows = line.rows(), most = std::max(least_rows, cache_numbers / numbers);
+    const std::int64_t rows = line.rows(), most = std::max(least_positions, cache_numbers / numbers);
     const std::int64_t length =
         stretch_length(rows, std::max<std::int64_t>(most / line.pitch(), 1), call.threads);
     team_for((rows + length - 1) / length, call.threads, [&](std::int64_t i) {

@@ -18,8 +18,8 @@
 
 namespace usf {
 
-// Numbers of the state per thread, a limit on the images that pass all stages together. Fewer in tests.
-inline std::int64_t numbers_together = 1 << 19;
+// Numbers of the state of the images that pass all stages together. Fewer in tests.
+inline std::int64_t numbers_together = 1 << 18;
 
 class StageRun : Passes {
 public:
@@ -50,18 +50,28 @@ public:
     void run(const T* from, T* to, const Maps& maps, const std::vector<Condition>& conditions, float* log_det,
              int threads) const {
         if (maps.rows() == 0) return;
-        const std::int64_t images = images_together(maps, threads);
-        const FreesMuch after{!pointwise() && maps.positions() * channels_ > threads * numbers_together};
-        std::vector<Condition> theirs = conditions;
-        for (std::int64_t first = 0; first < maps.images; first += images) {
-            const Maps some{std::min(images, maps.images - first), maps.height, maps.width};
+        const auto run_some = [&](std::int64_t first, std::int64_t last, int team) {
+            const Maps some{last - first, maps.height, maps.width};
             const std::int64_t row = first * maps.positions();
-            for (std::size_t i = 0; i < theirs.size(); ++i) theirs[i] = conditions[i].from(row);
+            std::vector<Condition> theirs = conditions;
+            for (Condition& condition : theirs) condition = condition.from(row);
             T* const out = to + row * channels_;
+            const FreesMuch after{!pointwise() && some.rows() * channels_ > team * most_kept()};
             run_together(from + row * channels_, out,
-                         Call{some, threads, theirs.data(), memory_of_state(out, some),
+                         Call{some, team, theirs.data(), memory_of_state(out, some),
                               log_det ? log_det + row : nullptr});
-        }
+        };
+        if (pointwise()) return run_some(0, maps.images, threads);
+        // A conditioner that looks at neighbours has the whole state read again. What a thread wrote is in
+        // its own cache, so that each has images of its own, if there are enough and they are not large.
+        const std::int64_t numbers = maps.positions() * channels_;
+        const std::int64_t alone = numbers > most_kept() ? 0 : maps.images / threads * threads;
+        const std::int64_t some = std::max<std::int64_t>(numbers_together / numbers, 1);
+        const std::int64_t each = stretch_length(alone, some, threads);
+        team_for((alone + each - 1) / each, threads,
+                 [&](std::int64_t i) { run_some(i * each, std::min((i + 1) * each, alone), 1); });
+        for (std::int64_t first = alone; first < maps.images; first += some * threads)
+            run_some(first, std::min(first + some * threads, maps.images), threads);
     }
 
 private:
@@ -78,7 +88,8 @@ private:
         static thread_local Workspace memory;
         return memory;
     }
-    // A single image may need more than is to be kept.
+    // Numbers of the state per thread whose workspace is kept. A single image may have more.
+    static std::int64_t most_kept() { return 4 * numbers_together; }
     struct FreesMuch {
         bool much;
         ~FreesMuch() {
@@ -87,12 +98,6 @@ private:
     };
 
     bool pointwise() const { return std::ranges::all_of(stages_, is_pointwise, &Step::stage); }
-
-    // Limit the images where a conditioner looks at neighbours: their whole state is read several times.
-    std::int64_t images_together(const Maps& maps, int threads) const {
-        if (pointwise()) return maps.images;
-        return std::max<std::int64_t>(threads * numbers_together / (maps.positions() * channels_), 1);
-    }
 
     // Where the state of all rows is; null if every stretch has its own, which stays in the cache.
     float* memory_of_state(float* to, const Maps&) const { return to; }
