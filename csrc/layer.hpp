@@ -58,8 +58,9 @@ private:
     Either weights_;
 };
 
-// Numbers that stay in the second-level cache; fewest rows or tiles worth fetching a layer's weights for.
-constexpr std::int64_t cache_numbers = 384 << 8, least_rows = 48;
+// Numbers that stay in the second-level cache; fewest rows or tiles worth fetching a layer's weights for, and
+// of rows with AMX, which multiplies faster than weights arrive.
+constexpr std::int64_t cache_numbers = 384 << 8, least_rows = 48, least_rows_of_amx = 80;
 
 // Length of stretches of at most `most` units, such that each thread gets equally many.
 inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int threads) {
@@ -74,7 +75,8 @@ inline std::int64_t stretch_length(std::int64_t units, std::int64_t most, int th
 template <class Body>
 void for_stretches(const Call& call, std::int64_t numbers, Body&& body) {
     constexpr std::int64_t some = 4;
-    const std::int64_t rows = call.maps.rows(), most = std::max(least_rows, cache_numbers / numbers);
+    const std::int64_t rows = call.maps.rows();
+    const std::int64_t most = std::max(has_amx() ? least_rows_of_amx : least_rows, cache_numbers / numbers);
     const std::int64_t length = (stretch_length(rows, most, call.threads) + some - 1) / some * some;
     team_for((rows + length - 1) / length, call.threads, [&](std::int64_t i) {
         const std::int64_t first = i * length;

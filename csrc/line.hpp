@@ -69,7 +69,7 @@ struct LineStretch {
     }
 };
 
-// Fewest positions worth fetching the weights of all taps for: tiles multiply faster than weights arrive.
+// Fewest positions worth fetching the weights of all taps for.
 constexpr std::int64_t least_positions = 512;
 
 // Calls body for stretches that stay in the cache, with `numbers` numbers per position.
